@@ -1,0 +1,374 @@
+"""Both stages on a live training loop that nobody edits: recorder and scheduler ride on the optimizers' own hooks.
+
+generator's optimizer   pre-hook    recording: hide all gradients, so that the step changes nothing (Algorithm 1 wants
+                                    the initial generator); afterwards: scale them by the schedule's factor
+                        post-hook   count the update and move the teacher: no graph is pending there
+fake score's optimizer  post-hook   recording: count, and save the nodes that are due
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from disback_plugin import optimizers
+from disback_plugin.errors import OptionError, StateError, TrainingError
+from disback_plugin.manifest import Recording
+from disback_plugin.recording import Network, Recorder, open_or_create
+from disback_plugin.roles import check_roles
+from disback_plugin.scheduler import TrajectoryScheduler, check_state
+from disback_plugin.schedules import Schedule, parse
+from disback_plugin.trajectory import DegradationPath
+from disback_plugin.weights import ScoreNetwork, fingerprint
+
+__all__ = ["Handle", "attach"]
+
+logger = logging.getLogger(__name__)
+
+Optimizers = Optimizer | Sequence[Optimizer]
+
+# So many generator steps without one of the fake score are a broken loop, not a slow start: a GradScaler that starts at
+# 2^16 skips at most about 20, and no public trainer updates the generator more often than the fake score.
+_PATIENCE = 32
+
+
+def attach(
+    *,
+    teacher: Network,
+    fake_score: Network,
+    generator_optimizer: Optimizers,
+    fake_score_optimizer: Optimizers,
+    path: str | os.PathLike[str] | None = None,
+    record: int = 200,
+    every: int = 50,
+    schedule: Schedule | str = "auto",
+) -> Handle:
+    """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
+
+    With a new `path` the first `record` updates of the fake score record it, while the generator is held still; then
+    backtracking starts by itself. A finished path in the folder is reused, an unfinished one resumed, any other
+    refused.
+
+    Attach when the trainer is built, and before its checkpoint is loaded; then give `load_state_dict` the saved state.
+
+    Args:
+        teacher: The teacher s_theta ("real score"): a module, plain, compiled or wrapped in DDP, or a `ScoreNetwork`.
+        fake_score: s_phi, of the teacher's architecture. It is set to the teacher (new path), the last node so far
+            (unfinished) or s'_N (finished path).
+        generator_optimizer: Whatever steps the generator, all of it: one optimizer or several, plain or accelerate's.
+        fake_score_optimizer: Whatever steps s_phi. It may step more, as a discriminator, but nothing of the generator.
+        path: Folder of the path; None only with record=0.
+        record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. 0 changes nothing in a run, bit for
+            bit, unless the schedule scales gradients without a path.
+        every: Updates between two nodes, in [1, record]; 50 in the paper.
+        schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it.
+
+    Returns:
+        The handle; also a context manager that detaches at its end.
+
+    Raises:
+        RoleError: If a role is no module, cannot be written, or an optimizer steps the wrong network or two of them.
+        MismatchError: If teacher and fake score differ in keys or shapes.
+        PathError: If the folder holds something else.
+        OptionError: If a count is out of its domain, or the schedule does not fit the path.
+
+        Whatever is raised, no weight was written and no hook is left.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> teacher, fake, generator = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> opt_f, opt_g = (torch.optim.Adam(net.parameters(), lr=0.01) for net in (fake, generator))
+        >>> with attach(
+        ...     teacher=teacher,
+        ...     fake_score=fake,
+        ...     generator_optimizer=opt_g,
+        ...     fake_score_optimizer=opt_f,
+        ...     path=tempfile.mkdtemp(),
+        ...     record=4,
+        ...     every=2,
+        ...     schedule="ramp:3",
+        ... ) as handle:
+        ...     for _ in range(8):  # the trainer's loop
+        ...         x = generator(torch.randn(4, 2))
+        ...         opt_f.zero_grad()
+        ...         (fake(x.detach()) - x.detach()).square().mean().backward()
+        ...         opt_f.step()
+        ...         opt_g.zero_grad()
+        ...         ((fake(x) - teacher(x)).detach() * x).sum().backward()
+        ...         opt_g.step()
+        ...         print(handle.phase, round(handle.position, 2))
+        recording 0.0
+        recording 0.0
+        recording 0.0
+        backtracking 1.8
+        backtracking 1.2
+        backtracking 0.6
+        done 0.0
+        done 0.0
+    """
+    handle = Handle(
+        teacher=ScoreNetwork.of(teacher, role="teacher"),
+        fake_score=ScoreNetwork.of(fake_score, role="fake score"),
+        generator_optimizers=optimizers.unwrap(generator_optimizer, role="generator_optimizer"),
+        fake_score_optimizers=optimizers.unwrap(fake_score_optimizer, role="fake_score_optimizer"),
+        schedule=parse(schedule) if isinstance(schedule, str) else schedule,
+    )
+    if record == 0:
+        handle._begin_without_path(path)
+    else:
+        handle._begin(path, Recording(record, every))
+    return handle
+
+
+class Handle:
+    """What `attach` returns: where the run is, its state for a checkpoint, and the way out.
+
+    Attributes:
+        path: The path, or None with record=0.
+        scheduler: The scheduler, or None while recording.
+        fake_score_updates: Finished updates of s_phi since attaching, recording included.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: ScoreNetwork,
+        fake_score: ScoreNetwork,
+        generator_optimizers: list[Optimizer],
+        fake_score_optimizers: list[Optimizer],
+        schedule: Schedule,
+    ) -> None:
+        self._teacher, self._fake_score = teacher, fake_score
+        self._generator_optimizers, self._fake_score_optimizers = generator_optimizers, fake_score_optimizers
+        self._schedule = schedule
+        check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
+        self.path: DegradationPath | None = None
+        self.scheduler: TrajectoryScheduler | None = None
+        self.fake_score_updates = 0
+        self._recorder: Recorder | None = None
+        self._generator_steps = 0
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._updates: dict[Optimizer, bool] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    # -- where we are -------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        """ "recording", "backtracking" or "done"; done means that the teacher is s'_0 for good."""
+        if self.scheduler is None:
+            return "recording"
+        return "done" if self.scheduler.done else "backtracking"
+
+    @property
+    def position(self) -> float:
+        """Where the teacher stands, in [0, N]; 0.0 is the teacher itself."""
+        return 0.0 if self.scheduler is None else self.scheduler.position
+
+    @property
+    def generator_updates(self) -> int:
+        """Finished generator updates; those while recording do not count, for they change nothing."""
+        return 0 if self.scheduler is None else self.scheduler.generator_updates
+
+    @contextmanager
+    def original_teacher(self) -> Iterator[None]:
+        """Hold the teacher at s'_0 inside, as for an evaluation, and at the active position again after."""
+        if self.scheduler is None:
+            yield
+        else:
+            with self.scheduler.original_teacher():
+                yield
+
+    def __repr__(self) -> str:
+        nodes = "no path" if self.path is None else f"N = {self.path.manifest.recording.nodes}, {self.path.folder}"
+        return (
+            f"<disback {self.phase}: position {self.position:g} ({nodes}), {self._schedule!r}, "
+            f"{self.generator_updates} generator updates, {self.fake_score_updates} fake-score updates>"
+        )
+
+    # -- the way out --------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Put s'_0 back into the teacher, bit for bit, and remove every hook. A second call changes nothing."""
+        if self._hooks and self.scheduler is not None:
+            self.scheduler.restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # -- resume -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain scalars, to be saved beside the trainer's checkpoint."""
+        return {
+            "version": 1,
+            "path": "" if self.path is None else self.path.identity,
+            "schedule": repr(self._schedule),
+            "phase": self.phase,
+            "recording_iteration": 0 if self._recorder is None else self._recorder.iteration,
+            "generator_updates": self.generator_updates,
+            "fake_score_updates": self.fake_score_updates,
+            "fake_score": self._fake_score.glimpse(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was saved. Call it after the trainer's checkpoint was loaded.
+
+        Counters are set, and the teacher is written from the path, whatever the checkpoint held.
+
+        Raises:
+            StateError: If `state` is of another version, path or schedule, if the fake score does not hold the weights
+                of that moment, or if the path lacks nodes that were there. Then nothing changes.
+        """
+        check_state(state, like=self.state_dict(), fixed=("version", "path", "schedule"))
+        if state["fake_score"] != self._fake_score.glimpse():
+            raise StateError(
+                "a fake score whose weights are not those of the saved moment",
+                expected="the trainer's checkpoint in it",
+                cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state)",
+            )
+        if state["phase"] == "recording":
+            self._resume_recording(int(state["recording_iteration"]))
+        else:
+            self._resume_backtracking(state)
+        self.fake_score_updates = int(state["fake_score_updates"])
+
+    def _resume_recording(self, iteration: int) -> None:
+        assert self.path is not None
+        due = [i for i in range(1, iteration + 1) if self.path.manifest.recording.due(i)]
+        kept = [node.iteration for node in self.path.nodes if node.iteration <= iteration]
+        if kept != due:
+            raise StateError(
+                f"nodes of iterations {kept} in {self.path.folder}",
+                expected=f"{due}, for the state was saved at iteration {iteration}",
+                cure="restore the folder, or record again in an empty one",
+            )
+        if self.scheduler is not None:
+            self.scheduler.restore()
+            self.scheduler = None
+        self._recorder = Recorder(self.path, self._fake_score)
+        self._recorder.rewind(iteration)
+
+    def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
+        scheduler = self.scheduler
+        if scheduler is None:
+            raise StateError(
+                f"a path recorded up to node {len(self.path or ()) - 1}",
+                expected="a complete one, for the state was saved after the recording",
+                cure="restore the folder, or start again in an empty one",
+            )
+        ours = {"generator_updates": int(state["generator_updates"]), "started": True}
+        scheduler.load_state_dict(scheduler.state_dict() | ours)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _begin_without_path(self, folder: str | os.PathLike[str] | None) -> None:
+        if folder is not None and DegradationPath.exists(folder):
+            raise OptionError(
+                f"record=0 and a path in {folder}",
+                expected="one or the other",
+                cure="pass path=None for a run without DisBack, or leave record= alone: a finished path is reused",
+            )
+        self._begin_backtracking()
+        self._install_hooks()
+
+    def _begin(self, folder: str | os.PathLike[str] | None, recording: Recording) -> None:
+        if folder is None:
+            raise OptionError(
+                "no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for no path"
+            )
+        if not DegradationPath.exists(folder):
+            self._schedule.check(recording.nodes)
+        generator = fingerprint(dict(_numbered(optimizers.parameters(self._generator_optimizers))))
+        self.path = open_or_create(folder, self._teacher, recording, generator=generator)
+        if self.path.complete:
+            self._begin_backtracking()
+        else:
+            self._schedule.check(recording.nodes)
+            self._recorder = Recorder(self.path, self._fake_score)
+            self._recorder.start()
+        self._install_hooks()
+
+    def _begin_backtracking(self) -> None:
+        scheduler = TrajectoryScheduler(self.path, self._teacher, self._fake_score, schedule=self._schedule)
+        scheduler.start()
+        self.scheduler, self._recorder = scheduler, None
+        logger.info("%r", self)
+
+    def _install_hooks(self) -> None:
+        for optimizer in self._generator_optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_generator_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._after_generator_step))
+        for optimizer in self._fake_score_optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_post_hook(self._after_fake_score_step))
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        self._updates[optimizer] = optimizers.has_gradients(optimizer)
+
+    def _before_generator_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        self._before_step(optimizer, args, kwargs)
+        factor = 0.0 if self.scheduler is None else self.scheduler.gradient_factor
+        if factor == 1.0:
+            return
+        if any(callable(argument) for argument in (*args, kwargs.get("closure"))):
+            raise TrainingError(
+                f"a step of {type(optimizer).__name__} with a closure, which computes its gradients out of reach",
+                expected="gradients that are there before step()",
+                cure="call backward() before step(), or attach with record=0",
+            )
+        if self.scheduler is None:
+            self._hidden += optimizers.take_gradients(optimizer)
+        else:
+            optimizers.scale_gradients(optimizer, factor)
+
+    def _after_generator_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        # The trainer finds its gradients as it left them, for its logs and its own zero_grad().
+        for parameter, gradient in self._hidden:
+            parameter.grad = gradient
+        self._hidden.clear()
+        if optimizer is not self._generator_optimizers[-1]:
+            return
+        updated = self._updated(optimizer)
+        self._generator_steps += updated
+        if self.path is not None and not self.fake_score_updates and self._generator_steps > _PATIENCE:
+            raise TrainingError(
+                f"{self._generator_steps} generator steps and none of the fake score",
+                expected="a loop that trains both",
+                cure="pass the optimizer that the loop steps for the fake score, and check the trainer's update ratio",
+            )
+        if self.scheduler is not None:
+            if updated:
+                self.scheduler.step()
+        elif self._recorder is not None and self._recorder.done:
+            self._begin_backtracking()
+
+    def _after_fake_score_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        if optimizer is self._fake_score_optimizers[-1] and self._updated(optimizer):
+            self.fake_score_updates += 1
+            if self._recorder is not None:
+                self._recorder.update()
+
+    def _updated(self, optimizer: Optimizer) -> bool:
+        return self._updates.pop(optimizer, False) and not optimizers.skipped_by_scaler(optimizer)
+
+
+def _numbered(tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((str(index), tensor) for index, tensor in enumerate(tensors))

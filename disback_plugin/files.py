@@ -1,0 +1,185 @@
+"""Files that are whole or not there: safetensors and JSON, written under a temporary name, flushed and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disback_plugin.errors import PathError
+
+__all__ = [
+    "COPY_AGAIN",
+    "Action",
+    "copy",
+    "digest",
+    "on_rank_zero",
+    "read_json",
+    "read_tensors",
+    "visible",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
+
+Action = Callable[[], None]
+
+COPY_AGAIN = "copy the path again, or record it again in an empty folder"
+
+
+def write_tensors(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a state as safetensors; tied tensors are stored once. Return name, SHA-256 and size of the file."""
+    unique, aliases = _without_aliases(state)
+    # One key only: safetensors writes several in random order, and equal nodes must be equal files.
+    metadata = {"aliases": json.dumps(aliases, sort_keys=True)}
+    _replace(file, lambda temporary: save_file(unique, temporary, metadata=metadata))
+    return {"file": file.name, "sha256": digest(file), "bytes": file.stat().st_size}
+
+
+def read_tensors(file: Path, *, size: int) -> dict[str, Tensor]:
+    """Return a state written by `write_tensors`, on the CPU.
+
+    Raises:
+        PathError: If the file is missing, is not `size` bytes long, or is no safetensors file.
+    """
+    found = file.stat().st_size if file.is_file() else None
+    if found != size:
+        raise PathError(
+            f"{file} {'missing' if found is None else f'of {found} bytes'}", expected=f"{size} bytes", cure=COPY_AGAIN
+        )
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            state: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            aliases: dict[str, str] = json.loads((handle.metadata() or {}).get("aliases", "{}"))
+        return state | {alias: state[name] for alias, name in aliases.items()}
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise PathError(
+            f"{file} that does not read ({error})", expected="a safetensors file", cure=COPY_AGAIN
+        ) from error
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, keys sorted, so that equal content gives equal bytes."""
+    write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        PathError: If the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PathError(
+            f"no readable {file} ({type(error).__name__})",
+            expected="the manifest of a degradation path",
+            cure="pass the folder of a recorded path",
+        ) from error
+    if not isinstance(content, dict):
+        raise PathError(f"a JSON {type(content).__name__} in {file}", expected="a JSON object", cure=COPY_AGAIN)
+    return content
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    _replace(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def copy(source: Path, file: Path) -> None:
+    """Copy a file, whole or not at all."""
+    if source.resolve() != file.resolve():
+        _replace(file, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file: 64 hexadecimal digits.
+
+    Raises:
+        PathError: If it is missing.
+    """
+    value = sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                value.update(chunk)
+    except OSError as error:
+        raise PathError(
+            f"no readable {file} ({type(error).__name__})", expected="a file of the path", cure=COPY_AGAIN
+        ) from error
+    return value.hexdigest()
+
+
+def visible(folder: Path) -> list[str]:
+    """Return the names in a folder, without temporary files that a crash of ours left there."""
+    return [
+        entry.name for entry in folder.iterdir() if not (entry.name.startswith(".") and entry.name.endswith(".tmp"))
+    ]
+
+
+def on_rank_zero(action: Action) -> None:
+    """Run `action` on rank 0 only; all ranks wait for it, and all raise if it failed there."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return action()
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            failure = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise PathError(
+            f"rank 0 failed ({failure[0]})", expected="the path to be written", cure="see the error of rank 0"
+        )
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        # safetensors makes its files private; those of a path are as readable as any other file of the user's.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The rename itself must survive a power cut. Folders cannot be opened on Windows.
+    if os.name == "posix":
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state into tensors that share no memory and {alias: name} of those that are the same tensor."""
+    unique: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    storages: set[int] = set()
+    for name, tensor in state.items():
+        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if same in first:
+            aliases[name] = first[same]
+            continue
+        first[same] = name
+        flat = tensor.detach().cpu().contiguous()
+        # Views of one storage, as a slice that is a buffer of its own, are stored apart.
+        unique[name] = flat.clone() if flat.untyped_storage().data_ptr() in storages else flat
+        storages.add(unique[name].untyped_storage().data_ptr())
+    return unique, aliases

@@ -1,0 +1,206 @@
+"""The manifest of a degradation path: what `config.json` says, as values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from disback_plugin import files
+from disback_plugin.errors import OptionError, PathError
+
+__all__ = ["CONFIG", "FORMAT", "Manifest", "Node", "Recording", "Teacher"]
+
+FORMAT = 1
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How a path is recorded: `iterations` updates of s', a node after each `every`, the last one at the end.
+
+    Raises:
+        OptionError: If not 1 <= every <= iterations.
+
+    Example:
+        >>> Recording(iterations=25, every=10).due(20), Recording(25, 10).nodes
+        (True, 3)
+    """
+
+    iterations: int
+    every: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.every <= self.iterations:
+            raise OptionError(
+                f"record={self.iterations}, every={self.every}",
+                expected="1 <= every <= record",
+                cure="pass record=200, every=50 as the paper does, or record=0 for no path",
+            )
+
+    @property
+    def nodes(self) -> int:
+        """N, the index of the last node."""
+        return math.ceil(self.iterations / self.every)
+
+    def due(self, iteration: int) -> bool:
+        """Return whether a node is saved after this iteration."""
+        return iteration == self.iterations or (iteration < self.iterations and iteration % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Node 0.
+
+    Attributes:
+        fingerprint: `ScoreNetwork.fingerprint` of the live teacher.
+        id: Where it comes from, as a hub id; for people only.
+        sha256: Of its file; empty until that is written.
+        bytes: Size of its file.
+    """
+
+    fingerprint: str
+    id: str | None = None
+    sha256: str = ""
+    bytes: int = 0
+    file: str = "teacher.safetensors"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One recorded node s'_i, i >= 1.
+
+    Attributes:
+        index: i.
+        iteration: Updates of s' behind it.
+        file: Name inside the folder.
+        sha256: Of the file.
+        bytes: Size of the file.
+        delta_norm: |theta_i - theta_{i-1}|, Euclidean, over all floating tensors.
+        codec_error: Change of the score output that storing it caused, relative to a node's step; 0 for exact storage.
+    """
+
+    index: int
+    iteration: int
+    file: str
+    sha256: str
+    bytes: int
+    delta_norm: float
+    codec_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a path holds. Later versions of this package read every earlier format.
+
+    Attributes:
+        teacher: Node 0.
+        recording: The plan.
+        generator: Fingerprint of the initial generator, if known.
+        nodes: Nodes 1 ... N, as far as they are recorded.
+        complete: Whether node N is among them.
+        codec: How the nodes are stored.
+    """
+
+    teacher: Teacher
+    recording: Recording
+    generator: str | None = None
+    nodes: tuple[Node, ...] = field(default=())
+    complete: bool = False
+    codec: str = "exact"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Return the manifest in a folder.
+
+        Raises:
+            PathError: If it is missing, does not read, is of a newer format, or names other files than a path has.
+        """
+        file = folder / CONFIG
+        content = files.read_json(file)
+        if content.get("format") != FORMAT:
+            raise PathError(
+                f"format {content.get('format')!r} in {file}",
+                expected=f"format {FORMAT}",
+                cure="upgrade disback-plugin if the path is newer, or pass the folder of a degradation path",
+            )
+        try:
+            manifest = cls._from_json(content)
+        except (KeyError, TypeError, AttributeError, OptionError) as error:
+            raise PathError(
+                f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=files.COPY_AGAIN
+            ) from error
+        # Names are fixed, so that no manifest can point out of its folder.
+        named = [manifest.teacher.file, *(node.file for node in manifest.nodes)]
+        expected = ["teacher.safetensors", *(node_file(i + 1) for i in range(len(manifest.nodes)))]
+        if named != expected:
+            raise PathError(
+                f"files {named[:3]} in {file}", expected=f"{expected[:3]}, without gaps", cure=files.COPY_AGAIN
+            )
+        return manifest
+
+    @classmethod
+    def _from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        return cls(
+            teacher=Teacher(**content["teacher"]),
+            recording=Recording(**content["recording"]),
+            generator=content["generator"]["fingerprint"],
+            nodes=tuple(Node(**node) for node in content["nodes"]),
+            complete=content["complete"],
+            codec=content["codec"],
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, whole or not at all."""
+        content = asdict(self) | {"format": FORMAT, "generator": {"fingerprint": self.generator}}
+        files.write_json(folder / CONFIG, content)
+
+    def card(self) -> str:
+        """Return the model card, README.md of the path."""
+        rows = "\n".join(f"| {n.index} | {n.iteration} | {n.bytes:,} | {n.delta_norm:.4g} |" for n in self.nodes)
+        return _CARD.format(
+            teacher=self.teacher.id or "unnamed",
+            fingerprint=self.teacher.fingerprint,
+            generator=self.generator or "unknown",
+            iterations=self.recording.iterations,
+            codec=self.codec,
+            rows=rows,
+        )
+
+
+def node_file(index: int) -> str:
+    """Return the file name of node `index` >= 1.
+
+    Example:
+        >>> node_file(7)
+        'node-007.safetensors'
+    """
+    return f"node-{index:03d}.safetensors"
+
+
+_CARD = """---
+library_name: disback
+tags: [disback, score-distillation, diffusion-distillation]
+---
+# A degradation path
+
+Weights of a score network on its way from the teacher (node 0) to the distribution of an initial student generator,
+recorded for Distribution Backtracking Distillation ([arXiv 2408.15991](https://arxiv.org/abs/2408.15991)).
+
+* teacher: {teacher}, fingerprint `{fingerprint}`
+* initial generator: fingerprint `{generator}`
+* recorded in {iterations} iterations, codec `{codec}`
+
+| node | iteration | bytes | distance to the node before |
+|---|---|---|---|
+{rows}
+
+```python
+import disback_plugin as disback
+
+path = disback.DegradationPath.from_pretrained("this repository or folder")
+scheduler = disback.TrajectoryScheduler(path, teacher, fake_score, schedule="auto")
+```
+"""

@@ -1,0 +1,168 @@
+r"""The notation of this package, declared once: x_t = alpha_t x_0 + sigma_t eps, with eps ~ N(0, I).
+
+A noise schedule maps a time t to the signal scale alpha_t and the noise scale sigma_t. The DisBack paper writes its
+equations for alpha_t = 1 (variance exploding); everything here holds for any alpha_t, and alpha_t = 1 is a special
+case.
+
+| schedule        | t                | alpha_t                | sigma_t                                    |
+|-----------------|------------------|------------------------|--------------------------------------------|
+| `Karras`        | [0, 1]           | 1                      | (a + t (b - a))^rho, from sigma_min to _max |
+| `Discrete`      | 0, 1, ..., T - 1 | sqrt(alphas_cumprod_t) | sqrt(1 - alphas_cumprod_t)                 |
+| `RectifiedFlow` | [0, 1]           | 1 - t                  | t                                          |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from disback_plugin.errors import OptionError
+
+__all__ = ["Discrete", "Karras", "NoiseSchedule", "RectifiedFlow", "add_noise", "expand", "lognormal_sigma"]
+
+
+class NoiseSchedule(Protocol):
+    """A function from a time t, shape (B,), to alpha_t and sigma_t, each of shape (B,)."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t."""
+        ...
+
+
+@dataclass(frozen=True)
+class Karras:
+    """The variance-exploding schedule of EDM (Karras et al., arXiv 2206.00364, Eq. 5): alpha_t = 1.
+
+    Args:
+        sigma_min: Noise scale at t = 0, in data units, > 0.
+        sigma_max: Noise scale at t = 1, in data units, > sigma_min.
+        rho: Curvature, > 0; 7 in EDM.
+
+    Raises:
+        OptionError: If not 0 < sigma_min < sigma_max, or rho <= 0.
+
+    Example:
+        >>> alpha_t, sigma_t = Karras()(torch.tensor([0.0, 1.0]))
+        >>> alpha_t.tolist(), [round(s, 3) for s in sigma_t.tolist()]
+        ([1.0, 1.0], [0.002, 80.0])
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
+            raise OptionError(
+                repr(self), expected="0 < sigma_min < sigma_max and rho > 0", cure="correct the arguments"
+            )
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t = 1 and sigma_t for times t in [0, 1], shape (B,)."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.ones_like(t), (low + t * (high - low)) ** self.rho
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """A variance-preserving schedule on a grid, as DDPM and Stable Diffusion use it: alpha_t^2 + sigma_t^2 = 1.
+
+    Args:
+        alphas_cumprod: alpha_t^2 for t = 0 ... T - 1, each in (0, 1), not increasing.
+
+    Raises:
+        OptionError: If a value lies outside (0, 1) or the sequence increases.
+
+    Example:
+        >>> alpha_t, sigma_t = Discrete((0.81, 0.36))(torch.tensor([1]))
+        >>> round(alpha_t.item(), 6), round(sigma_t.item(), 6)
+        (0.6, 0.8)
+    """
+
+    alphas_cumprod: tuple[float, ...]
+
+    def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
+        values = alphas_cumprod.tolist() if isinstance(alphas_cumprod, Tensor) else list(alphas_cumprod)
+        falling = all(a >= b for a, b in pairwise(values))
+        if not (values and falling and all(0 < a < 1 for a in values)):
+            raise OptionError(
+                f"{len(values)} alphas_cumprod from {max(values, default=None)} to {min(values, default=None)}",
+                expected="one or more values in (0, 1) that never increase",
+                cure="pass scheduler.alphas_cumprod of the teacher's own noise schedule",
+            )
+        object.__setattr__(self, "alphas_cumprod", tuple(values))
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t and sigma_t in float32 for integer times t in {0, ..., T - 1}, shape (B,)."""
+        # The square roots are taken in float64: 1 - alpha_t^2 cancels at small t.
+        alpha_bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=t.device)[t]
+        return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The straight schedule of flow matching (arXiv 2209.03003): x_t = (1 - t) x_0 + t eps.
+
+    Example:
+        >>> [value.item() for value in RectifiedFlow()(torch.tensor([0.25]))]
+        [0.75, 0.25]
+    """
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha_t = 1 - t and sigma_t = t for times t in [0, 1], shape (B,)."""
+        return 1 - t, t
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """Append axes to one value per sample, shape (B,), so that it broadcasts against `like`, shape (B, ...).
+
+    Example:
+        >>> expand(torch.ones(2), like=torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 1, 1, 1])
+    """
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def add_noise(x_0: Tensor, eps: Tensor, *, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """Return x_t = alpha_t x_0 + sigma_t eps, shape (B, ...).
+
+    Args:
+        x_0: Clean samples, shape (B, ...).
+        eps: Unit Gaussian noise, shape (B, ...).
+        alpha: Signal scale alpha_t >= 0, broadcast against x_0.
+        sigma: Noise scale sigma_t >= 0 in data units, broadcast against x_0.
+
+    Example:
+        >>> add_noise(torch.ones(1, 2), torch.ones(1, 2), alpha=0.5, sigma=2.0).tolist()
+        [[2.5, 2.5]]
+    """
+    return alpha * x_0 + sigma * eps
+
+
+def lognormal_sigma(
+    batch: int,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw noise scales with ln sigma ~ N(mean, std^2), shape (batch,): the training distribution of EDM (Table 1).
+
+    Args:
+        batch: Number of draws B.
+        mean: P_mean of EDM.
+        std: P_std of EDM, >= 0.
+        generator: Source of randomness; the default one of torch if None.
+        device: Where to draw.
+
+    Example:
+        >>> lognormal_sigma(3, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([3])
+    """
+    return (mean + std * torch.randn(batch, generator=generator, device=device)).exp()

@@ -1,0 +1,252 @@
+"""Algorithm 1, degradation recording: fit s' to samples of the initial generator, saving nodes s'_i (Sec. 4.2).
+
+s' starts as the teacher and minimises Eq. 7, the very loss that trains the fake score. With the generator standing
+still the trainer's own fake-score step *is* Algorithm 1, and it ends where Algorithm 2 starts: s_phi = s'_N.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from disback_plugin.errors import OptionError, PathError, TrainingError
+from disback_plugin.manifest import Recording
+from disback_plugin.trajectory import DegradationPath
+from disback_plugin.weights import ScoreNetwork
+
+__all__ = ["Recorder", "open_or_create", "record"]
+
+logger = logging.getLogger(__name__)
+
+Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
+
+
+class Recorder:
+    """Turns updates of a network into nodes: call `update` after each of them.
+
+    Args:
+        path: An unfinished path; node files are added to it.
+        network: s', the network that is fitted.
+    """
+
+    def __init__(self, path: DegradationPath, network: ScoreNetwork) -> None:
+        self.path, self.network = path, network
+        self.iteration = path.nodes[-1].iteration if path.nodes else 0
+
+    def start(self) -> None:
+        """Write the last recorded node, the teacher at first, into the network.
+
+        Raises:
+            MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
+        """
+        self.network.load_state_dict(self.path[-1])
+
+    @property
+    def done(self) -> bool:
+        """Whether node N is saved."""
+        return self.iteration >= self.path.manifest.recording.iterations
+
+    def update(self) -> None:
+        """Count one update of the network; save a node if it is due. After the last node nothing counts any more."""
+        if self.done:
+            return
+        self.iteration += 1
+        if self.path.manifest.recording.due(self.iteration):
+            self.path.append(self.network.state_dict(), iteration=self.iteration)
+            logger.info("recorded node %d at iteration %d", len(self.path) - 1, self.iteration)
+        if self.done:
+            self.path.finish()
+
+    def rewind(self, iteration: int) -> None:
+        """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
+        self.path.rewind(iteration)
+        self.iteration = iteration
+
+
+def open_or_create(
+    folder: str | os.PathLike[str],
+    teacher: ScoreNetwork,
+    recording: Recording,
+    *,
+    generator: str | None = None,
+) -> DegradationPath:
+    """Return the path in `folder`: a finished one of this teacher, its own unfinished one, or a new one.
+
+    Args:
+        folder: A folder that holds a path, is empty, or is missing.
+        teacher: The teacher s_theta.
+        recording: The plan. A finished path is used whatever its plan was; an unfinished one must have the same.
+        generator: Fingerprint of the initial generator, if known.
+
+    Raises:
+        PathError: If the folder holds something else, or a path of another teacher, or an unfinished one of
+            another plan or another initial generator.
+    """
+    if not DegradationPath.exists(folder):
+        return DegradationPath.create(folder, teacher.state_dict(), recording, generator=generator)
+    path = DegradationPath(folder)
+    path.resume(teacher.state_dict())
+    path.verify()
+    recorded = path.manifest
+    other_student = None not in (generator, recorded.generator) and generator != recorded.generator
+    if path.complete:
+        if other_student:
+            logger.warning("%s was recorded on another initial generator than the one at hand", path.folder)
+        return path
+    if other_student or path.manifest.recording != recording:
+        raise PathError(
+            f"an unfinished recording of {'another initial generator' if other_student else path.manifest.recording}",
+            expected=f"the recording that it began, to resume it, not {recording}",
+            cure="pass the same generator, record= and every=, or another path=",
+        )
+    return path
+
+
+def record(
+    teacher: Network,
+    fake_score: Network | None = None,
+    fake_step: Callable[[], object] | None = None,
+    *,
+    path: str | os.PathLike[str],
+    iterations: int = 200,
+    every: int = 50,
+    sample: Callable[[], Tensor] | None = None,
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    learning_rate: float = 1e-5,
+    seed: int = 0,
+) -> DegradationPath:
+    """Algorithm 1. A finished path in the folder is reused, an unfinished one resumed, anything else refused.
+
+    Either the trainer's own fake score does the work (`fake_score`, `fake_step`; it ends as s'_N), or a copy of the
+    teacher is trained here (`sample`, `loss`), for trainers whose fake score has another architecture or is out of
+    reach.
+
+    Args:
+        teacher: The teacher s_theta. Never changed.
+        fake_score: s_phi, of the teacher's architecture. It is set to the teacher (or to the last node of an unfinished
+            path), trained by `fake_step`, and left at s'_N.
+        fake_step: Does one update of s_phi on samples of the initial generator, optimizer step included.
+        path: Folder for the nodes.
+        iterations: Updates of s' in all, >= 1; 200 in the paper.
+        every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
+        sample: Returns a batch of samples x_0 of the initial generator, shape (B, ...), without gradient.
+        loss: Takes the network and x_0 and returns the denoising loss, shape ().
+        learning_rate: Of Adam in the standalone form, > 0; 1e-5 in the paper (B.2).
+        seed: Of the random numbers that `sample` and `loss` draw in the standalone form. They draw from a stream of
+            their own: the global random state is the same before and after.
+
+    Returns:
+        The complete path.
+
+    Raises:
+        OptionError: If neither form, or a mixture of both, was given, or a count is out of its domain.
+        PathError: If the folder holds something else.
+        TrainingError: If `fake_step` does not move s_phi.
+
+    Example:
+        >>> import tempfile
+        >>> teacher, generator = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> def sample() -> Tensor:
+        ...     return generator(torch.randn(8, 2)).detach()
+        >>> def denoise(net: nn.Module, x_0: Tensor) -> Tensor:
+        ...     return (net(x_0 + torch.randn_like(x_0)) - x_0).square().mean()
+        >>> len(record(teacher, sample=sample, loss=denoise, path=tempfile.mkdtemp(), iterations=4, every=2))
+        3
+    """
+    target = ScoreNetwork.of(teacher, role="teacher")
+    folder = Path(path)
+    if fake_score is not None and fake_step is not None and sample is None and loss is None:
+        network = ScoreNetwork.of(fake_score, role="fake score")
+        target.check_same_layout(network)
+        opened = open_or_create(folder, target, Recording(iterations, every))
+        return _record_in_loop(opened, network, fake_step)
+    if fake_score is None and fake_step is None and sample is not None and loss is not None:
+        opened = open_or_create(folder, target, Recording(iterations, every))
+        return _record_copy(opened, target, sample, loss, learning_rate, seed)
+    given = [
+        name
+        for name, value in {"fake_score": fake_score, "fake_step": fake_step, "sample": sample, "loss": loss}.items()
+        if value is not None
+    ]
+    raise OptionError(
+        f"record(teacher, {', '.join(given)})",
+        expected="fake_score and fake_step, or sample and loss",
+        cure="pass one of the two pairs",
+    )
+
+
+def _record_in_loop(path: DegradationPath, network: ScoreNetwork, step: Callable[[], object]) -> DegradationPath:
+    if path.complete:
+        network.load_state_dict(path[-1])
+        return path
+    recorder = Recorder(path, network)
+    recorder.start()
+    for _ in _progress(recorder):
+        before = _versions(network)
+        step()
+        if recorder.iteration == 0 and _versions(network) == before:
+            raise TrainingError(
+                "fake_step() that did not write to the fake score",
+                expected="one optimizer step of the fake score's parameters",
+                cure="pass the very module that fake_step trains, and call optimizer.step() in it",
+            )
+        recorder.update()
+    return path
+
+
+def _record_copy(
+    path: DegradationPath,
+    teacher: ScoreNetwork,
+    sample: Callable[[], Tensor],
+    loss: Callable[[nn.Module, Tensor], Tensor],
+    learning_rate: float,
+    seed: int,
+) -> DegradationPath:
+    if path.complete:
+        return path
+    module, *others = teacher.modules()
+    if others:
+        raise OptionError(
+            f"a teacher of {1 + len(others)} experts for a recording with sample and loss",
+            expected="one module",
+            cure="record each expert on its own, or use fake_score and fake_step",
+        )
+    student_score = copy.deepcopy(module).requires_grad_(True)
+    recorder = Recorder(path, ScoreNetwork(student_score, role="recorded copy"))
+    recorder.start()
+    # Another seed after a resume: the random numbers before the crash must not come again.
+    with _private_stream(seed + recorder.iteration):
+        optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
+        for _ in _progress(recorder):
+            optimizer.zero_grad()
+            loss(student_score, sample()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            recorder.update()
+    return path
+
+
+def _progress(recorder: Recorder) -> Iterator[int]:
+    total = recorder.path.manifest.recording.iterations
+    yield from tqdm(range(recorder.iteration, total), "recording", total, initial=recorder.iteration, disable=None)
+
+
+def _versions(network: ScoreNetwork) -> int:
+    return sum(tensor._version for _, tensor in network.named_tensors())
+
+
+@contextmanager
+def _private_stream(seed: int) -> Iterator[None]:
+    """Let the caller's functions draw from a stream of their own, and put the global one back."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if started else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

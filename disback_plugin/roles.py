@@ -1,0 +1,59 @@
+"""Who plays which role: checks on teacher, fake score and the two optimizers before anything is written."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from disback_plugin import optimizers
+from disback_plugin.errors import RoleError
+from disback_plugin.weights import ScoreNetwork
+
+__all__ = ["check_roles"]
+
+
+def check_roles(
+    teacher: ScoreNetwork,
+    fake_score: ScoreNetwork,
+    generator_optimizers: list[Optimizer],
+    fake_score_optimizers: list[Optimizer],
+) -> None:
+    """Raise unless teacher and fake score are two networks of one layout and each optimizer steps its own network only.
+
+    Raises:
+        MismatchError: If the networks differ in keys, shapes or dtype classes.
+        RoleError: If they share weights, or an optimizer steps the wrong network or two of them.
+    """
+    teacher.check_same_layout(fake_score)
+    of_teacher = {id(tensor): name for name, tensor in teacher.named_tensors()}
+    of_fake_score = {id(tensor): name for name, tensor in fake_score.named_tensors()}
+    of_generator = {id(tensor) for tensor in optimizers.parameters(generator_optimizers)}
+    trained = {id(tensor) for tensor in optimizers.parameters(fake_score_optimizers)}
+    wrong = [
+        (of_teacher.keys() & of_fake_score.keys(), "teacher and fake_score that share weights", "two networks"),
+        (
+            of_generator & of_teacher.keys(),
+            "a generator_optimizer that steps the teacher",
+            "a teacher that stands still",
+        ),
+        (trained & of_teacher.keys(), "a fake_score_optimizer that steps the teacher", "a teacher that stands still"),
+        (of_generator & of_fake_score.keys(), "a generator_optimizer that steps the fake score", "the generator only"),
+        (
+            of_generator & trained,
+            "one optimizer's parameters in the other optimizer too",
+            "no parameter stepped by both",
+        ),
+    ]
+    for shared, found, expected in wrong:
+        if shared:
+            names = {**of_teacher, **of_fake_score}
+            raise RoleError(
+                f"{found} ({len(shared)} tensors, as {names.get(next(iter(shared)), 'one of the generator')})",
+                expected=expected,
+                cure="pass each role its own network and optimizer",
+            )
+    if not trained & of_fake_score.keys():
+        raise RoleError(
+            "a fake_score_optimizer that steps nothing of the fake score",
+            expected="the optimizer that trains it",
+            cure="pass the very module that the optimizer was built from, or swap the two optimizers back",
+        )

@@ -1,0 +1,278 @@
+"""Algorithm 2, distribution backtracking: the usual distillation while the teacher walks back from s'_{N-1} to s'_0.
+
+s_phi starts as s'_N; the target of the generator's loss stands at schedule(updates). Nothing here computes a loss or
+owns an optimizer: the scheduler writes weights into the trainer's own teacher, in place, after a generator update.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import floor
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from disback_plugin.errors import PathError, StateError
+from disback_plugin.recording import Network
+from disback_plugin.schedules import Schedule, Target, parse
+from disback_plugin.trajectory import DegradationPath
+from disback_plugin.weights import ScoreNetwork
+
+__all__ = ["TrajectoryScheduler"]
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TrajectoryScheduler:
+    """Holds the teacher at the right place of the path, one generator update after the other.
+
+    Args:
+        path: A complete path, or None: then the position is always 0.0 and the teacher is never touched.
+        teacher: The trainer's teacher s_theta. Its weights must be the path's node 0.
+        fake_score: The trainer's s_phi; `start` sets it to s'_N. None leaves it alone.
+        schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
+
+    Raises:
+        PathError: If the path is unfinished, or the teacher is not its node 0.
+        MismatchError: If the two networks differ in keys or shapes.
+        OptionError: If the schedule does not fit the path.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> from disback_plugin.recording import record
+        >>> from disback_plugin.schedules import Fixed
+        >>> teacher, fake, x = nn.Linear(1, 1), nn.Linear(1, 1), torch.ones(4, 1)
+        >>> optimizer = torch.optim.Adam(fake.parameters())
+        >>> def fake_step() -> None:
+        ...     optimizer.zero_grad()
+        ...     (fake(x) - x).square().mean().backward()
+        ...     optimizer.step()
+        >>> path = record(teacher, fake, fake_step, path=tempfile.mkdtemp(), iterations=3, every=1)
+        >>> scheduler = TrajectoryScheduler(path, teacher, fake, schedule=Fixed(1, 2))
+        >>> scheduler.start()
+        >>> positions = []
+        >>> for _ in range(5):
+        ...     positions.append(scheduler.position)
+        ...     scheduler.step()
+        >>> positions
+        [2.0, 1.0, 1.0, 0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        path: DegradationPath | None,
+        teacher: Network,
+        fake_score: Network | None = None,
+        *,
+        schedule: Schedule | str = "auto",
+    ) -> None:
+        self.path = path
+        self.schedule: Schedule = parse(schedule) if isinstance(schedule, str) else schedule
+        self._teacher = ScoreNetwork.of(teacher, role="teacher")
+        self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
+        self.generator_updates = 0
+        self.started = False
+        self._target = Target(0.0)
+        self._nodes: dict[int, dict[str, Tensor]] = {}
+        if path is not None:
+            self._check(path)
+        self._horizon = self.schedule.horizon(self.last_node)
+        self._remember()
+
+    # -- where we are -------------------------------------------------------------------------------------------------
+
+    @property
+    def last_node(self) -> int:
+        """N; 0 without a path."""
+        return 0 if self.path is None else len(self.path) - 1
+
+    @property
+    def position(self) -> float:
+        """Where the teacher stands, in [0, N]; 0.0 is the teacher itself."""
+        return self._target.position
+
+    @property
+    def gradient_factor(self) -> float:
+        """Factor on the gradient of the coming generator update, in [0, 1]."""
+        return self._target.gradient
+
+    @property
+    def done(self) -> bool:
+        """Whether the teacher is back at s'_0 for good, and the gradient unchanged."""
+        return self.started and self.generator_updates >= self._horizon
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin Algorithm 2: s_phi <- s'_N, teacher <- first target. A path with only the teacher writes nothing."""
+        self._place(self.generator_updates)
+        if self.path is not None and self.last_node and self._fake_score is not None:
+            self._fake_score.load_state_dict(self.path[-1])
+        self.started = True
+
+    def step(self) -> None:
+        """Count one finished generator update and move the teacher. Call it never between a forward and its backward.
+
+        Raises:
+            StateError: Before `start`, or if somebody else wrote the teacher's weights.
+        """
+        self._require_start()
+        self._check_untouched()
+        self.generator_updates += 1
+        if self.generator_updates <= self._horizon:
+            self._place(self.generator_updates)
+
+    def wrap(self, loss: Callable[P, R]) -> Callable[P, R]:
+        """Return `loss` with the same signature; when it runs, the right node is in the teacher, or it raises.
+
+        Args:
+            loss: Any callable that evaluates the teacher.
+
+        Raises:
+            StateError: When called before `start`, or after somebody else wrote the teacher's weights.
+        """
+
+        @functools.wraps(loss)
+        def on_the_path(*args: P.args, **kwargs: P.kwargs) -> R:
+            self._require_start()
+            self._check_untouched()
+            return loss(*args, **kwargs)
+
+        return on_the_path
+
+    @contextmanager
+    def original_teacher(self) -> Iterator[None]:
+        """Hold the teacher at s'_0 inside, as for an evaluation, and at the active position again after."""
+        active = self.position
+        if not active:
+            yield
+            return
+        self._write(0.0)
+        try:
+            yield
+        finally:
+            self._write(active)
+
+    def restore(self) -> None:
+        """Write s'_0 into the teacher, bit for bit, whatever it holds now, and forget the cached nodes."""
+        if self.path is not None and self.last_node:
+            self._teacher.load_state_dict(self.path[0])
+        self._nodes.clear()
+        self._remember()
+
+    # -- resume -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain scalars; the weights are on the path."""
+        return {
+            "path": "" if self.path is None else self.path.identity,
+            "schedule": repr(self.schedule),
+            "generator_updates": self.generator_updates,
+            "started": self.started,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was saved: counters are set and the teacher is written from the path.
+
+        s_phi is left alone: it comes from the trainer's checkpoint.
+
+        Raises:
+            StateError: If `state` has other keys, or is of another path or schedule. Then nothing changes.
+        """
+        check_state(state, like=self.state_dict(), fixed=("path", "schedule"))
+        self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
+        if self.path is not None and self.last_node:
+            self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
+            self._place(self.generator_updates) if self.started else self._write(0.0)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _check(self, path: DegradationPath) -> None:
+        if not path.complete:
+            raise PathError(
+                f"an unfinished path ({path!r})", expected="a complete one", cure="record it to its end first"
+            )
+        if self._fake_score is not None:
+            self._teacher.check_same_layout(self._fake_score)
+        path.check_teacher(self._teacher.state_dict())
+        if self.last_node:
+            self.schedule.check(self.last_node)
+
+    def _place(self, updates: int) -> None:
+        target = self.schedule(updates, self.last_node)
+        if target.position != self._target.position:
+            self._write(target.position)
+            logger.debug("teacher at position %g of %d after %d updates", target.position, self.last_node, updates)
+        self._target = target
+
+    def _write(self, position: float) -> None:
+        """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
+        if self.path is None or not self.last_node:
+            return
+        low = floor(position)
+        if position == low:
+            self._teacher.load_state_dict(self._node(low))
+        else:
+            self._teacher.interpolate(self._node(low), self._node(low + 1), position - low)
+        # Only the neighbours are needed again; files are mapped, so dropping one frees no more than it must.
+        self._nodes = {i: state for i, state in self._nodes.items() if position and low <= i <= low + 1}
+        self._target = self._target._replace(position=position)
+        self._remember()
+
+    def _node(self, index: int) -> dict[str, Tensor]:
+        if index not in self._nodes:
+            assert self.path is not None
+            self._nodes[index] = self.path[index]
+        return self._nodes[index]
+
+    def _require_start(self) -> None:
+        if not self.started:
+            raise StateError(
+                "a scheduler that has not started", expected="a started one", cure="call scheduler.start() first"
+            )
+
+    def _remember(self) -> None:
+        """Keep one weight of the teacher, to notice when somebody else writes it."""
+        _, witness = next(self._teacher.named_tensors())
+        self._witness = witness, witness._version, witness.detach().clone()
+
+    def _check_untouched(self) -> None:
+        witness, version, value = self._witness
+        # The version costs nothing; the values are compared only if it moved (a DDP broadcast writes equal values).
+        if self.last_node and witness._version != version:
+            if not torch.equal(witness.detach(), value):
+                raise StateError(
+                    f"a teacher that somebody else has written since update {self.generator_updates}",
+                    expected=f"the weights of position {self.position:g}",
+                    cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it",
+                )
+            self._remember()
+
+
+def check_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: tuple[str, ...]) -> None:
+    """Raise StateError unless `state` has the keys and types of `like`, and its values at the keys `fixed`."""
+    if state.keys() != like.keys():
+        raise StateError(
+            f"a state with keys {sorted(state)}",
+            expected=f"keys {sorted(like)}",
+            cure="pass what state_dict() of the same kind of object returned",
+        )
+    for key, value in like.items():
+        if type(state[key]) is not type(value):
+            raise StateError(
+                f"{key}={state[key]!r}", expected=f"a {type(value).__name__}", cure="pass an unedited state"
+            )
+        if key in fixed and state[key] != value:
+            raise StateError(
+                f"a state of another {key} ({str(state[key])[:40]!r})",
+                expected=f"{str(value)[:40]!r}",
+                cure=f"attach with the {key} that the state was saved under",
+            )

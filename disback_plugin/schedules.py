@@ -1,0 +1,241 @@
+"""Where on the path the teacher stands, as a function of the generator's updates.
+
+Node i of a path with nodes 0 (the teacher) to N is position i; between two nodes the weights are interpolated. A
+schedule is a pure function from (generator updates, N) to a `Target`: a position in [0, N] and a factor on the
+generator's gradient.
+
+| schedule            | position after u updates              | factor on the gradient          | source            |
+|---------------------|---------------------------------------|---------------------------------|-------------------|
+| `Fixed(b, c, ...)`  | N - 1 for b, N - 2 for c, ..., then 0 | 1                               | Algorithm 2, B.2  |
+| `Ramp(K)`           | 0.9 N (1 - u / K)+                    | 1 - position / N (`amplitude`)  | ours              |
+| `WarmStart()`       | 0                                     | 1                               | control           |
+| `GradientRamp(K)`   | 0                                     | 1 - 0.99 (1 - u / K)+           | control           |
+
+All of them start s_phi from s'_N, except that `GradientRamp` needs no path at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+from disback_plugin.errors import OptionError
+
+__all__ = ["Fixed", "GradientRamp", "Ramp", "Schedule", "Target", "WarmStart", "parse"]
+
+
+class Target(NamedTuple):
+    """What the next generator update aims at.
+
+    Attributes:
+        position: Where the teacher stands, in [0, N]; 0.0 is the teacher s'_0 itself.
+        gradient: Factor on the generator's gradient, in [0, 1].
+    """
+
+    position: float
+    gradient: float = 1.0
+
+
+class Schedule(Protocol):
+    """A function from generator updates to a `Target`; frozen, without state of its own.
+
+    Its repr goes into saved states, so that a run is not resumed under another schedule: make it a frozen dataclass.
+    """
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target of generator update `updates` >= 0 on a path that ends at node `nodes`."""
+        ...
+
+    def horizon(self, nodes: int) -> int:
+        """Return the number of updates from which on the target is Target(0, 1)."""
+        ...
+
+    def check(self, nodes: int) -> None:
+        """Raise OptionError if the schedule does not fit a path that ends at node `nodes` >= 1."""
+        ...
+
+
+@dataclass(frozen=True, init=False)
+class Fixed:
+    """The paper's schedule (Algorithm 2, B.2): a number of updates on each node N - 1, ..., 1, then the teacher.
+
+    Args:
+        budgets: Generator updates on nodes N - 1, N - 2, ..., 1, each >= 1; the last budget repeats down to node 1.
+
+    Raises:
+        OptionError: If no budget is given, or one is below 1.
+
+    Example:
+        >>> plan = Fixed(1_000, 10_000)  # the paper's, for N = 4
+        >>> [plan(u, 4).position for u in (0, 999, 1_000, 11_000, 21_000)]
+        [3.0, 3.0, 2.0, 1.0, 0.0]
+    """
+
+    budgets: tuple[int, ...]
+
+    def __init__(self, *budgets: int) -> None:
+        if not budgets or min(budgets) < 1:
+            raise OptionError(f"Fixed{budgets}", expected="one budget >= 1 or more", cure="pass updates for each node")
+        object.__setattr__(self, "budgets", tuple(budgets))
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target of update `updates`."""
+        passed = sum(updates >= end for end in self._ends(nodes))
+        return Target(float(max(nodes - 1 - passed, 0)))
+
+    def horizon(self, nodes: int) -> int:
+        """Return the update from which on the teacher stands still."""
+        return max(self._ends(nodes), default=0)
+
+    def check(self, nodes: int) -> None:
+        """Raise OptionError if there are more budgets than nodes to stand on."""
+        if len(self.budgets) > nodes - 1:
+            raise OptionError(
+                f"{self!r} for a path whose last node is {nodes}",
+                expected=f"at most {nodes - 1} budgets, for nodes {nodes - 1} to 1",
+                cure="record more nodes (a smaller every=), or use Ramp or WarmStart, which fit any path",
+            )
+
+    def _ends(self, nodes: int) -> list[int]:
+        """Return the update at which each node N - 1, ..., 1 is left."""
+        given = self.budgets[: max(nodes - 1, 0)]
+        return list(accumulate(given + given[-1:] * (nodes - 1 - len(given))))
+
+    def __repr__(self) -> str:
+        return f"Fixed({', '.join(map(str, self.budgets))})"
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A straight descent: the position falls from start * N to 0 linearly over `updates`, without dwelling on a node.
+
+    To first order the generator then sees the usual score difference, shrunk, and a fading pull towards the initial
+    student. With `amplitude` its gradient is shrunk as well, to 1 - position / N.
+
+    Args:
+        updates: Length K of the descent in generator updates, >= 1.
+        start: First position over N, in (0, 1].
+        amplitude: Whether to shrink the gradient too. Keeps more of the gain when an EMA of the generator is used.
+
+    Raises:
+        OptionError: If updates < 1, or start is outside (0, 1].
+
+    Example:
+        >>> Ramp(100)(50, 4)
+        Target(position=1.8, gradient=0.55)
+    """
+
+    updates: int = 100
+    _: KW_ONLY
+    start: float = 0.9
+    amplitude: bool = True
+
+    def __post_init__(self) -> None:
+        if self.updates < 1 or not 0 < self.start <= 1:
+            raise OptionError(repr(self), expected="updates >= 1 and 0 < start <= 1", cure="correct the arguments")
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target of update `updates`."""
+        left = self.start * max(1 - updates / self.updates, 0.0) if nodes else 0.0
+        return Target(left * nodes, 1 - left if self.amplitude else 1.0)
+
+    def horizon(self, nodes: int) -> int:
+        """Return the update from which on the teacher stands still."""
+        return self.updates if nodes else 0
+
+    def check(self, nodes: int) -> None:
+        """Fits every path."""
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """No descent: s_phi starts from s'_N, the teacher stays the teacher. The control that every path has to beat.
+
+    Example:
+        >>> WarmStart()(0, 4)
+        Target(position=0.0, gradient=1.0)
+    """
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target of update `updates`."""
+        return Target(0.0)
+
+    def horizon(self, nodes: int) -> int:
+        """Return the update from which on the teacher stands still."""
+        return 0
+
+    def check(self, nodes: int) -> None:
+        """Fits every path."""
+
+
+@dataclass(frozen=True)
+class GradientRamp:
+    """No path: the generator's gradient is multiplied by 1 - depth (1 - u / K)+. The other control.
+
+    Args:
+        updates: Length K of the ramp in generator updates, >= 1.
+        depth: What is taken away at first, in [0, 1].
+
+    Raises:
+        OptionError: If updates < 1, or depth is outside [0, 1].
+
+    Example:
+        >>> GradientRamp(100)(50, 0)
+        Target(position=0.0, gradient=0.505)
+    """
+
+    updates: int = 100
+    _: KW_ONLY
+    depth: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.updates < 1 or not 0 <= self.depth <= 1:
+            raise OptionError(repr(self), expected="updates >= 1 and 0 <= depth <= 1", cure="correct the arguments")
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target of update `updates`."""
+        return Target(0.0, 1 - self.depth * max(1 - updates / self.updates, 0.0))
+
+    def horizon(self, nodes: int) -> int:
+        """Return the update from which on the teacher stands still."""
+        return self.updates
+
+    def check(self, nodes: int) -> None:
+        """Fits every path, and none."""
+
+
+def parse(text: str) -> Schedule:
+    """Return the schedule that a short text names, as on a command line.
+
+    Args:
+        text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,..." or "auto".
+            "auto" is the warm start: of all that has been measured it is the one that never harmed.
+
+    Raises:
+        OptionError: If the text names none of them.
+
+    Example:
+        >>> parse("ramp:50"), parse("fixed:1000,10000")
+        (Ramp(updates=50, start=0.9, amplitude=True), Fixed(1000, 10000))
+    """
+    name, _, arguments = text.partition(":")
+    try:
+        numbers = [int(number) for number in arguments.split(",") if arguments]
+        match name, numbers:
+            case (("auto" | "warm"), []):
+                return WarmStart()
+            case (("ramp" | "plain-ramp"), ([] | [_])):
+                return Ramp(*numbers[:1], amplitude=name == "ramp")
+            case "grad-ramp", ([] | [_]):
+                return GradientRamp(*numbers[:1])
+            case "fixed", [_, *_]:
+                return Fixed(*numbers)
+    except ValueError as error:
+        if isinstance(error, OptionError):
+            raise
+    raise OptionError(
+        f"schedule {text!r}",
+        expected="auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K] or fixed:b,c,... with whole numbers",
+        cure="pass one of these, or an object of disback_plugin.schedules",
+    )

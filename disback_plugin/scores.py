@@ -1,0 +1,139 @@
+r"""What a score network predicts, and the conversions between the kinds.
+
+With x_t = alpha x_0 + sigma eps, every prediction is a linear combination a x_0 + b eps:
+
+| kind  | predicts                    | a          | b            |
+|-------|-----------------------------|------------|--------------|
+| EPS   | eps                         | 0          | 1            |
+| X0    | x_0                         | 1          | 0            |
+| V     | alpha eps - sigma x_0       | -sigma     | alpha        |
+| FLOW  | eps - x_0                   | -1         | 1            |
+| SCORE | grad log q(x_t) = -eps/sigma| 0          | -1 / sigma   |
+
+so that any of them is c_x x_t + c_o * (any other), with two coefficients a pair (`coefficients`). The paper's Eq. 5
+and 18 to 20 are the SCORE row at alpha = 1; its appendix C.2 swaps the names of the EPS and the X0 row.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+__all__ = ["Prediction", "coefficients", "convert", "target"]
+
+
+class Prediction(str, Enum):
+    """The kind of output of a score network.
+
+    Example:
+        >>> Prediction("v") is Prediction.V
+        True
+    """
+
+    EPS = "eps"
+    X0 = "x0"
+    V = "v"
+    FLOW = "flow"
+    SCORE = "score"
+
+
+def _mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a, b of the table above: the prediction is a x_0 + b eps."""
+    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
+    return {
+        Prediction.EPS: lambda: (zero, one),
+        Prediction.X0: lambda: (one, zero),
+        Prediction.V: lambda: (-sigma, alpha),
+        Prediction.FLOW: lambda: (-one, one),
+        Prediction.SCORE: lambda: (zero, -1 / sigma),
+    }[Prediction(kind)]()
+
+
+def target(kind: Prediction, x_0: Tensor, eps: Tensor, *, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """Return what a perfect network of this kind would predict from x_t: a x_0 + b eps, shape (B, ...).
+
+    Args:
+        kind: The kind of prediction.
+        x_0: Clean samples, shape (B, ...).
+        eps: The noise in x_t = alpha x_0 + sigma eps, shape (B, ...).
+        alpha: Signal scale alpha_t > 0, broadcast against x_0.
+        sigma: Noise scale sigma_t > 0 in data units, broadcast against x_0.
+
+    Example:
+        >>> target(Prediction.FLOW, torch.ones(1), torch.zeros(1), alpha=0.5, sigma=0.5).item()
+        -1.0
+    """
+    a, b = _mixture(kind, *_scales(x_0, alpha, sigma))
+    return (a * x_0 + b * eps).to(x_0.dtype)
+
+
+def coefficients(source: Prediction, to: Prediction, *, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c_x, c_o such that (prediction `to`) = c_x x_t + c_o (prediction `source`).
+
+    Args:
+        source: The kind at hand. EPS and SCORE need alpha > 0; X0 and SCORE need sigma > 0.
+        to: The kind wanted. SCORE needs sigma > 0.
+        alpha: Signal scale alpha_t, any shape, floating.
+        sigma: Noise scale sigma_t in data units, same shape.
+
+    Example:
+        >>> c_x, c_o = coefficients(Prediction.EPS, Prediction.X0, alpha=torch.tensor(0.6), sigma=torch.tensor(0.8))
+        >>> round(c_x.item(), 4), round(c_o.item(), 4)  # x_0 = (x_t - sigma eps) / alpha
+        (1.6667, -1.3333)
+    """
+    a, b = _mixture(source, alpha, sigma)
+    a_to, b_to = _mixture(to, alpha, sigma)
+    # Solve  c_x (alpha, sigma) + c_o (a, b) = (a_to, b_to)  by Cramer's rule.
+    determinant = alpha * b - sigma * a
+    c_x = (a_to * b - b_to * a) / determinant
+    c_o = (alpha * b_to - sigma * a_to) / determinant
+    return c_x, c_o
+
+
+def convert(
+    output: Tensor,
+    source: Prediction,
+    to: Prediction,
+    *,
+    x_t: Tensor,
+    alpha: Tensor | float,
+    sigma: Tensor | float,
+) -> Tensor:
+    """Convert a network's output from one kind of prediction to another.
+
+    The rounding error of the result grows like exp(|ln(alpha / sigma)| / 2), so half precision is converted, and
+    returned, in float32.
+
+    Args:
+        output: Network output, shape (B, ...).
+        source: Its kind.
+        to: The kind wanted.
+        x_t: The noisy input that the network saw, shape (B, ...).
+        alpha: Signal scale alpha_t, broadcast against x_t; domain as in `coefficients`.
+        sigma: Noise scale sigma_t in data units, broadcast against x_t.
+
+    Returns:
+        The converted prediction, shape (B, ...), in float32 or better; `output` itself if the kinds are the same.
+
+    Example:
+        >>> x_t = torch.tensor([[1.0]])
+        >>> convert(torch.tensor([[0.5]]), Prediction.EPS, Prediction.X0, x_t=x_t, alpha=1.0, sigma=0.4).item()
+        0.800000011920929
+    """
+    if Prediction(source) is Prediction(to):
+        return output
+    dtype = torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32)
+    alpha, sigma = _scales(x_t, alpha, sigma)
+    c_x, c_o = coefficients(source, to, alpha=alpha.to(dtype), sigma=sigma.to(dtype))
+    return c_x * x_t.to(dtype) + c_o * output.to(dtype)
+
+
+def _scales(like: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma as tensors on the device of `like`, in float32 or better."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return (
+        torch.as_tensor(alpha, dtype=dtype, device=like.device),
+        torch.as_tensor(sigma, dtype=dtype, device=like.device),
+    )

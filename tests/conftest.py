@@ -1,0 +1,24 @@
+"""What all tests share: a hypothesis profile, one thread, and a tiny distillation run on which everything is tried."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("disback", deadline=None)
+settings.load_profile("disback")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    # Bitwise comparisons between runs need one order of summation.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def global_random_state():
+    """The state of torch's global generator; asserts at the end that the test left it alone."""
+    before = torch.get_rng_state()
+    yield before
+    assert torch.equal(torch.get_rng_state(), before), "something drew from the global random generator"

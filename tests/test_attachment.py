@@ -1,0 +1,453 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from worlds import OPTIMIZERS, Run, Score, clone, difference
+
+import disback_plugin as disback
+from disback_plugin.errors import MismatchError, OptionError, PathError, RoleError, TrainingError
+from disback_plugin.schedules import Fixed, GradientRamp, Ramp
+from disback_plugin.weights import ScoreNetwork
+
+
+def everything(run):
+    """All that a run consists of, the teacher included."""
+    return run.checkpoint() | {"teacher": clone(dict(run.teacher.state_dict()))}
+
+
+def hooks(run):
+    return [
+        len(registry)
+        for optimizer in (run.optimizer_g, run.optimizer_f)
+        for registry in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    ]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_while_recording_the_generator_and_its_optimizer_do_not_move_by_a_bit(tmp_path, optimizer):
+    run = Run(optimizer=optimizer)
+    run.steps(2)  # an optimizer that already has a state
+    before = clone([dict(run.generator.state_dict()), run.optimizer_g.state_dict()])
+    with disback.attach(**run.roles(), path=tmp_path, record=5, every=2) as handle:
+        for _ in range(5):
+            assert handle.phase == "recording"
+            run.step()
+            assert difference([dict(run.generator.state_dict()), run.optimizer_g.state_dict()], before) == []
+        assert handle.phase == "done"  # the warm start has no descent
+        run.step()
+        assert difference([dict(run.generator.state_dict())], before[:1]) != []
+
+
+def test_a_fresh_optimizer_gets_no_state_while_recording(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=3, every=3):
+        run.steps(3)
+        assert not run.optimizer_g.state
+
+
+def test_the_trainer_finds_its_gradients_after_a_muted_step(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=3, every=3):
+        run.generator_loss().backward()
+        gradients = [p.grad for p in run.generator.parameters()]
+        run.optimizer_g.step()
+        assert all(p.grad is g for p, g in zip(run.generator.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["auto", Fixed(5), Ramp(5)], ids=repr)
+def test_record_0_changes_nothing_in_a_run_bit_for_bit(tmp_path, schedule):
+    plain, attached = Run(), Run()
+    plain.steps(12)
+    with disback.attach(**attached.roles(), path=tmp_path / "path", record=0, schedule=schedule) as handle:
+        attached.steps(12)
+        assert (handle.phase, handle.position, handle.generator_updates) == ("done", 0.0, 12)
+    assert difference(everything(attached), everything(plain)) == []
+    assert not (tmp_path / "path").exists()
+
+
+def test_the_recorded_path_is_the_one_of_record(tmp_path):
+    by_hand, attached = Run(), Run()
+    path = disback.record(
+        by_hand.teacher, by_hand.fake_score, by_hand.fake_step, path=tmp_path / "a", iterations=1, every=1
+    )
+    with disback.attach(**attached.roles(), path=tmp_path / "b", record=1, every=1):
+        attached.step()
+    assert path.nodes == disback.DegradationPath(tmp_path / "b").nodes
+
+
+def test_the_whole_of_algorithm_2(tmp_path):
+    run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
+    handle = disback.attach(**run.roles(), path=tmp_path, record=6, every=2, schedule=Fixed(2, 3))
+    run.steps(6)
+    path = disback.DegradationPath(tmp_path)
+    assert difference(ScoreNetwork(run.fake_score).state_dict(), path[-1]) == [], "s_phi starts from s'_N"
+    visited = []
+    for _ in range(7):
+        visited.append(handle.position)
+        node = ScoreNetwork(run.teacher).state_dict()
+        assert difference(node, path[int(handle.position)]) == []
+        run.step()
+    assert visited == [2, 2, 1, 1, 1, 0, 0]
+    assert (handle.phase, handle.generator_updates, handle.fake_score_updates) == ("done", 7, 13)
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+    handle.detach()
+
+
+def test_a_reused_path_gives_the_run_that_recorded_it(tmp_path):
+    first, second = Run(), Run()
+    with disback.attach(**first.roles(), path=tmp_path, record=4, every=2, schedule=Ramp(6)):
+        first.steps(4)
+        at_start = first.checkpoint()
+        first.steps(8)
+    with disback.attach(**second.roles(), path=tmp_path, record=4, every=2, schedule=Ramp(6)) as handle:
+        assert handle.phase == "backtracking"
+        second.load(at_start)
+        second.steps(8)
+    assert difference(everything(second), everything(first)) == []
+
+
+@pytest.mark.parametrize("moment", [0, 2, 4, 7, 30])
+def test_detach_leaves_no_trace(tmp_path, moment):
+    run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
+    flags = [(p.requires_grad, id(p)) for p in run.teacher.parameters()]
+    handle = disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule=Fixed(5))
+    run.steps(moment)
+    handle.detach()
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+    assert hooks(run) == [0, 0, 0, 0]
+    assert [(p.requires_grad, id(p)) for p in run.teacher.parameters()] == flags
+    assert not run.teacher.training
+    moved = clone(dict(run.generator.state_dict()))
+    run.step()
+    assert difference(dict(run.generator.state_dict()), moved) != [], "the generator is free again"
+    handle.detach()
+
+
+def test_an_exception_in_the_loop_detaches(tmp_path):
+    run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
+
+    def loop():
+        run.steps(4)
+        assert difference(ScoreNetwork(run.teacher).state_dict(), original) != []
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule="ramp:9"),
+    ):
+        loop()
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+    assert hooks(run) == [0, 0, 0, 0]
+
+
+def test_nothing_draws_from_the_global_generators(tmp_path, global_random_state):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule=Ramp(3)) as handle:
+        run.steps(9)
+        handle.load_state_dict(handle.state_dict())
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+
+@given(events=st.lists(st.sampled_from(["fake", "generator", "accumulate", "empty"]), max_size=25))
+def test_only_finished_updates_count(tmp_path_factory, events):
+    run = Run()
+    folder = tmp_path_factory.mktemp("counting")
+    with disback.attach(**run.roles(), path=folder, record=1, every=1) as handle:
+        run.step()
+        assert (handle.generator_updates, handle.fake_score_updates) == (0, 1)
+        for event in events:
+            if event == "fake":
+                run.fake_step()
+            elif event == "generator":
+                run.generator_step()
+            elif event == "accumulate":  # a backward without a step
+                run.generator_loss().backward()
+            else:  # a step without gradients
+                run.optimizer_g.zero_grad()
+                run.optimizer_g.step()
+        assert handle.generator_updates == events.count("generator")
+        assert handle.fake_score_updates == 1 + events.count("fake")
+
+
+def test_accumulated_gradients_are_one_update(tmp_path):
+    from accelerate import Accelerator
+
+    run, accelerator = Run(), Accelerator(cpu=True, gradient_accumulation_steps=4)
+    generator, optimizer = accelerator.prepare(run.generator, run.optimizer_g)
+    run.generator = generator
+    roles = run.roles() | {"generator_optimizer": optimizer}
+    with disback.attach(**roles, path=tmp_path, record=1, every=1) as handle:
+        run.fake_step()
+        run.generator_step()  # starts the second stage
+        for _ in range(8):
+            with accelerator.accumulate(generator):
+                accelerator.backward(run.generator_loss())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert handle.generator_updates == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam-fused"])
+def test_a_step_that_a_grad_scaler_skips_is_no_update(tmp_path, optimizer):
+    run, scaler = Run(optimizer=optimizer), torch.amp.GradScaler("cpu", init_scale=4.0)
+    with disback.attach(**run.roles(), path=tmp_path, record=1, every=1, schedule=Ramp(3)) as handle:
+        run.step()
+        for overflow, expected in ((False, 1), (True, 1), (True, 1), (False, 2)):
+            before = clone(dict(run.generator.state_dict()))
+            run.optimizer_g.zero_grad()
+            scaler.scale(run.generator_loss() * (float("inf") if overflow else 1.0)).backward()
+            scaler.step(run.optimizer_g)
+            scaler.update()
+            moved = difference(dict(run.generator.state_dict()), before) != []
+            assert moved is not overflow
+            assert handle.generator_updates == expected
+
+
+def test_several_optimizers_are_one_update_and_all_are_muted(tmp_path):
+    run = Run()
+    first, second = (torch.optim.Adam(layer.parameters(), lr=0.01) for layer in (run.generator[0], run.generator[2]))
+    roles = run.roles() | {"generator_optimizer": [first, second]}
+    before = clone(dict(run.generator.state_dict()))
+    with disback.attach(**roles, path=tmp_path, record=2, every=1) as handle:
+        for expected in (0, 0, 1, 2):
+            run.fake_step()
+            run.generator.zero_grad()
+            run.generator_loss().backward()
+            first.step()
+            second.step()
+            assert handle.generator_updates == expected
+            assert (difference(dict(run.generator.state_dict()), before) == []) is (expected == 0)
+
+
+def test_fake_score_updates_in_any_ratio_are_recorded_as_they_come(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=6, every=3, schedule=Fixed(1)) as handle:
+        for _ in range(2):
+            for _ in range(5):
+                run.fake_step()
+            run.generator_step()
+        assert handle.phase == "backtracking"
+        path = disback.DegradationPath(tmp_path)
+        assert [node.iteration for node in path.nodes] == [3, 6]
+        assert difference(ScoreNetwork(run.fake_score).state_dict(), path[-1]) == []
+
+
+# -- the gradient's factor --------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_ramp_scales_the_gradient_that_the_optimizer_sees():
+    run = Run(optimizer="sgd-momentum")
+    with disback.attach(**run.roles(), record=0, schedule=GradientRamp(4)):
+        for updates in range(6):
+            run.generator.zero_grad()
+            run.generator_loss().backward()
+            gradient = run.generator[0].weight.grad.clone()
+            run.optimizer_g.step()
+            factor = 1 - 0.99 * max(1 - updates / 4, 0)
+            torch.testing.assert_close(run.generator[0].weight.grad, gradient * factor)
+
+
+def test_amplitude_shrinks_the_step_of_sgd_by_the_position(tmp_path):
+    moves = {}
+    for amplitude in (False, True):
+        run = Run()
+        run.optimizer_g = torch.optim.SGD(run.generator.parameters(), lr=0.1)
+        with disback.attach(
+            **run.roles(), path=tmp_path / str(amplitude), record=1, every=1, schedule=Ramp(10, amplitude=amplitude)
+        ):
+            run.step()
+            before = run.generator[0].weight.detach().clone()
+            run.step()
+            moves[amplitude] = run.generator[0].weight.detach() - before
+    torch.testing.assert_close(moves[True], 0.1 * moves[False])
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", range(0, 15))
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, moment):
+    options = {"record": 5, "every": 2, "schedule": Ramp(6)}
+    whole = Run()
+    with disback.attach(**whole.roles(), path=tmp_path / "whole", **options):
+        whole.steps(15)
+        expected = everything(whole)
+
+    first = Run()
+    handle = disback.attach(**first.roles(), path=tmp_path / "split", **options)
+    first.steps(moment)
+    saved, state = first.checkpoint(), handle.state_dict()
+    first.steps(3)  # lost work: more nodes may be on disk than the checkpoint knows
+
+    second = Run()
+    resumed = disback.attach(**second.roles(), path=tmp_path / "split", **options)
+    second.load(saved)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    second.steps(15 - moment)
+    assert difference(everything(second), expected) == []
+    whole_path, split_path = (disback.DegradationPath(tmp_path / name) for name in ("whole", "split"))
+    assert whole_path.manifest == split_path.manifest
+    split_path.verify()
+
+
+def test_the_wrong_order_on_resume_is_refused(tmp_path):
+    run = Run()
+    handle = disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(6))
+    run.steps(4)
+    saved, state = run.checkpoint(), handle.state_dict()
+    late = Run()
+    late.load(saved)  # before attach, which then overwrites the fake score
+    resumed = disback.attach(**late.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(6))
+    with pytest.raises(disback.DisbackError, match=r"call attach\(\) first, then load"):
+        resumed.load_state_dict(state)
+    assert resumed.generator_updates == 0
+
+
+def test_a_state_of_another_path_is_refused(tmp_path):
+    run, other = Run(), Run(seed=1)
+    state = disback.attach(**run.roles(), path=tmp_path / "a", record=2, every=1).state_dict()
+    handle = disback.attach(**other.roles(), path=tmp_path / "b", record=2, every=1)
+    with pytest.raises(disback.DisbackError, match="another path"):
+        handle.load_state_dict(state)
+
+
+def test_the_state_is_plain_scalars(tmp_path):
+    import json
+
+    state = disback.attach(**Run().roles(), path=tmp_path, record=2, every=1).state_dict()
+    assert json.loads(json.dumps(state)) == state
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _swap_optimizers(run):
+    return run.roles() | {"generator_optimizer": run.optimizer_f, "fake_score_optimizer": run.optimizer_g}
+
+
+def _one_optimizer(run):
+    both = torch.optim.Adam([*run.generator.parameters(), *run.fake_score.parameters()])
+    return run.roles() | {"generator_optimizer": both, "fake_score_optimizer": both}
+
+
+def _greedy(run):
+    both = torch.optim.Adam([*run.generator.parameters(), *run.fake_score.parameters()])
+    return run.roles() | {"fake_score_optimizer": both}
+
+
+REFUSED = {
+    "other shapes": (lambda r: r.roles() | {"fake_score": Score(width=5)}, MismatchError, r"inner\.0\.weight of shape"),
+    "other keys": (lambda r: r.roles() | {"fake_score": nn.Linear(2, 2)}, MismatchError, "without 11 keys"),
+    "no module": (lambda r: r.roles() | {"teacher": "runs/teacher.pt"}, RoleError, "str as the teacher"),
+    "no optimizer": (
+        lambda r: r.roles() | {"generator_optimizer": r.generator},
+        RoleError,
+        "Sequential as generator_opt",
+    ),
+    "no optimizers": (lambda r: r.roles() | {"fake_score_optimizer": []}, RoleError, "an empty sequence"),
+    "one network in two roles": (lambda r: r.roles() | {"fake_score": r.teacher}, RoleError, "share weights"),
+    "optimizers swapped": (_swap_optimizers, RoleError, "generator_optimizer that steps the fake score"),
+    "one optimizer for both": (_one_optimizer, RoleError, "generator_optimizer that steps the fake score"),
+    "an optimizer of two networks": (_greedy, RoleError, "one optimizer's parameters in the other"),
+    "an optimizer of the teacher": (
+        lambda r: r.roles() | {"fake_score_optimizer": torch.optim.Adam(r.teacher.parameters())},
+        RoleError,
+        "fake_score_optimizer that steps the teacher",
+    ),
+    "an optimizer of something else": (
+        lambda r: r.roles() | {"fake_score_optimizer": torch.optim.Adam(Score().parameters())},
+        RoleError,
+        "steps nothing of the fake score",
+    ),
+    "a meta teacher": (lambda r: r.roles() | {"teacher": Score().to("meta")}, RoleError, "meta device"),
+    "no path": (lambda r: r.roles() | {"path": None}, OptionError, "no path="),
+    "every beyond record": (lambda r: r.roles() | {"every": 9}, OptionError, "1 <= every <= record"),
+    "negative record": (lambda r: r.roles() | {"record": -1}, OptionError, "1 <= every <= record"),
+    "a schedule with too many budgets": (lambda r: r.roles() | {"schedule": Fixed(1, 1, 1)}, OptionError, "at most 1"),
+    "an unknown schedule": (lambda r: r.roles() | {"schedule": "cosine"}, OptionError, "schedule 'cosine'"),
+}
+
+
+@pytest.mark.parametrize(("roles", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_wrong_roles_are_refused_and_nothing_is_left_half_done(tmp_path, roles, error, message):
+    run = Run()
+    before = everything(run)
+    arguments = {"path": tmp_path / "path", "record": 4, "every": 2} | roles(run)
+    with pytest.raises(error, match=message) as caught:
+        disback.attach(**arguments)
+    assert re.fullmatch(r"found .+; expected .+; to mend it, .+\.", str(caught.value))
+    assert difference(everything(run), before) == []
+    assert hooks(run) == [0, 0, 0, 0]
+    assert not (tmp_path / "path").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years")
+    run = Run()
+    with pytest.raises(PathError, match=r"thesis\.tex"):
+        disback.attach(**run.roles(), path=tmp_path, record=4, every=2)
+    assert hooks(run) == [0, 0, 0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_record_0_beside_a_recorded_path_is_ambiguous(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=1, every=1):
+        run.step()
+    with pytest.raises(OptionError, match="record=0 and a path"):
+        disback.attach(**run.roles(), path=tmp_path, record=0)
+
+
+def test_a_generator_updated_while_the_fake_score_never_is(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2):
+        for _ in range(32):
+            run.generator_step()
+        with pytest.raises(TrainingError, match="33 generator steps and none of the fake score"):
+            run.generator_step()
+
+
+def test_a_closure_cannot_be_muted_and_says_so(tmp_path):
+    run = Run()
+
+    def closure():
+        loss = run.generator_loss()
+        loss.backward()
+        return loss
+
+    with (
+        disback.attach(**run.roles(), path=tmp_path, record=4, every=2),
+        pytest.raises(TrainingError, match="closure"),
+    ):
+        run.optimizer_g.step(closure)
+
+
+def test_a_fake_score_that_its_optimizer_does_not_move_is_noticed(tmp_path):
+    run = Run()
+    run.optimizer_f = torch.optim.SGD(run.fake_score.inner[0].parameters(), lr=0.0)
+    run.fake_score.eval()  # or the running statistics would move
+    with (
+        disback.attach(**run.roles(), path=tmp_path, record=4, every=2),
+        pytest.raises(TrainingError, match="did not move"),
+    ):
+        run.steps(4)
+
+
+def test_the_handle_says_where_it_is(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(4)) as handle:
+        assert "recording" in repr(handle)
+        run.steps(3)
+        assert "position 1.35 (N = 2" in repr(handle)
+        assert "Ramp(updates=4" in repr(handle)

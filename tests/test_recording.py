@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from worlds import Run, Score, clone, difference
+
+import disback_plugin as disback
+from disback_plugin.errors import MismatchError, OptionError, PathError, TrainingError
+from disback_plugin.weights import ScoreNetwork
+
+
+def denoising_loss(net, x_0):
+    sigma = torch.rand(len(x_0), 1) + 0.1
+    eps = torch.randn_like(x_0)
+    output = net(x_0 + sigma * eps, sigma)
+    return disback.losses.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=disback.Prediction.EPS)
+
+
+def record_in_loop(run, folder, **options):
+    return disback.record(run.teacher, run.fake_score, run.fake_step, path=folder, iterations=6, every=2, **options)
+
+
+def test_the_nodes_are_the_fake_score_at_its_iterations(tmp_path):
+    run, twin = Run(), Run()
+    path = record_in_loop(run, tmp_path / "path")
+    assert [node.iteration for node in path.nodes] == [2, 4, 6]
+    assert difference(path[0], ScoreNetwork(run.teacher).state_dict()) == []
+    for node in (1, 2, 3):
+        twin.fake_step()
+        twin.fake_step()
+        assert difference(path[node], ScoreNetwork(twin.fake_score).state_dict()) == [], node
+    assert difference(path[-1], ScoreNetwork(run.fake_score).state_dict()) == []
+    assert path.complete
+
+
+def test_recording_moves_neither_teacher_nor_generator(tmp_path):
+    run = Run()
+    before = clone([run.teacher.state_dict(), run.generator.state_dict()])
+    record_in_loop(run, tmp_path / "path")
+    assert (
+        difference([dict(run.teacher.state_dict()), dict(run.generator.state_dict())], [dict(b) for b in before]) == []
+    )
+
+
+def test_a_fake_score_that_is_not_the_teacher_is_set_to_it_first(tmp_path):
+    run = Run()
+    run.fake_score.load_state_dict(Score().state_dict())
+    path, plain = record_in_loop(run, tmp_path / "a"), record_in_loop(Run(), tmp_path / "b")
+    assert [node.sha256 for node in path.nodes] == [node.sha256 for node in plain.nodes]
+
+
+def test_the_last_node_is_the_end_of_the_recording_even_off_the_grid(tmp_path):
+    run = Run()
+    path = disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=5, every=2)
+    assert [node.iteration for node in path.nodes] == [2, 4, 5]
+
+
+def test_a_finished_path_is_reused_without_a_step(tmp_path):
+    first = record_in_loop(Run(), tmp_path)
+    run = Run()
+
+    def fail():
+        raise AssertionError("recorded again")
+
+    again = disback.record(run.teacher, run.fake_score, fail, path=tmp_path, iterations=100, every=7)
+    assert again.manifest == first.manifest
+    assert difference(first[-1], ScoreNetwork(run.fake_score).state_dict()) == []
+
+
+def test_an_interrupted_recording_resumes_at_its_last_node(tmp_path):
+    run = Run()
+    calls = []
+
+    def fake_step():
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(None)
+        run.fake_step()
+
+    with pytest.raises(KeyboardInterrupt):
+        disback.record(run.teacher, run.fake_score, fake_step, path=tmp_path, iterations=6, every=2)
+    assert [n.iteration for n in disback.DegradationPath(tmp_path).nodes] == [2, 4]
+    rest = Run()
+    steps = []
+    path = disback.record(
+        rest.teacher,
+        rest.fake_score,
+        lambda: (steps.append(None), rest.fake_step()),
+        path=tmp_path,
+        iterations=6,
+        every=2,
+    )
+    assert len(steps) == 2
+    assert [n.iteration for n in path.nodes] == [2, 4, 6]
+
+
+def test_an_unfinished_recording_of_another_plan_is_refused(tmp_path):
+    run = Run()
+    with pytest.raises(ZeroDivisionError):
+        disback.record(run.teacher, run.fake_score, lambda: 1 / 0, path=tmp_path, iterations=6, every=2)
+    with pytest.raises(PathError, match="unfinished recording of Recording"):
+        disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=8, every=2)
+
+
+def test_a_path_of_another_teacher_is_refused(tmp_path):
+    record_in_loop(Run(seed=0), tmp_path)
+    run = Run(seed=1)
+    before = clone(dict(run.fake_score.state_dict()))
+    with pytest.raises(PathError, match="another teacher"):
+        record_in_loop(run, tmp_path)
+    assert difference(dict(run.fake_score.state_dict()), before) == []
+
+
+def test_standalone_trains_a_copy_and_leaves_everything_else_alone(tmp_path):
+    run = Run()
+    before, stream = clone(dict(run.teacher.state_dict())), torch.get_rng_state()
+    path = disback.record(
+        run.teacher,
+        sample=lambda: run.generator(torch.randn(16, 2)).detach(),
+        loss=denoising_loss,
+        path=tmp_path,
+        iterations=40,
+        every=20,
+        learning_rate=1e-2,
+    )
+    assert len(path) == 3
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert difference(dict(run.teacher.state_dict()), before) == []
+    assert not any(p.requires_grad for p in run.teacher.parameters())
+    # The last node fits the student's samples better than the teacher does.
+    net = Score().eval()
+    x_0 = run.generator(run.randn(4096, 2)).detach()
+    fits = []
+    for index in (0, -1):
+        ScoreNetwork(net).load_state_dict(path[index])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fits.append(denoising_loss(net, x_0).item())
+    assert fits[1] < 0.9 * fits[0]
+
+
+def test_standalone_recording_depends_on_its_seed_only(tmp_path):
+    def record(folder, seed):
+        run = Run()
+        path = disback.record(
+            run.teacher,
+            sample=lambda: torch.randn(8, 2),
+            loss=denoising_loss,
+            path=folder,
+            iterations=2,
+            every=2,
+            seed=seed,
+        )
+        return path.nodes[-1].sha256
+
+    first = record(tmp_path / "a", 0)
+    torch.rand(3)
+    assert record(tmp_path / "b", 0) == first
+    assert record(tmp_path / "c", 1) != first
+
+
+def test_a_fake_step_that_trains_something_else_is_noticed_at_once(tmp_path):
+    run, other = Run(), Run()
+    with pytest.raises(TrainingError, match="did not write to the fake score"):
+        disback.record(run.teacher, run.fake_score, other.fake_step, path=tmp_path, iterations=4, every=2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"sample": lambda: None}, {"fake_score": Score()}, {"fake_score": Score(), "loss": denoising_loss}],
+)
+def test_half_of_a_pair_is_refused_before_anything_is_written(tmp_path, arguments):
+    with pytest.raises(OptionError, match="expected fake_score and fake_step, or sample and loss"):
+        disback.record(Score(), **arguments, path=tmp_path / "path")
+    assert not (tmp_path / "path").exists()
+
+
+def test_a_fake_score_of_another_architecture_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(MismatchError, match=r"inner\.0\.weight"):
+        disback.record(Score(), Score(width=5), lambda: None, path=tmp_path / "path")
+    assert not (tmp_path / "path").exists()
+
+
+@pytest.mark.parametrize(("iterations", "every"), [(0, 1), (5, 0), (5, 6), (-1, 1)])
+def test_counts_out_of_their_domain_are_refused(tmp_path, iterations, every):
+    run = Run()
+    with pytest.raises(OptionError, match="1 <= every <= record"):
+        disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=iterations, every=every)
+
+
+def test_a_path_recorded_on_another_student_is_reused_with_a_warning(tmp_path, caplog):
+    with disback.attach(**Run(seed=0).roles(), path=tmp_path, record=1, every=1) as handle:
+        assert handle.phase == "recording"
+    run = Run(seed=0)
+    with disback.attach(**run.roles(), path=tmp_path, record=1, every=1):
+        run.steps(2)
+    with torch.no_grad():
+        run.generator[0].bias += 1
+    fresh = Run(seed=0)
+    with torch.no_grad():
+        fresh.generator[0].bias += 1
+    with caplog.at_level(logging.WARNING), disback.attach(**fresh.roles(), path=tmp_path, record=1, every=1):
+        assert "another initial generator" in caplog.text

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import Run, Score, clone, difference
+
+import disback_plugin as disback
+from disback_plugin.errors import OptionError, PathError, StateError
+from disback_plugin.schedules import Fixed, Ramp, WarmStart
+from disback_plugin.weights import ScoreNetwork
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A path of nodes 0 to 4."""
+    run = Run()
+    return disback.record(
+        run.teacher, run.fake_score, run.fake_step, path=tmp_path_factory.mktemp("recorded"), iterations=8, every=2
+    )
+
+
+def holding(path):
+    """A run whose teacher is node 0 of the path."""
+    run = Run()
+    assert difference(path[0], ScoreNetwork(run.teacher).state_dict()) == []
+    return run
+
+
+def state(net):
+    return clone(ScoreNetwork(net).state_dict())
+
+
+def test_the_nodes_come_in_order_and_every_key_is_copied(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Fixed(1, 2, 1))
+    scheduler.start()
+    assert difference(state(run.fake_score), recorded[-1]) == []
+    seen = []
+    for _ in range(6):
+        assert difference(state(run.teacher), recorded[int(scheduler.position)]) == []
+        seen.append(scheduler.position)
+        scheduler.step()
+    assert seen == [3, 2, 2, 1, 0, 0]
+    assert scheduler.done
+
+
+@given(
+    schedule=st.one_of(
+        st.lists(st.integers(1, 4), min_size=1, max_size=3).map(lambda b: Fixed(*b)),
+        st.builds(Ramp, st.integers(1, 12), start=st.floats(0.05, 1)),
+        st.just(WarmStart()),
+    ),
+    extra=st.integers(0, 2),
+)
+def test_the_last_position_is_the_teacher_bit_for_bit(recorded, schedule, extra):
+    run = holding(recorded)
+    before = state(run.teacher)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=schedule)
+    scheduler.start()
+    for _ in range(schedule.horizon(4) + extra):
+        scheduler.step()
+    assert scheduler.position == 0.0
+    assert scheduler.done
+    assert difference(state(run.teacher), before) == []
+
+
+def test_between_two_nodes_stands_their_mixture(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(4, start=0.9))
+    scheduler.start()  # 3.6
+    a, b = recorded[3]["left.weight"], recorded[4]["left.weight"]
+    torch.testing.assert_close(run.teacher.left.weight, 0.4 * a + 0.6 * b)
+    assert run.teacher.right.weight is run.teacher.left.weight
+
+
+def test_at_most_two_nodes_are_kept(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(20))
+    scheduler.start()
+    for _ in range(20):
+        assert len(scheduler._nodes) <= 2
+        scheduler.step()
+    assert not scheduler._nodes
+
+
+def test_a_wrapped_loss_keeps_its_signature_and_sees_the_right_node(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Fixed(1))
+
+    def loss(x, *, scale=2.0):
+        """How bad it is."""
+        return run.teacher.left.weight.sum() * scale
+
+    wrapped = scheduler.wrap(loss)
+    assert inspect.signature(wrapped) == inspect.signature(loss)
+    assert wrapped.__wrapped__ is loss
+    assert wrapped.__doc__ == loss.__doc__
+    with pytest.raises(StateError, match=r"scheduler\.start\(\)"):
+        wrapped(None)
+    scheduler.start()
+    for node in (3, 2, 1, 0, 0):
+        assert wrapped(None, scale=1.0).item() == recorded[node]["left.weight"].sum().item()
+        scheduler.step()
+
+
+def test_the_original_teacher_is_there_inside_and_the_node_after(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(10))
+    scheduler.start()
+    scheduler.step()
+    active = state(run.teacher)
+
+    def evaluate():
+        assert difference(state(run.teacher), recorded[0]) == []
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), scheduler.original_teacher():
+        evaluate()
+    assert difference(state(run.teacher), active) == []
+
+
+def test_a_teacher_written_by_somebody_else_is_noticed(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Fixed(2))
+    loss = scheduler.wrap(lambda: None)
+    scheduler.start()
+    loss()
+    run.teacher.load_state_dict(Score().state_dict())
+    with pytest.raises(StateError, match="somebody else has written"):
+        loss()
+    with pytest.raises(StateError, match="somebody else has written"):
+        scheduler.step()
+
+
+def test_a_write_of_equal_values_is_no_offence(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Fixed(2))
+    scheduler.start()
+    run.teacher.load_state_dict(state(run.teacher))  # as a DDP broadcast does
+    scheduler.step()
+    assert scheduler.position == 3
+
+
+def test_the_state_is_plain_scalars_and_restores_the_node(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Ramp(7))
+    scheduler.start()
+    for _ in range(3):
+        scheduler.step()
+    saved, active = scheduler.state_dict(), state(run.teacher)
+    assert all(isinstance(value, (str, int, bool)) for value in saved.values())
+
+    other = holding(recorded)
+    fake_before = state(other.fake_score)
+    resumed = disback.TrajectoryScheduler(recorded, other.teacher, other.fake_score, schedule=Ramp(7))
+    other.teacher.load_state_dict(Score().state_dict())  # a trainer's checkpoint may hold anything
+    resumed.load_state_dict(saved)
+    assert resumed.state_dict() == saved
+    assert difference(state(other.teacher), active) == []
+    assert difference(state(other.fake_score), fake_before) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "0" * 64}, "another path"),
+        ({"schedule": "Fixed(1)"}, "another schedule"),
+        ({"generator_updates": "3"}, "expected a int"),
+        ({"colour": 1}, "keys"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_and_changes_nothing(recorded, change, message):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(7))
+    scheduler.start()
+    before, weights = scheduler.state_dict(), state(run.teacher)
+    with pytest.raises(StateError, match=message):
+        scheduler.load_state_dict(before | change)
+    assert scheduler.state_dict() == before
+    assert difference(state(run.teacher), weights) == []
+
+
+def test_an_unfinished_path_is_refused(tmp_path):
+    run = Run()
+    with pytest.raises(ZeroDivisionError):
+        disback.record(run.teacher, run.fake_score, lambda: 1 / 0, path=tmp_path, iterations=2, every=1)
+    with pytest.raises(PathError, match="unfinished"):
+        disback.TrajectoryScheduler(disback.DegradationPath(tmp_path), run.teacher)
+
+
+def test_another_teacher_is_refused_and_not_written(recorded):
+    run = Run(seed=3)
+    before = state(run.teacher)
+    with pytest.raises(PathError, match="another teacher"):
+        disback.TrajectoryScheduler(recorded, run.teacher)
+    assert difference(state(run.teacher), before) == []
+
+
+def test_a_schedule_that_does_not_fit_is_refused_at_once(recorded):
+    with pytest.raises(OptionError, match="at most 3 budgets"):
+        disback.TrajectoryScheduler(recorded, holding(recorded).teacher, schedule=Fixed(1, 1, 1, 1))
+
+
+def test_a_step_before_the_start_is_refused(recorded):
+    with pytest.raises(StateError, match="has not started"):
+        disback.TrajectoryScheduler(recorded, holding(recorded).teacher).step()
+
+
+def test_a_bf16_teacher_walks_an_fp32_path_and_comes_back_exactly(tmp_path):
+    run = Run(dtype=torch.bfloat16)
+    before = state(run.teacher)
+    path = disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=4, every=2)
+    assert path[1]["left.weight"].dtype == torch.float32
+    scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score, schedule=Fixed(1))
+    scheduler.start()
+    assert run.teacher.left.weight.dtype == torch.bfloat16
+    assert torch.equal(run.teacher.left.weight, path[1]["left.weight"].bfloat16())
+    scheduler.step()
+    assert difference(state(run.teacher), before) == []
+
+
+def test_without_a_path_nothing_is_ever_written():
+    run = Run()
+    version = run.teacher.left.weight._version
+    scheduler = disback.TrajectoryScheduler(None, run.teacher, run.fake_score, schedule=Ramp(3))
+    scheduler.start()
+    scheduler.step()
+    with scheduler.original_teacher():
+        pass
+    scheduler.restore()
+    assert (scheduler.position, scheduler.gradient_factor, scheduler.done) == (0.0, 1.0, True)
+    assert run.teacher.left.weight._version == version
