@@ -1,0 +1,98 @@
+"""The command line: `disback demo`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import disback_plugin
+from disback_plugin.errors import DisbackError, OptionError, RoleError
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="disback",
+        description="DisBack (Distribution Backtracking Distillation, arXiv 2408.15991) for existing trainers.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"disback-plugin {disback_plugin.__version__}")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(title="commands", dest="command", required=True)
+    _add_demo(commands)
+    return top
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        allow_abbrev=False,
+        help="distil one-step generators of digits, with and without DisBack",
+        description="Distil one-step generators of scikit-learn's digits from a teacher that comes with this package: "
+        "Diff-Instruct, two controls and DisBack, from the same seeds. Takes a few minutes on two CPU cores.",
+        epilog="example: disback demo --seeds 3 --network conv --student teacher --out results",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side")
+    demo.add_argument(
+        "--student", choices=("scratch", "teacher"), default="scratch", help="the student's first weights"
+    )
+    demo.add_argument("--network", choices=("mlp", "conv"), default="mlp", help="of teacher, fake score and student")
+    demo.add_argument(
+        "--schedule", help="of DisBack: warm, ramp[:K], plain-ramp[:K] or fixed:b,c,...; else the regime's"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("disback-demo"), help="folder for pictures, path and result.json"
+    )
+    demo.add_argument("--json", action="store_true", help="print the result as one JSON object instead of a table")
+    demo.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    import torch
+
+    from disback_plugin.demo.main import CAVEAT, demo
+    from disback_plugin.demo.pictures import table
+
+    # The seeds' matrices are small: a second thread gains little, and waits for ages if another process has its core.
+    torch.set_num_threads(1)
+    result = demo(
+        seeds=options.seeds,
+        student=options.student,
+        network=options.network,
+        schedule=options.schedule,
+        out=options.out,
+    )
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"\n{result['network']}, student from {result['student']}, {result['seeds']} seeds, {result['schedule']}; ")
+    print("distances to the digits, medians; ratio: Diff-Instruct over DisBack, median [min, max] over seeds\n")
+    print(table(result))
+    print(f"\n{CAVEAT}")
+    print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except DisbackError as error:
+        if options.debug:
+            raise
+        print(f"disback: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (OptionError, RoleError)) else 1
+    except KeyboardInterrupt:
+        print("disback: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from disback_plugin import cli
+from disback_plugin.demo import study
+from disback_plugin.schedules import Ramp
+
+
+def disback(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "disback_plugin.cli", *arguments], capture_output=True, text=True, check=False, **options
+    )
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The default regime, cut to a few updates."""
+    regime = study.plan("mlp", "scratch")
+    settings = study.replace(regime.settings, updates=6)
+    cut = study.replace(regime, settings=settings, record=4, every=2, evaluate_every=2, samples=100, schedule=Ramp(3))
+    monkeypatch.setattr(study, "_PLANS", {("mlp", "scratch"): cut})
+
+
+def test_the_demo_writes_what_it_says_and_prints_one_json_object(short, tmp_path, capsys):
+    assert cli.main(["demo", "--seeds", "2", "--json", "--out", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "convergence.png", "path", "result.json", "samples.png",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert result["seeds"] == 2
+    assert list(result["runs"]) == ["diff-instruct", "warm", "grad-ramp", "disback"]
+    names = [f"{threshold:g}" for threshold in result["thresholds"]]
+    for ratio in (result["ratio_updates"], result["ratio_compute"]):
+        assert list(ratio) == names
+        assert all(value.keys() == {"median", "min", "max"} for value in ratio.values())
+    for final in (result["final"], result["final_raw"]):
+        assert final.keys() == result["runs"].keys()
+    assert result["runs"]["disback"]["recording_iterations"] == 4
+    assert result["runs"]["grad-ramp"]["recording_iterations"] == 0
+    assert result["seconds"] > 0
+
+
+def test_the_demo_prints_a_table_and_its_caveat_and_can_be_run_again(short, tmp_path, capsys):
+    for _ in range(2):
+        assert cli.main(["demo", "--seeds", "1", "--out", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert "diff-instruct" in printed
+        assert "other regimes gain less or nothing" in printed
+
+
+def test_a_seed_does_not_depend_on_the_company_it_keeps(short, tmp_path, capsys):
+    curves = []
+    for seeds in ("1", "3"):
+        cli.main(["demo", "--seeds", seeds, "--json", "--out", str(tmp_path / seeds)])
+        runs = json.loads(capsys.readouterr().out)["runs"]
+        curves.append([[values[0] for values in run["curve"]["raw"]] for run in runs.values()])
+    for alone, together in zip(*curves, strict=True):
+        assert alone == pytest.approx(together, rel=1e-2)
+
+
+def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(short, tmp_path):
+    regime = study.plan("mlp", "scratch")
+    runs = study.Study(regime, [7], tmp_path).run_all()
+    assert len({run.raw[0][0] for run in runs.values()}) == 1
+    trainer = study.Trainer(regime.settings, [7])
+    for _ in range(regime.settings.updates):
+        trainer.step()
+    plain = study.Study(regime, [7], tmp_path)
+    assert plain._distances(trainer.generator) == runs["diff-instruct"].raw[-1]
+    assert runs["disback"].raw[-1] != runs["warm"].raw[-1] != runs["diff-instruct"].raw[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["demo", "--seeds", "x"], ["demo", "--network", "unet"], ["demo", "--seed", "3"]],
+)
+def test_wrong_use_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: disback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "found --seeds 0; expected a number >= 1"),
+        (["--schedule", "cosine"], "found schedule 'cosine'"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"disback: {message}")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_way_is_exit_code_1_and_left_alone(short, tmp_path, capsys):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "notes.txt").write_text("mine")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert "notes.txt" in capsys.readouterr().err
+    assert (tmp_path / "path" / "notes.txt").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    out = disback("--debug", "demo", "--seeds", "0", "--out", str(tmp_path / "out"))
+    assert "Traceback" in out.stderr
+    assert out.returncode == 1
+
+
+def test_the_command_is_installed_and_knows_its_version():
+    from importlib.metadata import entry_points, version
+
+    (script,) = entry_points(group="console_scripts", name="disback")
+    assert script.load() is cli.main
+    assert disback("--version").stdout.strip() == f"disback-plugin {version('disback-plugin')}"
