@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from disback_plugin import losses, metrics, noise, schedules
     from disback_plugin.attachment import Handle, attach
     from disback_plugin.errors import DisbackError
+    from disback_plugin.hooks import Adapter, hookimpl
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from disback_plugin.weights import ScoreNetwork
 
 __all__ = [
+    "Adapter",
     "DegradationPath",
     "DisbackError",
     "Handle",
@@ -30,6 +32,7 @@ __all__ = [
     "ScoreNetwork",
     "TrajectoryScheduler",
     "attach",
+    "hookimpl",
     "losses",
     "metrics",
     "noise",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Adapter": "hooks",
     "DegradationPath": "trajectory",
     "DisbackError": "errors",
     "Handle": "attachment",
@@ -45,6 +49,7 @@ _HOME = {
     "ScoreNetwork": "weights",
     "TrajectoryScheduler": "scheduler",
     "attach": "attachment",
+    "hookimpl": "hooks",
     "record": "recording",
 }
 

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from disback_plugin import optimizers
 from disback_plugin.errors import OptionError, StateError, TrainingError
+from disback_plugin.hooks import Adapter, find_adapter
 from disback_plugin.manifest import Recording
 from disback_plugin.recording import Network, Recorder, open_or_create
 from disback_plugin.roles import check_roles
@@ -41,11 +42,13 @@ _PATIENCE = 32
 
 
 def attach(
+    trainer: object = None,
     *,
-    teacher: Network,
-    fake_score: Network,
-    generator_optimizer: Optimizers,
-    fake_score_optimizer: Optimizers,
+    adapter: str | None = None,
+    teacher: Network | None = None,
+    fake_score: Network | None = None,
+    generator_optimizer: Optimizers | None = None,
+    fake_score_optimizer: Optimizers | None = None,
     path: str | os.PathLike[str] | None = None,
     record: int = 200,
     every: int = 50,
@@ -60,6 +63,8 @@ def attach(
     Attach when the trainer is built, and before its checkpoint is loaded; then give `load_state_dict` the saved state.
 
     Args:
+        trainer: A live trainer that an installed adapter understands; else pass the four roles.
+        adapter: Name of the adapter to ask, an entry point of the group `disback.adapters`; None asks all.
         teacher: The teacher s_theta ("real score"): a module, plain, compiled or wrapped in DDP, or a `ScoreNetwork`.
         fake_score: s_phi, of the teacher's architecture. It is set to the teacher (new path), the last node so far
             (unfinished) or s'_N (finished path).
@@ -115,11 +120,18 @@ def attach(
         done 0.0
         done 0.0
     """
+    given = {
+        "teacher": teacher,
+        "fake_score": fake_score,
+        "generator_optimizer": generator_optimizer,
+        "fake_score_optimizer": fake_score_optimizer,
+    }
+    roles = _roles(trainer, adapter, given)
     handle = Handle(
-        teacher=ScoreNetwork.of(teacher, role="teacher"),
-        fake_score=ScoreNetwork.of(fake_score, role="fake score"),
-        generator_optimizers=optimizers.unwrap(generator_optimizer, role="generator_optimizer"),
-        fake_score_optimizers=optimizers.unwrap(fake_score_optimizer, role="fake_score_optimizer"),
+        teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
+        fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
+        generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
+        fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
         schedule=parse(schedule) if isinstance(schedule, str) else schedule,
     )
     if record == 0:
@@ -127,6 +139,19 @@ def attach(
     else:
         handle._begin(path, Recording(record, every))
     return handle
+
+
+def _roles(trainer: object, adapter: str | None, given: dict[str, Any]) -> Adapter:
+    named = [name for name, value in given.items() if value is not None]
+    if trainer is None and adapter is None and len(named) == len(given):
+        return Adapter(**given)
+    if trainer is not None and not named:
+        return find_adapter(trainer, adapter)
+    raise OptionError(
+        f"attach({', '.join(['trainer'] * (trainer is not None) + ['adapter'] * (adapter is not None) + named)})",
+        expected=f"a trainer and perhaps its adapter's name, or {', '.join(given)}",
+        cure="pass one or the other, completely",
+    )
 
 
 class Handle:

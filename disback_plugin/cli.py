@@ -71,8 +71,9 @@ def _demo(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"\n{result['network']}, student from {result['student']}, {result['seeds']} seeds, {result['schedule']}; ")
-    print("distances to the digits, medians; ratio: Diff-Instruct over DisBack, median [min, max] over seeds\n")
+    regime = f"{result['network']} network, student from {result['student']}, {result['seeds']} seeds"
+    print(f"\n{regime}; DisBack: {result['record']} recording iterations, {result['schedule']}")
+    print("distances of the averaged generators to the digits, medians over the seeds\n")
     print(table(result))
     print(f"\n{CAVEAT}")
     print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")

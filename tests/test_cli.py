@@ -51,7 +51,7 @@ def test_the_demo_prints_a_table_and_its_caveat_and_can_be_run_again(short, tmp_
         assert cli.main(["demo", "--seeds", "1", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "diff-instruct" in printed
-        assert "other regimes gain less or nothing" in printed
+        assert "other regimes gain less or lose" in printed
 
 
 def test_a_seed_does_not_depend_on_the_company_it_keeps(short, tmp_path, capsys):

@@ -20,8 +20,8 @@ from disback_plugin.schedules import parse
 __all__ = ["CAVEAT", "demo"]
 
 CAVEAT = (
-    "A tuned learning rate for the baseline is used here already; a tuned schedule of it narrows the gap further, and "
-    "other regimes gain less or nothing: try --student teacher."
+    "Compare with the controls before crediting the path: Diff-Instruct has its best learning rate here, but a better "
+    "tuned baseline narrows the gap, and other regimes gain less or lose (--student teacher, --network conv)."
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ def convergence(runs: dict[str, Run], thresholds: tuple[float, ...], file: Path)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, run in runs.items():
-        # Not below the recording: an update of a run that recorded came after it.
         axes.plot(run.updates, [median(v) for v in run.ema], color=COLOURS[name], label=name, linewidth=2)
         axes.fill_between(
             run.updates, [min(v) for v in run.ema], [max(v) for v in run.ema], color=COLOURS[name], alpha=0.12
@@ -37,18 +37,20 @@ def convergence(runs: dict[str, Run], thresholds: tuple[float, ...], file: Path)
     figure.savefig(file, dpi=150)
 
 
-def samples(images: dict[str, Tensor], file: Path) -> None:
-    """Draw 8 x 8 samples of each source side by side.
+def samples(images: dict[str, Tensor], file: Path, *, rows: int = 6) -> None:
+    """Draw samples of each source side by side.
 
     Args:
-        images: Title and images in [-1, 1], shape (n, 64), n >= 64.
+        images: Title and images in [-1, 1], shape (n, 64), n >= rows^2.
         file: Where to.
+        rows: Images in a row and a column.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(images), 3.3), layout="constrained")
     for axes, (title, batch) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
-        grid = batch[:64].reshape(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64)
+        framed = F.pad(batch[: rows**2].reshape(rows, rows, 8, 8), (1, 1, 1, 1), value=-1.0)
+        grid = framed.permute(0, 2, 1, 3).reshape(rows * 10, rows * 10)
         axes.imshow(grid.clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
@@ -56,25 +58,20 @@ def samples(images: dict[str, Tensor], file: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as a text table: for each run updates and compute to each threshold and the final distances."""
+    """Return the result as text: each run's updates and compute to each threshold and its final distances; ratios."""
     names = [f"{threshold:g}" for threshold in result["thresholds"]]
-    header = ["", *(f"updates to {n}" for n in names), *(f"compute to {n}" for n in names), "final", "final raw"]
-    rows = [header]
+    to = " / ".join(names)
+    rows = [["", f"updates to {to}", f"compute to {to}", "final", "raw weights"]]
     for name, run in result["runs"].items():
-        rows.append(
-            [
-                name,
-                *(_number(run["updates"][n]) for n in names),
-                *(_number(run["compute"][n]) for n in names),
-                f"{result['final'][name]:.2f}",
-                f"{result['final_raw'][name]:.2f}",
-            ]
-        )
-    ratios = ["ratio", *(_ratio(result["ratio_updates"][n]) for n in names)]
-    rows.append([*ratios, *(_ratio(result["ratio_compute"][n]) for n in names), "", ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines[1:1] = ["-" * len(lines[0])]
+        reached = [" / ".join(_number(run[kind][n]) for n in names) for kind in ("updates", "compute")]
+        rows.append([name, *reached, f"{result['final'][name]:.2f}", f"{result['final_raw'][name]:.2f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += ["", "Diff-Instruct over DisBack, median [min, max] over the seeds:"]
+    lines += [
+        f"  to {n}:  updates {_ratio(result['ratio_updates'][n])}   compute {_ratio(result['ratio_compute'][n])}"
+        for n in names
+    ]
     return "\n".join(lines)
 
 

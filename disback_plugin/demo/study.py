@@ -272,7 +272,7 @@ def _finite(value: float) -> float | None:
 _PLANS = {
     (settings.network, settings.student): Plan(settings, record=25, every=25, schedule=Ramp(50), thresholds=thresholds)
     for settings, thresholds in (
-        (Settings("mlp", "scratch", rate=1e-3, updates=400, sigma_init=80.0), (6.0, 5.0, 4.0)),
+        (Settings("mlp", "scratch", rate=1e-3, updates=800, sigma_init=80.0), (5.0, 4.0, 3.0, 2.0)),
         (Settings("mlp", "teacher", rate=5e-4, updates=300, sigma_init=2.5), (4.0, 3.0, 2.0)),
         (Settings("conv", "scratch", rate=2e-3, updates=300, sigma_init=80.0, batch=32), (6.0, 5.0)),
         (Settings("conv", "teacher", rate=1e-3, updates=300, sigma_init=2.5, batch=32), (4.0, 2.0, 1.0)),

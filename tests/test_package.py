@@ -1,0 +1,109 @@
+"""What a user installs, and what the pages say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEACHERS = ROOT / "disback_plugin" / "demo" / "teachers"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The names inside a wheel built from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns(".git", "*.egg-info", "build", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder / "source", ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source"]
+    subprocess.run(command, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
+    tops = {name.partition("/")[0] for name in wheel.namelist()}
+    info = next(top for top in tops if top.endswith(".dist-info"))
+    assert tops == {"disback_plugin", "disback_adapters", info}
+
+
+def test_the_wheel_holds_every_source_file_and_the_teachers(wheel):
+    for package, folder in (("disback_plugin", "disback_plugin"), ("disback_adapters", "adapters")):
+        wanted = {
+            f"{package}/{file.relative_to(ROOT / folder)}"
+            for file in (ROOT / folder).rglob("*")
+            if file.suffix in {".py", ".safetensors"} or file.name == "py.typed"
+        }
+        found = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
+        assert found == wanted
+
+
+def test_the_teachers_are_at_most_2_megabytes():
+    assert 0 < sum(file.stat().st_size for file in TEACHERS.iterdir()) <= 2_000_000
+
+
+def test_the_metadata_names_the_licence_the_extras_and_the_script(wheel):
+    info = next(name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
+    metadata = wheel.read(f"{info}/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"all", "demo", "lora", "plots", "test"}
+    assert "disback = disback_plugin.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+
+
+def test_the_top_level_holds_what_was_agreed_and_nothing_else():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tops = {name.partition("/")[0] for name in tracked.splitlines()}
+    assert tops <= {
+        ".ci", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "adapters", "benchmarks",
+        "disback_plugin", "pyproject.toml", "tests",
+    }  # fmt: skip
+
+
+README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", README_BLOCKS, ids=range(len(README_BLOCKS)))
+def test_every_python_block_of_the_readme_runs(block, tmp_path, monkeypatch):
+    from worlds import Run, Score
+
+    monkeypatch.chdir(tmp_path)
+    run = Run()
+    names = {
+        "teacher": run.teacher,
+        "fake_score": run.fake_score,
+        "generator_optimizer": run.optimizer_g,
+        "fake_score_optimizer": run.optimizer_f,
+        "fake_step": run.fake_step,
+        "train": lambda: run.steps(210),
+        "compute_generator_loss": run.generator_loss,
+        "guidance_model": _root(run, Score),
+    }
+    exec(compile(block, "README.md", "exec"), names)
+
+
+def _root(run, score):
+    from torch import nn
+
+    root = nn.Module()
+    root.real_unet, root.fake_unet = run.teacher, run.fake_score
+    return root
+
+
+def test_the_readme_names_the_two_commands_that_are_tested():
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert "pip install -e '.[demo]' && disback demo" in readme
+    assert "pip install -e '.[test]' && pytest" in readme
+    assert "pip install -e '.[test]' && pytest" in script
+
+
+def test_nothing_in_the_project_is_loaded_by_pickle_or_loosely():
+    for file in (*(ROOT / "disback_plugin").rglob("*.py"), *(ROOT / "adapters").rglob("*.py")):
+        text = file.read_text()
+        for banned in ("torch.load(", "pickle", "strict=False)", "np.load(", "eval(compile"):
+            assert banned not in text.replace("are pickled by position", ""), f"{banned} in {file.name}"
