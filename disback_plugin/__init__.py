@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disback_plugin import losses, metrics, noise, schedules
+    from disback_plugin import kernels, losses, metrics, noise, schedules
     from disback_plugin.attachment import Handle, attach
     from disback_plugin.errors import DisbackError
     from disback_plugin.hooks import Adapter, hookimpl
@@ -33,6 +33,7 @@ __all__ = [
     "TrajectoryScheduler",
     "attach",
     "hookimpl",
+    "kernels",
     "losses",
     "metrics",
     "noise",

@@ -1,21 +1,51 @@
-r"""Generator losses and the denoising loss, in plain torch: the specification of what a fused kernel must compute.
+r"""Generator losses, the denoising loss and their companions, in plain torch: the specification of the fused kernels.
 
-Eq. 5 and 7 (denoising; trains s_phi, and records the degradation path) and Eq. 8 (score distillation; trains the
-generator), stated for x_t = alpha x_0 + sigma eps:
+With x_t = alpha x + sigma eps, outputs f (fake score) and r (teacher) of one kind of prediction, and t their common
+target (`scores.target`), every score difference is a multiple of f - r, and what denoising takes from x one of t - r:
 
-    denoising:      min_phi  E w | s_phi(x_t, t) - target |^2
-    Diff-Instruct:  dL/dx  = w alpha [ s_phi(x_t, t) - s_theta(x_t, t) ],   x = G(z)
+    D_phi - D_theta = c (f - r),     x - D_theta = c (t - r),     s_phi - s_theta = k (f - r)
+
+with c and k from `scores.coefficients`. So no loss here converts an output to x_0 or to a score; nothing large cancels,
+and float32 is exact to 1e-7 where the x_0 form needs float64.
+
+| loss            | dL/dx                                               | source                              |
+|-----------------|-----------------------------------------------------|-------------------------------------|
+| `diff_instruct` | w alpha (s_phi - s_theta) / B                       | arXiv 2305.18455; the paper's Eq. 8 |
+| `vsd`           | w (eps_theta - eps_phi) / B                         | arXiv 2305.16213, Eq. 9             |
+| `dmd`           | w (D_phi - D_theta) / mean|x - D_theta| / (B n)     | arXiv 2311.18828, Eq. 7 and 8       |
+| `sid`           | through both networks                               | arXiv 2404.04057, Eq. 23            |
+
+Gradients are computed in closed form and handed to autograd as they are, without a surrogate graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss, softplus
 
-from disback_plugin.errors import MismatchError
-from disback_plugin.scores import Prediction, coefficients, target
+from disback_plugin import formulas
+from disback_plugin.errors import MismatchError, OptionError
+from disback_plugin.scores import Prediction, coefficients, mixture
 
-__all__ = ["denoising", "diff_instruct", "edm_weight"]
+__all__ = [
+    "denoising",
+    "diff_instruct",
+    "dmd",
+    "dmd_regression",
+    "edm_weight",
+    "gan_discriminator",
+    "gan_generator",
+    "sid",
+    "snr_weight",
+    "vsd",
+]
+
+Number: TypeAlias = Tensor | float
+NonFinite: TypeAlias = Literal["mask", "zero"]
 
 
 def denoising(
@@ -23,10 +53,10 @@ def denoising(
     x_0: Tensor,
     eps: Tensor,
     *,
-    alpha: Tensor | float,
-    sigma: Tensor | float,
+    alpha: Number,
+    sigma: Number,
     prediction: Prediction,
-    weight: Tensor | float = 1.0,
+    weight: Number = 1.0,
 ) -> Tensor:
     """Denoising score matching, Eq. 5 and 7: mean over all elements of w |output - target|^2.
 
@@ -37,7 +67,8 @@ def denoising(
         alpha: Signal scale alpha_t > 0, broadcast against x_0.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x_0.
         prediction: The kind of `output`; the target is of the same kind.
-        weight: w(t) >= 0 on the squared error in units of `prediction`, broadcast against x_0; see `edm_weight`.
+        weight: w(t) >= 0 on the squared error in units of `prediction`, broadcast against x_0; see `edm_weight` and
+            `snr_weight`.
 
     Returns:
         The loss, shape (), in float32 or better. The reduction is the mean over all elements (DDPM, DMD2, FastGen);
@@ -52,9 +83,9 @@ def denoising(
         1.0
     """
     _same_shape(output=output, x_0=x_0, eps=eps)
-    wanted = target(prediction, x_0.detach(), eps, alpha=alpha, sigma=sigma)
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    return (weight * (output.to(dtype) - wanted.to(dtype)) ** 2).mean()
+    wanted = _target(prediction, x_0, eps, alpha, sigma)
+    gradient, values, _ = _run(formulas.denoising, _rows(output.detach()), wanted, _scale(weight, output))
+    return _with_gradients(_mean(values), (output, gradient))
 
 
 def diff_instruct(
@@ -64,19 +95,20 @@ def diff_instruct(
     *,
     x_t: Tensor | None = None,
     eps: Tensor | None = None,
-    alpha: Tensor | float,
-    sigma: Tensor | float,
+    alpha: Number,
+    sigma: Number,
     prediction: Prediction,
-    weight: Tensor | float = 1.0,
+    weight: Number = 1.0,
+    guidance: Number | None = None,
+    nonfinite: NonFinite = "mask",
+    skipped: Tensor | None = None,
 ) -> Tensor:
     r"""Diff-Instruct (arXiv 2305.18455), Eq. 8: dL/dx = w alpha (s_phi(x_t) - s_theta(x_t)) / B.
 
-    Both outputs are of one kind, so the part of the conversion to a score that holds x_t cancels in the difference:
-    s_phi - s_theta = c_o (fake - real), with c_o of `scores.coefficients`. Nothing is subtracted that is not there.
-
     Args:
         x: Generated samples x = G(z), shape (B, ...); they carry the generator's graph.
-        real: The teacher's output on x_t = alpha x + sigma eps, shape (B, ...); no gradient flows into it.
+        real: The teacher's output on x_t = alpha x + sigma eps, shape (B, ...); no gradient flows into it. With
+            `guidance`, its output on the doubled batch, shape (2 B, ...), the unconditional half first.
         fake: The fake score's output on the same x_t, shape (B, ...); no gradient flows into it.
         x_t: Not needed; accepted so that every generator loss is called alike.
         eps: Not needed; accepted so that every generator loss is called alike.
@@ -85,13 +117,17 @@ def diff_instruct(
         prediction: The kind of `real` and `fake`.
         weight: w(t) >= 0, broadcast against x. 1 is Eq. 8 itself; sigma^2 / alpha^2 is what the published Diff-Instruct
             code uses, the difference of the two x_0-predictions.
+        guidance: Scale s of classifier-free guidance: the teacher's output is u + s (c - u). None: no guidance.
+        nonfinite: "mask": a sample whose gradient is not finite gets none; "zero": `nan_to_num` element by element, as
+            the public trainers do (an Inf becomes 3e38).
+        skipped: A counter, shape (), to which the number of samples that were not finite is added, without a sync.
 
     Returns:
         A value of shape () in float32 or better whose gradient is the one above: the sum over a sample's elements, the
         mean over the B samples (the reduction of Diff-Instruct's authors). The value itself measures no progress.
 
     Raises:
-        MismatchError: If x, real and fake differ in shape.
+        MismatchError: If x, real and fake do not fit.
 
     Example:
         >>> x = torch.zeros(1, 2, requires_grad=True)
@@ -100,28 +136,368 @@ def diff_instruct(
         >>> x.grad.tolist()  # descent moves x along the teacher's score
         [[-1.0, 0.0]]
     """
-    _same_shape(x=x, real=real, fake=fake)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    alpha = torch.as_tensor(alpha, dtype=dtype, device=x.device)
-    sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
-    _, c_o = coefficients(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
-    score_difference = c_o * (fake.detach().to(dtype) - real.detach().to(dtype))
-    gradient = weight * alpha * score_difference
-    return (gradient * x.to(dtype)).sum() / max(len(x), 1)
+    alpha, sigma = _numbers(x, alpha, sigma)
+    _, k = coefficients(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
+    return _difference(x, real, fake, weight * alpha * k, guidance, nonfinite, skipped)
 
 
-def edm_weight(sigma: Tensor, *, sigma_data: float = 0.5) -> Tensor:
-    """The weight of EDM on the squared error of x_0: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Table 1).
+def vsd(
+    x: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    x_t: Tensor | None = None,
+    eps: Tensor | None = None,
+    alpha: Number,
+    sigma: Number,
+    prediction: Prediction,
+    weight: Number = 1.0,
+    guidance: Number | None = None,
+    nonfinite: NonFinite = "mask",
+    skipped: Tensor | None = None,
+) -> Tensor:
+    """Variational score distillation (ProlificDreamer, arXiv 2305.16213, Eq. 9): dL/dx = w (eps_theta - eps_phi) / B.
+
+    It is `diff_instruct` with the weight w sigma / alpha. Arguments, value and errors are those of `diff_instruct`;
+    the authors' weight is sigma^2.
+
+    Example:
+        >>> x = torch.zeros(1, 1, requires_grad=True)
+        >>> one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+        >>> vsd(x, one, zero, alpha=0.6, sigma=0.8, prediction=Prediction.EPS).backward()
+        >>> x.grad.item()
+        1.0
+    """
+    alpha, sigma = _numbers(x, alpha, sigma)
+    _, k = coefficients(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
+    return _difference(x, real, fake, -weight * k, guidance, nonfinite, skipped)
+
+
+def dmd(
+    x: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    x_t: Tensor | None = None,
+    eps: Tensor,
+    alpha: Number,
+    sigma: Number,
+    prediction: Prediction,
+    weight: Number = 1.0,
+    guidance: Number | None = None,
+    nonfinite: NonFinite = "mask",
+    skipped: Tensor | None = None,
+) -> Tensor:
+    """Distribution matching, DMD and DMD2 (arXiv 2311.18828, Eq. 7 and 8): dL/dx = w g / (B n).
+
+        g = (D_phi - D_theta) / mean|x - D_theta|,   the mean over the n elements of a sample
+
+    Valid as long as x is what was noised and no x_0-prediction is clipped on the way; else convert to X0 yourself, pass
+    prediction=X0 and the x that the normaliser shall use.
+
+    Args:
+        x: As in `diff_instruct`; so are the arguments not named here.
+        real: As in `diff_instruct`.
+        fake: As in `diff_instruct`.
+        x_t: Not needed; accepted so that every generator loss is called alike.
+        eps: The noise in x_t, shape (B, ...).
+        alpha: Signal scale alpha_t > 0, broadcast against x.
+        sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
+        prediction: The kind of `real` and `fake`.
+        weight: w(t) >= 0, broadcast against x; 1 in DMD2.
+        guidance: As in `diff_instruct`.
+        nonfinite: As in `diff_instruct`; "zero" is DMD2's own. A teacher that denoises x to itself divides by zero.
+        skipped: As in `diff_instruct`.
+
+    Returns:
+        mean(g^2) / 2 over all elements, shape (): the authors' 0.5 * mse(x, stopgrad(x - g)).
+
+    Raises:
+        MismatchError: If x, real, fake and eps do not fit.
+
+    Example:
+        >>> x, eps = torch.zeros(1, 2, requires_grad=True), torch.zeros(1, 2)
+        >>> real, fake = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 4.0]])
+        >>> dmd(x, real, fake, eps=eps, alpha=1.0, sigma=1.0, prediction=Prediction.X0).backward()
+        >>> x.grad.tolist()
+        [[-0.5, 0.5]]
+    """
+    _same_shape(x=x, eps=eps)
+    # Of c in D_phi - D_theta = c (f - r) only the sign is left by the normaliser: more eps, v or flow is less x_0.
+    sign = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0
+    gradient, values, finite = _run(
+        formulas.dmd,
+        *_teacher(x, real, fake, guidance),
+        _rows(fake.detach()),
+        _target(prediction, x, eps, alpha, sigma),
+        _scale(sign * weight, x),
+        *_numbers(x, 1.0 if guidance is None else guidance),
+        _is_mask(nonfinite),
+        x.dtype,
+    )
+    _count(skipped, finite)
+    return _with_gradients(_mean(values), (x, gradient))
+
+
+def sid(
+    x: Tensor,
+    real: Tensor,
+    fake: Tensor,
+    *,
+    x_t: Tensor | None = None,
+    eps: Tensor,
+    alpha: Number,
+    sigma: Number,
+    prediction: Prediction,
+    weight: Number = 1.0,
+    alpha_sid: float = 1.0,
+    nonfinite: NonFinite = "mask",
+    skipped: Tensor | None = None,
+) -> Tensor:
+    """Score identity distillation, SiD (arXiv 2404.04057, Eq. 23). Its gradient flows through both networks.
+
+        L = w sum((D_theta - D_phi) ((D_theta - x) - a (D_theta - D_phi))) / mean|x - D_theta|,   batch mean
+
+    Args:
+        x: Generated samples x = G(z), shape (B, ...). x_t has to be built from x with its graph: the two direct paths
+            from x, over x_t and over the bracket, cancel, and only their remainder is computed.
+        real: The teacher's output on x_t, shape (B, ...), with its graph.
+        fake: The fake score's output on x_t, shape (B, ...), with its graph.
+        x_t: Not needed; accepted so that every generator loss is called alike.
+        eps: The noise in x_t, shape (B, ...).
+        alpha: Signal scale alpha_t > 0, broadcast against x.
+        sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
+        prediction: The kind of `real` and `fake`.
+        weight: w(t) >= 0, broadcast against x.
+        alpha_sid: a of the paper; 1.0 to 1.2 in its experiments.
+        nonfinite: "mask": a sample that is not finite is left out (the authors'); "zero": `nan_to_num`.
+        skipped: As in `diff_instruct`.
+
+    Returns:
+        The loss, shape (): the sum over a sample's elements, the mean over the batch. The normaliser, at least 1e-5, is
+        a constant to the gradient. At a = 1 the value oscillates around zero.
+
+    Raises:
+        MismatchError: If x, real, fake and eps differ in shape.
+
+    Example:
+        >>> x = torch.zeros(1, 1, requires_grad=True)
+        >>> loss = sid(x, x + 2.0, x + 1.0, eps=x, alpha=1.0, sigma=1.0, prediction=Prediction.X0)
+        >>> loss.item()  # (2 - 1) ((2 - 0) - (2 - 1)) / 2
+        0.5
+    """
+    _same_shape(x=x, real=real, fake=fake, eps=eps)
+    alpha, sigma = _numbers(x, alpha, sigma)
+    _, c = coefficients(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
+    by_real, by_fake, by_target, values, finite = _run(
+        formulas.sid,
+        _rows(real.detach()),
+        _rows(fake.detach()),
+        _target(prediction, x, eps, alpha, sigma),
+        _scale(c, x),
+        _scale(weight, x),
+        *_numbers(x, alpha_sid),
+        _is_mask(nonfinite),
+    )
+    _count(skipped, finite)
+    a, _ = mixture(prediction, alpha, sigma)  # dt/dx
+    by_x = [] if prediction in (Prediction.EPS, Prediction.SCORE) else [(x, _scale(a, x) * by_target)]
+    return _with_gradients(_mean(values), (real, by_real), (fake, by_fake), *by_x)
+
+
+def gan_generator(fake_logits: Tensor) -> Tensor:
+    """DMD2's adversarial term of the generator (arXiv 2405.14867, Sec. 4.3): mean softplus(-d(fake)), shape ().
+
+    Args:
+        fake_logits: The discriminator's logits of generated samples, any shape, with the generator's graph.
+
+    Example:
+        >>> round(gan_generator(torch.zeros(2)).item(), 4)
+        0.6931
+    """
+    return softplus(-fake_logits).mean()
+
+
+def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """DMD2's adversarial term of the discriminator: mean softplus(d(fake)) + mean softplus(-d(real)), shape ().
+
+    Args:
+        real_logits: Logits of data, any shape.
+        fake_logits: Logits of generated samples, any shape, without the generator's graph.
+
+    Example:
+        >>> round(gan_discriminator(torch.zeros(2), torch.zeros(2)).item(), 4)
+        1.3863
+    """
+    return softplus(fake_logits).mean() + softplus(-real_logits).mean()
+
+
+def dmd_regression(
+    x: Tensor, teacher_sample: Tensor, *, distance: Callable[[Tensor, Tensor], Tensor] = mse_loss
+) -> Tensor:
+    """DMD's regression term (arXiv 2311.18828, Eq. 9): distance between G(z) and the teacher's ODE sample from that z.
+
+    Args:
+        x: G(z), shape (B, ...).
+        teacher_sample: The teacher's many-step sample from the same z, shape (B, ...); no gradient flows into it.
+        distance: LPIPS in DMD; from two batches to a tensor, whose mean is taken.
+
+    Raises:
+        MismatchError: If the shapes differ.
+
+    Example:
+        >>> dmd_regression(torch.zeros(2), torch.full((2,), 3.0)).item()
+        9.0
+    """
+    _same_shape(x=x, teacher_sample=teacher_sample)
+    return distance(x, teacher_sample.detach()).mean()
+
+
+def edm_weight(
+    sigma: Tensor, *, sigma_data: float = 0.5, alpha: Number = 1.0, prediction: Prediction = Prediction.X0
+) -> Tensor:
+    """The weight of EDM (Table 1): (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the squared error of x_0.
 
     Args:
         sigma: Noise scale sigma_t > 0 in data units, any shape.
         sigma_data: Standard deviation of the data, > 0.
+        alpha: Signal scale alpha_t > 0, for other predictions than X0.
+        prediction: The kind whose squared error is weighted; the loss is the same for each.
 
     Example:
         >>> edm_weight(torch.tensor(0.5), sigma_data=0.5).item()
         8.0
     """
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight * _x_0_units(sigma, alpha, prediction)
+
+
+def snr_weight(
+    sigma: Tensor, *, alpha: Number, clip: float = float("inf"), prediction: Prediction = Prediction.X0
+) -> Tensor:
+    """The signal-to-noise ratio alpha^2 / sigma^2 on the squared error of x_0, which is the weight 1 on that of eps.
+
+    Args:
+        sigma: Noise scale sigma_t > 0 in data units, any shape.
+        alpha: Signal scale alpha_t > 0.
+        clip: Largest ratio; 5 in min-SNR weighting (arXiv 2303.09556).
+        prediction: The kind whose squared error is weighted; the loss is the same for each.
+
+    Example:
+        >>> snr_weight(torch.tensor(0.5), alpha=1.0).item()
+        4.0
+        >>> snr_weight(torch.tensor(0.5), alpha=1.0, prediction=Prediction.EPS).item()
+        1.0
+    """
+    return (alpha / sigma).square().clamp(max=clip) * _x_0_units(sigma, alpha, prediction)
+
+
+def _difference(
+    x: Tensor, real: Tensor, fake: Tensor, k: Tensor, guidance: Number | None, nonfinite: str, skipped: Tensor | None
+) -> Tensor:
+    teacher = _teacher(x, real, fake, guidance)
+    gradient, values, finite = _run(
+        formulas.difference,
+        *teacher,
+        _rows(fake.detach()),
+        _rows(x.detach()),
+        _scale(k, x),
+        *_numbers(x, 1.0 if guidance is None else guidance),
+        _is_mask(nonfinite),
+    )
+    _count(skipped, finite)
+    return _with_gradients(_mean(values), (x, gradient))
+
+
+def _run(formula: formulas.Formula, *inputs: object) -> tuple[Tensor, ...]:
+    return formulas.RUN.get()(formula, *inputs)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(*pairs[1::2])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (upstream.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
+        return (None, *(entry for gradient in gradients for entry in (gradient, None)))
+
+
+def _with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the value as a function of the first of each pair, of which the second is its gradient."""
+    flat = [
+        tensor for source, gradient in pairs for tensor in (source, gradient.reshape(source.shape).to(source.dtype))
+    ]
+    result: Tensor = _WithGradients.apply(value, *flat)
+    return result
+
+
+def _teacher(x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None) -> tuple[Tensor, Tensor | None]:
+    """Return the teacher's conditional and, under guidance, unconditional output."""
+    if guidance is None:
+        _same_shape(x=x, real=real, fake=fake)
+        return _rows(real.detach()), None
+    if real.shape != (2 * len(x), *x.shape[1:]):
+        raise MismatchError(
+            f"real {tuple(real.shape)} with guidance for x {tuple(x.shape)}",
+            expected="twice the batch, the unconditional half first",
+            cure="run the teacher once on torch.cat([x_t, x_t]) with both conditions",
+        )
+    _same_shape(x=x, fake=fake)
+    unconditional, conditional = _rows(real.detach()).chunk(2)
+    return conditional, unconditional
+
+
+def _target(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
+    """Return the target of a kind as the formulas take it: (t,), or (x, eps, a, b) with t = a x + b eps."""
+    x, eps = _rows(x.detach()), _rows(eps.detach())
+    if prediction in (Prediction.EPS, Prediction.X0):
+        return (eps,) if prediction == Prediction.EPS else (x,)
+    a, b = mixture(prediction, *_numbers(x, alpha, sigma))
+    return x, eps, _scale(a, x), _scale(b, x)
+
+
+def _is_mask(nonfinite: str) -> bool:
+    if nonfinite not in ("mask", "zero"):
+        raise OptionError(f"nonfinite={nonfinite!r}", expected="'mask' or 'zero'", cure="leave it away for 'mask'")
+    return nonfinite == "mask"
+
+
+def _numbers(like: Tensor, *values: Number) -> list[Tensor]:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return [torch.as_tensor(value, dtype=dtype, device=like.device) for value in values]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the tensor with at least one axis beside the batch."""
+    return tensor if tensor.ndim > 1 else tensor[:, None]
+
+
+def _scale(value: Number, like: Tensor) -> Tensor:
+    """Return a factor that broadcasts against `_rows(like)`."""
+    (factor,) = _numbers(like, value)
+    return factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(len(values), 1)
+
+
+def _count(skipped: Tensor | None, finite: Tensor) -> None:
+    if skipped is not None:
+        skipped += (~finite).sum()
+
+
+def _x_0_units(sigma: Tensor, alpha: Number, prediction: Prediction) -> Tensor:
+    """Return c^2, the squared error of x_0 that a squared error of 1 in `prediction` is."""
+    (alpha,) = _numbers(sigma, alpha)
+    _, c = coefficients(prediction, Prediction.X0, alpha=alpha.expand_as(sigma), sigma=sigma)
+    return c.square()
 
 
 def _same_shape(**tensors: Tensor) -> None:

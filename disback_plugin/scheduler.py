@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from disback_plugin import kernels
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, parse
@@ -130,21 +131,23 @@ class TrajectoryScheduler:
         if self.generator_updates <= self._horizon:
             self._place(self.generator_updates)
 
-    def wrap(self, loss: Callable[P, R]) -> Callable[P, R]:
+    def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
         """Return `loss` with the same signature; when it runs, the right node is in the teacher, or it raises.
 
         Args:
-            loss: Any callable that evaluates the teacher.
+            loss: Any callable that evaluates the teacher, or is given its output.
+            fuse: Run the losses of `disback_plugin.losses` inside it in their fused form (`kernels.fuse`).
 
         Raises:
             StateError: When called before `start`, or after somebody else wrote the teacher's weights.
         """
+        inner = kernels.fuse(loss) if fuse else loss
 
         @functools.wraps(loss)
         def on_the_path(*args: P.args, **kwargs: P.kwargs) -> R:
             self._require_start()
             self._check_untouched()
-            return loss(*args, **kwargs)
+            return inner(*args, **kwargs)
 
         return on_the_path
 

@@ -21,7 +21,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-__all__ = ["Prediction", "coefficients", "convert", "target"]
+__all__ = ["Prediction", "coefficients", "convert", "mixture", "target"]
 
 
 class Prediction(str, Enum):
@@ -39,8 +39,19 @@ class Prediction(str, Enum):
     SCORE = "score"
 
 
-def _mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a, b of the table above: the prediction is a x_0 + b eps."""
+def mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a, b of the table above: the prediction is a x_0 + b eps.
+
+    Args:
+        kind: The kind of prediction.
+        alpha: Signal scale alpha_t > 0, any shape, floating.
+        sigma: Noise scale sigma_t > 0 in data units, same shape.
+
+    Example:
+        >>> a, b = mixture(Prediction.V, torch.tensor(0.75), torch.tensor(0.5))
+        >>> a.item(), b.item()
+        (-0.5, 0.75)
+    """
     zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
     return {
         Prediction.EPS: lambda: (zero, one),
@@ -65,7 +76,7 @@ def target(kind: Prediction, x_0: Tensor, eps: Tensor, *, alpha: Tensor | float,
         >>> target(Prediction.FLOW, torch.ones(1), torch.zeros(1), alpha=0.5, sigma=0.5).item()
         -1.0
     """
-    a, b = _mixture(kind, *_scales(x_0, alpha, sigma))
+    a, b = mixture(kind, *_scales(x_0, alpha, sigma))
     return (a * x_0 + b * eps).to(x_0.dtype)
 
 
@@ -83,8 +94,8 @@ def coefficients(source: Prediction, to: Prediction, *, alpha: Tensor, sigma: Te
         >>> round(c_x.item(), 4), round(c_o.item(), 4)  # x_0 = (x_t - sigma eps) / alpha
         (1.6667, -1.3333)
     """
-    a, b = _mixture(source, alpha, sigma)
-    a_to, b_to = _mixture(to, alpha, sigma)
+    a, b = mixture(source, alpha, sigma)
+    a_to, b_to = mixture(to, alpha, sigma)
     # Solve  c_x (alpha, sigma) + c_o (a, b) = (a_to, b_to)  by Cramer's rule.
     determinant = alpha * b - sigma * a
     c_x = (a_to * b - b_to * a) / determinant

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["losses", "weights", "optimizers", "roles", "hooks"],
+    ["formulas", "losses", "kernels", "weights", "optimizers", "roles", "hooks"],
     ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
     ["attachment", "demo", "cli"],
 ]

@@ -234,3 +234,17 @@ def test_without_a_path_nothing_is_ever_written():
     scheduler.restore()
     assert (scheduler.position, scheduler.gradient_factor, scheduler.done) == (0.0, 1.0, True)
     assert run.teacher.left.weight._version == version
+
+
+def test_a_wrapped_loss_can_run_its_losses_fused(recorded):
+    from disback_plugin import formulas, kernels
+
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score)
+    scheduler.start()
+    runners = []
+    plain = scheduler.wrap(lambda: runners.append(formulas.RUN.get()))
+    fused = scheduler.wrap(lambda: runners.append(formulas.RUN.get()), fuse=True)
+    plain()
+    fused()
+    assert runners == [formulas.plainly, kernels._RUNNERS["auto"]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from disback_plugin import losses
+from disback_plugin import kernels, losses
 from disback_plugin.demo.networks import PIXELS, SIGMA_DATA, Denoiser, build, load_teacher
 from disback_plugin.noise import add_noise, lognormal_sigma
 from disback_plugin.scores import Prediction
@@ -91,7 +91,7 @@ class Trainer:
         x_t, eps, sigma = self._noisy(x_0)
         output = self.fake_score(x_t, sigma[..., 0])
         weight = losses.edm_weight(sigma, sigma_data=SIGMA_DATA)
-        loss = losses.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
+        loss = kernels.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
         self._update(self.fake_score_optimizer, loss)
 
     def generator_step(self) -> None:
@@ -103,7 +103,7 @@ class Trainer:
         # The members are one batch of E * B samples to the loss.
         flat = [tensor.flatten(0, 1) for tensor in (x, real, fake, x_t, eps, sigma)]
         x, real, fake, x_t, eps, sigma = flat
-        loss = losses.diff_instruct(
+        loss = kernels.diff_instruct(
             x, real, fake, x_t=x_t, eps=eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=sigma**2
         )
         self._update(self.generator_optimizer, loss)

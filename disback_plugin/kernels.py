@@ -1,0 +1,152 @@
+"""The losses of `losses`, fused: same names, same signatures, one pass over memory instead of a dozen.
+
+`torch.compile` makes one kernel of each formula: gradient and the loss of each sample come out of it together.
+
+    from disback_plugin import kernels
+    loss = kernels.dmd(x, real, fake, eps=eps, alpha=alpha, sigma=sigma, prediction=Prediction.EPS)
+
+One graph serves every batch of two or more. On CUDA a block takes a whole sample (`split_reductions=False`: a single
+kernel) as long as samples are small, as latents are; large images are split over blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from types import FunctionType
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from disback_plugin import formulas, losses
+from disback_plugin.errors import OptionError
+from disback_plugin.formulas import Formula
+
+__all__ = ["denoising", "diff_instruct", "dmd", "fuse", "sid", "vsd"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Mode = Literal["auto"] | bool
+
+# Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
+ONE_BLOCK = 1 << 16
+# Elements of a batch from which on fused wins on a CPU, whose eager kernels are called at once but cross the cache.
+WINS_ON_CPU = 1 << 16
+
+
+def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
+    """Return the fused twin of a loss.
+
+    Args:
+        loss: One of `denoising, diff_instruct, dmd, sid, vsd` of `losses`, or any function that calls them.
+        compile: True: compile always, and raise if that fails. "auto": run the plain form for batches so small that
+            fused does not win, and from the first failure of the compiler on, with one warning. False: the plain form.
+
+    Returns:
+        A function with the loss's signature; `__wrapped__` is the loss.
+
+    Raises:
+        OptionError: If `compile` is none of these.
+
+    Example:
+        >>> from disback_plugin.scores import Prediction
+        >>> x = torch.zeros(2, 3, requires_grad=True)
+        >>> loss = fuse(losses.diff_instruct)(x, x + 1.0, x, alpha=1.0, sigma=1.0, prediction=Prediction.SCORE)
+        >>> loss.backward()
+        >>> x.grad[0].tolist()
+        [-0.5, -0.5, -0.5]
+    """
+    if compile not in ("auto", True, False):
+        raise OptionError(f"compile={compile!r}", expected="'auto', True or False", cure="leave it away for 'auto'")
+
+    @functools.wraps(loss)
+    def fused(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = formulas.RUN.set(_RUNNERS[compile])
+        try:
+            return loss(*args, **kwargs)
+        finally:
+            formulas.RUN.reset(token)
+
+    return fused
+
+
+def _always(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
+    tensor: Tensor = inputs[0]
+    # A batch of one would be a graph of its own, and one of none has nothing to do.
+    if len(tensor) < 2:
+        return formula(*inputs)
+    return _compiled(formula, _one_block(tensor), _kind(inputs, len(tensor)))(*inputs)
+
+
+def _where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
+    tensor: Tensor = inputs[0]
+    if formula in _FAILED or (tensor.device.type == "cpu" and tensor.numel() < WINS_ON_CPU):
+        return formula(*inputs)
+    try:
+        return _always(formula, *inputs)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        _FAILED.add(formula)
+        warnings.warn(
+            f"the fused form of {formula.__name__} does not compile here ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); the plain form is used from now on",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return formula(*inputs)
+
+
+@functools.cache
+def _compiled(formula: Formula, one_block: bool, kind: Hashable) -> Formula:
+    """Compile a formula for one kind of inputs: all that is alike but for the batch."""
+    # A code object of its own: dynamo counts graphs by code object, and gives up after eight.
+    twin = FunctionType(formula.__code__.replace(), formula.__globals__)
+    compiled: Formula = torch.compile(twin, fullgraph=True, options={"split_reductions": False} if one_block else None)
+    ready = False
+
+    def with_any_batch(*inputs: Any) -> tuple[Tensor, ...]:
+        nonlocal ready
+        if not ready:
+            for tensor in _tensors(inputs):
+                if tensor.ndim and len(tensor) == len(inputs[0]):
+                    torch._dynamo.mark_dynamic(tensor, 0)
+        result = compiled(*inputs)
+        ready = True
+        return result
+
+    return with_any_batch
+
+
+def _kind(inputs: Any, batch: int) -> Hashable:
+    """Return what a graph depends on: dtypes, devices, image sizes, strides' order, which factors are per sample."""
+    if isinstance(inputs, Tensor):
+        per_sample = inputs.ndim > 0 and len(inputs) == batch
+        return inputs.dtype, inputs.device, inputs.shape[1:], inputs.stride()[1:], per_sample
+    return tuple(_kind(entry, batch) for entry in inputs) if isinstance(inputs, tuple) else inputs
+
+
+def _one_block(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda" and tensor[0].numel() <= ONE_BLOCK
+
+
+def _tensors(inputs: Any) -> Iterator[Tensor]:
+    for entry in inputs:
+        if isinstance(entry, Tensor):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield from _tensors(entry)
+
+
+_FAILED: set[Formula] = set()
+_RUNNERS: dict[Mode, Callable[..., tuple[Tensor, ...]]] = {
+    "auto": _where_it_wins,
+    True: _always,
+    False: formulas.plainly,
+}
+
+denoising = fuse(losses.denoising)
+diff_instruct = fuse(losses.diff_instruct)
+dmd = fuse(losses.dmd)
+sid = fuse(losses.sid)
+vsd = fuse(losses.vsd)

@@ -1,0 +1,34 @@
+"""The losses as their authors write them, in float64 and in x_0 form: what the residual form has to equal."""
+
+from __future__ import annotations
+
+import torch
+
+from disback_plugin.scores import Prediction, convert
+
+
+def predictions(kind, x, eps, real, fake, alpha, sigma):
+    """The two x_0-predictions in float64, computed from the very outputs that the loss sees."""
+    x, eps, real, fake, alpha, sigma = (torch.as_tensor(t).double() for t in (x, eps, real, fake, alpha, sigma))
+    scales = {"x_t": alpha * x + sigma * eps, "alpha": alpha, "sigma": sigma}
+    return (convert(output, kind, Prediction.X0, **scales) for output in (real, fake))
+
+
+def per_sample(t):
+    return t.flatten(1).mean(1).reshape(-1, *[1] * (t.ndim - 1))
+
+
+def dmd_gradient(kind, x, eps, real, fake, alpha, sigma):
+    """DMD2's: ((x - D_real) - (x - D_fake)) / mean|x - D_real|, over all elements."""
+    d_real, d_fake = predictions(kind, x, eps, real, fake, alpha, sigma)
+    x = x.double()
+    return ((x - d_real) - (x - d_fake)) / per_sample((x - d_real).abs()) / x.numel()
+
+
+def sid_loss(kind, x, eps, networks, alpha, sigma, alpha_sid):
+    """SiD's, with the graph through both networks and both direct paths of x; float64."""
+    x_t = alpha * x + sigma * eps
+    d_real, d_fake = (convert(net(x_t), kind, Prediction.X0, x_t=x_t, alpha=alpha, sigma=sigma) for net in networks)
+    weight = per_sample((x - d_real).detach().abs()).clamp(min=1e-5)
+    loss = (d_real - d_fake) * ((d_real - x) - alpha_sid * (d_real - d_fake)) / weight
+    return loss.sum() / len(x)

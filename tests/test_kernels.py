@@ -1,0 +1,188 @@
+"""The fused twins equal their specification. Compiles real code: every graph here takes one to two seconds."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import references
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disback_plugin import formulas, kernels, losses
+from disback_plugin.errors import OptionError
+from disback_plugin.scores import Prediction
+
+NAMES = ["diff_instruct", "vsd", "dmd", "sid", "denoising"]
+GENERATOR_LOSSES = ["diff_instruct", "dmd", "sid"]
+
+
+def test_the_twins_have_the_names_and_signatures_of_the_losses():
+    assert set(kernels.__all__) == {*NAMES, "fuse"}
+    for name in NAMES:
+        plain, fused = getattr(losses, name), getattr(kernels, name)
+        assert fused.__wrapped__ is plain
+        assert fused.__doc__ == plain.__doc__
+        assert inspect.signature(fused) == inspect.signature(plain)
+
+
+def run(loss, name, kind, batch, shape=(3, 8, 8), dtype=torch.float32, seed=0, **options):
+    """Value and gradients of one call."""
+    stream = torch.Generator().manual_seed(seed)
+    x, real, fake, eps = (torch.randn(batch, *shape, generator=stream).to(dtype).requires_grad_() for _ in range(4))
+    sigma = torch.rand(batch, 1, 1, 1, generator=stream) * 0.8 + 0.1
+    options |= {"alpha": (1 - sigma**2).sqrt(), "sigma": sigma, "prediction": kind}
+    if name == "denoising":
+        value = loss(real, x, eps.detach(), **options)
+    else:
+        value = loss(x, real, fake, eps=eps.detach(), **options)
+    value.backward()
+    return [value.detach(), *(t.grad for t in (x, real, fake) if t.grad is not None)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [Prediction.EPS, Prediction.V])
+@settings(max_examples=12)
+@given(batch=st.integers(0, 9), seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_fused_equals_plain_for_every_batch(name, kind, batch, seed, dtype):
+    fused, plain = (
+        run(loss, name, kind, batch, dtype=dtype, seed=seed)
+        for loss in (kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name))
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for mine, wanted in zip(fused, plain, strict=True):
+        assert mine.dtype == wanted.dtype
+        torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * max(wanted.abs().max().item(), 1e-9)
+                                   if wanted.numel() else 0)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [Prediction.EPS, Prediction.V, Prediction.X0, Prediction.FLOW])
+def test_fused_float32_is_exact_to_1e_6(kind, dtype):
+    fused = kernels.fuse(losses.dmd, compile=True)
+    stream = torch.Generator().manual_seed(0)
+    for t in (20, 500, 980):
+        sigma = t / 1000
+        alpha = 1 - sigma if kind is Prediction.FLOW else (1 - sigma**2) ** 0.5
+        x, real, fake, eps = (torch.randn(3, 4, 16, 16, generator=stream).to(dtype) for _ in range(4))
+        leaf = x.float().requires_grad_()
+        fused(leaf, real, fake, eps=eps, alpha=alpha, sigma=sigma, prediction=kind).backward()
+        expected = references.dmd_gradient(kind, x, eps, real, fake, alpha, sigma)
+        error = (leaf.grad.double() - expected).norm() / expected.norm()
+        assert error <= 1e-6, f"t = {t}: {error}"
+
+
+def test_one_graph_serves_every_batch_of_two_or_more_and_every_node(monkeypatch):
+    torch._dynamo.reset()
+    kernels._compiled.cache_clear()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def compiler(formula, **options):
+        return compile_(formula, fullgraph=True, backend=backend)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", compiler)
+    for name in GENERATOR_LOSSES:
+        graphs.clear()
+        fused = kernels.fuse(getattr(losses, name), compile=True)
+        for batch in (2, 3, 4, 8, 16, 33, 64, 2):
+            run(fused, name, Prediction.EPS, batch, seed=batch)
+        assert len(graphs) == 1, name
+    kernels._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "expanded", "strided"])
+def test_memory_layouts_do_not_matter(layout):
+    def lay(t):
+        if layout == "channels_last":
+            return t.contiguous(memory_format=torch.channels_last)
+        if layout == "expanded":
+            return t[:, :1].expand_as(t)
+        return torch.cat([t, t], dim=3)[..., ::2]
+
+    stream = torch.Generator().manual_seed(0)
+    x, real, fake, eps = (lay(torch.randn(4, 3, 8, 8, generator=stream)) for _ in range(4))
+    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.EPS}
+    gradients = []
+    for loss in (kernels.fuse(losses.dmd, compile=True), losses.dmd):
+        leaf = x.detach().requires_grad_()
+        loss(leaf, real, fake, **options).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+def test_broken_samples_are_masked_and_counted_in_the_fused_form_too(name):
+    x, eps, fake, real = (torch.randn(4, 3, 8, 8) for _ in range(4))
+    real[2, 0, 1, 1] = torch.nan
+    found = []
+    for loss in (kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name)):
+        skipped, leaf = torch.zeros((), dtype=torch.int64), x.clone().requires_grad_()
+        loss(leaf, real, fake, eps=eps, alpha=0.6, sigma=0.8, prediction=Prediction.X0, skipped=skipped).backward()
+        assert skipped.item() == 1
+        assert not leaf.grad[2].any()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_auto_runs_the_plain_form_where_fused_does_not_win(monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", lambda *a: pytest.fail("compiled"))
+    run(kernels.dmd, "dmd", Prediction.EPS, 4)
+
+
+def test_auto_falls_back_once_with_one_warning_where_no_compiler_works(monkeypatch):
+    calls = []
+
+    def broken(*_):
+        def formula(*_):
+            calls.append(None)
+            raise RuntimeError("no C++ compiler")
+
+        return formula
+
+    monkeypatch.setattr(kernels, "_compiled", broken)
+    monkeypatch.setattr(kernels, "_FAILED", set())
+    monkeypatch.setattr(kernels, "WINS_ON_CPU", 0)
+    plain = run(losses.dmd, "dmd", Prediction.EPS, 4)
+    with pytest.warns(RuntimeWarning, match="dmd does not compile here .*no C\\+\\+ compiler.*plain form"):
+        first = run(kernels.dmd, "dmd", Prediction.EPS, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = run(kernels.dmd, "dmd", Prediction.EPS, 4)
+    assert len(calls) == 1
+    for value in (*zip(first, plain, strict=True), *zip(second, plain, strict=True)):
+        assert torch.equal(*value)
+    with pytest.raises(RuntimeError, match="no C"):
+        run(kernels.fuse(losses.dmd, compile=True), "dmd", Prediction.EPS, 4)
+
+
+def test_an_error_of_the_caller_is_not_taken_for_one_of_the_compiler():
+    x = torch.zeros(4, 3, 160, 160)
+    with pytest.raises(ValueError, match="one shape"):
+        kernels.dmd(x, x, x[:2], eps=x, alpha=1.0, sigma=1.0, prediction=Prediction.EPS)
+    assert formulas.RUN.get() is formulas.plainly
+    assert not kernels._FAILED
+
+
+def test_the_plain_form_stays_plain_beside_a_fused_call():
+    fused = kernels.fuse(losses.dmd, compile=True)
+    run(fused, "dmd", Prediction.EPS, 4)
+    assert formulas.RUN.get() is formulas.plainly
+
+
+def test_a_mode_that_is_none_is_refused():
+    with pytest.raises(OptionError, match="compile='always'"):
+        kernels.fuse(losses.dmd, compile="always")
+
+
+def test_compiling_draws_nothing_from_the_global_generators():
+    x = torch.randn(5, 2, 9, 9)
+    before = torch.get_rng_state()
+    kernels.fuse(losses.vsd, compile=True)(x, x, x, alpha=0.6, sigma=0.8, prediction=Prediction.EPS)
+    assert torch.equal(torch.get_rng_state(), before)
