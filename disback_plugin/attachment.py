@@ -14,19 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin import optimizers
-from disback_plugin.errors import OptionError, StateError, TrainingError
+from disback_plugin.errors import OptionError, RoleError, StateError, TrainingError
 from disback_plugin.hooks import Adapter, find_adapter
 from disback_plugin.manifest import Recording
-from disback_plugin.recording import Network, Recorder, open_or_create
+from disback_plugin.recording import PATIENCE, Network, Recorder, open_or_create
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
-from disback_plugin.schedules import Schedule, parse
+from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork, fingerprint
 
@@ -35,10 +36,11 @@ __all__ = ["Handle", "attach"]
 logger = logging.getLogger(__name__)
 
 Optimizers = Optimizer | Sequence[Optimizer]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
-# So many generator steps without one of the fake score are a broken loop, not a slow start: a GradScaler that starts at
-# 2^16 skips at most about 20, and no public trainer updates the generator more often than the fake score.
-_PATIENCE = 32
+# Optimizers that a handle rides on: two handles on one loop would fight for the teacher.
+_ATTACHED: WeakSet[Optimizer] = WeakSet()
 
 
 def attach(
@@ -53,6 +55,7 @@ def attach(
     record: int = 200,
     every: int = 50,
     schedule: Schedule | str = "auto",
+    state: Mapping[str, Any] | None = None,
 ) -> Handle:
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
 
@@ -60,7 +63,8 @@ def attach(
     backtracking starts by itself. A finished path in the folder is reused, an unfinished one resumed, any other
     refused.
 
-    Attach when the trainer is built, and before its checkpoint is loaded; then give `load_state_dict` the saved state.
+    To resume, attach when the trainer is built, load its checkpoint, and give `load_state_dict` the saved state. A
+    trainer that loads its checkpoint while it is built is attached after that, with `state`.
 
     Args:
         trainer: A live trainer that an installed adapter understands; else pass the four roles.
@@ -73,8 +77,10 @@ def attach(
         path: Folder of the path; None only with record=0.
         record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. 0 changes nothing in a run, bit for
             bit, unless the schedule scales gradients without a path.
-        every: Updates between two nodes, in [1, record]; 50 in the paper.
+        every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
         schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it.
+        state: What `Handle.state_dict` returned at the moment whose checkpoint the trainer has loaded. The path is then
+            taken as it is, s_phi is left alone, and the teacher is written, whatever it holds.
 
     Returns:
         The handle; also a context manager that detaches at its end.
@@ -82,8 +88,9 @@ def attach(
     Raises:
         RoleError: If a role is no module, cannot be written, or an optimizer steps the wrong network or two of them.
         MismatchError: If teacher and fake score differ in keys or shapes.
-        PathError: If the folder holds something else.
+        PathError: If the folder holds something else, or cannot be written.
         OptionError: If a count is out of its domain, or the schedule does not fit the path.
+        StateError: If `state` is of another run or moment.
 
         Whatever is raised, no weight was written and no hook is left.
 
@@ -132,12 +139,17 @@ def attach(
         fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
         generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
         fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
-        schedule=parse(schedule) if isinstance(schedule, str) else schedule,
+        schedule=resolve(schedule),
     )
-    if record == 0:
+    if record == 0 and not isinstance(record, bool):
         handle._begin_without_path(path)
-    else:
+    elif path is None or not str(path):
+        raise OptionError("no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for no path")
+    elif state is None:
         handle._begin(path, Recording(record, every))
+    else:
+        handle._continue(path, state)
+    handle._install_hooks()
     return handle
 
 
@@ -173,17 +185,30 @@ class Handle:
         schedule: Schedule,
     ) -> None:
         self._teacher, self._fake_score = teacher, fake_score
-        self._generator_optimizers, self._fake_score_optimizers = generator_optimizers, fake_score_optimizers
+        self._generator_optimizers = generator_optimizers
         self._schedule = schedule
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
+        if not _ATTACHED.isdisjoint((*generator_optimizers, *fake_score_optimizers)):
+            raise RoleError(
+                "an optimizer that a handle is attached to already",
+                expected="one handle a loop",
+                cure="call detach() of the other handle first, or leave its with block",
+            )
         self.path: DegradationPath | None = None
         self.scheduler: TrajectoryScheduler | None = None
         self.fake_score_updates = 0
         self._recorder: Recorder | None = None
         self._generator_steps = 0
-        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._updates: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
+        self._generator_rounds = optimizers.Rounds(generator_optimizers, self._after_generator_round)
+        # Others, as a discriminator's, may step when they like.
+        weights = {id(tensor) for _, tensor in fake_score.named_tensors()}
+        self._fake_score_optimizers = [
+            o for o in fake_score_optimizers if weights & {id(p) for p in optimizers.parameters([o])}
+        ]
+        self._fake_score_rounds = optimizers.Rounds(self._fake_score_optimizers, self._after_fake_score_round)
 
     # -- where we are -------------------------------------------------------------------------------------------------
 
@@ -223,12 +248,22 @@ class Handle:
     # -- the way out --------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Put s'_0 back into the teacher, bit for bit, and remove every hook. A second call changes nothing."""
-        if self._hooks and self.scheduler is not None:
-            self.scheduler.restore()
+        """Put s'_0 back into the teacher, bit for bit, and remove every hook. A second call changes nothing.
+
+        Raises:
+            PathError: If node 0 cannot be read any more. The hooks are gone all the same.
+        """
+        if not self._hooks:
+            return
+        if not self.fake_score_updates and not self._generator_steps:
+            logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._hidden.clear()
+        _ATTACHED.difference_update((*self._generator_optimizers, *self._fake_score_optimizers))
+        if self.scheduler is not None:
+            self.scheduler.restore()
 
     def __enter__(self) -> Handle:
         return self
@@ -242,12 +277,14 @@ class Handle:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain scalars, to be saved beside the trainer's checkpoint."""
+        iteration = None if self._recorder is None else self._recorder.iteration
         return {
             "version": 1,
             "path": "" if self.path is None else self.path.identity,
+            "nodes": "" if self.path is None else self.path.digest(iteration),
             "schedule": repr(self._schedule),
             "phase": self.phase,
-            "recording_iteration": 0 if self._recorder is None else self._recorder.iteration,
+            "recording_iteration": 0 if iteration is None else iteration,
             "generator_updates": self.generator_updates,
             "fake_score_updates": self.fake_score_updates,
             "fake_score": self._fake_score.glimpse(),
@@ -260,15 +297,33 @@ class Handle:
 
         Raises:
             StateError: If `state` is of another version, path or schedule, if the fake score does not hold the weights
-                of that moment, or if the path lacks nodes that were there. Then nothing changes.
+                of that moment, or if the path does not hold the nodes of that moment. Then nothing changes.
         """
+        if not self._hooks:
+            raise StateError("a detached handle", expected="an attached one", cure="call attach() again")
+        self._check_state(state)
+        self._load(state)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         check_state(state, like=self.state_dict(), fixed=("version", "path", "schedule"))
         if state["fake_score"] != self._fake_score.glimpse():
             raise StateError(
                 "a fake score whose weights are not those of the saved moment",
                 expected="the trainer's checkpoint in it",
-                cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state)",
+                cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state); "
+                "or load it before, and call attach(..., state=state)",
             )
+        recording = state["phase"] == "recording"
+        if self.path is None:
+            return
+        if state["nodes"] != self.path.digest(state["recording_iteration"] if recording else None):
+            raise StateError(
+                f"other nodes in {self.path.folder} than at the saved moment",
+                expected="the path that the state was saved with",
+                cure="restore the folder, or start again in an empty one",
+            )
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if state["phase"] == "recording":
             self._resume_recording(int(state["recording_iteration"]))
         else:
@@ -277,14 +332,6 @@ class Handle:
 
     def _resume_recording(self, iteration: int) -> None:
         assert self.path is not None
-        due = [i for i in range(1, iteration + 1) if self.path.manifest.recording.due(i)]
-        kept = [node.iteration for node in self.path.nodes if node.iteration <= iteration]
-        if kept != due:
-            raise StateError(
-                f"nodes of iterations {kept} in {self.path.folder}",
-                expected=f"{due}, for the state was saved at iteration {iteration}",
-                cure="restore the folder, or record again in an empty one",
-            )
         if self.scheduler is not None:
             self.scheduler.restore()
             self.scheduler = None
@@ -292,15 +339,10 @@ class Handle:
         self._recorder.rewind(iteration)
 
     def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
-        scheduler = self.scheduler
-        if scheduler is None:
-            raise StateError(
-                f"a path recorded up to node {len(self.path or ()) - 1}",
-                expected="a complete one, for the state was saved after the recording",
-                cure="restore the folder, or start again in an empty one",
-            )
+        if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end
+            self.scheduler, self._recorder = self._new_scheduler(), None
         ours = {"generator_updates": int(state["generator_updates"]), "started": True}
-        scheduler.load_state_dict(scheduler.state_dict() | ours)
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | ours)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -312,68 +354,71 @@ class Handle:
                 cure="pass path=None for a run without DisBack, or leave record= alone: a finished path is reused",
             )
         self._begin_backtracking()
-        self._install_hooks()
 
-    def _begin(self, folder: str | os.PathLike[str] | None, recording: Recording) -> None:
-        if folder is None:
-            raise OptionError(
-                "no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for no path"
-            )
-        if not DegradationPath.exists(folder):
-            self._schedule.check(recording.nodes)
-        generator = fingerprint(dict(_numbered(optimizers.parameters(self._generator_optimizers))))
-        self.path = open_or_create(folder, self._teacher, recording, generator=generator)
+    def _begin(self, folder: str | os.PathLike[str], recording: Recording) -> None:
+        self.path = open_or_create(
+            folder,
+            self._teacher,
+            recording,
+            generator=_fingerprint_of(self._generator_optimizers),
+            check=self._schedule.check,
+        )
         if self.path.complete:
             self._begin_backtracking()
-        else:
-            self._schedule.check(recording.nodes)
-            self._recorder = Recorder(self.path, self._fake_score)
-            self._recorder.start()
-        self._install_hooks()
+            return
+        self._recorder = Recorder(self.path, self._fake_score)
+        self._recorder.start()
+
+    def _continue(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+        self.path = DegradationPath(folder)
+        self.path.verify()
+        self._check_state(state)
+        self._teacher.load_state_dict(self.path[0])
+        self._load(state)
 
     def _begin_backtracking(self) -> None:
-        scheduler = TrajectoryScheduler(self.path, self._teacher, self._fake_score, schedule=self._schedule)
+        scheduler = self._new_scheduler()
         scheduler.start()
         self.scheduler, self._recorder = scheduler, None
         logger.info("%r", self)
+
+    def _new_scheduler(self) -> TrajectoryScheduler:
+        return TrajectoryScheduler(self.path, self._teacher, self._fake_score, schedule=self._schedule)
 
     def _install_hooks(self) -> None:
         for optimizer in self._generator_optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_generator_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_generator_step))
         for optimizer in self._fake_score_optimizers:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_fake_score_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_fake_score_step))
+        _ATTACHED.update((*self._generator_optimizers, *self._fake_score_optimizers))
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-        self._updates[optimizer] = optimizers.has_gradients(optimizer)
-
-    def _before_generator_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-        self._before_step(optimizer, args, kwargs)
+    def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        # Decided before a round may end: these gradients belong to what was there when they were computed.
         factor = 0.0 if self.scheduler is None else self.scheduler.gradient_factor
-        if factor == 1.0:
-            return
-        if any(callable(argument) for argument in (*args, kwargs.get("closure"))):
-            raise TrainingError(
-                f"a step of {type(optimizer).__name__} with a closure, which computes its gradients out of reach",
-                expected="gradients that are there before step()",
-                cure="call backward() before step(), or attach with record=0",
-            )
-        if self.scheduler is None:
-            self._hidden += optimizers.take_gradients(optimizer)
-        else:
-            optimizers.scale_gradients(optimizer, factor)
+        recording = self.scheduler is None
+        self._generator_rounds.begin(optimizer)
 
-    def _after_generator_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        def settle() -> None:
+            self._updates[optimizer] = optimizers.has_gradients(optimizer)
+            if recording:
+                self._hidden[optimizer] = optimizers.take_gradients(optimizer)
+            elif factor != 1.0:
+                optimizers.scale_gradients(optimizer, factor)
+
+        return optimizers.before_step(args, kwargs, settle)
+
+    def _after_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         # The trainer finds its gradients as it left them, for its logs and its own zero_grad().
-        for parameter, gradient in self._hidden:
+        held_still = optimizer in self._hidden
+        for parameter, gradient in self._hidden.pop(optimizer, []):
             parameter.grad = gradient
-        self._hidden.clear()
-        if optimizer is not self._generator_optimizers[-1]:
-            return
-        updated = self._updated(optimizer)
-        self._generator_steps += updated
-        if self.path is not None and not self.fake_score_updates and self._generator_steps > _PATIENCE:
+        self._generator_rounds.finish(optimizer, self._updated(optimizer) and not held_still)
+
+    def _after_generator_round(self, updated: bool) -> None:
+        self._generator_steps += 1
+        if self.path is not None and not self.fake_score_updates and self._generator_steps > PATIENCE:
             raise TrainingError(
                 f"{self._generator_steps} generator steps and none of the fake score",
                 expected="a loop that trains both",
@@ -383,10 +428,23 @@ class Handle:
             if updated:
                 self.scheduler.step()
         elif self._recorder is not None and self._recorder.done:
+            # A teacher in train mode may have changed its running statistics meanwhile.
+            self._teacher.load_state_dict(self._recorder.path[0])
             self._begin_backtracking()
 
-    def _after_fake_score_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-        if optimizer is self._fake_score_optimizers[-1] and self._updated(optimizer):
+    def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        self._fake_score_rounds.begin(optimizer)
+
+        def settle() -> None:
+            self._updates[optimizer] = optimizers.has_gradients(optimizer)
+
+        return optimizers.before_step(args, kwargs, settle)
+
+    def _after_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+        self._fake_score_rounds.finish(optimizer, self._updated(optimizer))
+
+    def _after_fake_score_round(self, updated: bool) -> None:
+        if updated:
             self.fake_score_updates += 1
             if self._recorder is not None:
                 self._recorder.update()
@@ -395,5 +453,9 @@ class Handle:
         return self._updates.pop(optimizer, False) and not optimizers.skipped_by_scaler(optimizer)
 
 
-def _numbered(tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((str(index), tensor) for index, tensor in enumerate(tensors))
+def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str | None:
+    """Return the fingerprint of what the optimizers step, or None if it is sharded and no rank sees all of it."""
+    weights = optimizers.parameters(generator_optimizers)
+    if any(hasattr(weight, "to_local") for weight in weights):
+        return None
+    return fingerprint({str(index): weight for index, weight in enumerate(weights)})

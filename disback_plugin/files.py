@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 Action = Callable[[], None]
+
+_ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 
 COPY_AGAIN = "copy the path again, or record it again in an empty folder"
 
@@ -128,19 +131,28 @@ def visible(folder: Path) -> list[str]:
 
 
 def on_rank_zero(action: Action) -> None:
-    """Run `action` on rank 0 only; all ranks wait for it, and all raise if it failed there."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    """Run `action` on rank 0 only; all ranks wait for it, and all raise if it failed there.
+
+    Inside an action, which only rank 0 runs, further actions run at once.
+    """
+    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return action()
-    failure: list[str | None] = [None]
+    error: Exception | None = None
     if dist.get_rank() == 0:
+        token = _ALONE.set(True)
         try:
             action()
-        except Exception as error:
-            failure = [f"{type(error).__name__}: {error}"]
+        except Exception as caught:
+            error = caught
+        finally:
+            _ALONE.reset(token)
+    failure = [None if error is None else f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(failure, src=0)
+    if error is not None:
+        raise error
     if failure[0] is not None:
         raise PathError(
-            f"rank 0 failed ({failure[0]})", expected="the path to be written", cure="see the error of rank 0"
+            f"rank 0 failed ({failure[0]})", expected="the path to be ready", cure="see the error of rank 0"
         )
 
 

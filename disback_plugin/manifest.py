@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from disback_plugin import files
 from disback_plugin.errors import OptionError, PathError
@@ -22,7 +23,7 @@ class Recording:
     """How a path is recorded: `iterations` updates of s', a node after each `every`, the last one at the end.
 
     Raises:
-        OptionError: If not 1 <= every <= iterations.
+        OptionError: If one of them is no whole number >= 1.
 
     Example:
         >>> Recording(iterations=25, every=10).due(20), Recording(25, 10).nodes
@@ -33,12 +34,16 @@ class Recording:
     every: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.every <= self.iterations:
+        whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in (self.iterations, self.every))
+        if not whole or self.iterations < 1 or self.every < 1:
             raise OptionError(
-                f"record={self.iterations}, every={self.every}",
-                expected="1 <= every <= record",
+                f"record={self.iterations!r}, every={self.every!r}",
+                expected="two whole numbers >= 1",
                 cure="pass record=200, every=50 as the paper does, or record=0 for no path",
             )
+        # Of numpy's integers json would make an error.
+        object.__setattr__(self, "iterations", int(self.iterations))
+        object.__setattr__(self, "every", int(self.every))
 
     @property
     def nodes(self) -> int:
@@ -128,28 +133,43 @@ class Manifest:
             )
         try:
             manifest = cls._from_json(content)
-        except (KeyError, TypeError, AttributeError, OptionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PathError(
                 f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=files.COPY_AGAIN
             ) from error
-        # Names are fixed, so that no manifest can point out of its folder.
-        named = [manifest.teacher.file, *(node.file for node in manifest.nodes)]
-        expected = ["teacher.safetensors", *(node_file(i + 1) for i in range(len(manifest.nodes)))]
-        if named != expected:
-            raise PathError(
-                f"files {named[:3]} in {file}", expected=f"{expected[:3]}, without gaps", cure=files.COPY_AGAIN
-            )
+        fault = manifest._fault()
+        if fault:
+            raise PathError(f"{fault} in {file}", expected="the manifest of a recording", cure=files.COPY_AGAIN)
         return manifest
+
+    def _fault(self) -> str | None:
+        """Return what cannot be in the manifest of a recording, if anything."""
+        teacher, nodes = self.teacher, self.nodes
+        # Names are fixed, so that no manifest can point out of its folder.
+        named = [teacher.file, *(node.file for node in nodes)]
+        if named != ["teacher.safetensors", *(node_file(i + 1) for i in range(len(nodes)))]:
+            return f"files {named[:3]}"
+        if self.codec != "exact":
+            return f"codec {self.codec!r}, which this version cannot read,"
+        iterations = [node.iteration for node in nodes]
+        due = [i for i in range(1, self.recording.iterations + 1) if self.recording.due(i)]
+        if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due[: len(nodes)]:
+            return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
+        if self.complete and nodes and len(nodes) != len(due):
+            return f"{len(nodes)} of {len(due)} nodes, marked as complete,"
+        if (nodes or self.complete) and not teacher.sha256:
+            return "nodes without a teacher"
+        return None
 
     @classmethod
     def _from_json(cls, content: Mapping[str, Any]) -> Manifest:
         return cls(
-            teacher=Teacher(**content["teacher"]),
-            recording=Recording(**content["recording"]),
-            generator=content["generator"]["fingerprint"],
-            nodes=tuple(Node(**node) for node in content["nodes"]),
-            complete=content["complete"],
-            codec=content["codec"],
+            teacher=_typed(Teacher, content["teacher"]),
+            recording=_typed(Recording, content["recording"]),
+            generator=_of_type(content["generator"]["fingerprint"], str | None),
+            nodes=tuple(_typed(Node, node) for node in _of_type(content["nodes"], list)),
+            complete=_of_type(content["complete"], bool),
+            codec=_of_type(content["codec"], str),
         )
 
     def write(self, folder: Path) -> None:
@@ -168,6 +188,24 @@ class Manifest:
             codec=self.codec,
             rows=rows,
         )
+
+
+T = TypeVar("T")
+
+
+def _typed(kind: type[T], content: Mapping[str, Any]) -> T:
+    """Return a dataclass whose fields have the types that it declares; JSON itself promises nothing."""
+    hints = get_type_hints(kind)
+    for name, value in content.items():
+        _of_type(value, hints[name])
+    return kind(**content)
+
+
+def _of_type(value: Any, kind: Any) -> Any:
+    number = kind is float and isinstance(value, (int, float)) and math.isfinite(value)
+    if (isinstance(value, bool) and kind is not bool) or not (number or isinstance(value, kind)):
+        raise TypeError(f"{value!r} where {getattr(kind, '__name__', kind)} was expected")
+    return value
 
 
 def node_file(index: int) -> str:

@@ -73,10 +73,11 @@ class Discrete:
     """A variance-preserving schedule on a grid, as DDPM and Stable Diffusion use it: alpha_t^2 + sigma_t^2 = 1.
 
     Args:
-        alphas_cumprod: alpha_t^2 for t = 0 ... T - 1, each in (0, 1), not increasing.
+        alphas_cumprod: alpha_t^2 for t = 0 ... T - 1, each in [0, 1), not increasing. Under a zero terminal
+            signal-to-noise ratio the last is 0, and only X0, V and FLOW predictions make sense there.
 
     Raises:
-        OptionError: If a value lies outside (0, 1) or the sequence increases.
+        OptionError: If a value lies outside [0, 1) or the sequence increases.
 
     Example:
         >>> alpha_t, sigma_t = Discrete((0.81, 0.36))(torch.tensor([1]))
@@ -89,10 +90,10 @@ class Discrete:
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
         values = alphas_cumprod.tolist() if isinstance(alphas_cumprod, Tensor) else list(alphas_cumprod)
         falling = all(a >= b for a, b in pairwise(values))
-        if not (values and falling and all(0 < a < 1 for a in values)):
+        if not (values and falling and all(0 <= a < 1 for a in values)):
             raise OptionError(
                 f"{len(values)} alphas_cumprod from {max(values, default=None)} to {min(values, default=None)}",
-                expected="one or more values in (0, 1) that never increase",
+                expected="one or more values in [0, 1) that never increase",
                 cure="pass scheduler.alphas_cumprod of the teacher's own noise schedule",
             )
         object.__setattr__(self, "alphas_cumprod", tuple(values))

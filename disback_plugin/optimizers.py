@@ -6,7 +6,8 @@ optimizer), not one without gradients, and not one that a GradScaler skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,16 @@ from torch.optim import Optimizer
 
 from disback_plugin.errors import RoleError
 
-__all__ = ["has_gradients", "parameters", "scale_gradients", "skipped_by_scaler", "take_gradients", "unwrap"]
+__all__ = [
+    "Rounds",
+    "before_step",
+    "has_gradients",
+    "parameters",
+    "scale_gradients",
+    "skipped_by_scaler",
+    "take_gradients",
+    "unwrap",
+]
 
 
 def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Optimizer]:
@@ -42,13 +52,70 @@ def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Op
             expected="a torch.optim.Optimizer, accelerate's wrapper of one, or a sequence of them",
             cure=f"pass {role}=<the optimizer whose step() the loop calls>",
         )
-    return inner
+    return list(dict.fromkeys(inner))
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
     # AcceleratedOptimizer is a torch Optimizer by class, but has no hook registry of its own.
     wrapped = getattr(optimizer, "optimizer", None)
     return _inner(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+
+
+class Rounds:
+    """Makes one update of the steps of several optimizers that share a network, in whatever order they come.
+
+    A round ends when all of them have stepped, or when one is about to step a second time.
+
+    Args:
+        optimizers: The optimizers.
+        at_end: Called at the end of a round, with whether any weight was updated in it.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], at_end: Callable[[bool], None]) -> None:
+        self._count, self._at_end = len(optimizers), at_end
+        self._stepped: dict[Optimizer, bool] = {}
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Call before a step."""
+        if optimizer in self._stepped:
+            self._end()
+
+    def finish(self, optimizer: Optimizer, updated: bool) -> None:
+        """Call after a step, with whether it updated weights."""
+        self._stepped[optimizer] = updated
+        if len(self._stepped) == self._count:
+            self._end()
+
+    def _end(self) -> None:
+        updated = any(self._stepped.values())
+        self._stepped.clear()
+        self._at_end(updated)
+
+
+def before_step(
+    args: tuple[Any, ...], kwargs: dict[str, Any], settle: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call `settle` when the gradients of a step are there: at once, or at the end of its closure if it has one.
+
+    Args:
+        args: Positional arguments of `Optimizer.step` as a step pre-hook gets them, the optimizer first.
+        kwargs: Its keyword arguments.
+        settle: What to do with the gradients.
+
+    Returns:
+        What a pre-hook returns: None, or the arguments with another closure.
+    """
+    given = args[1] if len(args) > 1 else kwargs.get("closure")
+    if given is None:
+        settle()
+        return None
+
+    def closure() -> Any:
+        loss = given()
+        settle()
+        return loss
+
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
 
 
 def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:

@@ -12,19 +12,26 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from disback_plugin import files
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.manifest import Recording
+from disback_plugin.roles import check_apart
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["Recorder", "open_or_create", "record"]
+__all__ = ["PATIENCE", "Network", "Recorder", "open_or_create", "record"]
 
 logger = logging.getLogger(__name__)
+
+# So many steps in a row without an update are a broken loop, not a slow start: a GradScaler that starts at 2^16 skips
+# at most about 20, and no public trainer updates the generator more often than the fake score.
+PATIENCE = 100
 
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
 
@@ -48,6 +55,7 @@ class Recorder:
             MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
         """
         self.network.load_state_dict(self.path[-1])
+        self._finish_if_done()
 
     @property
     def done(self) -> bool:
@@ -62,13 +70,18 @@ class Recorder:
         if self.path.manifest.recording.due(self.iteration):
             self.path.append(self.network.state_dict(), iteration=self.iteration)
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, self.iteration)
-        if self.done:
-            self.path.finish()
+        self._finish_if_done()
 
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
         self.path.rewind(iteration)
         self.iteration = iteration
+        self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        # A crash may have come between the last node and the mark that it was the last.
+        if self.done and not self.path.complete:
+            self.path.finish()
 
 
 def open_or_create(
@@ -77,6 +90,7 @@ def open_or_create(
     recording: Recording,
     *,
     generator: str | None = None,
+    check: Callable[[int], None] = lambda nodes: None,
 ) -> DegradationPath:
     """Return the path in `folder`: a finished one of this teacher, its own unfinished one, or a new one.
 
@@ -85,29 +99,43 @@ def open_or_create(
         teacher: The teacher s_theta.
         recording: The plan. A finished path is used whatever its plan was; an unfinished one must have the same.
         generator: Fingerprint of the initial generator, if known.
+        check: Called with the index N of the last node, before anything is written; raises if that does not fit.
 
     Raises:
         PathError: If the folder holds something else, or a path of another teacher, or an unfinished one of
             another plan or another initial generator.
     """
-    if not DegradationPath.exists(folder):
-        return DegradationPath.create(folder, teacher.state_dict(), recording, generator=generator)
-    path = DegradationPath(folder)
-    path.resume(teacher.state_dict())
-    path.verify()
+
+    def prepare() -> None:
+        if not DegradationPath.exists(folder):
+            check(recording.nodes)
+            DegradationPath.create(folder, teacher.state_dict(), recording, generator=generator)
+            return
+        path = DegradationPath(folder)
+        check(len(path) - 1 if path.complete else recording.nodes)
+        path.check_teacher(teacher.state_dict())
+        _check_same_recording(path, recording, generator)
+        path.resume(teacher.state_dict())
+        path.verify()
+
+    # One rank looks and acts; the others must not see the folder half way.
+    files.on_rank_zero(prepare)
+    return DegradationPath(folder)
+
+
+def _check_same_recording(path: DegradationPath, recording: Recording, generator: str | None) -> None:
     recorded = path.manifest
     other_student = None not in (generator, recorded.generator) and generator != recorded.generator
     if path.complete:
         if other_student:
             logger.warning("%s was recorded on another initial generator than the one at hand", path.folder)
-        return path
-    if other_student or path.manifest.recording != recording:
+        return
+    if other_student or recorded.recording != recording:
         raise PathError(
-            f"an unfinished recording of {'another initial generator' if other_student else path.manifest.recording}",
-            expected=f"the recording that it began, to resume it, not {recording}",
+            f"an unfinished recording of {'another initial generator' if other_student else recorded.recording}",
+            expected=f"the recording that {path.folder} began, to resume it, not {recording}",
             cure="pass the same generator, record= and every=, or another path=",
         )
-    return path
 
 
 def record(
@@ -165,7 +193,7 @@ def record(
     folder = Path(path)
     if fake_score is not None and fake_step is not None and sample is None and loss is None:
         network = ScoreNetwork.of(fake_score, role="fake score")
-        target.check_same_layout(network)
+        check_apart(target, network)
         opened = open_or_create(folder, target, Recording(iterations, every))
         return _record_in_loop(opened, network, fake_step)
     if fake_score is None and fake_step is None and sample is not None and loss is not None:
@@ -189,16 +217,22 @@ def _record_in_loop(path: DegradationPath, network: ScoreNetwork, step: Callable
         return path
     recorder = Recorder(path, network)
     recorder.start()
-    for _ in _progress(recorder):
-        before = _versions(network)
-        step()
-        if recorder.iteration == 0 and _versions(network) == before:
-            raise TrainingError(
-                "fake_step() that did not write to the fake score",
-                expected="one optimizer step of the fake score's parameters",
-                cure="pass the very module that fake_step trains, and call optimizer.step() in it",
-            )
-        recorder.update()
+    idle = 0
+    with _progress(recorder) as bar:
+        while not recorder.done:
+            before = _versions(network)
+            step()
+            # A GradScaler may skip a step; what did not write a parameter is no update.
+            idle = 0 if _versions(network) != before else idle + 1
+            if idle > PATIENCE:
+                raise TrainingError(
+                    f"{idle} calls of fake_step() in a row that did not write to the fake score",
+                    expected="one optimizer step of the fake score's parameters a call",
+                    cure="pass the very module that fake_step trains, and call optimizer.step() in it",
+                )
+            if not idle:
+                recorder.update()
+                bar.update()
     return path
 
 
@@ -223,23 +257,26 @@ def _record_copy(
     recorder = Recorder(path, ScoreNetwork(student_score, role="recorded copy"))
     recorder.start()
     # Another seed after a resume: the random numbers before the crash must not come again.
-    with _private_stream(seed + recorder.iteration):
+    with _private_stream(seed + recorder.iteration), _progress(recorder) as bar, torch.enable_grad():
         optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
-        for _ in _progress(recorder):
+        while not recorder.done:
             optimizer.zero_grad()
             loss(student_score, sample()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             recorder.update()
+            bar.update()
     return path
 
 
-def _progress(recorder: Recorder) -> Iterator[int]:
+def _progress(recorder: Recorder) -> tqdm[NoReturn]:
     total = recorder.path.manifest.recording.iterations
-    yield from tqdm(range(recorder.iteration, total), "recording", total, initial=recorder.iteration, disable=None)
+    return tqdm(desc="recording", total=total, initial=recorder.iteration, disable=None)
 
 
 def _versions(network: ScoreNetwork) -> int:
-    return sum(tensor._version for _, tensor in network.named_tensors())
+    # Parameters only: running statistics are written by a mere forward.
+    parameters = [t for _, t in network.named_tensors() if isinstance(t, nn.Parameter)]
+    return sum(parameter._version for parameter in parameters)
 
 
 @contextmanager

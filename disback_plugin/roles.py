@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import torch
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers
 from disback_plugin.errors import RoleError
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["check_roles"]
+__all__ = ["check_apart", "check_roles"]
+
+
+def check_apart(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
+    """Raise unless the two are of one layout and share no memory.
+
+    Raises:
+        MismatchError: If they differ in keys, shapes or dtype classes.
+        RoleError: If training one would write the other.
+    """
+    teacher.check_same_layout(fake_score)
+    shared = teacher.storages() & fake_score.storages()
+    if shared:
+        raise RoleError(
+            f"teacher and fake score that share weights ({len(shared)} tensors in the same memory)",
+            expected="two networks",
+            cure="make the fake score a copy.deepcopy of the teacher",
+        )
 
 
 def check_roles(
@@ -23,13 +41,12 @@ def check_roles(
         MismatchError: If the networks differ in keys, shapes or dtype classes.
         RoleError: If they share weights, or an optimizer steps the wrong network or two of them.
     """
-    teacher.check_same_layout(fake_score)
+    check_apart(teacher, fake_score)
     of_teacher = {id(tensor): name for name, tensor in teacher.named_tensors()}
     of_fake_score = {id(tensor): name for name, tensor in fake_score.named_tensors()}
     of_generator = {id(tensor) for tensor in optimizers.parameters(generator_optimizers)}
     trained = {id(tensor) for tensor in optimizers.parameters(fake_score_optimizers)}
     wrong = [
-        (of_teacher.keys() & of_fake_score.keys(), "teacher and fake_score that share weights", "two networks"),
         (
             of_generator & of_teacher.keys(),
             "a generator_optimizer that steps the teacher",
@@ -43,6 +60,12 @@ def check_roles(
             "no parameter stepped by both",
         ),
     ]
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in generator_optimizers):
+        raise RoleError(
+            "LBFGS as generator_optimizer, which evaluates its closure many times a step",
+            expected="an optimizer that takes one gradient a step",
+            cure="use Adam, AdamW or SGD for the generator",
+        )
     for shared, found, expected in wrong:
         if shared:
             names = {**of_teacher, **of_fake_score}

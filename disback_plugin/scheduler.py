@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import floor
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from disback_plugin import kernels
-from disback_plugin.errors import PathError, StateError
+from disback_plugin.errors import OptionError, PathError, StateError
 from disback_plugin.recording import Network
-from disback_plugin.schedules import Schedule, Target, parse
+from disback_plugin.schedules import Schedule, Target, resolve
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -35,7 +36,7 @@ class TrajectoryScheduler:
     """Holds the teacher at the right place of the path, one generator update after the other.
 
     Args:
-        path: A complete path, or None: then the position is always 0.0 and the teacher is never touched.
+        path: A complete path, its folder or hub id, or None: then the position is always 0.0 and nothing is written.
         teacher: The trainer's teacher s_theta. Its weights must be the path's node 0.
         fake_score: The trainer's s_phi; `start` sets it to s'_N. None leaves it alone.
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
@@ -69,22 +70,25 @@ class TrajectoryScheduler:
 
     def __init__(
         self,
-        path: DegradationPath | None,
+        path: DegradationPath | str | os.PathLike[str] | None,
         teacher: Network,
         fake_score: Network | None = None,
         *,
         schedule: Schedule | str = "auto",
     ) -> None:
+        if path is not None and not isinstance(path, DegradationPath):
+            path = DegradationPath.from_pretrained(path)
         self.path = path
-        self.schedule: Schedule = parse(schedule) if isinstance(schedule, str) else schedule
+        self.schedule = resolve(schedule)
         self._teacher = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
         self.generator_updates = 0
         self.started = False
         self._target = Target(0.0)
+        self._away = False
         self._nodes: dict[int, dict[str, Tensor]] = {}
-        if path is not None:
-            self._check(path)
+        if self.path is not None:
+            self._check(self.path)
         self._horizon = self.schedule.horizon(self.last_node)
         self._remember()
 
@@ -113,10 +117,18 @@ class TrajectoryScheduler:
     # -- the walk -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin Algorithm 2: s_phi <- s'_N, teacher <- first target. A path with only the teacher writes nothing."""
-        self._place(self.generator_updates)
+        """Begin Algorithm 2: s_phi <- s'_N, teacher <- first target. A path with only the teacher writes nothing.
+
+        One that has started, or was resumed by `load_state_dict`, is left as it is.
+        """
+        if self.started:
+            return
         if self.path is not None and self.last_node and self._fake_score is not None:
-            self._fake_score.load_state_dict(self.path[-1])
+            last = self.path[-1]
+            # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
+            if not self._fake_score.holds(last):
+                self._fake_score.load_state_dict(last)
+        self._place(self.generator_updates)
         self.started = True
 
     def step(self) -> None:
@@ -154,20 +166,22 @@ class TrajectoryScheduler:
     @contextmanager
     def original_teacher(self) -> Iterator[None]:
         """Hold the teacher at s'_0 inside, as for an evaluation, and at the active position again after."""
-        active = self.position
-        if not active:
+        if not self.position or self._away:
             yield
             return
         self._write(0.0)
+        self._away = True
         try:
             yield
         finally:
-            self._write(active)
+            self._away = False
+            self._place(self.generator_updates)
 
     def restore(self) -> None:
-        """Write s'_0 into the teacher, bit for bit, whatever it holds now, and forget the cached nodes."""
+        """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
         if self.path is not None and self.last_node:
             self._teacher.load_state_dict(self.path[0])
+        self._horizon, self._target = 0, Target(0.0)
         self._nodes.clear()
         self._remember()
 
@@ -177,6 +191,7 @@ class TrajectoryScheduler:
         """Return the state as plain scalars; the weights are on the path."""
         return {
             "path": "" if self.path is None else self.path.identity,
+            "nodes": "" if self.path is None else self.path.digest(),
             "schedule": repr(self.schedule),
             "generator_updates": self.generator_updates,
             "started": self.started,
@@ -190,11 +205,14 @@ class TrajectoryScheduler:
         Raises:
             StateError: If `state` has other keys, or is of another path or schedule. Then nothing changes.
         """
-        check_state(state, like=self.state_dict(), fixed=("path", "schedule"))
+        check_state(state, like=self.state_dict(), fixed=("path", "nodes", "schedule"))
         self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
         if self.path is not None and self.last_node:
             self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
-            self._place(self.generator_updates) if self.started else self._write(0.0)
+            if self.started:
+                self._place(self.generator_updates)
+            else:
+                self._write(0.0)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -208,9 +226,30 @@ class TrajectoryScheduler:
         path.check_teacher(self._teacher.state_dict())
         if self.last_node:
             self.schedule.check(self.last_node)
+            self._warn_if_swallowed(path)
+
+    def _warn_if_swallowed(self, path: DegradationPath) -> None:
+        """A teacher in half precision may round the steps between nodes away: say so, with the figure."""
+        rounding = self._teacher.rounding(path[-1]) / path.nodes[-1].delta_norm
+        if rounding > 0.5:
+            logger.warning(
+                "the teacher's dtype rounds node %d by %.1f times its distance to node %d: keep the teacher in "
+                "float32, or record with a larger learning rate or fewer nodes",
+                self.last_node,
+                rounding,
+                self.last_node - 1,
+            )
 
     def _place(self, updates: int) -> None:
-        target = self.schedule(updates, self.last_node)
+        if self._away:
+            return
+        target = self.schedule(updates, self.last_node) if updates < self._horizon else Target(0.0)
+        if not (0 <= target.position <= self.last_node and 0 <= target.gradient <= 1):
+            raise OptionError(
+                f"{target} of {self.schedule!r} at update {updates}",
+                expected=f"a position in [0, {self.last_node}] and a gradient factor in [0, 1]",
+                cure="correct the schedule",
+            )
         if target.position != self._target.position:
             self._write(target.position)
             logger.debug("teacher at position %g of %d after %d updates", target.position, self.last_node, updates)
@@ -244,7 +283,7 @@ class TrajectoryScheduler:
 
     def _remember(self) -> None:
         """Keep one weight of the teacher, to notice when somebody else writes it."""
-        _, witness = next(self._teacher.named_tensors())
+        witness = self._teacher.witness()
         self._witness = witness, witness._version, witness.detach().clone()
 
     def _check_untouched(self) -> None:

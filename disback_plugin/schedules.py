@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from disback_plugin.errors import OptionError
 
-__all__ = ["Fixed", "GradientRamp", "Ramp", "Schedule", "Target", "WarmStart", "parse"]
+__all__ = ["Fixed", "GradientRamp", "Ramp", "Schedule", "Target", "WarmStart", "parse", "resolve"]
 
 
 class Target(NamedTuple):
@@ -205,12 +205,34 @@ class GradientRamp:
         """Fits every path, and none."""
 
 
+def resolve(schedule: Schedule | str) -> Schedule:
+    """Return a schedule from an object of this module, or any of its kind, or a text for `parse`.
+
+    Raises:
+        OptionError: If it is neither.
+
+    Example:
+        >>> resolve("warm"), resolve(Ramp(7))
+        (WarmStart(), Ramp(updates=7, start=0.9, amplitude=True))
+    """
+    if isinstance(schedule, str):
+        return parse(schedule)
+    fits = all(callable(getattr(schedule, name, None)) for name in ("__call__", "horizon", "check"))
+    if isinstance(schedule, type) or not fits:
+        raise OptionError(
+            f"schedule={schedule!r}",
+            expected="a name, or an object of disback_plugin.schedules",
+            cure='pass schedule="auto", or Ramp(100) with its arguments',
+        )
+    return schedule
+
+
 def parse(text: str) -> Schedule:
     """Return the schedule that a short text names, as on a command line.
 
     Args:
         text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,..." or "auto".
-            "auto" is the warm start: of all that has been measured it is the one that never harmed.
+            "auto" is the warm start for now: the one that cost least where it did not help.
 
     Raises:
         OptionError: If the text names none of them.

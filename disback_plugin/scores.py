@@ -63,7 +63,8 @@ def mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Ten
 
 
 def target(kind: Prediction, x_0: Tensor, eps: Tensor, *, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """Return what a perfect network of this kind would predict from x_t: a x_0 + b eps, shape (B, ...).
+    """Return what a perfect network of this kind would predict from x_t: a x_0 + b eps, shape (B, ...), in float32 or
+    better.
 
     Args:
         kind: The kind of prediction.
@@ -77,7 +78,7 @@ def target(kind: Prediction, x_0: Tensor, eps: Tensor, *, alpha: Tensor | float,
         -1.0
     """
     a, b = mixture(kind, *_scales(x_0, alpha, sigma))
-    return (a * x_0 + b * eps).to(x_0.dtype)
+    return a * x_0.to(a.dtype) + b * eps.to(a.dtype)
 
 
 def coefficients(source: Prediction, to: Prediction, *, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -26,7 +27,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import files
-from disback_plugin.errors import PathError, TrainingError
+from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, node_file
 from disback_plugin.weights import fingerprint
 
@@ -56,7 +57,7 @@ class DegradationPath(
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # a run may change its directory
         self.manifest = Manifest.read(self.folder)
 
     # -- open and create ----------------------------------------------------------------------------------------------
@@ -81,22 +82,36 @@ class DegradationPath(
             teacher_id: Where the teacher comes from, as a hub id; for people only.
 
         Raises:
-            PathError: If the folder holds anything.
+            PathError: If the folder holds anything, or cannot be written.
+            TrainingError: If the teacher holds a NaN.
         """
-        root = Path(folder)
-        if cls.exists(root):
-            raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
-        manifest = Manifest(Teacher(fingerprint(teacher), teacher_id), recording, generator)
+        root = Path(folder).absolute()
+        broken = [name for name, tensor in teacher.items() if tensor.is_floating_point() and tensor.isnan().any()]
+        if broken:
+            raise TrainingError(f"NaN in {broken[0]} of the teacher", expected="numbers", cure="load its weights again")
 
-        def claim() -> None:
-            root.mkdir(parents=True, exist_ok=True)
-            manifest.write(root)
+        def write() -> None:
+            if cls.exists(root):
+                raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
+            new = [parent for parent in (root, *root.parents) if not parent.exists()]
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                # Claimed before the first big write: a crash in between leaves a folder that is known to be ours.
+                Manifest(Teacher(fingerprint(teacher), teacher_id), recording, generator).write(root)
+                cls(root)._write_teacher(teacher)
+            except OSError as error:
+                for name in (CONFIG, "teacher.safetensors"):
+                    (root / name).unlink(missing_ok=True) if root.is_dir() else None
+                for parent in new:
+                    parent.rmdir() if parent.is_dir() else None
+                raise PathError(
+                    f"a folder that cannot be written, {root} ({error})",
+                    expected="room and rights",
+                    cure="pass another path=",
+                ) from error
 
-        # Claimed before the first big write: a crash in between leaves a folder that is known to be ours.
-        files.on_rank_zero(claim)
-        path = cls(root)
-        path._write_teacher(teacher)
-        return path
+        files.on_rank_zero(write)
+        return cls(root)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> DegradationPath:  # type: ignore[override]
@@ -142,6 +157,10 @@ class DegradationPath(
 
     # -- read ---------------------------------------------------------------------------------------------------------
 
+    def __fspath__(self) -> str:
+        """Return the folder, so that a path can be passed wherever its folder can."""
+        return str(self.folder)
+
     def __len__(self) -> int:
         """Return N + 1, as far as recorded."""
         return 1 + len(self.manifest.nodes)
@@ -175,6 +194,11 @@ class DegradationPath(
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 
+    def digest(self, iteration: int | None = None) -> str:
+        """Return a digest of the nodes recorded up to an iteration, or of all: of what is in them."""
+        nodes = [n.sha256 for n in self.nodes if iteration is None or n.iteration <= iteration]
+        return sha256(json.dumps(nodes).encode()).hexdigest()
+
     def verify(self) -> None:
         """Read every file and compare it with what was recorded.
 
@@ -190,6 +214,14 @@ class DegradationPath(
                     cure=files.COPY_AGAIN,
                 )
         self.check_teacher(self[0])
+        listed = {CONFIG, "README.md", *(entry.file for entry in self._entries())}
+        foreign = sorted(name for name in files.visible(self.folder) if name not in listed and name[0] != ".")
+        if foreign:
+            raise PathError(
+                f"{foreign[:3]} in {self.folder}",
+                expected=f"what {CONFIG} lists and nothing else",
+                cure="move it elsewhere",
+            )
 
     def check_teacher(self, state: Mapping[str, Tensor]) -> None:
         """Raise PathError unless `state` is the teacher that this path was recorded from, bit for bit."""
@@ -205,12 +237,14 @@ class DegradationPath(
     # -- write --------------------------------------------------------------------------------------------------------
 
     def resume(self, teacher: Mapping[str, Tensor]) -> None:
-        """Write node 0 if a crash at the very beginning left it out.
+        """Tidy up after a crash: write node 0 if it is missing, and remove a node that the manifest does not list yet.
 
         Raises:
             PathError: If `teacher` is not the teacher of this path.
         """
         self.check_teacher(teacher)
+        if not self.complete:
+            files.on_rank_zero(self._remove_unlisted)
         if not self.manifest.teacher.sha256:
             self._write_teacher(teacher)
 
@@ -256,6 +290,13 @@ class DegradationPath(
         rewound = replace(self.manifest, nodes=kept, complete=complete)
         if rewound != self.manifest:
             self._on_rank_zero(lambda: rewound.write(self.folder))
+            files.on_rank_zero(self._remove_unlisted)
+
+    def _remove_unlisted(self) -> None:
+        listed = {node.file for node in self.nodes}
+        for name in files.visible(self.folder):
+            if re.fullmatch(r"node-\d{3}\.safetensors", name) and name not in listed:
+                (self.folder / name).unlink()
 
     def _write_teacher(self, state: Mapping[str, Tensor]) -> None:
         def write() -> None:
@@ -277,8 +318,27 @@ class DegradationPath(
             )
         return (self.manifest.teacher, *self.nodes)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Copy the path into another folder, as every hub object does.
+
+        Args:
+            save_directory: Where to; not the path's own folder.
+            options: `push_to_hub=True` and `repo_id=...` upload it too.
+
+        Raises:
+            PathError: If the path is broken. Then nothing was written.
+            OptionError: If it is the path's own folder.
+        """
         self.verify()
+        if Path(save_directory).absolute() == self.folder:
+            raise OptionError(
+                f"save_pretrained({str(save_directory)!r}) onto itself",
+                expected="another folder",
+                cure="leave it away, the path is saved; push_to_hub(repo_id) publishes it",
+            )
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
         for entry in self._entries():
             files.copy(self.folder / entry.file, save_directory / entry.file)
         files.write_text(save_directory / "README.md", self.manifest.card())
@@ -291,9 +351,10 @@ class DegradationPath(
 
 def _distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Return the Euclidean distance over all floating tensors, in float64, one tensor at a time."""
-    squares = (
-        float(torch.dist(state[name].detach().cpu().double(), tensor.double())) ** 2
-        for name, tensor in other.items()
-        if tensor.is_floating_point()
-    )
-    return math.sqrt(sum(squares))
+
+    def square(a: Tensor, b: Tensor) -> float:
+        # Equal elements are at distance 0, be they infinite as in an attention mask.
+        return float(torch.where(a == b, 0.0, a.double() - b.double()).square().sum())
+
+    pairs = ((state[name].detach().cpu(), tensor) for name, tensor in other.items() if tensor.is_floating_point())
+    return math.sqrt(sum(square(a, b) for a, b in pairs))

@@ -7,7 +7,9 @@ canonical names, the names of the plain module, so that a node recorded from one
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -61,8 +63,9 @@ class ScoreNetwork:
     def of(cls, network: ScoreNetwork | nn.Module | Mapping[str, nn.Module], *, role: str) -> ScoreNetwork:
         """Return `network` as a ScoreNetwork that goes by the name of `role` in errors."""
         if isinstance(network, ScoreNetwork):
-            network.role = role
-            return network
+            named = copy.copy(network)
+            named.role = role
+            return named
         return cls(network, role=role)
 
     def modules(self) -> list[nn.Module]:
@@ -118,12 +121,29 @@ class ScoreNetwork:
         return fingerprint(self.state_dict())
 
     def glimpse(self) -> str:
-        """Return a digest of the first values of each parameter: cheap, and another one after any optimizer step."""
-        heads = [p.detach().reshape(-1)[:8].double() for p in self._parameters() if p.is_floating_point()]
-        return hashlib.sha256(_bytes(torch.cat([head.cpu() for head in heads]))).hexdigest() if heads else ""
+        """Return a digest of the sums of all weights, read as integers: cheap, exact, and another after any update."""
+        sums = [_integers(tensor).sum(dtype=torch.int64).cpu() for tensor in self.state_dict().values()]
+        return hashlib.sha256(_bytes(torch.stack(sums))).hexdigest()
 
-    def _parameters(self) -> Iterator[Tensor]:
-        return (tensor for _, tensor in self.named_tensors() if isinstance(tensor, nn.Parameter))
+    def holds(self, state: Mapping[str, Tensor]) -> bool:
+        """Return whether every weight equals that of `state` bit for bit."""
+        return all(torch.equal(tensor, state[name].to(tensor)) for name, tensor in self.state_dict().items())
+
+    def rounding(self, state: Mapping[str, Tensor]) -> float:
+        """Return |cast(state) - state|, Euclidean: what a write into this network's dtypes rounds away."""
+        pairs = [(state[name], t.dtype) for name, t in self.state_dict().items() if t.is_floating_point()]
+        narrowed = [s for s, dtype in pairs if torch.finfo(dtype).bits < torch.finfo(s.dtype).bits]
+        squares = (float((s.to(d).double() - s.double()).square().sum()) for s, d in pairs) if narrowed else ()
+        return math.sqrt(sum(squares))
+
+    def witness(self) -> Tensor:
+        """Return one live tensor that nobody but an optimizer or a load writes: a parameter if there is one."""
+        tensors = [tensor for _, tensor in self.named_tensors()]
+        return next((tensor for tensor in tensors if isinstance(tensor, nn.Parameter)), tensors[0])
+
+    def storages(self) -> set[int]:
+        """Return the addresses of the memory that the weights live in."""
+        return {t.untyped_storage().data_ptr() for t in self.state_dict().values() if t.numel()}
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
@@ -163,6 +183,14 @@ def _bytes(tensor: Tensor) -> bytes | memoryview:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def _integers(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers: their sum depends on no order of summation."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(sizes[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the plain module inside DDP, DataParallel, `torch.compile` and checkpoint wrappers, however nested.
 
@@ -172,6 +200,12 @@ def unwrap(module: nn.Module) -> nn.Module:
         True
     """
     for kind in type(module).__mro__:
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise RoleError(
+                f"a module sharded by {kind.__name__}",
+                expected="a whole one",
+                cure="attach before sharding; sharded roles are not supported by this version",
+            )
         attribute = _WRAPPERS.get(kind.__name__)
         if attribute is not None and kind.__module__.partition(".")[0] == "torch":
             return unwrap(getattr(module, attribute))
@@ -229,13 +263,20 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
         return "is lazy and has no shape yet", "run one forward first"
     if tensor.is_meta:
         return "is on the meta device and has no values", "load the weights first"
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}", "use dense weights"
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: its elements share memory", "register a .clone() of it"
+    if tensor.dtype in (torch.complex128, torch.complex32):
+        return f"is of {tensor.dtype}, which safetensors cannot hold", "use complex64 or two real tensors"
     if tensor.is_inference():
         return "was made in inference mode and cannot be written in place", "build the network outside inference_mode()"
     if hasattr(tensor, "to_local"):
         return "is sharded (a DTensor)", "attach before sharding; sharded roles are not supported by this version"
+    narrow = tensor.is_floating_point() and tensor.element_size() < 2
     integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
     plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)
-    if tensor.is_quantized or integer_weight or not plain:
+    if tensor.is_quantized or integer_weight or narrow or not plain:
         return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
     return None
 
@@ -275,4 +316,5 @@ def _lerp(low: Tensor, high: Tensor, fraction: float) -> Tensor:
     if not (low.is_floating_point() or low.is_complex()):
         return low if fraction < 0.5 else high
     dtype = torch.promote_types(torch.promote_types(low.dtype, high.dtype), torch.float32)
-    return torch.lerp(low.to(dtype), high.to(dtype), fraction)
+    # An attention mask's -inf stays: -inf minus -inf would be NaN.
+    return torch.where(low == high, low.to(dtype), torch.lerp(low.to(dtype), high.to(dtype), fraction))

@@ -213,20 +213,43 @@ def test_a_step_that_a_grad_scaler_skips_is_no_update(tmp_path, optimizer):
             assert handle.generator_updates == expected
 
 
-def test_several_optimizers_are_one_update_and_all_are_muted(tmp_path):
+ORDERS = {
+    "in turn": lambda i: (0, 1),
+    "reversed": lambda i: (1, 0),
+    "alternating": lambda i: (0, 1) if i % 2 else (1, 0),
+    "the first only": lambda i: (0,),
+    "the last only": lambda i: (1,),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+def test_several_optimizers_in_any_order_are_one_update_and_all_are_held_still(tmp_path, order):
     run = Run()
-    first, second = (torch.optim.Adam(layer.parameters(), lr=0.01) for layer in (run.generator[0], run.generator[2]))
-    roles = run.roles() | {"generator_optimizer": [first, second]}
+    optimizers = [torch.optim.Adam(layer.parameters(), lr=0.01) for layer in (run.generator[0], run.generator[2])]
+    roles = run.roles() | {"generator_optimizer": [*optimizers, optimizers[0]]}
     before = clone(dict(run.generator.state_dict()))
+    late = 2 if len(order(0)) == 1 else 1  # a round of one of the two ends when the next begins
     with disback.attach(**roles, path=tmp_path, record=2, every=1) as handle:
-        for expected in (0, 0, 1, 2):
+        for i in range(5):
             run.fake_step()
             run.generator.zero_grad()
             run.generator_loss().backward()
-            first.step()
-            second.step()
-            assert handle.generator_updates == expected
-            assert (difference(dict(run.generator.state_dict()), before) == []) is (expected == 0)
+            for which in order(i):
+                optimizers[which].step()
+            assert handle.generator_updates == max(i - late, 0)
+            assert (difference(dict(run.generator.state_dict()), before) != []) is (i >= 2)
+    assert handle.scheduler is not None
+
+
+def test_a_discriminators_optimizer_may_step_when_it_likes(tmp_path):
+    run, discriminator = Run(), nn.Linear(2, 1)
+    adversary = torch.optim.Adam(discriminator.parameters())
+    roles = run.roles() | {"fake_score_optimizer": [run.optimizer_f, adversary]}
+    with disback.attach(**roles, path=tmp_path, record=2, every=1) as handle:
+        run.steps(3)
+        discriminator(torch.ones(1, 2)).sum().backward()
+        adversary.step()
+        assert (handle.phase, handle.fake_score_updates, handle.generator_updates) == ("done", 3, 1)
 
 
 def test_fake_score_updates_in_any_ratio_are_recorded_as_they_come(tmp_path):
@@ -346,6 +369,18 @@ def _greedy(run):
     return run.roles() | {"fake_score_optimizer": both}
 
 
+def _assigned(run):
+    run.fake_score.load_state_dict(run.teacher.state_dict(), assign=True)
+    optimizer = torch.optim.Adam(run.fake_score.parameters())
+    return run.roles() | {"fake_score_optimizer": optimizer}
+
+
+def _with_nan(run):
+    with torch.no_grad():
+        run.teacher.left.weight[0, 0] = torch.nan
+    return run.roles()
+
+
 REFUSED = {
     "other shapes": (lambda r: r.roles() | {"fake_score": Score(width=5)}, MismatchError, r"inner\.0\.weight of shape"),
     "other keys": (lambda r: r.roles() | {"fake_score": nn.Linear(2, 2)}, MismatchError, "without 11 keys"),
@@ -372,8 +407,21 @@ REFUSED = {
     ),
     "a meta teacher": (lambda r: r.roles() | {"teacher": Score().to("meta")}, RoleError, "meta device"),
     "no path": (lambda r: r.roles() | {"path": None}, OptionError, "no path="),
-    "every beyond record": (lambda r: r.roles() | {"every": 9}, OptionError, "1 <= every <= record"),
-    "negative record": (lambda r: r.roles() | {"record": -1}, OptionError, "1 <= every <= record"),
+    "every 0": (lambda r: r.roles() | {"every": 0}, OptionError, "two whole numbers >= 1"),
+    "negative record": (lambda r: r.roles() | {"record": -1}, OptionError, "two whole numbers >= 1"),
+    "half a record": (lambda r: r.roles() | {"record": 4.5}, OptionError, "two whole numbers >= 1"),
+    "a record that is a text": (lambda r: r.roles() | {"record": "4"}, OptionError, "two whole numbers >= 1"),
+    "a record that is a flag": (lambda r: r.roles() | {"record": True}, OptionError, "two whole numbers >= 1"),
+    "an empty path": (lambda r: r.roles() | {"path": ""}, OptionError, "no path="),
+    "a schedule's class": (lambda r: r.roles() | {"schedule": Ramp}, OptionError, "schedule=<class"),
+    "no schedule": (lambda r: r.roles() | {"schedule": None}, OptionError, "schedule=None"),
+    "weights in one memory": (_assigned, RoleError, "share weights"),
+    "a teacher with NaN": (_with_nan, TrainingError, "NaN in left.weight"),
+    "LBFGS": (
+        lambda r: r.roles() | {"generator_optimizer": torch.optim.LBFGS(r.generator.parameters())},
+        RoleError,
+        "LBFGS",
+    ),
     "a schedule with too many budgets": (lambda r: r.roles() | {"schedule": Fixed(1, 1, 1)}, OptionError, "at most 1"),
     "an unknown schedule": (lambda r: r.roles() | {"schedule": "cosine"}, OptionError, "schedule 'cosine'"),
 }
@@ -382,12 +430,13 @@ REFUSED = {
 @pytest.mark.parametrize(("roles", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_wrong_roles_are_refused_and_nothing_is_left_half_done(tmp_path, roles, error, message):
     run = Run()
-    before = everything(run)
     arguments = {"path": tmp_path / "path", "record": 4, "every": 2} | roles(run)
+    before = {name: state for name, state in everything(run).items() if name != "teacher"}
     with pytest.raises(error, match=message) as caught:
         disback.attach(**arguments)
     assert re.fullmatch(r"found .+; expected .+; to mend it, .+\.", str(caught.value))
-    assert difference(everything(run), before) == []
+    after = everything(run)
+    assert difference({name: after[name] for name in before}, before) == []
     assert hooks(run) == [0, 0, 0, 0]
     assert not (tmp_path / "path").exists()
 
@@ -412,25 +461,38 @@ def test_record_0_beside_a_recorded_path_is_ambiguous(tmp_path):
 def test_a_generator_updated_while_the_fake_score_never_is(tmp_path):
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path, record=4, every=2):
-        for _ in range(32):
+        for _ in range(100):
             run.generator_step()
-        with pytest.raises(TrainingError, match="33 generator steps and none of the fake score"):
+        with pytest.raises(TrainingError, match="101 generator steps and none of the fake score"):
             run.generator_step()
 
 
-def test_a_closure_cannot_be_muted_and_says_so(tmp_path):
+@pytest.mark.parametrize("how", ["positional", "keyword", "idle"])
+def test_a_step_with_a_closure_is_held_still_scaled_and_counted(tmp_path, how):
+    def step(optimizer, compute):
+        def closure():
+            optimizer.zero_grad()
+            loss = compute()
+            loss.backward()
+            return loss
+
+        if how == "idle":  # the gradients are there already, as in manual optimisation
+            closure()
+            optimizer.step(closure=lambda: None)
+        elif how == "positional":
+            assert optimizer.step(closure).ndim == 0
+        else:
+            optimizer.step(closure=closure)
+
     run = Run()
-
-    def closure():
-        loss = run.generator_loss()
-        loss.backward()
-        return loss
-
-    with (
-        disback.attach(**run.roles(), path=tmp_path, record=4, every=2),
-        pytest.raises(TrainingError, match="closure"),
-    ):
-        run.optimizer_g.step(closure)
+    with disback.attach(**run.roles(), path=tmp_path, record=3, every=3, schedule=Ramp(4)) as handle:
+        before = clone(dict(run.generator.state_dict()))
+        for updates in (0, 0, 0, 1, 2, 3):
+            run.fake_step()
+            step(run.optimizer_g, run.generator_loss)
+            assert handle.generator_updates == updates
+            assert (difference(dict(run.generator.state_dict()), before) == []) is (updates == 0)
+    assert handle.fake_score_updates == 6
 
 
 def test_a_fake_score_that_its_optimizer_does_not_move_is_noticed(tmp_path):
@@ -451,3 +513,178 @@ def test_the_handle_says_where_it_is(tmp_path):
         run.steps(3)
         assert "position 1.35 (N = 2" in repr(handle)
         assert "Ramp(updates=4" in repr(handle)
+
+
+# -- what real trainers do --------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_in_train_mode_may_write_its_running_statistics(tmp_path):
+    run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
+    run.teacher.train()
+    with disback.attach(**run.roles(), path=tmp_path, record=3, every=1, schedule=Ramp(4)) as handle:
+        run.steps(9)
+        assert handle.phase == "done"
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+    assert run.teacher.training
+
+
+def test_a_fake_forward_may_wait_for_the_generators_step(tmp_path):
+    # fake forward, generator step, fake backward: the hand-over must not cut the waiting graph
+    run = Run()
+    run.fake_score.eval()
+    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Fixed(1)) as handle:
+        run.steps(1)
+        run.fake_step()
+        x = torch.ones(4, 2)
+        waiting = run.fake_score(x, torch.ones(4, 1)).square().mean()
+        run.generator_step()
+        assert handle.phase == "backtracking"
+        waiting.backward()
+
+
+def test_an_attention_mask_of_minus_infinity_survives_path_and_mixture(tmp_path):
+    run = Run()
+    for net in (run.teacher, run.fake_score):
+        net.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(4)):
+        run.steps(4)
+        assert torch.equal(run.teacher.mask, torch.tensor([0.0, -torch.inf]))
+
+
+def test_a_run_may_change_its_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run()
+    with disback.attach(**run.roles(), path="runs/path", record=2, every=1, schedule=Ramp(4)):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        run.steps(4)
+    assert (tmp_path / "runs" / "path" / "node-002.safetensors").exists()
+
+
+def test_a_trainer_that_loads_its_checkpoint_first_gives_the_state_to_attach(tmp_path):
+    options = {"path": tmp_path / "path", "record": 4, "every": 2, "schedule": Ramp(6)}
+    for moment in (3, 7):
+        whole, first = Run(), Run()
+        with disback.attach(**whole.roles(), **options | {"path": tmp_path / f"whole{moment}"}):
+            whole.steps(12)
+            expected = everything(whole)
+        handle = disback.attach(**first.roles(), **options | {"path": tmp_path / f"split{moment}"})
+        first.steps(moment)
+        saved, state = first.checkpoint(), handle.state_dict()
+
+        late = Run()
+        late.load(saved)
+        late.teacher.load_state_dict(first.teacher.state_dict())  # DMD2's checkpoints hold whichever node was there
+        with disback.attach(**late.roles(), **options | {"path": tmp_path / f"split{moment}"}, state=state):
+            late.steps(12 - moment)
+            assert difference(everything(late), expected) == []
+
+
+def test_a_path_recorded_again_is_another_path(tmp_path):
+    import shutil
+
+    run = Run()
+    handle = disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(4))
+    run.steps(3)
+    saved, state = run.checkpoint(), handle.state_dict()
+    handle.detach()
+    shutil.rmtree(tmp_path)
+    again = Run()
+    again.stream.manual_seed(5)  # the same teacher, student and plan, other noise
+    with disback.attach(**again.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(4)) as other:
+        again.steps(3)
+        again.load(saved)
+        with pytest.raises(disback.DisbackError, match="other nodes"):
+            other.load_state_dict(state)
+
+
+def test_a_detached_handle_says_so_and_harms_nothing(tmp_path):
+    run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
+    handle = disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(9))
+    run.steps(4)
+    state = handle.state_dict()
+    with handle.original_teacher():
+        handle.detach()
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+    assert handle.position == 0.0
+    with pytest.raises(disback.DisbackError, match="detached"):
+        handle.load_state_dict(state)
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+
+
+def test_an_evaluation_inside_which_the_generator_moves_ends_at_the_right_place(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Fixed(2)) as handle:
+        run.steps(3)
+        with handle.original_teacher():
+            run.step()
+            assert difference(ScoreNetwork(run.teacher).state_dict(), handle.path[0]) == []
+        assert (handle.generator_updates, handle.position) == (2, 0.0)
+        assert difference(ScoreNetwork(run.teacher).state_dict(), handle.path[0]) == []
+
+
+def test_detach_works_after_somebody_deleted_the_folder(tmp_path):
+    import shutil
+
+    run = Run()
+    handle = disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(9))
+    run.steps(4)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(PathError, match="missing"):
+        handle.detach()
+    assert hooks(run) == [0, 0, 0, 0]
+
+
+def test_a_second_handle_on_one_loop_is_refused(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "a", record=2, every=1):
+        before = clone(dict(run.fake_score.state_dict()))
+        with pytest.raises(RoleError, match="attached to already"):
+            disback.attach(**run.roles(), path=tmp_path / "b", record=2, every=1)
+        assert difference(dict(run.fake_score.state_dict()), before) == []
+    with disback.attach(**run.roles(), path=tmp_path / "a", record=2, every=1):
+        pass
+
+
+def test_a_loop_that_steps_other_optimizers_is_mentioned(tmp_path, caplog):
+    with disback.attach(**Run().roles(), path=tmp_path, record=2, every=1):
+        Run().steps(2)
+    assert "no optimizer step was seen" in caplog.text
+
+
+def test_a_bf16_teacher_that_swallows_the_nodes_is_mentioned_with_the_figure(tmp_path, caplog):
+    run = Run(dtype=torch.bfloat16)
+    run.optimizer_f = torch.optim.Adam(run.fake_score.parameters(), lr=1e-6)
+    run.fake_score.eval()  # running statistics move a lot
+    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1):
+        run.steps(2)
+    assert "rounds node 2 by" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
+    from disback_plugin import files
+
+    run = Run()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PathError, match="cannot be written"):
+        disback.attach(**run.roles(), path=tmp_path / "file" / "path", record=2, every=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_tensors", full)
+    with pytest.raises(PathError, match="No space left"):
+        disback.attach(**run.roles(), path=tmp_path / "new" / "path", record=2, every=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert hooks(run) == [0, 0, 0, 0]
+
+
+def test_record_takes_any_whole_number_and_fewer_than_every(tmp_path):
+    import numpy as np
+
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=np.int64(3)) as handle:
+        run.steps(3)
+        assert [node.iteration for node in handle.path.nodes] == [3]

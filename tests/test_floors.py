@@ -16,7 +16,7 @@ FLOORS = [
     ["errors", "noise", "scores"],
     ["formulas", "losses", "kernels", "weights", "optimizers", "roles", "hooks"],
     ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
-    ["attachment", "demo", "cli"],
+    ["attachment", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 

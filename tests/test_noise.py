@@ -42,7 +42,7 @@ def test_rectified_flow_goes_straight_from_data_to_noise():
     assert add_noise(x_0, eps, alpha=alpha, sigma=sigma).item() == 2.5
 
 
-@pytest.mark.parametrize("alphas", [[], [0.5, 0.6], [1.0], [0.5, 0.0]], ids=str)
+@pytest.mark.parametrize("alphas", [[], [0.5, 0.6], [1.0], [0.5, -0.1]], ids=str)
 def test_discrete_refuses_what_is_no_schedule(alphas):
     with pytest.raises(OptionError, match="never increase"):
         Discrete(alphas)
@@ -58,3 +58,11 @@ def test_lognormal_sigma_has_the_moments_it_is_asked_for(global_random_state):
     log_sigma = lognormal_sigma(100_000, mean=-1.2, std=1.2, generator=torch.Generator().manual_seed(0)).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02)
     assert log_sigma.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_a_zero_terminal_signal_is_a_schedule_too():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
+    alpha, sigma = Discrete(scheduler.alphas_cumprod)(torch.tensor([999]))
+    assert (alpha.item(), sigma.item()) == (0.0, 1.0)

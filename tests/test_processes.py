@@ -68,7 +68,7 @@ def test_a_killed_run_resumed_in_a_new_process_equals_the_uninterrupted_one_bit_
 
 
 RANK = """
-import sys, json, torch, torch.distributed as dist
+import sys, json, time, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
 torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
@@ -88,6 +88,8 @@ run.fake_score = DistributedDataParallel(run.fake_score, broadcast_buffers=True)
 run.generator = DistributedDataParallel(run.generator)
 run.optimizer_g = torch.optim.Adam(run.generator.parameters(), lr=1e-2)
 run.optimizer_f = torch.optim.Adam(run.fake_score.parameters(), lr=1e-2)
+dist.barrier()
+time.sleep(0.5 * rank)  # rank 0 must not be seen half way
 handle = disback.attach(**run.roles(), path=folder + "/path", record=4, every=2, schedule=Fixed(2))
 seen = []
 for _ in range(8):

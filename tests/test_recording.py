@@ -183,10 +183,10 @@ def test_a_fake_score_of_another_architecture_is_refused_with_the_way_out(tmp_pa
     assert not (tmp_path / "path").exists()
 
 
-@pytest.mark.parametrize(("iterations", "every"), [(0, 1), (5, 0), (5, 6), (-1, 1)])
+@pytest.mark.parametrize(("iterations", "every"), [(0, 1), (5, 0), (-1, 1), (2.5, 1), (True, 1)])
 def test_counts_out_of_their_domain_are_refused(tmp_path, iterations, every):
     run = Run()
-    with pytest.raises(OptionError, match="1 <= every <= record"):
+    with pytest.raises(OptionError, match="two whole numbers >= 1"):
         disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=iterations, every=every)
 
 
@@ -203,3 +203,58 @@ def test_a_path_recorded_on_another_student_is_reused_with_a_warning(tmp_path, c
         fresh.generator[0].bias += 1
     with caplog.at_level(logging.WARNING), disback.attach(**fresh.roles(), path=tmp_path, record=1, every=1):
         assert "another initial generator" in caplog.text
+
+
+def test_a_crash_between_the_last_node_and_its_mark_is_mended(tmp_path, monkeypatch):
+    run = Run()
+    with monkeypatch.context() as patch:
+        patch.setattr(disback.DegradationPath, "finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            record_in_loop(run, tmp_path)
+    assert not disback.DegradationPath(tmp_path).complete
+    again = Run()
+    with disback.attach(**again.roles(), path=tmp_path, record=6, every=2) as handle:
+        again.step()
+        assert (handle.phase, handle.path.complete) == ("done", True)
+
+
+def test_a_step_that_a_scaler_skips_is_no_iteration(tmp_path):
+    run, calls = Run(), []
+
+    def fake_step():
+        calls.append(None)
+        if len(calls) in (1, 3, 4):
+            run.fake_score(torch.ones(4, 2), torch.ones(4, 1))  # a forward that writes running statistics only
+        else:
+            run.fake_step()
+
+    path = disback.record(run.teacher, run.fake_score, fake_step, path=tmp_path, iterations=4, every=2)
+    assert len(calls) == 7
+    assert [node.iteration for node in path.nodes] == [2, 4]
+
+
+def test_the_teacher_cannot_be_its_own_fake_score(tmp_path):
+    run = Run()
+    before = clone(dict(run.teacher.state_dict()))
+    with pytest.raises(disback.DisbackError, match="share weights"):
+        disback.record(run.teacher, run.teacher, run.fake_step, path=tmp_path / "path", iterations=2, every=1)
+    assert difference(dict(run.teacher.state_dict()), before) == []
+
+
+def test_what_record_returns_can_be_passed_as_a_path(tmp_path):
+    run = Run()
+    path = record_in_loop(run, tmp_path / "path")
+    for form in (path, path.folder, str(path.folder)):
+        assert disback.TrajectoryScheduler(form, run.teacher).last_node == 3
+    with disback.attach(**Run().roles(), path=path, record=6, every=2) as handle:
+        assert handle.phase == "done"
+
+
+def test_a_crash_in_the_middle_of_a_node_leaves_nothing_foreign(tmp_path):
+    run = Run()
+    with pytest.raises(ZeroDivisionError):
+        disback.record(run.teacher, run.fake_score, lambda: 1 / 0, path=tmp_path, iterations=6, every=2)
+    (tmp_path / "node-001.safetensors").write_bytes(b"written, but not yet listed")
+    path = record_in_loop(run, tmp_path)
+    path.verify()
+    assert len(path) == 4

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
+from disback_plugin import schedules
 from disback_plugin.errors import OptionError, PathError, StateError
 from disback_plugin.schedules import Fixed, Ramp, WarmStart
 from disback_plugin.weights import ScoreNetwork
@@ -168,6 +169,7 @@ def test_the_state_is_plain_scalars_and_restores_the_node(recorded):
     ("change", "message"),
     [
         ({"path": "0" * 64}, "another path"),
+        ({"nodes": "0" * 64}, "another nodes"),
         ({"schedule": "Fixed(1)"}, "another schedule"),
         ({"generator_updates": "3"}, "expected a int"),
         ({"colour": 1}, "keys"),
@@ -248,3 +250,27 @@ def test_a_wrapped_loss_can_run_its_losses_fused(recorded):
     plain()
     fused()
     assert runners == [formulas.plainly, kernels._RUNNERS["auto"]]
+
+
+def test_a_second_start_and_one_after_a_resume_change_nothing(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Fixed(2))
+    scheduler.start()
+    scheduler.step()
+    run.fake_step()
+    before = [state(run.fake_score), state(run.teacher)]
+    scheduler.start()
+    assert difference([state(run.fake_score), state(run.teacher)], before) == []
+
+
+@pytest.mark.parametrize("target", [(-0.5, 1.0), (4.5, 1.0), (float("nan"), 1.0), (1.0, -1.0), (1.0, float("nan"))])
+def test_a_schedule_out_of_bounds_never_reaches_the_teacher(recorded, target):
+    class Wild(Fixed):
+        def __call__(self, updates, nodes):
+            return schedules.Target(*target)
+
+    run = holding(recorded)
+    before = state(run.teacher)
+    with pytest.raises(OptionError, match="expected a position in"):
+        disback.TrajectoryScheduler(recorded, run.teacher, schedule=Wild(1)).start()
+    assert difference(state(run.teacher), before) == []

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from worlds import Score, clone, difference
 
-from disback_plugin.errors import MismatchError, PathError, TrainingError
+from disback_plugin.errors import MismatchError, OptionError, PathError, TrainingError
 from disback_plugin.manifest import Recording
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -87,6 +87,18 @@ def test_a_path_is_a_hub_object(recorded, tmp_path):
     assert "| 2 | 20 |" in (tmp_path / "copy" / "README.md").read_text()
 
 
+def test_saving_onto_itself_is_refused_and_a_broken_path_is_not_saved(recorded, tmp_path):
+    with pytest.raises(OptionError, match="onto itself"):
+        recorded.save_pretrained(recorded.folder)
+    _flip(recorded.folder / "node-002.safetensors")
+    before = sorted(file.name for file in recorded.folder.iterdir())
+    for target in (recorded.folder, tmp_path / "copy"):
+        with pytest.raises(PathError):
+            recorded.save_pretrained(target)
+    assert sorted(file.name for file in recorded.folder.iterdir()) == before
+    assert not (tmp_path / "copy").exists()
+
+
 def test_only_safetensors_and_text_are_on_disk(recorded):
     assert sorted(file.name for file in recorded.folder.iterdir()) == [
         "README.md", "config.json", "node-001.safetensors", "node-002.safetensors", "teacher.safetensors",
@@ -117,6 +129,15 @@ def _edit(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def _edit_in(folder, entry, **changes):
+    _edit(folder, **{entry: json.loads((folder / "config.json").read_text())[entry] | changes})
+
+
+def _edit_node(folder, **changes):
+    first, *rest = json.loads((folder / "config.json").read_text())["nodes"]
+    _edit(folder, nodes=[first | changes, *rest])
+
+
 def _flip(file):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
@@ -130,13 +151,27 @@ DAMAGE = {
     "newer format": lambda f: _edit(f, format=2),
     "somebody else's config": lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
     "unknown field": lambda f: _edit(f, recording={"iterations": 2, "every": 1, "colour": 3}),
-    "impossible plan": lambda f: _edit(f, recording={"iterations": 1, "every": 2}),
+    "impossible plan": lambda f: _edit(f, recording={"iterations": 0, "every": 2}),
     "foreign file name": lambda f: _edit(f, teacher={"fingerprint": "0" * 64, "file": "../../etc/passwd"}),
     "missing node": lambda f: (f / "node-002.safetensors").unlink(),
     "flipped bit in a node": lambda f: _flip(f / "node-001.safetensors"),
     "flipped bit in the teacher": lambda f: _flip(f / "teacher.safetensors"),
     "truncated node": lambda f: (f / "node-001.safetensors").write_bytes(b"\0" * 100),
     "swapped nodes": lambda f: _swap(f / "node-001.safetensors", f / "node-002.safetensors"),
+    "marked complete too early": lambda f: _edit(f, nodes=json.loads((f / "config.json").read_text())["nodes"][:1]),
+    "another codec": lambda f: _edit(f, codec="int8"),
+    "complete as a text": lambda f: _edit(f, complete="yes"),
+    "half an iteration": lambda f: _edit(f, recording={"iterations": 20.5, "every": 10}),
+    "infinite iterations": lambda f: _edit(f, recording={"iterations": math.inf, "every": 10}),
+    "nodes as a mapping": lambda f: _edit(f, nodes={}),
+    "a teacher without a digest": lambda f: _edit_in(f, "teacher", sha256=""),
+    "a fingerprint that is a number": lambda f: _edit_in(f, "teacher", fingerprint=7),
+    "an iteration as a text": lambda f: _edit_node(f, iteration="10"),
+    "an iteration out of turn": lambda f: _edit_node(f, iteration=15),
+    "an index out of turn": lambda f: _edit_node(f, index=3),
+    "a norm that is none": lambda f: _edit_node(f, delta_norm="x"),
+    "a foreign file": lambda f: (f / "evil.pkl").write_bytes(b""),
+    "a node too many": lambda f: (f / "node-003.safetensors").write_bytes(b""),
     "another teacher": lambda f: save_file({"w": torch.zeros(1)}, f / "teacher.safetensors"),
 }
 
@@ -187,7 +222,7 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     """Fail at each rename in turn; what is there afterwards must open, and end equal to an undisturbed recording."""
     from pathlib import Path
 
-    from disback_plugin.recording import open_or_create
+    from disback_plugin.recording import Recorder, open_or_create
 
     teacher, *nodes = states(4)
     net = Score()
@@ -195,12 +230,13 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     plan = Recording(30, 10)
 
     def record():
-        path = open_or_create(tmp_path / "path", ScoreNetwork(net), plan)
-        for i in range(len(path) - 1, 3):
-            path.append(nodes[i], iteration=10 * (i + 1))
-        if not path.complete:
-            path.finish()
-        return path
+        student = Score()
+        recorder = Recorder(open_or_create(tmp_path / "path", ScoreNetwork(net), plan), ScoreNetwork(student))
+        recorder.start()
+        while not recorder.done:
+            ScoreNetwork(student).load_state_dict(nodes[recorder.iteration // 10])
+            recorder.update()
+        return recorder.path
 
     calls, rename = [], Path.replace
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -194,6 +196,19 @@ def _inference():
         return nn.Linear(2, 2)
 
 
+def _with_buffer(buffer):
+    net = nn.Linear(1, 1)
+    net.register_buffer("extra", buffer)
+    return net
+
+
+class FullyShardedDataParallel(nn.Linear):
+    """By name, as torch's own; the real one needs a process group."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+
 class ExtraState(nn.Linear):
     def get_extra_state(self):
         return {"scale": 1}
@@ -207,6 +222,11 @@ class ExtraState(nn.Linear):
         (lambda: nn.LazyLinear(2), "lazy"),
         (_inference, "inference mode"),
         (lambda: ExtraState(2, 2), "extra state"),
+        (lambda: _with_buffer(torch.ones(1).expand(3)), "expanded"),
+        (lambda: _with_buffer(torch.ones(2, dtype=torch.float8_e4m3fn)), "quantised"),
+        (lambda: _with_buffer(torch.ones(2, dtype=torch.complex128)), "complex128"),
+        (lambda: _with_buffer(torch.eye(2).to_sparse()), "stored as"),
+        (lambda: FullyShardedDataParallel(), "sharded by FullyShardedDataParallel"),
         (lambda: nn.ReLU(), "without weights"),
         (lambda: "unet", "str as the teacher"),
         (lambda: None, "NoneType as the teacher"),
@@ -225,3 +245,27 @@ def test_a_wrong_prefix_lists_what_is_there():
 def test_unwrap_leaves_a_plain_module_alone():
     net = nn.Linear(1, 1)
     assert unwrap(net) is net
+
+
+def test_the_glimpse_sees_an_update_of_a_single_weight():
+    net = nn.Embedding(1000, 4)
+    role, before = ScoreNetwork(net), ScoreNetwork(net).glimpse()
+    with torch.no_grad():
+        net.weight[517, 2] += 1e-7
+    assert role.glimpse() != before
+
+
+def test_naming_a_role_does_not_rename_the_callers_object():
+    mine = ScoreNetwork(nn.Linear(1, 1), role="mine")
+    assert ScoreNetwork.of(mine, role="teacher").role == "teacher"
+    assert mine.role == "mine"
+
+
+def test_the_real_fsdp_is_refused(process_group):
+    from torch.distributed import fsdp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one rank, and of being the older of two
+        sharded = fsdp.FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(RoleError, match="sharded by FullyShardedDataParallel"):
+        ScoreNetwork(sharded)

@@ -44,6 +44,8 @@ def demo(*, seeds: int, student: str, network: str, schedule: str | None, out: P
     """
     if seeds < 1:
         raise OptionError(f"--seeds {seeds}", expected="a number >= 1", cure="leave it away for 5")
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out {out}, a file", expected="a folder, or nothing there", cure="pass another --out")
     started = time.perf_counter()
     regime = plan(network, student, None if schedule is None else parse(schedule))
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,37 @@
+"""Every comparison runs on one thread, and says on what machine."""
+
+from __future__ import annotations
+
+import platform
+import time
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = 1
+    machine_info["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine_info["python"] = platform.python_version()
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth():
+    """Bytes a second that a large copy moves, read and written, on this thread."""
+    source = torch.empty(1 << 26)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / min(seconds)
