@@ -121,9 +121,9 @@ def _compiled(formula: Formula, one_block: bool, kind: Hashable) -> Formula:
 def _kind(inputs: Any, batch: int) -> Hashable:
     """Return what a graph depends on: dtypes, devices, image sizes, strides' order, which factors are per sample."""
     if isinstance(inputs, Tensor):
-        per_sample = inputs.ndim > 0 and len(inputs) == batch
-        return inputs.dtype, inputs.device, inputs.shape[1:], inputs.stride()[1:], per_sample
-    return tuple(_kind(entry, batch) for entry in inputs) if isinstance(inputs, tuple) else inputs
+        shape = inputs.shape
+        return inputs.dtype, inputs.device, shape[1:], inputs.stride(), len(shape) > 0 and shape[0] == batch
+    return tuple([_kind(entry, batch) for entry in inputs]) if isinstance(inputs, tuple) else inputs
 
 
 def _one_block(tensor: Tensor) -> bool:

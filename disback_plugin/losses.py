@@ -418,14 +418,14 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *pairs: Tensor) -> Tensor:
-        ctx.save_for_backward(*pairs[1::2])
-        return value.clone()
+        ctx.gradients = pairs[1::2]
+        return value.view_as(value)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (upstream.to(gradient.dtype) * gradient for gradient in ctx.saved_tensors)
-        return (None, *(entry for gradient in gradients for entry in (gradient, None)))
+        scaled = (gradient * upstream.to(gradient.dtype) for gradient in ctx.gradients)
+        return (None, *(entry for gradient in scaled for entry in (gradient, None)))
 
 
 def _with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
@@ -469,7 +469,7 @@ def _is_mask(nonfinite: str) -> bool:
 
 
 def _numbers(like: Tensor, *values: Number) -> list[Tensor]:
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return [torch.as_tensor(value, dtype=dtype, device=like.device) for value in values]
 
 
@@ -485,7 +485,7 @@ def _scale(value: Number, like: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor) -> Tensor:
-    return values.sum() / max(len(values), 1)
+    return values.mean() if len(values) else values.sum()
 
 
 def _count(skipped: Tensor | None, finite: Tensor) -> None:
@@ -501,6 +501,7 @@ def _x_0_units(sigma: Tensor, alpha: Number, prediction: Prediction) -> Tensor:
 
 
 def _same_shape(**tensors: Tensor) -> None:
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
+    first, *others = tensors.values()
+    if any(tensor.shape != first.shape for tensor in others):
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise MismatchError(shapes, expected="one shape", cure="pass outputs computed from this very batch")

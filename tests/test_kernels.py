@@ -186,3 +186,28 @@ def test_compiling_draws_nothing_from_the_global_generators():
     before = torch.get_rng_state()
     kernels.fuse(losses.vsd, compile=True)(x, x, x, alpha=0.6, sigma=0.8, prediction=Prediction.EPS)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_cut_out_of_a_larger_one_is_another_kind_of_input():
+    fused = kernels.fuse(losses.dmd, compile=True)
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.EPS}
+    stream = torch.Generator().manual_seed(0)
+    whole = [torch.randn(8, 3, 6, 6, generator=stream) for _ in range(4)]
+    for cut in (slice(None), slice(None, None, 2), slice(2, 5)):
+        x, real, fake, eps = (tensor[cut] for tensor in whole)
+        gradients = []
+        for loss in (fused, losses.dmd):
+            leaf = x.detach().requires_grad_()
+            loss(leaf, real, fake, eps=eps, **options).backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+
+
+def test_inputs_that_are_one_tensor_now_and_two_later_are_told_apart():
+    fused = kernels.fuse(losses.sid, compile=True)
+    one, x = torch.tensor(1.0), torch.randn(4, 3, 7, 7)
+    real, fake = torch.randn(4, 3, 7, 7), torch.randn(4, 3, 7, 7)
+    options = {"eps": x, "alpha": 1.0, "sigma": 1.0, "prediction": Prediction.X0}
+    for weight, alpha_sid, second in ((one, one, real), (one, torch.tensor(1.3), real), (one, one, fake)):
+        arguments = {**options, "weight": weight, "alpha_sid": alpha_sid}
+        torch.testing.assert_close(fused(x, real, second, **arguments), losses.sid(x, real, second, **arguments))
