@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from disback_plugin import kernels, losses, metrics, noise, schedules
-    from disback_plugin.attachment import Handle, attach
+    from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
+    from disback_plugin.handle import Handle
     from disback_plugin.hooks import Adapter, hookimpl
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
@@ -45,7 +46,7 @@ _HOME = {
     "Adapter": "hooks",
     "DegradationPath": "trajectory",
     "DisbackError": "errors",
-    "Handle": "attachment",
+    "Handle": "handle",
     "Prediction": "scores",
     "ScoreNetwork": "weights",
     "TrajectoryScheduler": "scheduler",

@@ -21,14 +21,26 @@ Gradients are computed in closed form and handed to autograd as they are, withou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
 from disback_plugin import formulas
-from disback_plugin.errors import MismatchError, OptionError
+from disback_plugin.batches import (
+    Number,
+    count,
+    is_mask,
+    mean,
+    numbers,
+    rows,
+    run,
+    same_shape,
+    scale,
+    target_parts,
+    teacher_halves,
+    with_gradients,
+)
 from disback_plugin.scores import Prediction, coefficients, mixture
 
 __all__ = [
@@ -44,7 +56,6 @@ __all__ = [
     "vsd",
 ]
 
-Number: TypeAlias = Tensor | float
 NonFinite: TypeAlias = Literal["mask", "zero"]
 
 
@@ -78,14 +89,15 @@ def denoising(
         MismatchError: If output, x_0 and eps differ in shape.
 
     Example:
+        >>> import torch
         >>> x_0, eps = torch.zeros(2, 3), torch.ones(2, 3)
         >>> denoising(torch.zeros(2, 3), x_0, eps, alpha=1.0, sigma=0.5, prediction=Prediction.EPS).item()
         1.0
     """
-    _same_shape(output=output, x_0=x_0, eps=eps)
-    wanted = _target(prediction, x_0, eps, alpha, sigma)
-    gradient, values, _ = _run(formulas.denoising, _rows(output.detach()), wanted, _scale(weight, output))
-    return _with_gradients(_mean(values), (output, gradient))
+    same_shape(output=output, x_0=x_0, eps=eps)
+    wanted = target_parts(prediction, x_0, eps, alpha, sigma)
+    gradient, values, _ = run(formulas.denoising, rows(output.detach()), wanted, scale(weight, output))
+    return with_gradients(mean(values), (output, gradient))
 
 
 def diff_instruct(
@@ -130,13 +142,14 @@ def diff_instruct(
         MismatchError: If x, real and fake do not fit.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(1, 2, requires_grad=True)
         >>> real, fake = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> diff_instruct(x, real, fake, alpha=1.0, sigma=2.0, prediction=Prediction.SCORE).backward()
         >>> x.grad.tolist()  # descent moves x along the teacher's score
         [[-1.0, 0.0]]
     """
-    alpha, sigma = _numbers(x, alpha, sigma)
+    alpha, sigma = numbers(x, alpha, sigma)
     _, k = coefficients(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, weight * alpha * k, guidance, nonfinite, skipped)
 
@@ -162,13 +175,14 @@ def vsd(
     the authors' weight is sigma^2.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(1, 1, requires_grad=True)
         >>> one, zero = torch.ones(1, 1), torch.zeros(1, 1)
         >>> vsd(x, one, zero, alpha=0.6, sigma=0.8, prediction=Prediction.EPS).backward()
         >>> x.grad.item()
         1.0
     """
-    alpha, sigma = _numbers(x, alpha, sigma)
+    alpha, sigma = numbers(x, alpha, sigma)
     _, k = coefficients(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, -weight * k, guidance, nonfinite, skipped)
 
@@ -216,27 +230,28 @@ def dmd(
         MismatchError: If x, real, fake and eps do not fit.
 
     Example:
+        >>> import torch
         >>> x, eps = torch.zeros(1, 2, requires_grad=True), torch.zeros(1, 2)
         >>> real, fake = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 4.0]])
         >>> dmd(x, real, fake, eps=eps, alpha=1.0, sigma=1.0, prediction=Prediction.X0).backward()
         >>> x.grad.tolist()
         [[-0.5, 0.5]]
     """
-    _same_shape(x=x, eps=eps)
+    same_shape(x=x, eps=eps)
     # Of c in D_phi - D_theta = c (f - r) only the sign is left by the normaliser: more eps, v or flow is less x_0.
     sign = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0
-    gradient, values, finite = _run(
+    gradient, values, finite = run(
         formulas.dmd,
-        *_teacher(x, real, fake, guidance),
-        _rows(fake.detach()),
-        _target(prediction, x, eps, alpha, sigma),
-        _scale(sign * weight, x),
-        *_numbers(x, 1.0 if guidance is None else guidance),
-        _is_mask(nonfinite),
+        *teacher_halves(x, real, fake, guidance),
+        rows(fake.detach()),
+        target_parts(prediction, x, eps, alpha, sigma),
+        scale(sign * weight, x),
+        *numbers(x, 1.0 if guidance is None else guidance),
+        is_mask(nonfinite),
         x.dtype,
     )
-    _count(skipped, finite)
-    return _with_gradients(_mean(values), (x, gradient))
+    count(skipped, finite)
+    return with_gradients(mean(values), (x, gradient))
 
 
 def sid(
@@ -281,28 +296,29 @@ def sid(
         MismatchError: If x, real, fake and eps differ in shape.
 
     Example:
+        >>> import torch
         >>> x = torch.zeros(1, 1, requires_grad=True)
         >>> loss = sid(x, x + 2.0, x + 1.0, eps=x, alpha=1.0, sigma=1.0, prediction=Prediction.X0)
         >>> loss.item()  # (2 - 1) ((2 - 0) - (2 - 1)) / 2
         0.5
     """
-    _same_shape(x=x, real=real, fake=fake, eps=eps)
-    alpha, sigma = _numbers(x, alpha, sigma)
+    same_shape(x=x, real=real, fake=fake, eps=eps)
+    alpha, sigma = numbers(x, alpha, sigma)
     _, c = coefficients(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
-    by_real, by_fake, by_target, values, finite = _run(
+    by_real, by_fake, by_target, values, finite = run(
         formulas.sid,
-        _rows(real.detach()),
-        _rows(fake.detach()),
-        _target(prediction, x, eps, alpha, sigma),
-        _scale(c, x),
-        _scale(weight, x),
-        *_numbers(x, alpha_sid),
-        _is_mask(nonfinite),
+        rows(real.detach()),
+        rows(fake.detach()),
+        target_parts(prediction, x, eps, alpha, sigma),
+        scale(c, x),
+        scale(weight, x),
+        *numbers(x, alpha_sid),
+        is_mask(nonfinite),
     )
-    _count(skipped, finite)
+    count(skipped, finite)
     a, _ = mixture(prediction, alpha, sigma)  # dt/dx
-    by_x = [] if prediction in (Prediction.EPS, Prediction.SCORE) else [(x, _scale(a, x) * by_target)]
-    return _with_gradients(_mean(values), (real, by_real), (fake, by_fake), *by_x)
+    by_x = [] if prediction in (Prediction.EPS, Prediction.SCORE) else [(x, scale(a, x) * by_target)]
+    return with_gradients(mean(values), (real, by_real), (fake, by_fake), *by_x)
 
 
 def gan_generator(fake_logits: Tensor) -> Tensor:
@@ -312,6 +328,7 @@ def gan_generator(fake_logits: Tensor) -> Tensor:
         fake_logits: The discriminator's logits of generated samples, any shape, with the generator's graph.
 
     Example:
+        >>> import torch
         >>> round(gan_generator(torch.zeros(2)).item(), 4)
         0.6931
     """
@@ -326,6 +343,7 @@ def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         fake_logits: Logits of generated samples, any shape, without the generator's graph.
 
     Example:
+        >>> import torch
         >>> round(gan_discriminator(torch.zeros(2), torch.zeros(2)).item(), 4)
         1.3863
     """
@@ -346,10 +364,11 @@ def dmd_regression(
         MismatchError: If the shapes differ.
 
     Example:
+        >>> import torch
         >>> dmd_regression(torch.zeros(2), torch.full((2,), 3.0)).item()
         9.0
     """
-    _same_shape(x=x, teacher_sample=teacher_sample)
+    same_shape(x=x, teacher_sample=teacher_sample)
     return distance(x, teacher_sample.detach()).mean()
 
 
@@ -365,6 +384,7 @@ def edm_weight(
         prediction: The kind whose squared error is weighted; the loss is the same for each.
 
     Example:
+        >>> import torch
         >>> edm_weight(torch.tensor(0.5), sigma_data=0.5).item()
         8.0
     """
@@ -384,6 +404,7 @@ def snr_weight(
         prediction: The kind whose squared error is weighted; the loss is the same for each.
 
     Example:
+        >>> import torch
         >>> snr_weight(torch.tensor(0.5), alpha=1.0).item()
         4.0
         >>> snr_weight(torch.tensor(0.5), alpha=1.0, prediction=Prediction.EPS).item()
@@ -395,113 +416,22 @@ def snr_weight(
 def _difference(
     x: Tensor, real: Tensor, fake: Tensor, k: Tensor, guidance: Number | None, nonfinite: str, skipped: Tensor | None
 ) -> Tensor:
-    teacher = _teacher(x, real, fake, guidance)
-    gradient, values, finite = _run(
+    teacher = teacher_halves(x, real, fake, guidance)
+    gradient, values, finite = run(
         formulas.difference,
         *teacher,
-        _rows(fake.detach()),
-        _rows(x.detach()),
-        _scale(k, x),
-        *_numbers(x, 1.0 if guidance is None else guidance),
-        _is_mask(nonfinite),
+        rows(fake.detach()),
+        rows(x.detach()),
+        scale(k, x),
+        *numbers(x, 1.0 if guidance is None else guidance),
+        is_mask(nonfinite),
     )
-    _count(skipped, finite)
-    return _with_gradients(_mean(values), (x, gradient))
-
-
-def _run(formula: formulas.Formula, *inputs: object) -> tuple[Tensor, ...]:
-    return formulas.RUN.get()(formula, *inputs)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *pairs: Tensor) -> Tensor:
-        ctx.gradients = pairs[1::2]
-        return value.view_as(value)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (gradient * upstream.to(gradient.dtype) for gradient in ctx.gradients)
-        return (None, *(entry for gradient in scaled for entry in (gradient, None)))
-
-
-def _with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the value as a function of the first of each pair, of which the second is its gradient."""
-    flat = [
-        tensor for source, gradient in pairs for tensor in (source, gradient.reshape(source.shape).to(source.dtype))
-    ]
-    result: Tensor = _WithGradients.apply(value, *flat)
-    return result
-
-
-def _teacher(x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None) -> tuple[Tensor, Tensor | None]:
-    """Return the teacher's conditional and, under guidance, unconditional output."""
-    if guidance is None:
-        _same_shape(x=x, real=real, fake=fake)
-        return _rows(real.detach()), None
-    if real.shape != (2 * len(x), *x.shape[1:]):
-        raise MismatchError(
-            f"real {tuple(real.shape)} with guidance for x {tuple(x.shape)}",
-            expected="twice the batch, the unconditional half first",
-            cure="run the teacher once on torch.cat([x_t, x_t]) with both conditions",
-        )
-    _same_shape(x=x, fake=fake)
-    unconditional, conditional = _rows(real.detach()).chunk(2)
-    return conditional, unconditional
-
-
-def _target(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
-    """Return the target of a kind as the formulas take it: (t,), or (x, eps, a, b) with t = a x + b eps."""
-    x, eps = _rows(x.detach()), _rows(eps.detach())
-    if prediction in (Prediction.EPS, Prediction.X0):
-        return (eps,) if prediction == Prediction.EPS else (x,)
-    a, b = mixture(prediction, *_numbers(x, alpha, sigma))
-    return x, eps, _scale(a, x), _scale(b, x)
-
-
-def _is_mask(nonfinite: str) -> bool:
-    if nonfinite not in ("mask", "zero"):
-        raise OptionError(f"nonfinite={nonfinite!r}", expected="'mask' or 'zero'", cure="leave it away for 'mask'")
-    return nonfinite == "mask"
-
-
-def _numbers(like: Tensor, *values: Number) -> list[Tensor]:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [torch.as_tensor(value, dtype=dtype, device=like.device) for value in values]
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return the tensor with at least one axis beside the batch."""
-    return tensor if tensor.ndim > 1 else tensor[:, None]
-
-
-def _scale(value: Number, like: Tensor) -> Tensor:
-    """Return a factor that broadcasts against `_rows(like)`."""
-    (factor,) = _numbers(like, value)
-    return factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else values.sum()
-
-
-def _count(skipped: Tensor | None, finite: Tensor) -> None:
-    if skipped is not None:
-        skipped += (~finite).sum()
+    count(skipped, finite)
+    return with_gradients(mean(values), (x, gradient))
 
 
 def _x_0_units(sigma: Tensor, alpha: Number, prediction: Prediction) -> Tensor:
     """Return c^2, the squared error of x_0 that a squared error of 1 in `prediction` is."""
-    (alpha,) = _numbers(sigma, alpha)
+    (alpha,) = numbers(sigma, alpha)
     _, c = coefficients(prediction, Prediction.X0, alpha=alpha.expand_as(sigma), sigma=sigma)
     return c.square()
-
-
-def _same_shape(**tensors: Tensor) -> None:
-    first, *others = tensors.values()
-    if any(tensor.shape != first.shape for tensor in others):
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise MismatchError(shapes, expected="one shape", cure="pass outputs computed from this very batch")

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["formulas", "losses", "kernels", "weights", "optimizers", "roles", "hooks"],
+    ["formulas", "batches", "losses", "kernels", "weights", "optimizers", "roles", "hooks"],
     ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
-    ["attachment", "demo", "cli", "testing"],
+    ["handle", "attachment", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 
