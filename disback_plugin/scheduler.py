@@ -123,12 +123,12 @@ class TrajectoryScheduler:
         """
         if self.started:
             return
+        self._place(self.generator_updates)
         if self.path is not None and self.last_node and self._fake_score is not None:
             last = self.path[-1]
             # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
             if not self._fake_score.holds(last):
                 self._fake_score.load_state_dict(last)
-        self._place(self.generator_updates)
         self.started = True
 
     def step(self) -> None:
@@ -206,6 +206,8 @@ class TrajectoryScheduler:
             StateError: If `state` has other keys, or is of another path or schedule. Then nothing changes.
         """
         check_state(state, like=self.state_dict(), fixed=("path", "nodes", "schedule"))
+        if state["generator_updates"] < 0:
+            raise StateError(f"{state['generator_updates']} updates", expected="a count", cure="pass an unedited state")
         self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
         if self.path is not None and self.last_node:
             self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew

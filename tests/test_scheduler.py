@@ -172,6 +172,7 @@ def test_the_state_is_plain_scalars_and_restores_the_node(recorded):
         ({"nodes": "0" * 64}, "another nodes"),
         ({"schedule": "Fixed(1)"}, "another schedule"),
         ({"generator_updates": "3"}, "expected a int"),
+        ({"generator_updates": -3}, "-3 updates"),
         ({"colour": 1}, "keys"),
     ],
 )
@@ -270,7 +271,7 @@ def test_a_schedule_out_of_bounds_never_reaches_the_teacher(recorded, target):
             return schedules.Target(*target)
 
     run = holding(recorded)
-    before = state(run.teacher)
+    before = [state(run.teacher), state(run.fake_score)]
     with pytest.raises(OptionError, match="expected a position in"):
-        disback.TrajectoryScheduler(recorded, run.teacher, schedule=Wild(1)).start()
-    assert difference(state(run.teacher), before) == []
+        disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Wild(1)).start()
+    assert difference([state(run.teacher), state(run.fake_score)], before) == []
