@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("disback", deadline=None)
+# torch's first call takes seconds; in CI the examples are the same at each run, elsewhere new ones are looked for.
+settings.register_profile(
+    "disback",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+    print_blob=True,
+)
 settings.load_profile("disback")
 
 
