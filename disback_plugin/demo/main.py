@@ -58,7 +58,7 @@ def demo(*, seeds: int, student: str, network: str, schedule: str | None, out: P
         study = Study(regime, range(seeds), out, progress)
         runs = study.run_all()
     images = {
-        "teacher, 35 steps": _teacher_samples(network),
+        "teacher, 35 evaluations": _teacher_samples(network),
         "one step, Diff-Instruct": runs["diff-instruct"].samples,
         "one step, DisBack": runs["disback"].samples,
     }
