@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin import formulas
-from disback_plugin.errors import MismatchError, OptionError
+from disback_plugin.errors import MismatchError, OptionError, TrainingError
 from disback_plugin.scores import Prediction, mixture
 
 __all__ = [
@@ -35,25 +35,31 @@ def run(formula: formulas.Formula, *inputs: object) -> tuple[Tensor, ...]:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known."""
+    """A value whose gradients are known, in float32 or better."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *pairs: Tensor) -> Tensor:
-        ctx.gradients = pairs[1::2]
+        ctx.dtypes = [source.dtype for source in pairs[::2]]
+        ctx.save_for_backward(*pairs[1::2])
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (gradient * upstream.to(gradient.dtype) for gradient in ctx.gradients)
-        return (None, *(entry for gradient in scaled for entry in (gradient, None)))
+        if torch.is_grad_enabled():
+            raise TrainingError(
+                "backward(create_graph=True) through a loss with closed-form gradients",
+                expected="first derivatives only",
+                cure="compute the term whose second derivative you need without disback_plugin.losses",
+            )
+        # Scaled first and cast then: 65536, where a GradScaler starts, does not exist in float16.
+        scaled = [(g * upstream).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        # The value itself is a function of factors that are learned, as a weight may be.
+        return (upstream, *(entry for gradient in scaled for entry in (gradient, None)))
 
 
 def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Return the value as a function of the first of each pair, of which the second is its gradient."""
-    flat = [
-        tensor for source, gradient in pairs for tensor in (source, gradient.reshape(source.shape).to(source.dtype))
-    ]
+    flat = [t for source, gradient in pairs for t in (source, gradient.detach().reshape(source.shape))]
     result: Tensor = _WithGradients.apply(value, *flat)
     return result
 
@@ -91,7 +97,18 @@ def is_mask(nonfinite: str) -> bool:
 
 
 def numbers(like: Tensor, *values: Number) -> list[Tensor]:
-    """Return numbers and factors as tensors on the device of `like`, in float32 or better."""
+    """Return numbers and factors as tensors on the device of `like`, in float32 or better.
+
+    Raises:
+        MismatchError: If a factor has one axis and `like` more: it would be broadcast along the last, not the batch.
+    """
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim == 1 and like.ndim > 1 and len(value) > 1:
+            raise MismatchError(
+                f"a factor of shape {tuple(value.shape)} for a batch {tuple(like.shape)}",
+                expected=f"one that broadcasts from the left, as {(len(like), *[1] * (like.ndim - 1))}",
+                cure="pass noise.expand(factor, like=x)",
+            )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return [torch.as_tensor(value, dtype=dtype, device=like.device) for value in values]
 
@@ -101,10 +118,21 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim > 1 else tensor[:, None]
 
 
-def scale(value: Number, like: Tensor) -> Tensor:
-    """Return a factor that broadcasts against `rows(like)`."""
+def scale(value: Number, like: Tensor, *, per_sample: bool = False) -> Tensor:
+    """Return a factor that broadcasts against `rows(like)`.
+
+    Raises:
+        MismatchError: If it shall be one number a sample and is not.
+    """
     (factor,) = numbers(like, value)
-    return factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+    factor = factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+    if per_sample and factor.numel() > len(like) and factor.numel() > 1:
+        raise MismatchError(
+            f"a factor of shape {tuple(factor.shape)}",
+            expected=f"one number a sample, as {(len(like), *[1] * (max(like.ndim, 2) - 1))}",
+            cure="multiply element by element outside of this loss, whose normaliser is one number a sample",
+        )
+    return factor
 
 
 def mean(values: Tensor) -> Tensor:

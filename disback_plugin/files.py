@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,6 @@ from disback_plugin.errors import PathError
 
 __all__ = [
     "COPY_AGAIN",
-    "Action",
     "copy",
     "digest",
     "on_rank_zero",
@@ -32,7 +31,7 @@ __all__ = [
     "write_text",
 ]
 
-Action = Callable[[], None]
+T = TypeVar("T")
 
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 
@@ -83,7 +82,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PathError(
             f"no readable {file} ({type(error).__name__})",
             expected="the manifest of a degradation path",
@@ -130,30 +129,34 @@ def visible(folder: Path) -> list[str]:
     ]
 
 
-def on_rank_zero(action: Action) -> None:
-    """Run `action` on rank 0 only; all ranks wait for it, and all raise if it failed there.
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 only, and return its result on every rank; all raise if it failed there.
 
+    The result travels with the go-ahead, for what a rank reads from disk may be older or newer than what rank 0 saw.
     Inside an action, which only rank 0 runs, further actions run at once.
     """
     if _ALONE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return action()
     error: Exception | None = None
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         token = _ALONE.set(True)
         try:
-            action()
+            outcome[0] = action()
         except Exception as caught:
             error = caught
+            outcome[1] = f"{type(error).__name__}: {error}"
         finally:
             _ALONE.reset(token)
-    failure = [None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(failure, src=0)
+    dist.broadcast_object_list(outcome, src=0)
     if error is not None:
         raise error
-    if failure[0] is not None:
+    if outcome[1] is not None:
         raise PathError(
-            f"rank 0 failed ({failure[0]})", expected="the path to be ready", cure="see the error of rank 0"
+            f"rank 0 failed ({outcome[1]})", expected="the path to be ready", cure="see the error of rank 0"
         )
+    result: T = outcome[0]
+    return result
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:

@@ -1,8 +1,9 @@
 r"""The inner formulas of the losses: pure functions of tensors, without branches on values; what `kernels` compiles.
 
 Notation: r and f are the outputs of teacher and fake score, t their common target, all of one kind of prediction; sums
-and means run over the n elements of a sample, B is the batch. Whatever the inputs' dtype, the arithmetic is in float32
-or better. A target comes as (t,) or as (x, eps, a, b) with t = a x + b eps.
+and means run over the n elements of a sample, B is the batch. Whatever the inputs' dtype, arithmetic and gradients are
+in float32 or better: a GradScaler must scale a gradient before it is cast. A target comes as (t,) or as (x, eps, a, b)
+with t = a x + b eps.
 
 Each returns the loss's gradients, then the loss of each sample, shape (B,), then which samples were finite, shape (B,).
 """
@@ -39,7 +40,7 @@ def difference(
     loss = _sum(g * _up(x))
     finite = loss.isfinite()
     by_x = _settle(g, finite, mask) / len(x)
-    return by_x.to(x.dtype), _of_samples(_settle(loss, finite, mask)), _of_samples(finite)
+    return by_x, _of_samples(_settle(loss, finite, mask)), _of_samples(finite)
 
 
 def dmd(
@@ -50,7 +51,6 @@ def dmd(
     k: Tensor,
     guidance: Tensor,
     mask: bool,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """With g = k (f - r) / mean|t - r|: the gradient by x is g / (B n), the loss of a sample mean(g^2) / 2."""
     r, f, t = _guided(real, unconditional, guidance), _up(fake), _target(wanted)
@@ -63,7 +63,7 @@ def dmd(
     if not mask:
         loss = 0.5 * _mean(g.square())
     by_x = g / real.numel()
-    return by_x.to(dtype), _of_samples(_settle(loss, finite, mask)), _of_samples(finite)
+    return by_x, _of_samples(_settle(loss, finite, mask)), _of_samples(finite)
 
 
 def sid(
@@ -89,8 +89,8 @@ def sid(
     by_f = _settle(q * (2 * alpha_sid * d - e), finite, mask)
     by_t = _settle(-q * d, finite, mask)
     return (
-        by_r.to(real.dtype),
-        by_f.to(fake.dtype),
+        by_r,
+        by_f,
         by_t,
         _of_samples(_settle(loss, finite, mask)),
         _of_samples(finite),
@@ -102,7 +102,7 @@ def denoising(output: Tensor, wanted: tuple[Tensor, ...], weight: Tensor) -> tup
     error = _up(output) - _target(wanted)
     by_output = 2 * weight * error / output.numel()
     loss = _of_samples(_mean(weight * error.square()))
-    return by_output.to(output.dtype), loss, loss.isfinite()
+    return by_output, loss, loss.isfinite()
 
 
 def _target(wanted: tuple[Tensor, ...]) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from disback_plugin import optimizers
+from disback_plugin import files, optimizers
 from disback_plugin.errors import OptionError, RoleError, StateError, TrainingError
-from disback_plugin.manifest import Recording
+from disback_plugin.manifest import Manifest, Recording
 from disback_plugin.recording import PATIENCE, Recorder, open_or_create
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
@@ -140,6 +140,8 @@ class Handle:
         _ATTACHED.difference_update((*self._generator_optimizers, *self._fake_score_optimizers))
         if self.scheduler is not None:
             self.scheduler.restore()
+        elif self.path is not None:  # in train mode it may have changed its running statistics
+            self._teacher.load_state_dict(self.path[0])
 
     def __enter__(self) -> Handle:
         return self
@@ -238,6 +240,9 @@ class Handle:
         """
         if record == 0 and not isinstance(record, bool):
             self._begin_without_path(path)
+            if state is not None:
+                self._check_state(state)
+                self._load(state)
         elif path is None or not str(path):
             raise OptionError("no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for none")
         elif state is None:
@@ -270,8 +275,13 @@ class Handle:
         self._recorder.start()
 
     def _continue(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-        self.path = DegradationPath(folder)
-        self.path.verify()
+        def prepare() -> Manifest:
+            path = DegradationPath(folder)
+            path.tidy()
+            path.verify()
+            return path.manifest
+
+        self.path = DegradationPath(folder, files.on_rank_zero(prepare))
         self._check_state(state)
         self._teacher.load_state_dict(self.path[0])
         self._load(state)

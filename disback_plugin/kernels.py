@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from types import FunctionType
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -107,11 +107,7 @@ def _compiled(formula: Formula, one_block: bool, kind: Hashable) -> Formula:
 
     def with_any_batch(*inputs: Any) -> tuple[Tensor, ...]:
         nonlocal ready
-        if not ready:
-            for tensor in _tensors(inputs):
-                if tensor.ndim and len(tensor) == len(inputs[0]):
-                    torch._dynamo.mark_dynamic(tensor, 0)
-        result = compiled(*inputs)
+        result = compiled(*(inputs if ready else _with_dynamic_batch(inputs, len(inputs[0]))))
         ready = True
         return result
 
@@ -130,12 +126,14 @@ def _one_block(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and tensor[0].numel() <= ONE_BLOCK
 
 
-def _tensors(inputs: Any) -> Iterator[Tensor]:
-    for entry in inputs:
-        if isinstance(entry, Tensor):
-            yield entry
-        elif isinstance(entry, tuple):
-            yield from _tensors(entry)
+def _with_dynamic_batch(inputs: Any, batch: int) -> Any:
+    """Mark the batch axis on aliases: a mark on the caller's own tensors would follow them into his graphs."""
+    if isinstance(inputs, Tensor):
+        alias = inputs.view_as(inputs)
+        if alias.ndim and len(alias) == batch:
+            torch._dynamo.mark_dynamic(alias, 0)
+        return alias
+    return tuple(_with_dynamic_batch(entry, batch) for entry in inputs) if isinstance(inputs, tuple) else inputs
 
 
 _FAILED: set[Formula] = set()

@@ -245,10 +245,9 @@ def dmd(
         *teacher_halves(x, real, fake, guidance),
         rows(fake.detach()),
         target_parts(prediction, x, eps, alpha, sigma),
-        scale(sign * weight, x),
+        scale(sign * weight, x, per_sample=True),
         *numbers(x, 1.0 if guidance is None else guidance),
         is_mask(nonfinite),
-        x.dtype,
     )
     count(skipped, finite)
     return with_gradients(mean(values), (x, gradient))
@@ -310,8 +309,8 @@ def sid(
         rows(real.detach()),
         rows(fake.detach()),
         target_parts(prediction, x, eps, alpha, sigma),
-        scale(c, x),
-        scale(weight, x),
+        scale(c, x, per_sample=True),
+        scale(weight, x, per_sample=True),
         *numbers(x, alpha_sid),
         is_mask(nonfinite),
     )

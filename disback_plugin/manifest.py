@@ -137,12 +137,12 @@ class Manifest:
             raise PathError(
                 f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=files.COPY_AGAIN
             ) from error
-        fault = manifest._fault()
+        fault = manifest.fault()
         if fault:
             raise PathError(f"{fault} in {file}", expected="the manifest of a recording", cure=files.COPY_AGAIN)
         return manifest
 
-    def _fault(self) -> str | None:
+    def fault(self) -> str | None:
         """Return what cannot be in the manifest of a recording, if anything."""
         teacher, nodes = self.teacher, self.nodes
         # Names are fixed, so that no manifest can point out of its folder.
@@ -152,11 +152,11 @@ class Manifest:
         if self.codec != "exact":
             return f"codec {self.codec!r}, which this version cannot read,"
         iterations = [node.iteration for node in nodes]
-        due = [i for i in range(1, self.recording.iterations + 1) if self.recording.due(i)]
-        if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due[: len(nodes)]:
+        due = [min((i + 1) * self.recording.every, self.recording.iterations) for i in range(len(nodes))]
+        if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
             return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
-        if self.complete and nodes and len(nodes) != len(due):
-            return f"{len(nodes)} of {len(due)} nodes, marked as complete,"
+        if len(nodes) > self.recording.nodes or (self.complete and nodes and len(nodes) != self.recording.nodes):
+            return f"{len(nodes)} of {self.recording.nodes} nodes, complete: {self.complete},"
         if (nodes or self.complete) and not teacher.sha256:
             return "nodes without a teacher"
         return None

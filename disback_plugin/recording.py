@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from disback_plugin import files
 from disback_plugin.errors import OptionError, PathError, TrainingError
-from disback_plugin.manifest import Recording
+from disback_plugin.manifest import Manifest, Recording
 from disback_plugin.roles import check_apart
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -66,10 +66,11 @@ class Recorder:
         """Count one update of the network; save a node if it is due. After the last node nothing counts any more."""
         if self.done:
             return
-        self.iteration += 1
-        if self.path.manifest.recording.due(self.iteration):
-            self.path.append(self.network.state_dict(), iteration=self.iteration)
-            logger.info("recorded node %d at iteration %d", len(self.path) - 1, self.iteration)
+        iteration = self.iteration + 1
+        if self.path.manifest.recording.due(iteration):
+            self.path.append(self.network.state_dict(), iteration=iteration)
+            logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
+        self.iteration = iteration  # only now: a node that could not be written is due again
         self._finish_if_done()
 
     def rewind(self, iteration: int) -> None:
@@ -79,7 +80,6 @@ class Recorder:
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        # A crash may have come between the last node and the mark that it was the last.
         if self.done and not self.path.complete:
             self.path.finish()
 
@@ -106,21 +106,23 @@ def open_or_create(
             another plan or another initial generator.
     """
 
-    def prepare() -> None:
+    def prepare() -> Manifest:
         if not DegradationPath.exists(folder):
             check(recording.nodes)
-            DegradationPath.create(folder, teacher.state_dict(), recording, generator=generator)
-            return
+            return DegradationPath.create(folder, teacher.state_dict(), recording, generator=generator).manifest
         path = DegradationPath(folder)
         check(len(path) - 1 if path.complete else recording.nodes)
         path.check_teacher(teacher.state_dict())
         _check_same_recording(path, recording, generator)
         path.resume(teacher.state_dict())
         path.verify()
+        # A crash may have come between the last node and the mark that it was the last.
+        if not path.complete and len(path) - 1 == recording.nodes:
+            path.finish()
+        return path.manifest
 
     # One rank looks and acts; the others must not see the folder half way.
-    files.on_rank_zero(prepare)
-    return DegradationPath(folder)
+    return DegradationPath(folder, files.on_rank_zero(prepare))
 
 
 def _check_same_recording(path: DegradationPath, recording: Recording, generator: str | None) -> None:

@@ -210,7 +210,8 @@ class TrajectoryScheduler:
             raise StateError(f"{state['generator_updates']} updates", expected="a count", cure="pass an unedited state")
         self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
         if self.path is not None and self.last_node:
-            self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
+            if not self._away:
+                self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
             if self.started:
                 self._place(self.generator_updates)
             else:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -44,6 +44,7 @@ class DegradationPath(
 
     Args:
         folder: An existing path on disk; `DegradationPath.create` begins a new one.
+        manifest: What another rank has read there already; None reads it.
 
     Raises:
         PathError: If there is no path, or its manifest is broken or of a newer format.
@@ -56,9 +57,9 @@ class DegradationPath(
         (2, [1.0, 1.0], False)
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         self.folder = Path(folder).absolute()  # a run may change its directory
-        self.manifest = Manifest.read(self.folder)
+        self.manifest = Manifest.read(self.folder) if manifest is None else manifest
 
     # -- open and create ----------------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ class DegradationPath(
         if broken:
             raise TrainingError(f"NaN in {broken[0]} of the teacher", expected="numbers", cure="load its weights again")
 
-        def write() -> None:
+        def write() -> Manifest:
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
             new = [parent for parent in (root, *root.parents) if not parent.exists()]
@@ -98,7 +99,9 @@ class DegradationPath(
                 root.mkdir(parents=True, exist_ok=True)
                 # Claimed before the first big write: a crash in between leaves a folder that is known to be ours.
                 Manifest(Teacher(fingerprint(teacher), teacher_id), recording, generator).write(root)
-                cls(root)._write_teacher(teacher)
+                path = cls(root)
+                path._write_teacher(teacher)
+                return path.manifest
             except OSError as error:
                 for name in (CONFIG, "teacher.safetensors"):
                     (root / name).unlink(missing_ok=True) if root.is_dir() else None
@@ -110,8 +113,7 @@ class DegradationPath(
                     cure="pass another path=",
                 ) from error
 
-        files.on_rank_zero(write)
-        return cls(root)
+        return cls(root, files.on_rank_zero(write))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> DegradationPath:  # type: ignore[override]
@@ -243,8 +245,7 @@ class DegradationPath(
             PathError: If `teacher` is not the teacher of this path.
         """
         self.check_teacher(teacher)
-        if not self.complete:
-            files.on_rank_zero(self._remove_unlisted)
+        self.tidy()
         if not self.manifest.teacher.sha256:
             self._write_teacher(teacher)
 
@@ -256,9 +257,18 @@ class DegradationPath(
             iteration: Updates of s' behind it, larger than the last node's.
 
         Raises:
+            OptionError: If no node is due at this iteration. Then nothing was written.
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
         """
         index = len(self)
+        planned = replace(self.manifest, nodes=(*self.nodes, Node(index, iteration, node_file(index), "", 0, 0.0)))
+        fault = planned.fault()
+        if fault:
+            raise OptionError(
+                f"{fault} in append(iteration={iteration})",
+                expected=f"the next iteration of {self.manifest.recording}",
+                cure="append nodes when they are due",
+            )
         delta_norm = _distance(state, self[-1])
         if not 0 < delta_norm < math.inf:
             raise TrainingError(
@@ -292,6 +302,11 @@ class DegradationPath(
             self._on_rank_zero(lambda: rewound.write(self.folder))
             files.on_rank_zero(self._remove_unlisted)
 
+    def tidy(self) -> None:
+        """Remove a node that a crash left behind before the manifest listed it."""
+        if not self.complete:
+            files.on_rank_zero(self._remove_unlisted)
+
     def _remove_unlisted(self) -> None:
         listed = {node.file for node in self.nodes}
         for name in files.visible(self.folder):
@@ -305,9 +320,12 @@ class DegradationPath(
 
         self._on_rank_zero(write)
 
-    def _on_rank_zero(self, write: files.Action) -> None:
-        files.on_rank_zero(write)
-        self.manifest = Manifest.read(self.folder)
+    def _on_rank_zero(self, write: Callable[[], None]) -> None:
+        def then_read() -> Manifest:
+            write()
+            return Manifest.read(self.folder)
+
+        self.manifest = files.on_rank_zero(then_read)
 
     def _entries(self) -> tuple[Teacher | Node, ...]:
         if not self.manifest.teacher.sha256:
@@ -330,7 +348,7 @@ class DegradationPath(
             OptionError: If it is the path's own folder.
         """
         self.verify()
-        if Path(save_directory).absolute() == self.folder:
+        if Path(save_directory).resolve() == self.folder.resolve():
             raise OptionError(
                 f"save_pretrained({str(save_directory)!r}) onto itself",
                 expected="another folder",

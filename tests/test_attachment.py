@@ -688,3 +688,55 @@ def test_record_takes_any_whole_number_and_fewer_than_every(tmp_path):
     with disback.attach(**run.roles(), path=tmp_path, record=np.int64(3)) as handle:
         run.steps(3)
         assert [node.iteration for node in handle.path.nodes] == [3]
+
+
+def test_a_state_is_taken_without_a_path_too(tmp_path):
+    run, late = Run(), Run()
+    with disback.attach(**run.roles(), record=0, schedule=GradientRamp(50)) as handle:
+        run.steps(20)
+        saved, state = run.checkpoint(), handle.state_dict()
+    late.load(saved)
+    with disback.attach(**late.roles(), record=0, schedule=GradientRamp(50), state=state) as handle:
+        assert handle.state_dict() == state
+    with pytest.raises(disback.DisbackError, match="a state with keys"):
+        disback.attach(**Run().roles(), record=0, state={"garbage": 1})
+
+
+def test_a_state_saved_before_a_crash_in_the_middle_of_a_node(tmp_path):
+    run = Run()
+    handle = disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule=Ramp(4))
+    run.steps(3)
+    saved, state = run.checkpoint(), handle.state_dict()
+    (tmp_path / "node-002.safetensors").write_bytes(b"written, but not yet listed")
+    late = Run()
+    late.load(saved)
+    with disback.attach(**late.roles(), path=tmp_path, state=state, schedule=Ramp(4)) as handle:
+        late.steps(2)
+        assert handle.phase == "backtracking"
+        handle.path.verify()
+
+
+def test_a_node_that_could_not_be_written_is_due_again(tmp_path, monkeypatch):
+    from disback_plugin import files
+
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2) as handle:
+        run.steps(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_tensors", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run.fake_step()
+        run.steps(4)
+        assert handle.phase == "done"
+    assert [node.iteration for node in disback.DegradationPath(tmp_path).nodes] == [2, 4]
+    with pytest.raises(OptionError, match="where"):
+        disback.DegradationPath(tmp_path).append({}, iteration=3)
+
+
+def test_detach_while_recording_leaves_the_teacher_as_it_was(tmp_path):
+    run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
+    run.teacher.train()
+    with disback.attach(**run.roles(), path=tmp_path, record=9, every=3):
+        run.steps(3)
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []

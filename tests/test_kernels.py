@@ -211,3 +211,10 @@ def test_inputs_that_are_one_tensor_now_and_two_later_are_told_apart():
     for weight, alpha_sid, second in ((one, one, real), (one, torch.tensor(1.3), real), (one, one, fake)):
         arguments = {**options, "weight": weight, "alpha_sid": alpha_sid}
         torch.testing.assert_close(fused(x, real, second, **arguments), losses.sid(x, real, second, **arguments))
+
+
+def test_the_callers_tensors_are_not_marked():
+    x, alpha = torch.randn(6, 3, 5, 5), torch.rand(6, 1, 1, 1) * 0.5 + 0.2
+    fused = kernels.fuse(losses.sid, compile=True)
+    fused(x, x, x, eps=x, alpha=alpha, sigma=alpha, weight=alpha, prediction=Prediction.V)
+    assert not any(hasattr(tensor, "_dynamo_dynamic_indices") for tensor in (x, alpha))

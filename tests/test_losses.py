@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disback_plugin import losses
-from disback_plugin.errors import MismatchError, OptionError
+from disback_plugin.errors import DisbackError, MismatchError, OptionError
 from disback_plugin.losses import (
     denoising,
     diff_instruct,
@@ -346,3 +346,60 @@ def test_the_value_scales_its_gradient_as_any_loss_does():
     (once,) = torch.autograd.grad(diff_instruct(x, real, fake, **options), x)
     (thrice,) = torch.autograd.grad(3 * diff_instruct(x, real, fake, **options), x)
     torch.testing.assert_close(thrice, 3 * once)
+
+
+@pytest.mark.parametrize("name", ["dmd", "denoising"])
+def test_gradients_in_float16_are_scaled_before_they_are_cast(name):
+    # 65536, where a GradScaler starts, is no number in float16, and 1 / (B n) is hardly one.
+    x, real, fake, eps = (torch.randn(8, 3, 64, 64).half() for _ in range(4))
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.EPS}
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        leaf, out = x.clone().to(dtype).requires_grad_(), real.to(dtype)
+        if name == "dmd":
+            value = dmd(leaf, out, fake.to(dtype), eps=eps.to(dtype), **options)
+        else:
+            value = denoising(leaf, out, eps.to(dtype), **options)
+        (value * 65536).backward()
+        found.append(leaf.grad.double())
+    assert found[0].isfinite().all()
+    assert relative_error(*found) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["diff_instruct", "dmd", "sid", "denoising"])
+def test_a_factor_that_would_be_broadcast_along_the_wrong_axis_is_refused(name):
+    x, alpha = torch.randn(4, 1, 4, 4), torch.linspace(0.5, 0.9, 4)
+    options = {"alpha": alpha, "sigma": 0.5, "weight": alpha, "prediction": Prediction.V}
+    with pytest.raises(MismatchError, match=r"noise\.expand"):
+        getattr(losses, name)(x, x, x, eps=x, **options) if name != "denoising" else denoising(x, x, x, **options)
+
+
+@pytest.mark.parametrize("name", ["dmd", "sid"])
+def test_a_weight_for_each_element_is_refused_where_the_normaliser_is_one_a_sample(name):
+    x = torch.randn(4, 1, 5, 5)
+    with pytest.raises(MismatchError, match="one number a sample"):
+        getattr(losses, name)(
+            x, x, x, eps=x, alpha=1.0, sigma=0.5, prediction=Prediction.X0, weight=torch.ones(4, 1, 5, 5)
+        )
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    x = torch.randn(2, 3, requires_grad=True)
+    value = sid(x, x.sin(), x.cos(), eps=x.detach(), alpha=1.0, sigma=0.5, prediction=Prediction.X0)
+    with pytest.raises(DisbackError, match="first derivatives only"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
+def test_a_learned_weight_gets_its_gradient():
+    output, x, eps = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    weight = torch.rand(3, 1, dtype=torch.float64, requires_grad=True)
+    denoising(output, x, eps, alpha=1.0, sigma=0.5, prediction=Prediction.EPS, weight=weight).backward()
+    torch.testing.assert_close(weight.grad, (output - eps).square().sum(1, keepdim=True) / 12)
+
+
+def test_the_gradients_memory_goes_with_the_graph():
+    x = torch.randn(2, 3, requires_grad=True)
+    value = diff_instruct(x, x.detach(), x.detach() + 1, alpha=1.0, sigma=0.5, prediction=Prediction.X0)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()

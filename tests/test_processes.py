@@ -74,6 +74,7 @@ torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
 from worlds import Run
 import disback_plugin as disback
+from disback_plugin.manifest import Manifest
 from disback_plugin.schedules import Fixed
 from disback_plugin.weights import ScoreNetwork
 
@@ -88,8 +89,12 @@ run.fake_score = DistributedDataParallel(run.fake_score, broadcast_buffers=True)
 run.generator = DistributedDataParallel(run.generator)
 run.optimizer_g = torch.optim.Adam(run.generator.parameters(), lr=1e-2)
 run.optimizer_f = torch.optim.Adam(run.fake_score.parameters(), lr=1e-2)
+slow = int(sys.argv[2])
+if rank == slow:  # what this rank reads is late: rank 0 must not be seen half way, or too far
+    read = Manifest.read.__func__
+    Manifest.read = classmethod(lambda cls, folder: (time.sleep(0.3), read(cls, folder))[1])
 dist.barrier()
-time.sleep(0.5 * rank)  # rank 0 must not be seen half way
+time.sleep(0.3 * (rank == slow))
 handle = disback.attach(**run.roles(), path=folder + "/path", record=4, every=2, schedule=Fixed(2))
 seen = []
 for _ in range(8):
@@ -103,10 +108,20 @@ dist.destroy_process_group()
 """
 
 
-def test_two_ranks_walk_together_and_rank_0_writes_the_path(tmp_path):
+@pytest.mark.parametrize("slow", [0, 1])
+def test_two_ranks_walk_together_and_rank_0_writes_the_path(tmp_path, slow):
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(here=str(HERE)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, tmp_path]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        script,
+        tmp_path,
+        str(slow),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     out = subprocess.run(launch, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert out.returncode == 0, out.stderr[-3000:]
