@@ -25,6 +25,11 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def global_random_state():
     """The state of torch's global generator; asserts at the end that the test left it alone."""
