@@ -3,7 +3,7 @@
 Goals, of medians in one process: >= 5 over DMD2 with its log, >= 2 over its EDM form, >= 3 over SiD, >= 1.2 (latents)
 and >= 2 (images) over FastGen, never below 1 of the plain form.
 
-Images reach them. Latents of 4x4x64x64 do not on a CPU: measured are 2.3 to 4.3, 0.9 to 1.0, 1.2 to 1.5 and 0.8 to 0.9.
+Images reach them. Latents of 4x4x64x64 do not on a CPU: measured are 2.0 to 4.3, 0.9 to 1.1, 1.2 to 1.8 and 0.8 to 1.0.
 The fused kernel takes 35 of 235 microseconds there; the rest is the compiled function's call (30), preparing its inputs
 (30), autograd's way back (70) and memory that is mapped anew at each call.
 """
