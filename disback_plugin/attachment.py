@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +18,7 @@ from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["attach"]
 
-logger = logging.getLogger(__name__)
-
 Optimizers = Optimizer | Sequence[Optimizer]
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 def attach(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -34,7 +34,6 @@ __all__ = ["Handle"]
 
 logger = logging.getLogger(__name__)
 
-Optimizers = Optimizer | Sequence[Optimizer]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 

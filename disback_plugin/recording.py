@@ -55,7 +55,6 @@ class Recorder:
             MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
         """
         self.network.load_state_dict(self.path[-1])
-        self._finish_if_done()
 
     @property
     def done(self) -> bool:
@@ -114,7 +113,8 @@ def open_or_create(
         check(len(path) - 1 if path.complete else recording.nodes)
         path.check_teacher(teacher.state_dict())
         _check_same_recording(path, recording, generator)
-        path.resume(teacher.state_dict())
+        path.complete_node_0(teacher.state_dict())
+        path.tidy()
         path.verify()
         # A crash may have come between the last node and the mark that it was the last.
         if not path.complete and len(path) - 1 == recording.nodes:

@@ -238,14 +238,8 @@ class DegradationPath(
 
     # -- write --------------------------------------------------------------------------------------------------------
 
-    def resume(self, teacher: Mapping[str, Tensor]) -> None:
-        """Tidy up after a crash: write node 0 if it is missing, and remove a node that the manifest does not list yet.
-
-        Raises:
-            PathError: If `teacher` is not the teacher of this path.
-        """
-        self.check_teacher(teacher)
-        self.tidy()
+    def complete_node_0(self, teacher: Mapping[str, Tensor]) -> None:
+        """Write node 0 if a crash at the very beginning left it out; `check_teacher` says whether `teacher` is it."""
         if not self.manifest.teacher.sha256:
             self._write_teacher(teacher)
 
