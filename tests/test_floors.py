@@ -14,8 +14,11 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["formulas", "batches", "losses", "kernels", "weights", "optimizers", "roles", "hooks"],
-    ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
+    ["formulas", "batches", "losses", "kernels", "fingerprints", "modules", "weights", "optimizers", "roles", "hooks"],
+    [
+        *("files", "codecs", "nodes", "probes", "encoding", "manifest", "storage", "trajectory"),
+        *("training", "recording", "schedules", "scheduler", "metrics"),
+    ],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
