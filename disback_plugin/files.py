@@ -57,13 +57,7 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
     Raises:
         PathError: If the file is missing, is no regular file, is not `size` bytes long, or is no safetensors file.
     """
-    found = file.stat().st_size if file.is_file() else None
-    if found != size:
-        raise PathError(
-            f"{file} {'missing, or no regular file' if found is None else f'of {found} bytes'}",
-            expected=f"{size} bytes",
-            cure=COPY_AGAIN,
-        )
+    _require_size(file, size)
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -74,6 +68,20 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
             expected="a safetensors file of a path",
             cure=COPY_AGAIN,
         ) from error
+
+
+def _require_size(file: Path, size: int | None) -> None:
+    """Raise PathError unless a file is a regular one of this size; None: of any."""
+    try:
+        found = file.stat().st_size if file.is_file() else None
+    except OSError:  # a link to itself
+        found = None
+    if found is None or size not in (None, found):
+        raise PathError(
+            f"{file} {'missing, or no regular file' if found is None else f'of {found} bytes'}",
+            expected="a file" if size is None else f"{size} bytes",
+            cure=COPY_AGAIN,
+        )
 
 
 def stamp(file: Path) -> tuple[int, int, int] | None:
@@ -97,6 +105,8 @@ def read_json(file: Path) -> dict[str, Any]:
         PathError: If the file is missing or holds no JSON object.
     """
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(file)
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PathError(
@@ -120,12 +130,13 @@ def copy(source: Path, file: Path) -> None:
         _replace(file, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def digest(file: Path) -> str:
+def digest(file: Path, *, size: int | None = None) -> str:
     """Return the SHA-256 of a file: 64 hexadecimal digits.
 
     Raises:
-        PathError: If it is missing.
+        PathError: If it is missing, is no regular file, or is not `size` bytes long.
     """
+    _require_size(file, size)
     value = sha256()
     try:
         with file.open("rb") as stream:

@@ -74,6 +74,7 @@ class Handle:
         self.scheduler: TrajectoryScheduler | None = None
         self.fake_score_updates = 0
         self._recorder: Recorder | None = None
+        self._went_on = False  # s_phi was updated after it was saved as s'_N
         self._generator_steps = 0
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._updates: dict[Optimizer, bool] = {}
@@ -302,8 +303,9 @@ class Handle:
         self._load(state)
 
     def _begin_backtracking(self) -> None:
-        # What recorded here is s'_N already: to write it, decoded, would change a run for nothing.
-        scheduler = self._new_scheduler(None if self._recorder is not None else self._fake_score)
+        # What was recorded here is s'_N already, unless it went on: to write it, decoded, would change it for nothing.
+        is_there = self._recorder is not None and not self._went_on
+        scheduler = self._new_scheduler(None if is_there else self._fake_score)
         scheduler.start()
         self.scheduler, self._recorder = scheduler, None
         logger.info("%r", self)
@@ -373,6 +375,7 @@ class Handle:
         if updated:
             self.fake_score_updates += 1
             if self._recorder is not None:
+                self._went_on = self._recorder.done
                 self._recorder.update()
 
     def _updated(self, optimizer: Optimizer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,18 @@ from disback_plugin import files
 from disback_plugin.codecs import SMALLEST_FIRST, check_codec
 from disback_plugin.errors import COPY_AGAIN, OptionError, PathError
 
-__all__ = ["CONFIG", "FORMAT", "Manifest", "Node", "Recording", "Teacher", "node_file", "percent", "training_file"]
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "Manifest",
+    "Node",
+    "Recording",
+    "Teacher",
+    "is_ours",
+    "node_file",
+    "percent",
+    "training_file",
+]
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -273,6 +285,16 @@ def training_file(index: int) -> str:
         'training-007.safetensors'
     """
     return f"training-{index:03d}.safetensors"
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a recording writes files of this name.
+
+    Example:
+        >>> is_ours("node-007.safetensors"), is_ours("model.safetensors")
+        (True, False)
+    """
+    return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None
 
 
 _CARD = """---

@@ -21,7 +21,7 @@ from disback_plugin.errors import DisbackError, OptionError, PathError, StateErr
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
 from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork, Source
+from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["TrajectoryScheduler"]
 
@@ -85,7 +85,6 @@ class TrajectoryScheduler:
         self.started = False
         self._target = Target(0.0)
         self._away = False
-        self._source: Source | None = None
         if self.path is not None:
             self._check(self.path)
         self._horizon = self.schedule.horizon(self.last_node)
@@ -272,14 +271,17 @@ class TrajectoryScheduler:
             if position == floor(position):
                 path.check_decoded(int(position), found)
         except DisbackError:
-            self._teacher.write(self._source or path.original())  # changed this very moment: back to where it was
+            # Changed this very moment. What is mapped cannot be trusted: back to the teacher, and no step further.
+            self.started, self._target = False, Target(0.0)
+            self._teacher.write(path.original())
             raise
-        self._source = source
 
     def _require_start(self) -> None:
         if not self.started:
             raise StateError(
-                "a scheduler that has not started", expected="a started one", cure="call scheduler.start() first"
+                "a scheduler that has not started, or whose last move failed",
+                expected="a started one",
+                cure="call scheduler.start() first",
             )
 
     def _remember(self) -> None:

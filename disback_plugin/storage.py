@@ -13,7 +13,7 @@ from disback_plugin import files
 from disback_plugin.errors import COPY_AGAIN, PathError
 from disback_plugin.files import without_aliases
 from disback_plugin.fingerprints import Checksum, checksum, fingerprint
-from disback_plugin.manifest import CONFIG, Manifest, Node, Teacher, training_file
+from disback_plugin.manifest import CONFIG, Manifest, Node, Teacher, is_ours
 from disback_plugin.nodes import Decoded, Delta
 from disback_plugin.weights import Layout, dtype_class, layout_of, pieces
 
@@ -91,7 +91,7 @@ class Storage:
             if entry.sha256:
                 file = self.folder / entry.file
                 stamps[entry.file] = files.stamp(file), entry.sha256
-                found = files.digest(file)
+                found = files.digest(file, size=entry.bytes)
                 if found != entry.sha256:
                     raise PathError(
                         f"{file} with SHA-256 {found[:12]}...",
@@ -100,9 +100,9 @@ class Storage:
                     )
         self._check_values(manifest)
         listed = {CONFIG, "README.md", *stamps}
-        if not manifest.complete:
-            listed.add(training_file(len(manifest.nodes)))
-        foreign = sorted(name for name in files.visible(self.folder) if name not in listed and name[0] != ".")
+        unknown = {name for name in files.visible(self.folder) if name not in listed and name[0] != "."}
+        # What a crash left of a recording that is not at its end is no business of anybody else's.
+        foreign = sorted(name for name in unknown if manifest.complete or not is_ours(name))
         if foreign:
             raise PathError(
                 f"{foreign[:3]} in {self.folder}",
@@ -113,8 +113,8 @@ class Storage:
 
     def _check_values(self, manifest: Manifest) -> None:
         """Decode all nodes in one pass and compare their checksums."""
-        if self._teacher is None and not manifest.recording.keep_teacher:
-            return  # nothing can be decoded before the teacher is bound, which checks its fingerprint
+        if manifest.teacher_missing or (self._teacher is None and not manifest.recording.keep_teacher):
+            return  # nothing can be decoded before the teacher is there, or bound, which checks its fingerprint
         last = self.node(manifest, len(manifest.nodes))
         if fingerprint(last.teacher) != manifest.teacher.fingerprint:
             raise PathError(

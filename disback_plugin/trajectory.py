@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -29,7 +28,7 @@ from disback_plugin import files
 from disback_plugin.encoding import encode
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.fingerprints import checksum, fingerprint
-from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, node_file, training_file
+from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, is_ours, node_file, training_file
 from disback_plugin.nodes import Between
 from disback_plugin.probes import Probe
 from disback_plugin.storage import Storage
@@ -373,9 +372,11 @@ class DegradationPath(
             files.on_rank_zero(self._remove_unlisted)
 
     def _remove_unlisted(self, *, keep_training: bool = True) -> None:
-        listed = {node.file for node in self.nodes} | ({training_file(len(self.nodes))} if keep_training else set())
+        listed = {entry.file for entry in self.manifest.entries}
+        if keep_training:
+            listed.add(training_file(len(self.nodes)))
         for name in files.visible(self.folder):
-            if re.fullmatch(r"(node|training)-\d{3,}\.safetensors", name) and name not in listed:
+            if is_ours(name) and name not in listed:
                 (self.folder / name).unlink()
 
     def _on_rank_zero(self, write: Callable[[], None]) -> None:
