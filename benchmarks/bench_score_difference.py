@@ -141,6 +141,6 @@ def bench_ratios_reach_their_goals(benchmark, pair, shape, dtype):
     goal = PAIRS[pair][3]["image" in shape]
     ratio, over_plain = medians[pair] / medians["fused"], medians["plain"] / medians["fused"]
     benchmark.extra_info |= {"ratio": round(ratio, 2), "over plain": round(over_plain, 2), "goal": goal}
-    print(f"{pair:9} {shape} {dtype}: {ratio:5.2f} (goal {goal}), over plain {over_plain:5.2f}")  # noqa: T201
+    print(f"{pair:9} {shape} {dtype}: {ratio:5.2f} (goal {goal}), over plain {over_plain:5.2f}")
     assert ratio >= goal
     assert over_plain >= 1.0

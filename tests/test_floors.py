@@ -17,7 +17,7 @@ FLOORS = [
     ["formulas", "batches", "losses", "kernels", "fingerprints", "modules", "weights", "optimizers", "roles", "hooks"],
     [
         *("files", "codecs", "nodes", "probes", "encoding", "manifest", "storage", "trajectory"),
-        *("training", "recording", "schedules", "scheduler", "metrics"),
+        *("training", "recording", "schedules", "scheduler", "inspection", "metrics"),
     ],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]
