@@ -17,6 +17,7 @@ from disback_plugin.files import without_aliases
 from disback_plugin.fingerprints import Checksum, checksum
 from disback_plugin.nodes import Decoded, Delta
 from disback_plugin.probes import Probe, relative_change
+from disback_plugin.weights import pieces
 
 __all__ = ["BOUND", "Encoded", "encode"]
 
@@ -100,9 +101,13 @@ class _Score:
 
 
 def _distance(tensors: Mapping[str, Tensor], node: Decoded) -> float:
-    """Return the Euclidean distance over all floating tensors, in float64, one tensor at a time."""
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return math.sqrt(sum(_square(tensor.reshape(-1), node.flat(name)) for name, tensor in floating.items()))
+    """Return the Euclidean distance over all floating tensors, in float64."""
+    total = 0.0
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            for start, stop in pieces(tensor.numel()):
+                total += _square(tensor.view(-1)[start:stop], node.read(name, start, stop))
+    return math.sqrt(total)
 
 
 def _distance_and_checksum(
@@ -111,14 +116,22 @@ def _distance_and_checksum(
     """Return the distance to a decoded node, and the node's checksum over every name."""
     square, total = 0.0, Checksum()
     for name, tensor in tensors.items():
-        values = decoded.flat(name)
-        for known in (name, *(alias for alias, first in aliases.items() if first == name)):
-            total.add(known, values)
-        if tensor.is_floating_point():
-            square += _square(tensor.reshape(-1), values)
+        known = (name, *(alias for alias, first in aliases.items() if first == name))
+        for start, stop in pieces(tensor.numel()):
+            values = decoded.read(name, start, stop)
+            for each in known:
+                total.add(each, values)
+            if tensor.is_floating_point():
+                square += _square(tensor.view(-1)[start:stop], values)
     return math.sqrt(square), total.digest()
 
 
 def _square(a: Tensor, b: Tensor) -> float:
-    # Equal elements are at distance 0, be they infinite as in an attention mask.
-    return float(torch.where(a == b, 0.0, a.double() - b.double()).square().sum())
+    """Return |a - b|^2 of two pieces."""
+    d = a - b
+    square = float(d @ d)
+    if d.dtype == torch.float32 and 1e-25 < square < math.inf:
+        return square
+    # Too small, too large or too coarse for its dtype; and equal elements are at distance 0, be they infinite.
+    d = torch.where(a == b, 0.0, a.double() - b.double())
+    return float(d @ d)

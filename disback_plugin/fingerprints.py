@@ -83,12 +83,14 @@ def contiguous_bytes(tensor: Tensor) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    flat = tensor.contiguous().reshape(-1)
+    flat = tensor.contiguous().view(-1)
     if flat.storage_offset() * flat.element_size() % 8:  # words are read where they are aligned
         flat = flat.clone()
-    whole = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
-    words, rest = flat[:whole].view(torch.int64), flat[whole:].view(torch.uint8)
-    return words.sum() + _weigh(rest) if rest.numel() else words.sum()
+    size = flat.element_size()
+    rest = flat.numel() * size % 8 // size
+    if not rest:
+        return flat.view(torch.int64).sum()
+    return flat[:-rest].view(torch.int64).sum() + _weigh(flat[-rest:].view(torch.uint8))
 
 
 def _weigh(rest: Tensor) -> Tensor:

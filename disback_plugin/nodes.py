@@ -16,7 +16,7 @@ from torch import Tensor
 
 from disback_plugin.codecs import CODES, code_for, fault
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.weights import Layout, pieces
+from disback_plugin.weights import PIECE, Layout, pieces
 
 __all__ = ["Between", "Decoded", "Delta", "Entry"]
 
@@ -69,6 +69,10 @@ class Delta:
 
     def __init__(self, entries: Mapping[str, Entry], aliases: Mapping[str, str], parts: Mapping[str, Tensor]) -> None:
         self.entries, self.aliases, self.parts = dict(entries), dict(aliases), parts
+        self._codes = {
+            name: (CODES[entry.code], {part: parts[f"{name}|{part}"] for part in entry.sizes()}, entry.layout.dtype)
+            for name, entry in entries.items()
+        }
 
     @classmethod
     def encode(cls, codec: str, state: Mapping[str, Tensor], aliases: Mapping[str, str], previous: Decoded) -> Delta:
@@ -102,8 +106,8 @@ class Delta:
 
     def step(self, name: str, previous: Tensor, start: int, out: Tensor) -> None:
         """Decode a piece of a tensor, given that of the node before in any dtype, into `out`."""
-        entry = self.entries[name]
-        CODES[entry.code].decode(self._parts_of(name), previous.to(entry.layout.dtype), start, out)
+        code, parts, dtype = self._codes[name]
+        code.decode(parts, previous.to(dtype), start, out)
 
     # -- in a file ----------------------------------------------------------------------------------------------------
 
@@ -147,13 +151,10 @@ class Delta:
                 )
         delta = cls(entries, aliases, parts)
         for name in entries:
-            wrong = fault(delta._parts_of(name))
+            wrong = fault(delta._codes[name][1])
             if wrong:
                 raise PathError(f"{name} with {wrong} in {source}", expected="a node", cure=COPY_AGAIN)
         return delta
-
-    def _parts_of(self, name: str) -> dict[str, Tensor]:
-        return {part: self.parts[f"{name}|{part}"] for part in self.entries[name].sizes()}
 
 
 class Decoded:
@@ -224,6 +225,7 @@ class Between:
 
     def __init__(self, node: Decoded, fraction: float) -> None:
         self.node, self.fraction = node, fraction
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def layout(self) -> dict[str, Layout]:
         """Return what each tensor is."""
@@ -231,22 +233,34 @@ class Between:
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return a piece of the mixture."""
-        name = self.node.deltas[-1].resolve(name)
-        code = self.node.deltas[-1].entries[name].code
-        before = Decoded(self.node.teacher, self.node.deltas[:-1]).read(name, start, stop)
-        if code == "same":
-            return before if out is None else out.copy_(before)
-        low = before.to(self.node.layout()[name].dtype)
-        high = torch.empty_like(low)
-        self.node.deltas[-1].step(name, low, start, high)
-        mixed = _mix(low, high, self.fraction, exact=code == "exact")
+        *earlier, delta = self.node.deltas
+        name = delta.resolve(name)
+        entry, elements = delta.entries[name], stop - start
+        before = Decoded(self.node.teacher, earlier)
+        low = before.read(
+            name, start, stop, self._room("low", before.layout()[name].dtype, elements) if earlier else None
+        )
+        if entry.code == "same":
+            return low if out is None else out.copy_(low)
+        low = low.to(entry.layout.dtype)
+        high = self._room("high", entry.layout.dtype, elements)
+        delta.step(name, low, start, high)
+        if out is not None and out.dtype == torch.float32 == high.dtype and entry.code != "exact":
+            return torch.lerp(low, high, self.fraction, out=out)
+        mixed = _mix(low, high, self.fraction)
         return mixed.to(high.dtype) if out is None else out.copy_(mixed)
 
+    def _room(self, name: str, dtype: torch.dtype, elements: int) -> Tensor:
+        """Return memory that the next piece uses again."""
+        if (name, dtype) not in self._memory:
+            self._memory[name, dtype] = torch.empty(PIECE, dtype=dtype)
+        return self._memory[name, dtype][:elements]
 
-def _mix(low: Tensor, high: Tensor, fraction: float, *, exact: bool) -> Tensor:
+
+def _mix(low: Tensor, high: Tensor, fraction: float) -> Tensor:
     if not (high.is_floating_point() or high.is_complex()):
         return low if fraction < 0.5 else high
     dtype = torch.promote_types(high.dtype, torch.float32)
     mixed = torch.lerp(low.to(dtype), high.to(dtype), fraction)
-    # An attention mask's -inf stays: -inf minus -inf would be NaN. Other codes hold finite tensors only.
-    return torch.where(low == high, low.to(dtype), mixed) if exact else mixed
+    # An attention mask's -inf stays: -inf minus -inf would be NaN.
+    return torch.where(low == high, low.to(dtype), mixed)

@@ -124,7 +124,7 @@ class Storage:
             )
         totals = [Checksum() for _ in range(len(manifest.nodes) + 1)]
         for name, layout in last.layout().items():
-            for start, stop in pieces(layout.shape.numel()) if layout.shape.numel() else ((0, 0),):
+            for start, stop in pieces(layout.shape.numel()):
                 for total, value in zip(totals, last.trace(name, start, stop), strict=True):
                     total.add(name, value)
                 if value.is_floating_point() and value.isnan().any():

@@ -46,7 +46,8 @@ class Source(Protocol):
         """Return elements [start, stop) of a tensor in row-major order, on the CPU, shape (stop - start,).
 
         `start` is a multiple of `PIECE`, and `stop - start` at most that. With `out`, of this shape, the tensor's dtype
-        and in memory of the CPU, the values are written there and `out` is returned.
+        and in memory of the CPU, the values are written there and `out` is returned; without it, what is returned may
+        be overwritten by the next call.
         """
         ...
 
@@ -155,8 +156,8 @@ class ScoreNetwork:
             MismatchError: If keys, a shape or a dtype class differ, or tied weights were given two values. Then nothing
                 was written.
         """
-        live = self._writable(layout_of(state))
-        for name, twin in self._ties().items():
+        live, ties = self._writable(layout_of(state))
+        for name, twin in ties.items():
             if not torch.equal(state[twin], state[name]):
                 raise MismatchError(
                     f"two values for the tied weights {twin!r} and {name!r} of the {self.role}",
@@ -182,26 +183,25 @@ class ScoreNetwork:
             MismatchError: As `load_state_dict`. Then nothing was written. What `source.read` raises is passed on, and
                 then the network is half written.
         """
-        layout = source.layout()
-        live, ties, total = self._writable(layout), self._ties(), Checksum()
+        layout, total = source.layout(), Checksum()
+        live, ties = self._writable(layout)
+        names = {name: [name] for name in live}
+        for name, twin in ties.items():
+            names[twin].append(name)
         with torch.no_grad():
             for name, tensor in live.items():
-                names = [name, *(tied for tied, twin in ties.items() if twin == name)]
-                _write(tensor, source, name, layout[name], total, names)
+                _write(tensor, source, name, layout[name], total, names[name])
         return total.digest()
 
-    def _writable(self, given: Mapping[str, Layout]) -> dict[str, Tensor]:
-        """Return the live tensors, tied ones once, after a check that something of this layout fits them."""
+    def _writable(self, given: Mapping[str, Layout]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the live tensors, and {name: first name} of the other names of tied ones, after a check that something
+        of this layout fits them.
+        """
         live = dict(self.named_tensors())
         _check(given, layout_of(live), self.role, "the state")
-        ties = self._ties()
-        return {name: tensor for name, tensor in live.items() if name not in ties}
-
-    def _ties(self) -> dict[str, str]:
-        """Return {name: first name of the same tensor} of every other name of a tied weight."""
         first: dict[int, str] = {}
-        firsts = {name: first.setdefault(id(tensor), name) for name, tensor in self.named_tensors()}
-        return {name: twin for name, twin in firsts.items() if name != twin}
+        ties = {name: twin for name, tensor in live.items() if (twin := first.setdefault(id(tensor), name)) != name}
+        return {name: tensor for name, tensor in live.items() if name not in ties}, ties
 
 
 def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
@@ -215,13 +215,13 @@ def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
 
 
 def pieces(elements: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of the pieces of a tensor.
+    """Yield start and stop of the pieces of a tensor; an empty one has one, empty, piece.
 
     Example:
         >>> list(pieces(PIECE + 1))
         [(0, 1048576), (1048576, 1048577)]
     """
-    for start in range(0, elements, PIECE):
+    for start in range(0, max(elements, 1), PIECE):
         yield start, min(start + PIECE, elements)
 
 
@@ -231,8 +231,6 @@ def _write(live: Tensor, source: Source, name: str, given: Layout, total: Checks
     pinned = live.device.type == "cuda"
     staged = live if straight else torch.empty(given.shape, dtype=given.dtype, pin_memory=pinned)
     flat = staged.detach().view(-1)
-    for tied in names:
-        total.add(tied, flat[:0])  # empty tensors count too
     for start, stop in pieces(live.numel()):
         piece = flat[start:stop]
         if piece.dtype == given.dtype:
