@@ -29,6 +29,7 @@ from torch.nn.functional import mse_loss, softplus
 from disback_plugin import formulas
 from disback_plugin.batches import (
     Number,
+    bare,
     count,
     is_mask,
     mean,
@@ -41,7 +42,7 @@ from disback_plugin.batches import (
     teacher_halves,
     with_gradients,
 )
-from disback_plugin.scores import Prediction, coefficients, mixture
+from disback_plugin.scores import Prediction, coefficients, ratio
 
 __all__ = [
     "denoising",
@@ -96,7 +97,7 @@ def denoising(
     """
     same_shape(output=output, x_0=x_0, eps=eps)
     wanted = target_parts(prediction, x_0, eps, alpha, sigma)
-    gradient, values, _ = run(formulas.denoising, rows(output.detach()), wanted, scale(weight, output))
+    gradient, values, _ = run(formulas.denoising, rows(bare(output)), wanted, scale(weight, output))
     return with_gradients(mean(values), (output, gradient))
 
 
@@ -150,7 +151,7 @@ def diff_instruct(
         [[-1.0, 0.0]]
     """
     alpha, sigma = numbers(x, alpha, sigma)
-    _, k = coefficients(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
+    k = ratio(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, weight * alpha * k, guidance, nonfinite, skipped)
 
 
@@ -183,7 +184,7 @@ def vsd(
         1.0
     """
     alpha, sigma = numbers(x, alpha, sigma)
-    _, k = coefficients(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
+    k = ratio(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, -weight * k, guidance, nonfinite, skipped)
 
 
@@ -237,16 +238,15 @@ def dmd(
         >>> x.grad.tolist()
         [[-0.5, 0.5]]
     """
-    same_shape(x=x, eps=eps)
     # Of c in D_phi - D_theta = c (f - r) only the sign is left by the normaliser: more eps, v or flow is less x_0.
     sign = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0
     gradient, values, finite = run(
         formulas.dmd,
-        *teacher_halves(x, real, fake, guidance),
-        rows(fake.detach()),
+        *teacher_halves(x, real, fake, guidance, eps=eps),
+        rows(bare(fake)),
         target_parts(prediction, x, eps, alpha, sigma),
         scale(sign * weight, x, per_sample=True),
-        *numbers(x, 1.0 if guidance is None else guidance),
+        1.0 if guidance is None else scale(guidance, x),
         is_mask(nonfinite),
     )
     count(skipped, finite)
@@ -303,21 +303,21 @@ def sid(
     """
     same_shape(x=x, real=real, fake=fake, eps=eps)
     alpha, sigma = numbers(x, alpha, sigma)
-    _, c = coefficients(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
-    by_real, by_fake, by_target, values, finite = run(
+    c = ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
+    of_x = prediction not in (Prediction.EPS, Prediction.SCORE)  # whether the target is a function of x
+    *gradients, values, finite = run(
         formulas.sid,
-        rows(real.detach()),
-        rows(fake.detach()),
+        rows(bare(real)),
+        rows(bare(fake)),
         target_parts(prediction, x, eps, alpha, sigma),
         scale(c, x, per_sample=True),
         scale(weight, x, per_sample=True),
-        *numbers(x, alpha_sid),
+        scale(alpha_sid, x),
         is_mask(nonfinite),
+        of_x,
     )
     count(skipped, finite)
-    a, _ = mixture(prediction, alpha, sigma)  # dt/dx
-    by_x = [] if prediction in (Prediction.EPS, Prediction.SCORE) else [(x, scale(a, x) * by_target)]
-    return with_gradients(mean(values), (real, by_real), (fake, by_fake), *by_x)
+    return with_gradients(mean(values), *zip((real, fake, x), gradients, strict=False))
 
 
 def gan_generator(fake_logits: Tensor) -> Tensor:
@@ -419,10 +419,10 @@ def _difference(
     gradient, values, finite = run(
         formulas.difference,
         *teacher,
-        rows(fake.detach()),
-        rows(x.detach()),
+        rows(bare(fake)),
+        rows(bare(x)),
         scale(k, x),
-        *numbers(x, 1.0 if guidance is None else guidance),
+        1.0 if guidance is None else scale(guidance, x),
         is_mask(nonfinite),
     )
     count(skipped, finite)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["formulas", "batches", "losses", "kernels", "weights", "optimizers", "roles", "hooks"],
+    ["formulas", "batches", "losses", "artefacts", "kernels", "weights", "optimizers", "roles", "hooks"],
     ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]
