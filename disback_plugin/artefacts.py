@@ -1,7 +1,7 @@
 """What inductor makes of a formula, called directly.
 
-Dynamo's way into a compiled function, guards and all, takes as long on a CPU as the kernel of a latent. Where the caller
-knows everything that the graph depends on, what was compiled can be called without it.
+Dynamo's way into a compiled function, guards and all, takes as long on a CPU as the kernel of a latent. Where the
+caller knows everything that the graph depends on, what was compiled can be called without it.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class Artefact:
     def __call__(self, graph: Any, examples: Any) -> Callable[..., Any]:
         """Compile a graph; what dynamo asks a backend for."""
         self.graphs += 1
-        sizes = [example for example in examples if isinstance(example, torch.SymInt)]
-        known = len(sizes[0].node.shape_env.guards) if sizes else 0
+        sizes: list[Any] = [example for example in examples if isinstance(example, torch.SymInt)]
+        known = [len(size.node.shape_env.guards) for size in sizes]
         made = torch._dynamo.lookup_backend("inductor")(graph, examples)
         # A condition on the batch that inductor has added is one that only dynamo checks.
-        self._made = made if sizes and len(sizes[0].node.shape_env.guards) == known else None
+        added = known != [len(size.node.shape_env.guards) for size in sizes]
+        self._made = made if sizes and not added else None
 
         def remembering(*arguments: Any) -> Any:
             self._arguments, self._results = arguments, made(*arguments)
@@ -77,7 +78,7 @@ class Artefact:
         def call(*inputs: Any) -> tuple[Tensor, ...]:
             given = [inputs[0].shape[0], *tensors(inputs)]
             results = made(*[given[place] for place in places])  # type: ignore[index]
-            return tuple([results[place] for place in order])  # type: ignore[index]
+            return tuple([results[place] for place in order])
 
         return call
 

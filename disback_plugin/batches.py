@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +14,7 @@ from disback_plugin.errors import MismatchError, OptionError, TrainingError
 from disback_plugin.scores import Prediction, mixture
 
 __all__ = [
+    "LISTENER",
     "Number",
     "bare",
     "count",
@@ -99,7 +102,7 @@ def target_parts(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, 
     if prediction == Prediction.EPS:
         return (rows(bare(eps)),)
     a, b = mixture(prediction, *numbers(x, alpha, sigma))
-    return rows(bare(x)), rows(bare(eps)), scale(a, x), scale(b, x)
+    return rows(bare(x)), rows(bare(eps)), _over_rows(a, x), _over_rows(b, x)
 
 
 def is_mask(nonfinite: str) -> bool:
@@ -146,7 +149,7 @@ def scale(value: Number, like: Tensor, *, per_sample: bool = False) -> Number:
     if not isinstance(value, Tensor) and value in (1, -1):
         return float(value)
     (factor,) = numbers(like, value)
-    factor = factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+    factor = _over_rows(factor, like)
     if per_sample and factor.numel() > len(like) and factor.numel() > 1:
         raise MismatchError(
             f"a factor of shape {tuple(factor.shape)}",
@@ -156,6 +159,10 @@ def scale(value: Number, like: Tensor, *, per_sample: bool = False) -> Number:
     return factor
 
 
+def _over_rows(factor: Tensor, like: Tensor) -> Tensor:
+    return factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+
+
 def mean(values: Tensor) -> Tensor:
     """Return the mean over the samples, shape (B,); 0 for an empty batch. One number is a mean already."""
     if not values.ndim:
@@ -163,10 +170,17 @@ def mean(values: Tensor) -> Tensor:
     return values.mean() if len(values) else values.sum()
 
 
+# Who is told, in this context, which samples of a batch were finite: tensors of shape (B,).
+LISTENER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("LISTENER", default=None)
+
+
 def count(skipped: Tensor | None, finite: Tensor) -> None:
-    """Add the number of samples that were not finite to a counter, without a sync."""
+    """Add the number of samples that were not finite to a counter, and tell who listens, without a sync."""
     if skipped is not None:
         skipped += (~finite).sum()
+    listener = LISTENER.get()
+    if listener is not None:
+        listener(finite)
 
 
 def same_shape(**tensors: Tensor) -> None:

@@ -1,10 +1,10 @@
 r"""The inner formulas of the losses: pure functions of tensors, without branches on values; what `kernels` compiles.
 
 Notation: r and f are the outputs of teacher and fake score, t their common target, all of one kind of prediction; sums
-and means run over the n elements of a sample, B is the batch; k, c, weight and the like are factors, a number where it
-is always the same one (it becomes part of a compiled form), else a tensor that broadcasts. Whatever the inputs' dtype, arithmetic and gradients are
-in float32 or better: a GradScaler must scale a gradient before it is cast. A target comes as (t,) or as (x, eps, a, b)
-with t = a x + b eps.
+and means run over the n elements of a sample, B is the batch. A factor (k, c, weight) is a tensor that broadcasts, or a
+number where it never changes: that becomes part of a compiled form. Whatever the inputs' dtype, arithmetic and
+gradients are in float32 or better: a GradScaler must scale a gradient before it is cast. A target comes as (t,) or as
+(x, eps, a, b) with t = a x + b eps.
 
 Each returns the loss's gradients, then the loss of each sample, shape (B,), then which samples were finite, shape (B,).
 """
@@ -90,13 +90,14 @@ def sid(
     """
     r, f, t = _up(real), _up(fake), _target(wanted)
     d, e = r - f, r - t
-    q = weight * c * c / (abs(c) * _mean(e.abs())).clamp(min=1e-5)
+    normaliser: Tensor = (abs(c) * _mean(e.abs())).clamp(min=1e-5)
+    q: Tensor = weight * (c * (c / normaliser))
     loss = q * _sum(d * (e - alpha_sid * d))
     finite = loss.isfinite()
     q = q / len(real)  # once a sample; a division at each element costs registers
     by_r = _settle(q * (e + (1 - 2 * alpha_sid) * d), finite, mask)
     by_f = _settle(q * (2 * alpha_sid * d - e), finite, mask)
-    dt_dx = wanted[2] if len(wanted) == 4 else 1.0
+    dt_dx: Factor = wanted[2] if len(wanted) == 4 else 1.0
     by_x = [_settle(-q * dt_dx * d, finite, mask)] if of_x else []
     return by_r, by_f, *by_x, _of_samples(_settle(loss, finite, mask)), _of_samples(finite)
 

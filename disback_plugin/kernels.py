@@ -34,8 +34,8 @@ Mode = Literal["auto"] | bool
 
 # Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
 ONE_BLOCK = 1 << 16
-# Elements of a batch from which on compiling is worth its seconds on a CPU. Fused is 1.5 times as fast from two elements
-# on, but what it saves below this, 20 microseconds a call, repays them after 100,000 calls only.
+# Elements of a batch from which on compiling is worth its seconds on a CPU. Fused is 1.5 times as fast from two
+# elements on, but what it saves below this, 20 microseconds a call, repays them after 100,000 calls only.
 WINS_ON_CPU = 1 << 14
 
 
@@ -103,8 +103,8 @@ def _where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
 @functools.cache
 def _compiled(formula: Formula, device: str, one_block: bool, kind: Hashable) -> Formula:
     """Compile a formula for one kind of inputs: all that is alike but for the batch."""
-    # A code object of its own: dynamo counts graphs by code object, and gives up after eight. A name of its own: by name
-    # it remembers what has varied, and a constant that differs between two kinds would become an input of the second.
+    # A code object of its own: dynamo counts graphs by code object, and gives up after eight. A name of its own: by it
+    # dynamo remembers what varied, and a constant that differs between two kinds would become an input of the second.
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
     formula = _averaged(formula) if device == "cpu" else formula
     twin = FunctionType(formula.__code__.replace(co_name=name), formula.__globals__, closure=formula.__closure__)
@@ -152,7 +152,9 @@ def _kinds(inputs: tuple[Any, ...], shape: torch.Size, device: torch.device) -> 
     for e in inputs:
         if not isinstance(e, Tensor):
             kinds.append(_kinds(e, shape, device) if isinstance(e, tuple) else e)
-        elif type(e) is Tensor and e.shape == shape and e.is_contiguous() and not e.requires_grad and e.device == device:
+            continue
+        same = e.shape == shape and e.device == device
+        if same and type(e) is Tensor and e.is_contiguous() and not e.requires_grad:
             kinds.append(e.dtype)  # as nearly all are
         else:
             per_sample = e.shape[:1] == shape[:1]

@@ -317,7 +317,8 @@ def sid(
         of_x,
     )
     count(skipped, finite)
-    return with_gradients(mean(values), *zip((real, fake, x), gradients, strict=False))
+    sources = (real, fake, x) if of_x else (real, fake)
+    return with_gradients(mean(values), *zip(sources, gradients, strict=True))
 
 
 def gan_generator(fake_logits: Tensor) -> Tensor:
@@ -413,7 +414,7 @@ def snr_weight(
 
 
 def _difference(
-    x: Tensor, real: Tensor, fake: Tensor, k: Tensor, guidance: Number | None, nonfinite: str, skipped: Tensor | None
+    x: Tensor, real: Tensor, fake: Tensor, k: Number, guidance: Number | None, nonfinite: str, skipped: Tensor | None
 ) -> Tensor:
     teacher = teacher_halves(x, real, fake, guidance)
     gradient, values, finite = run(

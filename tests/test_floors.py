@@ -14,7 +14,19 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["formulas", "batches", "losses", "artefacts", "kernels", "weights", "optimizers", "roles", "hooks"],
+    [
+        "formulas",
+        "batches",
+        "losses",
+        "artefacts",
+        "kernels",
+        "rounds",
+        "weights",
+        "optimizers",
+        "roles",
+        "hooks",
+        "masking",
+    ],
     ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]
