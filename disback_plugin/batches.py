@@ -16,7 +16,6 @@ from disback_plugin.scores import Prediction, mixture
 __all__ = [
     "LISTENER",
     "Number",
-    "bare",
     "count",
     "is_mask",
     "mean",
@@ -67,14 +66,9 @@ class _WithGradients(torch.autograd.Function):
 
 def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Return the value as a function of the first of each pair, of which the second is its gradient."""
-    gradients = tuple([bare(gradient).view(source.shape) for source, gradient in pairs])
+    gradients = tuple([gradient.detach().view(source.shape) for source, gradient in pairs])
     result: Tensor = _WithGradients.apply(value, gradients, *[source for source, _ in pairs])
     return result
-
-
-def bare(tensor: Tensor) -> Tensor:
-    """Return the tensor without its graph."""
-    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def teacher_halves(
@@ -83,7 +77,7 @@ def teacher_halves(
     """Return the teacher's conditional and, under guidance, unconditional output; all else has the shape of x."""
     if guidance is None:
         same_shape(x=x, real=real, fake=fake, **others)
-        return rows(bare(real)), None
+        return rows(real), None
     if real.shape != (2 * len(x), *x.shape[1:]):
         raise MismatchError(
             f"real {tuple(real.shape)} with guidance for x {tuple(x.shape)}",
@@ -91,18 +85,18 @@ def teacher_halves(
             cure="run the teacher once on torch.cat([x_t, x_t]) with both conditions",
         )
     same_shape(x=x, fake=fake, **others)
-    unconditional, conditional = rows(bare(real)).chunk(2)
+    unconditional, conditional = rows(real).chunk(2)
     return conditional, unconditional
 
 
 def target_parts(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
     """Return the target of a kind as the formulas take it: (t,), or (x, eps, a, b) with t = a x + b eps."""
     if prediction == Prediction.X0:
-        return (rows(bare(x)),)
+        return (rows(x),)
     if prediction == Prediction.EPS:
-        return (rows(bare(eps)),)
+        return (rows(eps),)
     a, b = mixture(prediction, *numbers(x, alpha, sigma))
-    return rows(bare(x)), rows(bare(eps)), _over_rows(a, x), _over_rows(b, x)
+    return rows(x), rows(eps), _over_rows(a, x), _over_rows(b, x)
 
 
 def is_mask(nonfinite: str) -> bool:
@@ -136,7 +130,8 @@ def _as_tensor(value: Number, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """Return the tensor with at least one axis beside the batch."""
+    """Return the tensor without its graph and with at least one axis beside the batch."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor if tensor.ndim > 1 else tensor[:, None]
 
 
@@ -185,6 +180,7 @@ def count(skipped: Tensor | None, finite: Tensor) -> None:
 
 def same_shape(**tensors: Tensor) -> None:
     """Raise MismatchError unless all tensors have one shape."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise MismatchError(shapes, expected="one shape", cure="pass outputs computed from this very batch")
+    shapes = [tensor.shape for tensor in tensors.values()]
+    if shapes.count(shapes[0]) < len(shapes):
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise MismatchError(found, expected="one shape", cure="pass outputs computed from this very batch")

@@ -90,8 +90,8 @@ def sid(
     """
     r, f, t = _up(real), _up(fake), _target(wanted)
     d, e = r - f, r - t
-    normaliser: Tensor = (abs(c) * _mean(e.abs())).clamp(min=1e-5)
-    q: Tensor = weight * (c * (c / normaliser))
+    size = c.abs() if isinstance(c, Tensor) else abs(c)
+    q = weight * (size * (size / (size * _mean(e.abs())).clamp(min=1e-5)))
     loss = q * _sum(d * (e - alpha_sid * d))
     finite = loss.isfinite()
     q = q / len(real)  # once a sample; a division at each element costs registers

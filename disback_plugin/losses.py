@@ -29,7 +29,6 @@ from torch.nn.functional import mse_loss, softplus
 from disback_plugin import formulas
 from disback_plugin.batches import (
     Number,
-    bare,
     count,
     is_mask,
     mean,
@@ -97,7 +96,7 @@ def denoising(
     """
     same_shape(output=output, x_0=x_0, eps=eps)
     wanted = target_parts(prediction, x_0, eps, alpha, sigma)
-    gradient, values, _ = run(formulas.denoising, rows(bare(output)), wanted, scale(weight, output))
+    gradient, values, _ = run(formulas.denoising, rows(output), wanted, scale(weight, output))
     return with_gradients(mean(values), (output, gradient))
 
 
@@ -243,7 +242,7 @@ def dmd(
     gradient, values, finite = run(
         formulas.dmd,
         *teacher_halves(x, real, fake, guidance, eps=eps),
-        rows(bare(fake)),
+        rows(fake),
         target_parts(prediction, x, eps, alpha, sigma),
         scale(sign * weight, x, per_sample=True),
         1.0 if guidance is None else scale(guidance, x),
@@ -307,8 +306,8 @@ def sid(
     of_x = prediction not in (Prediction.EPS, Prediction.SCORE)  # whether the target is a function of x
     *gradients, values, finite = run(
         formulas.sid,
-        rows(bare(real)),
-        rows(bare(fake)),
+        rows(real),
+        rows(fake),
         target_parts(prediction, x, eps, alpha, sigma),
         scale(c, x, per_sample=True),
         scale(weight, x, per_sample=True),
@@ -420,8 +419,8 @@ def _difference(
     gradient, values, finite = run(
         formulas.difference,
         *teacher,
-        rows(bare(fake)),
-        rows(bare(x)),
+        rows(fake),
+        rows(x),
         scale(k, x),
         1.0 if guidance is None else scale(guidance, x),
         is_mask(nonfinite),
