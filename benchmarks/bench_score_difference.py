@@ -4,13 +4,12 @@ Goals, of medians in one process: >= 5 over DMD2 with its log, >= 2 over its EDM
 and >= 2 (images) over FastGen, never below 1 of the plain form.
 
 Images reach them (3.8 to 22 over the trainers, 2.5 to 4.1 over plain). So do latents of 4x4x64x64 over FastGen (1.5 and
-1.8, in float32 and bfloat16), SiD (3.2 and 3.8) and plain (1.7 to 2.7). Over DMD2 with its log they are at 4.4 to 5.0, over
-its EDM form at 1.7 (float32) and 1.9 to 2.0 (bfloat16): both goals are missed by a few microseconds a call.
+1.8, in float32 and bfloat16), SiD (3.2 and 3.8) and plain (1.7 to 2.7). Over DMD2 with its log they are at 4.4 to 5.0,
+over its EDM form at 1.7 (float32) and 1.9 to 2.0 (bfloat16): both goals are missed by a few microseconds a call.
 
 What limits a latent on a CPU, in microseconds of 75, each form finding the cache as another left it, as in training:
-the kernel 30 (a mebibyte of inputs and output at the bandwidth of the third-level cache; 13 where all is in the second),
-inductor's wrapper 8, finding the compiled form 7, `backward()` 22 (11 of them the engine's, for any loss), a node of the
-graph 5 to 10.
+the kernel 30 (a mebibyte of inputs and output from the third-level cache; 13 where all is in the second), inductor's
+wrapper 8, finding the compiled form 7, `backward()` 22 (11 of them the engine's, for any loss), a node 5 to 10.
 
 Memory beyond the inputs, at its peak: fused the gradients and nothing else, plain 3, DMD2 15 predictions in float32.
 """

@@ -58,7 +58,7 @@ class Artefact:
 
         Args:
             inputs: What the compiled function was just called with: nested tuples of constants and of different
-                tensors, whose axis 0 is the batch or of size 1. The first is a tensor.
+                tensors without graph, whose axis 0 is the batch or of size 1. The first is a tensor.
             outputs: What it returned.
 
         Returns:
@@ -70,8 +70,9 @@ class Artefact:
         places = [_place(argument, given) for argument in self._arguments]
         order = [_place(output, self._results) for output in outputs]
         self._arguments = self._results = ()
-        # On a GPU the call overlaps with kernels, and a guard watches over 32-bit indices.
-        exempt = inputs[0].is_cpu and not any(tensor.requires_grad for tensor in given[1:])
+        # On a GPU the call overlaps with kernels, and a guard watches over 32-bit indices. Strides that do not follow
+        # from the shape may have been taken for the batch, if they were as large.
+        exempt = all(tensor.is_cpu and tensor.is_contiguous() for tensor in given[1:])
         if made is None or None in places or None in order or not exempt:
             return None
 

@@ -66,9 +66,14 @@ class _WithGradients(torch.autograd.Function):
 
 def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     """Return the value as a function of the first of each pair, of which the second is its gradient."""
-    gradients = tuple([gradient.detach().view(source.shape) for source, gradient in pairs])
+    gradients = tuple([_like(gradient, source) for source, gradient in pairs])
     result: Tensor = _WithGradients.apply(value, gradients, *[source for source, _ in pairs])
     return result
+
+
+def _like(gradient: Tensor, source: Tensor) -> Tensor:
+    gradient = gradient.detach() if gradient.requires_grad else gradient
+    return gradient if gradient.shape == source.shape else gradient.view(source.shape)
 
 
 def teacher_halves(

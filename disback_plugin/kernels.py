@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin import formulas, losses
-from disback_plugin.artefacts import Artefact
+from disback_plugin.artefacts import Artefact, tensors
 from disback_plugin.errors import OptionError
 from disback_plugin.formulas import Formula
 
@@ -106,8 +106,8 @@ def _compiled(formula: Formula, device: str, one_block: bool, kind: Hashable) ->
     # A code object of its own: dynamo counts graphs by code object, and gives up after eight. A name of its own: by it
     # dynamo remembers what varied, and a constant that differs between two kinds would become an input of the second.
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
-    formula = _averaged(formula) if device == "cpu" else formula
-    twin = FunctionType(formula.__code__.replace(co_name=name), formula.__globals__, closure=formula.__closure__)
+    whole = _averaged(formula) if device == "cpu" else formula
+    twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
     artefact = Artefact()
     if one_block:
         compiled: Formula = torch.compile(twin, fullgraph=True, options={"split_reductions": False})
@@ -119,6 +119,9 @@ def _compiled(formula: Formula, device: str, one_block: bool, kind: Hashable) ->
         nonlocal ready
         if ready is not None:
             return ready(*inputs)
+        if any(factor.requires_grad for factor in tensors(inputs)):
+            ready = formula  # a learned weight wants a graph through the formula
+            return formula(*inputs)
         marked = _with_dynamic_batch(inputs, len(inputs[0]))
         outputs = compiled(*marked)
         ready = artefact.direct(marked, outputs) or compiled
@@ -143,8 +146,9 @@ def _kind(inputs: tuple[Any, ...]) -> Hashable:
     constants; and, once more, the process's own settings.
     """
     first: Tensor = inputs[0]
-    process = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
-    return first.device, first.shape[1:], process, _kinds(inputs, first.shape, first.device)
+    shape, device = first.shape, first.device
+    process = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    return device, shape[1:], process, _kinds(inputs, shape, device)
 
 
 def _kinds(inputs: tuple[Any, ...], shape: torch.Size, device: torch.device) -> Hashable:

@@ -14,19 +14,8 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    [
-        "formulas",
-        "batches",
-        "losses",
-        "artefacts",
-        "kernels",
-        "rounds",
-        "weights",
-        "optimizers",
-        "roles",
-        "hooks",
-        "masking",
-    ],
+    ["formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds", "weights"],
+    ["optimizers", "roles", "hooks", "masking"],
     ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]
