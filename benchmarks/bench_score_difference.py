@@ -3,9 +3,9 @@
 Goals, of medians in one process: >= 5 over DMD2 with its log, >= 2 over its EDM form, >= 3 over SiD, >= 1.2 (latents)
 and >= 2 (images) over FastGen, never below 1 of the plain form.
 
-Images reach them (3.8 to 22 over the trainers, 2.5 to 4.1 over plain). So do latents of 4x4x64x64 over FastGen (1.5 and
-1.8, in float32 and bfloat16), SiD (3.2 and 3.8) and plain (1.7 to 2.7). Over DMD2 with its log they are at 4.4 to 5.0,
-over its EDM form at 1.7 (float32) and 1.9 to 2.0 (bfloat16): both goals are missed by a few microseconds a call.
+Images reach them (2.8 to 23 over the trainers, 2.4 to 4.3 over plain). So do latents of 4x4x64x64 over FastGen (1.5 and
+1.9, in float32 and bfloat16), SiD (3.3 and 4.0), DMD2's EDM form in bfloat16 (2.1), and plain (1.5 to 2.8). Missed by up
+to a tenth, or more on a busy machine: 4.0 to 4.8 and 5.0 to 5.2 over DMD2 with its log, 1.8 over its EDM form in float32.
 
 What limits a latent on a CPU, in microseconds of 75, each form finding the cache as another left it, as in training:
 the kernel 30 (a mebibyte of inputs and output from the third-level cache; 13 where all is in the second), inductor's
@@ -166,32 +166,51 @@ def profiled(run):
     return sum(name not in NO_KERNELS for name in leaves), peak / (4 * torch.Size(SHAPES["latent 4x4x64x64"]).numel())
 
 
-MISSED = pytest.mark.xfail(reason="a latent's call on a CPU is half fixed costs: see the docstring", strict=False)
+class MissedError(AssertionError):
+    """A goal over a trainer is not reached."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+MISSED = pytest.mark.xfail(reason="see the docstring for what limits latents", raises=MissedError, strict=False)
+ON_THE_EDGE = [("DMD2", "fp32"), ("DMD2", "bf16"), ("DMD2 EDM", "fp32")]
+PLACEMENTS = 5
+
+
 @pytest.mark.parametrize(
-    ("pair", "shape"),
-    [pytest.param(p, s, marks=MISSED if "latent" in s and "DMD2" in p else ()) for p in PAIRS for s in SHAPES],
+    ("pair", "shape", "dtype"),
+    [
+        pytest.param(p, s, d, marks=MISSED if "latent" in s and (p, d) in ON_THE_EDGE else ())
+        for p in PAIRS
+        for s in SHAPES
+        for d in DTYPES
+    ],
 )
 def bench_ratios_reach_their_goals(benchmark, pair, shape, dtype):
-    """Interleaved, so that a machine that slows down slows down all; the ratio of the medians."""
+    """Interleaved, so that a machine that slows down slows down all, and at several places in memory, of which one may
+    suit one form; the ratio of the medians.
+    """
     benchmark.group = "ratios"
-    runs = forms(pair, SHAPES[shape], DTYPES[dtype])
-    rounds = 15 if "image" in shape else 150
-    seconds = {name: [] for name in runs}
+    spacers = [torch.empty(1 + 5000 * i) for i in range(PLACEMENTS)]
+    placed = [forms(pair, SHAPES[shape], DTYPES[dtype]) for _ in spacers]
+    rounds = 5 if "image" in shape else 60
+    seconds = {name: [] for name in placed[0]}
 
-    def interleaved():
+    def interleaved(runs):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
 
-    benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=2)
-    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    def everywhere():
+        for runs in placed:
+            for _ in range(rounds):
+                interleaved(runs)
+
+    benchmark.pedantic(everywhere, rounds=1)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     goal = PAIRS[pair][3]["image" in shape]
     ratio, over_plain = medians[pair] / medians["fused"], medians["plain"] / medians["fused"]
     benchmark.extra_info |= {"ratio": round(ratio, 2), "over plain": round(over_plain, 2), "goal": goal}
     print(f"{pair:9} {shape} {dtype}: {ratio:5.2f} (goal {goal}), over plain {over_plain:5.2f}")  # noqa: T201
-    assert ratio >= goal
     assert over_plain >= 1.0
+    if ratio < goal:
+        raise MissedError(f"{ratio:.2f} < {goal}")
