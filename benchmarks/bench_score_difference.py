@@ -3,9 +3,10 @@
 Goals, of medians in one process: >= 5 over DMD2 with its log, >= 2 over its EDM form, >= 3 over SiD, >= 1.2 (latents)
 and >= 2 (images) over FastGen, never below 1 of the plain form.
 
-Images reach them (2.8 to 23 over the trainers, 2.4 to 4.3 over plain). So do latents of 4x4x64x64 over FastGen (1.5 and
-1.9, in float32 and bfloat16), SiD (3.3 and 4.0), DMD2's EDM form in bfloat16 (2.1), and plain (1.5 to 2.8). Missed by up
-to a tenth, or more on a busy machine: 4.0 to 4.8 and 5.0 to 5.2 over DMD2 with its log, 1.8 over its EDM form in float32.
+Images reach them (2.8 to 29 over the trainers, 2.4 to 4.3 over plain). So do latents of 4x4x64x64 over FastGen (1.5 and
+1.8, in float32 and bfloat16), SiD (3.2 and 3.9), DMD2's EDM form in bfloat16 (2.0 to 2.1), and plain (1.5 to 2.8). On
+the edge are DMD2 with its log (4.0 to 4.9 and 5.0 to 5.3; a busy machine costs most there); missed is its EDM form in
+float32 (1.8 of 2).
 
 What limits a latent on a CPU, in microseconds of 75, each form finding the cache as another left it, as in training:
 the kernel 30 (a mebibyte of inputs and output from the third-level cache; 13 where all is in the second), inductor's

@@ -55,8 +55,8 @@ class _WithGradients(torch.autograd.Function):
                 cure="compute the term whose second derivative you need without disback_plugin.losses",
             )
         gradients = ctx.saved_tensors
-        # A look at a number costs nothing on a CPU, and would be a sync elsewhere.
-        if not (upstream.is_cpu and upstream.item() == 1.0):
+        # A look at a number costs nothing on a CPU; elsewhere it would be a sync, and in a graph a break.
+        if torch.compiler.is_compiling() or not upstream.is_cpu or upstream.item() != 1.0:
             gradients = [gradient * upstream for gradient in gradients]
         # Scaled first and cast then: 65536, where a GradScaler starts, does not exist in float16.
         cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]

@@ -66,6 +66,8 @@ def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
 
     @functools.wraps(loss)
     def fused(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return loss(*args, **kwargs)  # a part of the caller's own graph, which fuses it
         token = formulas.RUN.set(_RUNNERS[compile])
         try:
             return loss(*args, **kwargs)

@@ -168,6 +168,17 @@ def test_what_has_a_condition_on_the_batch_or_an_input_of_its_own_is_not_called_
         assert artefact.direct((x,), torch.compile(function, backend=artefact)(x)) is None
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_a_caller_may_compile_the_loss_into_a_graph_of_his_own(name, form):
+    torch._dynamo.reset()  # or it would count all ten as recompilations of one lambda
+    loss = getattr(losses if form == "plain" else kernels, name)
+    whole = torch.compile(lambda *args, **options: 2 * loss(*args, **options), fullgraph=True, backend="aot_eager")
+    found, wanted = run(whole, name, Prediction.EPS, 3), run(getattr(losses, name), name, Prediction.EPS, 3)
+    for mine, once in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, 2 * once)
+
+
 def test_a_stride_that_equals_the_first_batch_is_not_taken_for_it():
     fused = kernels.fuse(losses.dmd, compile=True)
     options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.FLOW}
