@@ -145,7 +145,7 @@ def bench_kernels_and_peak_memory(benchmark, pair, dtype):
     benchmark.pedantic(runs["fused"], rounds=2)
     for name, (count, peak) in found.items():
         benchmark.extra_info[name] = {"kernels": count, "peak": round(peak, 2)}
-        print(f"{pair:9} {dtype}: {name:9} {count:3} kernels, {peak:5.2f} predictions")  # noqa: T201
+        print(f"{pair:9} {dtype}: {name:9} {count:3} kernels, {peak:5.2f} predictions")
     # One of ours, `backward()`'s own 1.0, and for SiD the casts of gradients to the outputs' dtype.
     assert found["fused"][0] <= (5 if pair == "SiD" else 2)
     assert found["fused"][1] <= (4.51 if pair == "SiD" else 1.01)
@@ -211,7 +211,7 @@ def bench_ratios_reach_their_goals(benchmark, pair, shape, dtype):
     goal = PAIRS[pair][3]["image" in shape]
     ratio, over_plain = medians[pair] / medians["fused"], medians["plain"] / medians["fused"]
     benchmark.extra_info |= {"ratio": round(ratio, 2), "over plain": round(over_plain, 2), "goal": goal}
-    print(f"{pair:9} {shape} {dtype}: {ratio:5.2f} (goal {goal}), over plain {over_plain:5.2f}")  # noqa: T201
+    print(f"{pair:9} {shape} {dtype}: {ratio:5.2f} (goal {goal}), over plain {over_plain:5.2f}")
     assert over_plain >= 1.0
     if ratio < goal:
         raise MissedError(f"{ratio:.2f} < {goal}")

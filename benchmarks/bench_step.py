@@ -127,6 +127,6 @@ def bench_savings_of_a_step(benchmark):
         / medians["sample, forward, bf16 teacher"],
     }
     benchmark.extra_info |= {name: round(ratio, 3) for name, ratio in ratios.items()}
-    print(f"step of {medians['none']:.3f} s:", *(f"{k} {v:.2f};" for k, v in ratios.items()))  # noqa: T201
+    print(f"step of {medians['none']:.3f} s:", *(f"{k} {v:.2f};" for k, v in ratios.items()))
     assert ratios["forward over sample"] >= 1.08
     assert ratios["sample over none"] >= 1.05

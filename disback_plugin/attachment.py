@@ -32,6 +32,8 @@ def attach(
     path: str | os.PathLike[str] | None = None,
     record: int = 200,
     every: int = 50,
+    codec: str = "int8",
+    keep_teacher: bool = True,
     schedule: Schedule | str = "auto",
     state: Mapping[str, Any] | None = None,
 ) -> Handle:
@@ -56,6 +58,10 @@ def attach(
         record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. 0 changes nothing in a run, bit for
             bit, unless the schedule scales gradients without a path.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
+        codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
+            `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.
+        keep_teacher: Whether the path holds node 0. If not, its size halves, and to attach again needs a teacher that
+            is node 0 bit for bit.
         schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it.
         state: What `Handle.state_dict` returned at the moment whose checkpoint the trainer has loaded. The path is then
             taken as it is, s_phi is left alone, and the teacher is written, whatever it holds.
@@ -119,7 +125,7 @@ def attach(
         fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
         schedule=resolve(schedule),
     )
-    handle.begin(path, record=record, every=every, state=state)
+    handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state)
     return handle
 
 

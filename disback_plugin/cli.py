@@ -1,4 +1,4 @@
-"""The command line: `disback demo`. Nothing heavy is imported before a command runs."""
+"""The command line: `disback demo` and `disback inspect`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(title="commands", dest="command", required=True)
     _add_demo(commands)
+    _add_inspect(commands)
     return top
 
 
@@ -77,6 +78,46 @@ def _demo(options: argparse.Namespace) -> None:
     print(table(result))
     print(f"\n{CAVEAT}")
     print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        allow_abbrev=False,
+        help="verify a degradation path, and show its nodes",
+        description="Read, decode and verify every file of a degradation path, and print a table of its nodes. "
+        "Exits with 1 if the path is broken.",
+        epilog="example: disback inspect runs/path --json",
+    )
+    inspect.add_argument("path", metavar="PATH", help="folder, or id of a repository on the Hugging Face hub")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    inspect.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from disback_plugin.inspection import inspect, table
+    from disback_plugin.trajectory import DegradationPath
+
+    path = DegradationPath.from_pretrained(options.path)
+    rows = inspect(path)
+    about = {
+        "path": str(path.folder),
+        "complete": path.complete,
+        "codec": path.manifest.recording.codec,
+        "iterations": path.manifest.recording.iterations,
+        "teacher": path.manifest.teacher.fingerprint,
+        "generator": path.manifest.generator,
+        "bytes": sum(row.bytes for row in rows),
+    }
+    if options.json:
+        print(json.dumps(about | {"nodes": [asdict(row) for row in rows]}))
+        return
+    state = "complete" if path.complete else "unfinished"
+    print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
+    print(f"teacher {about['teacher']}\n")
+    print(table(rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

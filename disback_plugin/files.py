@@ -16,16 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from disback_plugin.errors import PathError
+from disback_plugin.errors import COPY_AGAIN, PathError
 
 __all__ = [
-    "COPY_AGAIN",
     "copy",
     "digest",
+    "map_tensors",
     "on_rank_zero",
     "read_json",
-    "read_tensors",
+    "stamp",
     "visible",
+    "without_aliases",
     "write_json",
     "write_tensors",
     "write_text",
@@ -33,40 +34,63 @@ __all__ = [
 
 T = TypeVar("T")
 
+# The key of the text in a file's metadata.
+ABOUT = "disback"
+
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
 
-COPY_AGAIN = "copy the path again, or record it again in an empty folder"
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, about: str) -> dict[str, Any]:
+    """Write tensors that share no memory as safetensors, and a text beside them.
 
-def write_tensors(file: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a state as safetensors; tied tensors are stored once. Return name, SHA-256 and size of the file."""
-    unique, aliases = _without_aliases(state)
+    Returns:
+        Name, SHA-256 and size of the file, as a manifest lists them.
+    """
     # One key only: safetensors writes several in random order, and equal nodes must be equal files.
-    metadata = {"aliases": json.dumps(aliases, sort_keys=True)}
-    _replace(file, lambda temporary: save_file(unique, temporary, metadata=metadata))
+    _replace(file, lambda temporary: save_file(dict(tensors), temporary, metadata={ABOUT: about}))
     return {"file": file.name, "sha256": digest(file), "bytes": file.stat().st_size}
 
 
-def read_tensors(file: Path, *, size: int) -> dict[str, Tensor]:
-    """Return a state written by `write_tensors`, on the CPU.
+def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
+    """Return tensors written by `write_tensors`, mapped from the file and never to be written, and the text.
 
     Raises:
-        PathError: If the file is missing, is not `size` bytes long, or is no safetensors file.
+        PathError: If the file is missing, is no regular file, is not `size` bytes long, or is no safetensors file.
     """
-    found = file.stat().st_size if file.is_file() else None
-    if found != size:
-        raise PathError(
-            f"{file} {'missing' if found is None else f'of {found} bytes'}", expected=f"{size} bytes", cure=COPY_AGAIN
-        )
+    _require_size(file, size)
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
-            state: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            aliases: dict[str, str] = json.loads((handle.metadata() or {}).get("aliases", "{}"))
-        return state | {alias: state[name] for alias, name in aliases.items()}
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return tensors, (handle.metadata() or {})[ABOUT]
+    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
         raise PathError(
-            f"{file} that does not read ({error})", expected="a safetensors file", cure=COPY_AGAIN
+            f"{file} that does not read ({type(error).__name__}: {error})",
+            expected="a safetensors file of a path",
+            cure=COPY_AGAIN,
         ) from error
+
+
+def _require_size(file: Path, size: int | None) -> None:
+    """Raise PathError unless a file is a regular one of this size; None: of any."""
+    try:
+        found = file.stat().st_size if file.is_file() else None
+    except OSError:  # a link to itself
+        found = None
+    if found is None or size not in (None, found):
+        raise PathError(
+            f"{file} {'missing, or no regular file' if found is None else f'of {found} bytes'}",
+            expected="a file" if size is None else f"{size} bytes",
+            cure=COPY_AGAIN,
+        )
+
+
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """Return what tells whether a file was written since: inode, size and time of its last change; None if missing."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -81,6 +105,8 @@ def read_json(file: Path) -> dict[str, Any]:
         PathError: If the file is missing or holds no JSON object.
     """
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(file)
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PathError(
@@ -104,12 +130,13 @@ def copy(source: Path, file: Path) -> None:
         _replace(file, lambda temporary: shutil.copyfile(source, temporary))
 
 
-def digest(file: Path) -> str:
+def digest(file: Path, *, size: int | None = None) -> str:
     """Return the SHA-256 of a file: 64 hexadecimal digits.
 
     Raises:
-        PathError: If it is missing.
+        PathError: If it is missing, is no regular file, or is not `size` bytes long.
     """
+    _require_size(file, size)
     value = sha256()
     try:
         with file.open("rb") as stream:
@@ -181,8 +208,15 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
 
 
-def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split a state into tensors that share no memory and {alias: name} of those that are the same tensor."""
+def without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Split a state into tensors on the CPU that share no memory and {alias: name} of those that are the same tensor.
+
+    Example:
+        >>> from torch import zeros
+        >>> w = zeros(2)
+        >>> without_aliases({"left": w, "right": w})[1]
+        {'right': 'left'}
+    """
     unique: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}

@@ -22,13 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from disback_plugin import files, optimizers
 from disback_plugin.errors import OptionError, RoleError, StateError, TrainingError
+from disback_plugin.fingerprints import fingerprint
 from disback_plugin.manifest import Manifest, Recording
 from disback_plugin.recording import PATIENCE, Recorder, open_or_create
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
 from disback_plugin.schedules import Schedule
 from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork, fingerprint
+from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["Handle"]
 
@@ -73,6 +74,7 @@ class Handle:
         self.scheduler: TrajectoryScheduler | None = None
         self.fake_score_updates = 0
         self._recorder: Recorder | None = None
+        self._went_on = False  # s_phi was updated after it was saved as s'_N
         self._generator_steps = 0
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._updates: dict[Optimizer, bool] = {}
@@ -136,11 +138,13 @@ class Handle:
             hook.remove()
         self._hooks.clear()
         self._hidden.clear()
+        if self._recorder is not None:
+            self._recorder.close()
         _ATTACHED.difference_update((*self._generator_optimizers, *self._fake_score_optimizers))
         if self.scheduler is not None:
             self.scheduler.restore()
         elif self.path is not None:  # in train mode it may have changed its running statistics
-            self._teacher.load_state_dict(self.path[0])
+            self._teacher.write(self.path.original())
 
     def __enter__(self) -> Handle:
         return self
@@ -164,7 +168,7 @@ class Handle:
             "recording_iteration": 0 if iteration is None else iteration,
             "generator_updates": self.generator_updates,
             "fake_score_updates": self.fake_score_updates,
-            "fake_score": self._fake_score.glimpse(),
+            "fake_score": self._fake_score.checksum(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,7 +187,7 @@ class Handle:
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         check_state(state, like=self.state_dict(), fixed=("version", "path", "schedule"))
-        if state["fake_score"] != self._fake_score.glimpse():
+        if state["fake_score"] != self._fake_score.checksum():
             raise StateError(
                 "a fake score whose weights are not those of the saved moment",
                 expected="the trainer's checkpoint in it",
@@ -212,19 +216,28 @@ class Handle:
         if self.scheduler is not None:
             self.scheduler.restore()
             self.scheduler = None
+        if self._recorder is not None:
+            self._recorder.close()
         self._recorder = Recorder(self.path, self._fake_score)
         self._recorder.rewind(iteration)
 
     def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
         if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end
-            self.scheduler, self._recorder = self._new_scheduler(), None
+            self.scheduler, self._recorder = self._new_scheduler(None), None
         ours = {"generator_updates": int(state["generator_updates"]), "started": True}
         self.scheduler.load_state_dict(self.scheduler.state_dict() | ours)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def begin(
-        self, path: str | os.PathLike[str] | None, *, record: int, every: int, state: Mapping[str, Any] | None
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        record: int,
+        every: int,
+        codec: str,
+        keep_teacher: bool,
+        state: Mapping[str, Any] | None,
     ) -> None:
         """Open or begin the path, go to where the run stands, and install the hooks. `attach` calls it, once.
 
@@ -232,6 +245,8 @@ class Handle:
             path: As in `attach`.
             record: As in `attach`.
             every: As in `attach`.
+            codec: As in `attach`.
+            keep_teacher: As in `attach`.
             state: As in `attach`.
 
         Raises:
@@ -245,7 +260,7 @@ class Handle:
         elif path is None or not str(path):
             raise OptionError("no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for none")
         elif state is None:
-            self._begin(path, Recording(record, every))
+            self._begin(path, Recording(record, every, codec, keep_teacher))
         else:
             self._continue(path, state)
         self._install_hooks()
@@ -282,17 +297,21 @@ class Handle:
 
         self.path = DegradationPath(folder, files.on_rank_zero(prepare))
         self._check_state(state)
-        self._teacher.load_state_dict(self.path[0])
+        if not self.path.manifest.recording.keep_teacher:
+            self.path.bind(self._teacher.state_dict())
+        self._teacher.write(self.path.source(0))
         self._load(state)
 
     def _begin_backtracking(self) -> None:
-        scheduler = self._new_scheduler()
+        # What was recorded here is s'_N already, unless it went on: to write it, decoded, would change it for nothing.
+        is_there = self._recorder is not None and not self._went_on
+        scheduler = self._new_scheduler(None if is_there else self._fake_score)
         scheduler.start()
         self.scheduler, self._recorder = scheduler, None
         logger.info("%r", self)
 
-    def _new_scheduler(self) -> TrajectoryScheduler:
-        return TrajectoryScheduler(self.path, self._teacher, self._fake_score, schedule=self._schedule)
+    def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
+        return TrajectoryScheduler(self.path, self._teacher, fake_score, schedule=self._schedule)
 
     def _install_hooks(self) -> None:
         for optimizer in self._generator_optimizers:
@@ -338,7 +357,7 @@ class Handle:
                 self.scheduler.step()
         elif self._recorder is not None and self._recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
-            self._teacher.load_state_dict(self._recorder.path[0])
+            self._teacher.write(self._recorder.path.original())
             self._begin_backtracking()
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -356,6 +375,7 @@ class Handle:
         if updated:
             self.fake_score_updates += 1
             if self._recorder is not None:
+                self._went_on = self._recorder.done
                 self._recorder.update()
 
     def _updated(self, optimizer: Optimizer) -> bool:

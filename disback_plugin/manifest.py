@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from disback_plugin import files
-from disback_plugin.errors import OptionError, PathError
+from disback_plugin.codecs import SMALLEST_FIRST, check_codec
+from disback_plugin.errors import COPY_AGAIN, OptionError, PathError
 
-__all__ = ["CONFIG", "FORMAT", "Manifest", "Node", "Recording", "Teacher"]
+__all__ = [
+    "CONFIG",
+    "FORMAT",
+    "Manifest",
+    "Node",
+    "Recording",
+    "Teacher",
+    "is_ours",
+    "node_file",
+    "percent",
+    "training_file",
+]
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -22,8 +35,14 @@ CONFIG = "config.json"
 class Recording:
     """How a path is recorded: `iterations` updates of s', a node after each `every`, the last one at the end.
 
+    Args:
+        iterations: Updates of s' in all, >= 1.
+        every: Updates between two nodes, >= 1.
+        codec: How nodes are stored: a name of `codecs`, "auto" or "auto:BOUND".
+        keep_teacher: Whether the path holds node 0. If not, it needs the teacher itself, bit for bit, to be used.
+
     Raises:
-        OptionError: If one of them is no whole number >= 1.
+        OptionError: If a count is no whole number >= 1, or there is no such codec.
 
     Example:
         >>> Recording(iterations=25, every=10).due(20), Recording(25, 10).nodes
@@ -32,8 +51,11 @@ class Recording:
 
     iterations: int
     every: int
+    codec: str = "int8"
+    keep_teacher: bool = True
 
     def __post_init__(self) -> None:
+        check_codec(self.codec)
         whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in (self.iterations, self.every))
         if not whole or self.iterations < 1 or self.every < 1:
             raise OptionError(
@@ -61,12 +83,14 @@ class Teacher:
 
     Attributes:
         fingerprint: `ScoreNetwork.fingerprint` of the live teacher.
+        checksum: `ScoreNetwork.checksum` of it.
         id: Where it comes from, as a hub id; for people only.
         sha256: Of its file; empty until that is written.
         bytes: Size of its file.
     """
 
     fingerprint: str
+    checksum: str
     id: str | None = None
     sha256: str = ""
     bytes: int = 0
@@ -84,7 +108,12 @@ class Node:
         sha256: Of the file.
         bytes: Size of the file.
         delta_norm: |theta_i - theta_{i-1}|, Euclidean, over all floating tensors.
-        codec_error: Change of the score output that storing it caused, relative to a node's step; 0 for exact storage.
+        codec: How its difference to node i - 1 is stored, a name of `codecs`.
+        checksum: `ScoreNetwork.checksum` of the node as it is decoded.
+        recorded: That of the network it was made from; the same under "exact".
+        weight_error: |decoded theta_i - theta_i| / delta_norm.
+        codec_error: Change of the score output that the codec made, over that from node i - 1 to node i, on samples of
+            the student; None if no forward of the network was seen while recording.
     """
 
     index: int
@@ -93,7 +122,11 @@ class Node:
     sha256: str
     bytes: int
     delta_norm: float
-    codec_error: float = 0.0
+    codec: str
+    checksum: str
+    recorded: str
+    weight_error: float
+    codec_error: float | None
 
 
 @dataclass(frozen=True)
@@ -106,7 +139,6 @@ class Manifest:
         generator: Fingerprint of the initial generator, if known.
         nodes: Nodes 1 ... N, as far as they are recorded.
         complete: Whether node N is among them.
-        codec: How the nodes are stored.
     """
 
     teacher: Teacher
@@ -114,7 +146,16 @@ class Manifest:
     generator: str | None = None
     nodes: tuple[Node, ...] = field(default=())
     complete: bool = False
-    codec: str = "exact"
+
+    @property
+    def entries(self) -> tuple[Teacher | Node, ...]:
+        """Nodes 0 ... N, as far as they are recorded."""
+        return (self.teacher, *self.nodes)
+
+    @property
+    def teacher_missing(self) -> bool:
+        """Whether node 0 has yet to be written."""
+        return self.recording.keep_teacher and not self.teacher.sha256
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -135,11 +176,11 @@ class Manifest:
             manifest = cls._from_json(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PathError(
-                f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=files.COPY_AGAIN
+                f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=COPY_AGAIN
             ) from error
         fault = manifest.fault()
         if fault:
-            raise PathError(f"{fault} in {file}", expected="the manifest of a recording", cure=files.COPY_AGAIN)
+            raise PathError(f"{fault} in {file}", expected="the manifest of a recording", cure=COPY_AGAIN)
         return manifest
 
     def fault(self) -> str | None:
@@ -149,16 +190,19 @@ class Manifest:
         named = [teacher.file, *(node.file for node in nodes)]
         if named != ["teacher.safetensors", *(node_file(i + 1) for i in range(len(nodes)))]:
             return f"files {named[:3]}"
-        if self.codec != "exact":
-            return f"codec {self.codec!r}, which this version cannot read,"
+        unknown = {node.codec for node in nodes} - set(SMALLEST_FIRST)
+        if unknown:
+            return f"codecs {sorted(unknown)}, which this version cannot read,"
         iterations = [node.iteration for node in nodes]
         due = [min((i + 1) * self.recording.every, self.recording.iterations) for i in range(len(nodes))]
         if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
             return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
         if len(nodes) > self.recording.nodes or (self.complete and nodes and len(nodes) != self.recording.nodes):
             return f"{len(nodes)} of {self.recording.nodes} nodes, complete: {self.complete},"
-        if (nodes or self.complete) and not teacher.sha256:
+        if (nodes or self.complete) and self.teacher_missing:
             return "nodes without a teacher"
+        if teacher.sha256 and not self.recording.keep_teacher:
+            return "a teacher that is kept and not kept"
         return None
 
     @classmethod
@@ -169,7 +213,6 @@ class Manifest:
             generator=_of_type(content["generator"]["fingerprint"], str | None),
             nodes=tuple(_typed(Node, node) for node in _of_type(content["nodes"], list)),
             complete=_of_type(content["complete"], bool),
-            codec=_of_type(content["codec"], str),
         )
 
     def write(self, folder: Path) -> None:
@@ -179,15 +222,33 @@ class Manifest:
 
     def card(self) -> str:
         """Return the model card, README.md of the path."""
-        rows = "\n".join(f"| {n.index} | {n.iteration} | {n.bytes:,} | {n.delta_norm:.4g} |" for n in self.nodes)
+        rows = "\n".join(
+            f"| {n.index} | {n.iteration} | {n.codec} | {n.bytes:,} | {n.delta_norm:.4g} | {percent(n.codec_error)} | "
+            f"{percent(n.weight_error)} | `{n.checksum[:12]}` |"
+            for n in self.nodes
+        )
         return _CARD.format(
             teacher=self.teacher.id or "unnamed",
             fingerprint=self.teacher.fingerprint,
             generator=self.generator or "unknown",
             iterations=self.recording.iterations,
-            codec=self.codec,
+            codec=self.recording.codec,
+            kept=""
+            if self.recording.keep_teacher
+            else "; it is not in here, the teacher at hand has to be it bit for bit",
+            version=FORMAT,
             rows=rows,
         )
+
+
+def percent(share: float | None) -> str:
+    """Return a share as people read it.
+
+    Example:
+        >>> percent(0.0012), percent(None)
+        ('0.12 %', 'not measured')
+    """
+    return "not measured" if share is None else f"{100 * share:.2g} %"
 
 
 T = TypeVar("T")
@@ -196,14 +257,12 @@ T = TypeVar("T")
 def _typed(kind: type[T], content: Mapping[str, Any]) -> T:
     """Return a dataclass whose fields have the types that it declares; JSON itself promises nothing."""
     hints = get_type_hints(kind)
-    for name, value in content.items():
-        _of_type(value, hints[name])
-    return kind(**content)
+    return kind(**{name: _of_type(value, hints[name]) for name, value in content.items()})
 
 
 def _of_type(value: Any, kind: Any) -> Any:
-    number = kind is float and isinstance(value, (int, float)) and math.isfinite(value)
-    if (isinstance(value, bool) and kind is not bool) or not (number or isinstance(value, kind)):
+    odd = (isinstance(value, bool) and kind is not bool) or (isinstance(value, float) and not math.isfinite(value))
+    if odd or not (isinstance(value, kind) or (kind is float and isinstance(value, int))):
         raise TypeError(f"{value!r} where {getattr(kind, '__name__', kind)} was expected")
     return value
 
@@ -218,6 +277,26 @@ def node_file(index: int) -> str:
     return f"node-{index:03d}.safetensors"
 
 
+def training_file(index: int) -> str:
+    """Return the name of the file that an unfinished recording resumes from after node `index`.
+
+    Example:
+        >>> training_file(7)
+        'training-007.safetensors'
+    """
+    return f"training-{index:03d}.safetensors"
+
+
+def is_ours(name: str) -> bool:
+    """Return whether a recording writes files of this name.
+
+    Example:
+        >>> is_ours("node-007.safetensors"), is_ours("model.safetensors")
+        (True, False)
+    """
+    return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None
+
+
 _CARD = """---
 library_name: disback
 tags: [disback, score-distillation, diffusion-distillation]
@@ -227,13 +306,16 @@ tags: [disback, score-distillation, diffusion-distillation]
 Weights of a score network on its way from the teacher (node 0) to the distribution of an initial student generator,
 recorded for Distribution Backtracking Distillation ([arXiv 2408.15991](https://arxiv.org/abs/2408.15991)).
 
-* teacher: {teacher}, fingerprint `{fingerprint}`
+* teacher: {teacher}, fingerprint `{fingerprint}`{kept}
 * initial generator: fingerprint `{generator}`
-* recorded in {iterations} iterations, codec `{codec}`
+* recorded in {iterations} iterations, codec `{codec}`, format {version}
 
-| node | iteration | bytes | distance to the node before |
-|---|---|---|---|
+| node | iteration | codec | bytes | distance to the node before | error in scores | error in weights | checksum |
+|---|---|---|---|---|---|---|---|
 {rows}
+
+Errors are those of the codec over the step from the node before: of the score network's output on the student's
+samples, and of the weights.
 
 ```python
 import disback_plugin as disback

@@ -10,7 +10,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from disback_plugin import files
+from disback_plugin import files, training
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.manifest import Manifest, Recording
+from disback_plugin.probes import Probe
 from disback_plugin.roles import check_apart
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -42,19 +43,29 @@ class Recorder:
     Args:
         path: An unfinished path; node files are added to it.
         network: s', the network that is fitted.
+        training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
+            None where the trainer's own checkpoint holds that.
     """
 
-    def __init__(self, path: DegradationPath, network: ScoreNetwork) -> None:
-        self.path, self.network = path, network
+    def __init__(
+        self, path: DegradationPath, network: ScoreNetwork, *, training: Callable[[], dict[str, Tensor]] | None = None
+    ) -> None:
+        self.path, self.network, self._training = path, network, training
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
+        self._probe = Probe(network)
 
     def start(self) -> None:
         """Write the last recorded node, the teacher at first, into the network.
 
         Raises:
             MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
+            PathError: If the path is broken. Then nothing was written.
         """
-        self.network.load_state_dict(self.path[-1])
+        self.network.write(self.path.source(len(self.path) - 1))
+
+    def close(self) -> None:
+        """Stop watching the network."""
+        self._probe.close()
 
     @property
     def done(self) -> bool:
@@ -67,7 +78,8 @@ class Recorder:
             return
         iteration = self.iteration + 1
         if self.path.manifest.recording.due(iteration):
-            self.path.append(self.network.state_dict(), iteration=iteration)
+            training = None if self._training is None else self._training()
+            self.path.append(self.network.state_dict(), iteration=iteration, probe=self._probe, training=training)
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
         self.iteration = iteration  # only now: a node that could not be written is due again
         self._finish_if_done()
@@ -79,8 +91,10 @@ class Recorder:
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if self.done and not self.path.complete:
-            self.path.finish()
+        if self.done:
+            self.close()
+            if not self.path.complete:
+                self.path.finish()
 
 
 def open_or_create(
@@ -104,25 +118,36 @@ def open_or_create(
         PathError: If the folder holds something else, or a path of another teacher, or an unfinished one of
             another plan or another initial generator.
     """
+    opened: list[DegradationPath] = []
 
     def prepare() -> Manifest:
-        if not DegradationPath.exists(folder):
+        if DegradationPath.exists(folder):
+            opened.append(resume(DegradationPath(folder)))
+        else:
             check(recording.nodes)
-            return DegradationPath.create(folder, teacher.state_dict(), recording, generator=generator).manifest
-        path = DegradationPath(folder)
+            opened.append(DegradationPath.create(folder, state, recording, generator=generator))
+        return opened[0].manifest
+
+    def resume(path: DegradationPath) -> DegradationPath:
         check(len(path) - 1 if path.complete else recording.nodes)
-        path.check_teacher(teacher.state_dict())
+        path.bind(state)
         _check_same_recording(path, recording, generator)
-        path.complete_node_0(teacher.state_dict())
+        path.complete_node_0(state)
         path.tidy()
         path.verify()
         # A crash may have come between the last node and the mark that it was the last.
         if not path.complete and len(path) - 1 == recording.nodes:
             path.finish()
-        return path.manifest
+        return path
 
     # One rank looks and acts; the others must not see the folder half way.
-    return DegradationPath(folder, files.on_rank_zero(prepare))
+    state = teacher.state_dict()
+    manifest = files.on_rank_zero(prepare)
+    if opened:
+        return opened[0]
+    path = DegradationPath(folder, manifest)
+    path.bind(state)
+    return path
 
 
 def _check_same_recording(path: DegradationPath, recording: Recording, generator: str | None) -> None:
@@ -136,7 +161,7 @@ def _check_same_recording(path: DegradationPath, recording: Recording, generator
         raise PathError(
             f"an unfinished recording of {'another initial generator' if other_student else recorded.recording}",
             expected=f"the recording that {path.folder} began, to resume it, not {recording}",
-            cure="pass the same generator, record= and every=, or another path=",
+            cure="pass the same generator, record=, every=, codec= and keep_teacher=, or another path=",
         )
 
 
@@ -148,6 +173,8 @@ def record(
     path: str | os.PathLike[str],
     iterations: int = 200,
     every: int = 50,
+    codec: str = "int8",
+    keep_teacher: bool = True,
     sample: Callable[[], Tensor] | None = None,
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     learning_rate: float = 1e-5,
@@ -167,6 +194,9 @@ def record(
         path: Folder for the nodes.
         iterations: Updates of s' in all, >= 1; 200 in the paper.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
+        codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
+            `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.
+        keep_teacher: Whether the path holds node 0. If not, it needs the teacher itself, bit for bit, to be used.
         sample: Returns a batch of samples x_0 of the initial generator, shape (B, ...), without gradient.
         loss: Takes the network and x_0 and returns the denoising loss, shape ().
         learning_rate: Of Adam in the standalone form, > 0; 1e-5 in the paper (B.2).
@@ -192,14 +222,14 @@ def record(
         3
     """
     target = ScoreNetwork.of(teacher, role="teacher")
-    folder = Path(path)
+    folder, plan = Path(path), Recording(iterations, every, codec, keep_teacher)
     if fake_score is not None and fake_step is not None and sample is None and loss is None:
         network = ScoreNetwork.of(fake_score, role="fake score")
         check_apart(target, network)
-        opened = open_or_create(folder, target, Recording(iterations, every))
+        opened = open_or_create(folder, target, plan)
         return _record_in_loop(opened, network, fake_step)
     if fake_score is None and fake_step is None and sample is not None and loss is not None:
-        opened = open_or_create(folder, target, Recording(iterations, every))
+        opened = open_or_create(folder, target, plan)
         return _record_copy(opened, target, sample, loss, learning_rate, seed)
     given = [
         name
@@ -215,12 +245,12 @@ def record(
 
 def _record_in_loop(path: DegradationPath, network: ScoreNetwork, step: Callable[[], object]) -> DegradationPath:
     if path.complete:
-        network.load_state_dict(path[-1])
+        network.write(path.source(len(path) - 1))
         return path
     recorder = Recorder(path, network)
     recorder.start()
     idle = 0
-    with _progress(recorder) as bar:
+    with closing(recorder), _progress(recorder) as bar:
         while not recorder.done:
             before = _versions(network)
             step()
@@ -248,7 +278,7 @@ def _record_copy(
 ) -> DegradationPath:
     if path.complete:
         return path
-    module, *others = teacher.modules()
+    module, *others = teacher.modules().values()
     if others:
         raise OptionError(
             f"a teacher of {1 + len(others)} experts for a recording with sample and loss",
@@ -256,11 +286,15 @@ def _record_copy(
             cure="record each expert on its own, or use fake_score and fake_step",
         )
     student_score = copy.deepcopy(module).requires_grad_(True)
-    recorder = Recorder(path, ScoreNetwork(student_score, role="recorded copy"))
-    recorder.start()
-    # Another seed after a resume: the random numbers before the crash must not come again.
-    with _private_stream(seed + recorder.iteration), _progress(recorder) as bar, torch.enable_grad():
-        optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
+    network = ScoreNetwork(student_score, role="recorded copy")
+    recorder = Recorder(path, network, training=lambda: training.capture(network, optimizer))
+    saved = path.training_state()
+    if saved is None:
+        recorder.start()
+    with closing(recorder), _private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
+        if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
+            training.restore(saved, network, optimizer)
         while not recorder.done:
             optimizer.zero_grad()
             loss(student_score, sample()).backward()  # type: ignore[no-untyped-call]

@@ -15,10 +15,9 @@ from math import floor
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from disback_plugin import kernels
-from disback_plugin.errors import OptionError, PathError, StateError
+from disback_plugin.errors import DisbackError, OptionError, PathError, StateError
 from disback_plugin.masking import MaskedSamples
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
@@ -87,7 +86,6 @@ class TrajectoryScheduler:
         self.started = False
         self._target = Target(0.0)
         self._away = False
-        self._nodes: dict[int, dict[str, Tensor]] = {}
         self._masked = MaskedSamples()
         if self.path is not None:
             self._check(self.path)
@@ -127,10 +125,10 @@ class TrajectoryScheduler:
             return
         self._place(self.generator_updates)
         if self.path is not None and self.last_node and self._fake_score is not None:
-            last = self.path[-1]
+            last = self.path.nodes[-1]
             # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
-            if not self._fake_score.holds(last):
-                self._fake_score.load_state_dict(last)
+            if self._fake_score.checksum() not in (last.recorded, last.checksum):
+                self._fake_score.write(self.path.source(self.last_node))
         self.started = True
 
     def step(self) -> None:
@@ -186,9 +184,8 @@ class TrajectoryScheduler:
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
         if self.path is not None and self.last_node:
-            self._teacher.load_state_dict(self.path[0])
+            self._teacher.write(self.path.original())
         self._horizon, self._target = 0, Target(0.0)
-        self._nodes.clear()
         self._remember()
         self._masked.report()
 
@@ -234,14 +231,14 @@ class TrajectoryScheduler:
             )
         if self._fake_score is not None:
             self._teacher.check_same_layout(self._fake_score)
-        path.check_teacher(self._teacher.state_dict())
+        path.bind(self._teacher.state_dict())
         if self.last_node:
             self.schedule.check(self.last_node)
             self._warn_if_swallowed(path)
 
     def _warn_if_swallowed(self, path: DegradationPath) -> None:
         """A teacher in half precision may round the steps between nodes away: say so, with the figure."""
-        rounding = self._teacher.rounding(path[-1]) / path.nodes[-1].delta_norm
+        rounding = self._teacher.rounding(path.source(self.last_node)) / path.nodes[-1].delta_norm
         if rounding > 0.5:
             logger.warning(
                 "the teacher's dtype rounds node %d by %.1f times its distance to node %d: keep the teacher in "
@@ -270,26 +267,29 @@ class TrajectoryScheduler:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
         if self.path is None or not self.last_node:
             return
-        low = floor(position)
-        if position == low:
-            self._teacher.load_state_dict(self._node(low))
-        else:
-            self._teacher.interpolate(self._node(low), self._node(low + 1), position - low)
-        # Only the neighbours are needed again; files are mapped, so dropping one frees no more than it must.
-        self._nodes = {i: state for i, state in self._nodes.items() if position and low <= i <= low + 1}
+        self._move(self.path, position)
         self._target = self._target._replace(position=position)
         self._remember()
 
-    def _node(self, index: int) -> dict[str, Tensor]:
-        if index not in self._nodes:
-            assert self.path is not None
-            self._nodes[index] = self.path[index]
-        return self._nodes[index]
+    def _move(self, path: DegradationPath, position: float) -> None:
+        """Decode a position into the teacher; at a node, compare what was decoded with what was recorded."""
+        source = path.source(position)  # raises before anything is written if a file is missing or changed
+        try:
+            found = self._teacher.write(source)
+            if position == floor(position):
+                path.check_decoded(int(position), found)
+        except DisbackError:
+            # Changed this very moment. What is mapped cannot be trusted: back to the teacher, and no step further.
+            self.started, self._target = False, Target(0.0)
+            self._teacher.write(path.original())
+            raise
 
     def _require_start(self) -> None:
         if not self.started:
             raise StateError(
-                "a scheduler that has not started", expected="a started one", cure="call scheduler.start() first"
+                "a scheduler that has not started, or whose last move failed",
+                expected="a started one",
+                cure="call scheduler.start() first",
             )
 
     def _remember(self) -> None:

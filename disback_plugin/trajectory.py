@@ -1,8 +1,8 @@
 """The degradation path {s'_i | i = 0 ... N} as a folder: node 0 is the teacher, node N fits the first student.
 
     config.json             what is there: teacher, generator, recording plan, nodes and their SHA-256
-    teacher.safetensors     s'_0
-    node-001.safetensors …  s'_1 to s'_N, one file a node
+    teacher.safetensors     s'_0, unless the path was recorded without it
+    node-001.safetensors …  s'_1 to s'_N, one file a node: its coded difference to the node before
     README.md               model card, once the recording is complete
 
 Every file is written under a temporary name, flushed to disk and renamed, and `config.json` after the file that it
@@ -15,21 +15,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import files
+from disback_plugin.encoding import encode
 from disback_plugin.errors import OptionError, PathError, TrainingError
-from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, node_file
-from disback_plugin.weights import fingerprint
+from disback_plugin.fingerprints import checksum, fingerprint
+from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, is_ours, node_file, training_file
+from disback_plugin.nodes import Between
+from disback_plugin.probes import Probe
+from disback_plugin.storage import Storage
+from disback_plugin.weights import Source
 
 __all__ = ["DegradationPath"]
 
@@ -50,8 +53,9 @@ class DegradationPath(
         PathError: If there is no path, or its manifest is broken or of a newer format.
 
     Example:
-        >>> import tempfile
-        >>> path = DegradationPath.create(tempfile.mkdtemp(), {"w": torch.zeros(2)}, Recording(iterations=2, every=1))
+        >>> import tempfile, torch
+        >>> plan = Recording(iterations=2, every=1, codec="exact")
+        >>> path = DegradationPath.create(tempfile.mkdtemp(), {"w": torch.zeros(2)}, plan)
         >>> path.append({"w": torch.ones(2)}, iteration=1)
         >>> len(path), path[1]["w"].tolist(), path.complete
         (2, [1.0, 1.0], False)
@@ -60,6 +64,7 @@ class DegradationPath(
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         self.folder = Path(folder).absolute()  # a run may change its directory
         self.manifest = Manifest.read(self.folder) if manifest is None else manifest
+        self._storage = Storage(self.folder)
 
     # -- open and create ----------------------------------------------------------------------------------------------
 
@@ -95,15 +100,16 @@ class DegradationPath(
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
             new = [parent for parent in (root, *root.parents) if not parent.exists()]
+            node_0 = Teacher(fingerprint(teacher), checksum(teacher), teacher_id)
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 # Claimed before the first big write: a crash in between leaves a folder that is known to be ours.
-                Manifest(Teacher(fingerprint(teacher), teacher_id), recording, generator).write(root)
+                Manifest(node_0, recording, generator).write(root)
                 path = cls(root)
-                path._write_teacher(teacher)
+                path.complete_node_0(teacher)
                 return path.manifest
             except OSError as error:
-                for name in (CONFIG, "teacher.safetensors"):
+                for name in (CONFIG, node_0.file):
                     (root / name).unlink(missing_ok=True) if root.is_dir() else None
                 for parent in new:
                     parent.rmdir() if parent.is_dir() else None
@@ -113,7 +119,10 @@ class DegradationPath(
                     cure="pass another path=",
                 ) from error
 
-        return cls(root, files.on_rank_zero(write))
+        path = cls(root, files.on_rank_zero(write))
+        if not recording.keep_teacher:
+            path._storage.bind(teacher)
+        return path
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **hub: Any) -> DegradationPath:  # type: ignore[override]
@@ -172,12 +181,42 @@ class DegradationPath(
 
         Raises:
             IndexError: If there is no such node.
-            PathError: If its file is missing, of another size than recorded, or unreadable.
+            PathError: If its file is missing, of another size than recorded, or unreadable, or decodes to something
+                else than was recorded.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"node {index} of a path with nodes 0 to {len(self) - 1}")
-        entry = self._entries()[index]
-        return files.read_tensors(self.folder / entry.file, size=entry.bytes)
+        index %= len(self)
+        state = self._storage.node(self.manifest, index).state_dict()
+        self.check_decoded(index, checksum(state))
+        return state
+
+    def source(self, position: float) -> Source:
+        """Return the weights of a position, to be decoded piece by piece into a network (`ScoreNetwork.write`).
+
+        Args:
+            position: In [0, N]; between two nodes their weights are interpolated.
+
+        Raises:
+            PathError: If a file is missing or changed. All files are read and compared before the first use, and again
+                when one of them was written since.
+        """
+        index = math.ceil(position)
+        self._storage.ensure(self.manifest, index)
+        node = self._storage.node(self.manifest, index)
+        return node if position == index else Between(node, position - (index - 1))
+
+    def original(self) -> Source:
+        """Return node 0, to be written into the teacher at the end: as it was read, though its file may be gone by now.
+
+        Raises:
+            PathError: If it is not what was recorded any more.
+        """
+        return self._storage.original(self.manifest)
+
+    def check_decoded(self, index: int, found: str) -> None:
+        """Raise PathError unless `found` is the checksum that node `index` was recorded with."""
+        self._storage.check_decoded(self.manifest, index, found)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -202,31 +241,20 @@ class DegradationPath(
         return sha256(json.dumps(nodes).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every file and compare it with what was recorded.
+        """Read every file, decode every node, and compare both with what was recorded.
 
         Raises:
-            PathError: If a file is missing, changed or foreign.
+            PathError: If a file is missing, changed or foreign, or holds no node.
         """
-        for entry in self._entries():
-            found = files.digest(self.folder / entry.file)
-            if found != entry.sha256:
-                raise PathError(
-                    f"{self.folder / entry.file} with SHA-256 {found[:12]}...",
-                    expected=f"{entry.sha256[:12]}... as {CONFIG} lists it",
-                    cure=files.COPY_AGAIN,
-                )
-        self.check_teacher(self[0])
-        listed = {CONFIG, "README.md", *(entry.file for entry in self._entries())}
-        foreign = sorted(name for name in files.visible(self.folder) if name not in listed and name[0] != ".")
-        if foreign:
-            raise PathError(
-                f"{foreign[:3]} in {self.folder}",
-                expected=f"what {CONFIG} lists and nothing else",
-                cure="move it elsewhere",
-            )
+        self._storage.verify(self.manifest)
 
-    def check_teacher(self, state: Mapping[str, Tensor]) -> None:
-        """Raise PathError unless `state` is the teacher that this path was recorded from, bit for bit."""
+    def bind(self, state: Mapping[str, Tensor]) -> None:
+        """Make sure that `state` is the teacher that this path was recorded from, bit for bit; keep it if the path
+        does not.
+
+        Raises:
+            PathError: If it is another one.
+        """
         found, expected = fingerprint(state), self.manifest.teacher.fingerprint
         if found != expected:
             raise PathError(
@@ -235,53 +263,95 @@ class DegradationPath(
                 cure="load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
                 "or pass another path=",
             )
+        if not self.manifest.recording.keep_teacher:
+            self._storage.bind(state)
 
     # -- write --------------------------------------------------------------------------------------------------------
 
     def complete_node_0(self, teacher: Mapping[str, Tensor]) -> None:
-        """Write node 0 if a crash at the very beginning left it out; `check_teacher` says whether `teacher` is it."""
-        if not self.manifest.teacher.sha256:
-            self._write_teacher(teacher)
+        """Write node 0 unless it is there; `bind` says whether `teacher` is it."""
+        if not self.manifest.teacher_missing:
+            return
 
-    def append(self, state: Mapping[str, Tensor], *, iteration: int) -> None:
-        """Add the next node.
+        def write() -> None:
+            tensors, aliases = files.without_aliases(teacher)
+            file = self.folder / self.manifest.teacher.file
+            entry = files.write_tensors(file, tensors, about=json.dumps(aliases, sort_keys=True))
+            self._storage.trust(node_0 := replace(self.manifest.teacher, **entry))
+            replace(self.manifest, teacher=node_0).write(self.folder)
+
+        self._on_rank_zero(write)
+
+    def append(
+        self,
+        state: Mapping[str, Tensor],
+        *,
+        iteration: int,
+        probe: Probe | None = None,
+        training: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add the next node, coded as the difference to the last one.
 
         Args:
             state: All weights of s'_i, under canonical names.
             iteration: Updates of s' behind it, larger than the last node's.
+            probe: What evaluates the network that holds `state`, to measure the codec's error; None: weights only.
+            training: What a recording needs to go on from here bit for bit (`training_state` returns it), kept until
+                the next node or the end.
 
         Raises:
             OptionError: If no node is due at this iteration. Then nothing was written.
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
         """
         index = len(self)
-        planned = replace(self.manifest, nodes=(*self.nodes, Node(index, iteration, node_file(index), "", 0, 0.0)))
-        fault = planned.fault()
+        planned = Node(index, iteration, node_file(index), "", 0, 0.0, "exact", "", "", 0.0, None)
+        fault = replace(self.manifest, nodes=(*self.nodes, planned)).fault()
         if fault:
             raise OptionError(
                 f"{fault} in append(iteration={iteration})",
                 expected=f"the next iteration of {self.manifest.recording}",
                 cure="append nodes when they are due",
             )
-        delta_norm = _distance(state, self[-1])
-        if not 0 < delta_norm < math.inf:
-            raise TrainingError(
-                f"weights that {'did not move' if delta_norm == 0 else 'are not finite'} by iteration {iteration}",
-                expected="a fake score that its optimizer moves by finite amounts",
-                cure="check the fake score's learning rate and loss, and that its dtype does not swallow the steps",
-            )
 
         def write() -> None:
-            entry = files.write_tensors(self.folder / node_file(index), state)
-            node = Node(index, iteration, delta_norm=delta_norm, **entry)
+            made = encode(self.manifest.recording.codec, state, self._storage.node(self.manifest, index - 1), probe)
+            file = self.folder / node_file(index)
+            entry = files.write_tensors(file, made.delta.parts, about=made.delta.metadata())
+            node = Node(index, iteration, **entry, **made.measured())
+            self._storage.trust(node)
+            if training is not None:
+                about = json.dumps({"iteration": iteration, "checksum": checksum(training)})
+                files.write_tensors(self.folder / training_file(index), training, about=about)
             replace(self.manifest, nodes=(*self.nodes, node)).write(self.folder)
 
         self._on_rank_zero(write)
+        self.tidy()
+
+    def training_state(self) -> dict[str, Tensor] | None:
+        """Return what `append` was given as `training` with the last node; None if nothing.
+
+        Raises:
+            PathError: If it was changed since.
+        """
+        file = self.folder / training_file(len(self.nodes))
+        if not file.exists():
+            return None
+        tensors, about = files.map_tensors(file, size=file.stat().st_size)
+        wanted = {"iteration": self.nodes[-1].iteration if self.nodes else 0, "checksum": checksum(tensors)}
+        if about != json.dumps(wanted):
+            raise PathError(
+                f"{file} that is not as it was written",
+                expected="the state of the recording at the last node",
+                cure="delete it: the recording then goes on from the last node, with fresh optimizer state",
+            )
+        return tensors
 
     def finish(self) -> None:
         """Mark the recording as complete and write the model card."""
 
         def write() -> None:
+            # The state goes first: a path that is complete holds nothing else.
+            self._remove_unlisted(keep_training=False)
             files.write_text(self.folder / "README.md", self.manifest.card())
             replace(self.manifest, complete=True).write(self.folder)
 
@@ -297,22 +367,17 @@ class DegradationPath(
             files.on_rank_zero(self._remove_unlisted)
 
     def tidy(self) -> None:
-        """Remove a node that a crash left behind before the manifest listed it."""
+        """Remove what is older than the last node, or was left behind by a crash before the manifest listed it."""
         if not self.complete:
             files.on_rank_zero(self._remove_unlisted)
 
-    def _remove_unlisted(self) -> None:
-        listed = {node.file for node in self.nodes}
+    def _remove_unlisted(self, *, keep_training: bool = True) -> None:
+        listed = {entry.file for entry in self.manifest.entries}
+        if keep_training:
+            listed.add(training_file(len(self.nodes)))
         for name in files.visible(self.folder):
-            if re.fullmatch(r"node-\d{3}\.safetensors", name) and name not in listed:
+            if is_ours(name) and name not in listed:
                 (self.folder / name).unlink()
-
-    def _write_teacher(self, state: Mapping[str, Tensor]) -> None:
-        def write() -> None:
-            entry = files.write_tensors(self.folder / self.manifest.teacher.file, state)
-            replace(self.manifest, teacher=replace(self.manifest.teacher, **entry)).write(self.folder)
-
-        self._on_rank_zero(write)
 
     def _on_rank_zero(self, write: Callable[[], None]) -> None:
         def then_read() -> Manifest:
@@ -320,15 +385,6 @@ class DegradationPath(
             return Manifest.read(self.folder)
 
         self.manifest = files.on_rank_zero(then_read)
-
-    def _entries(self) -> tuple[Teacher | Node, ...]:
-        if not self.manifest.teacher.sha256:
-            raise PathError(
-                f"a path without its teacher in {self.folder}, begun and broken off",
-                expected="node 0 at least",
-                cure="start the recording again with the same arguments; it resumes",
-            )
-        return (self.manifest.teacher, *self.nodes)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the path into another folder, as every hub object does.
@@ -351,22 +407,12 @@ class DegradationPath(
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        for entry in self._entries():
-            files.copy(self.folder / entry.file, save_directory / entry.file)
+        for entry in self.manifest.entries:
+            if entry.sha256:
+                files.copy(self.folder / entry.file, save_directory / entry.file)
         files.write_text(save_directory / "README.md", self.manifest.card())
         self.manifest.write(save_directory)
 
     def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
-
-
-def _distance(state: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the Euclidean distance over all floating tensors, in float64, one tensor at a time."""
-
-    def square(a: Tensor, b: Tensor) -> float:
-        # Equal elements are at distance 0, be they infinite as in an attention mask.
-        return float(torch.where(a == b, 0.0, a.double() - b.double()).square().sum())
-
-    pairs = ((state[name].detach().cpu(), tensor) for name, tensor in other.items() if tensor.is_floating_point())
-    return math.sqrt(sum(square(a, b) for a, b in pairs))

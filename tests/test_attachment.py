@@ -83,10 +83,11 @@ def test_the_recorded_path_is_the_one_of_record(tmp_path):
 def test_the_whole_of_algorithm_2(tmp_path):
     run = Run()
     original = clone(ScoreNetwork(run.teacher).state_dict())
-    handle = disback.attach(**run.roles(), path=tmp_path, record=6, every=2, schedule=Fixed(2, 3))
+    handle = disback.attach(**run.roles(), path=tmp_path, record=6, every=2, codec="exact", schedule=Fixed(2, 3))
     run.steps(6)
     path = disback.DegradationPath(tmp_path)
-    assert difference(ScoreNetwork(run.fake_score).state_dict(), path[-1]) == [], "s_phi starts from s'_N"
+    # Its parameters; running statistics have moved since, in the very forwards of the generator's loss.
+    assert all(torch.equal(p, path[-1][name]) for name, p in run.fake_score.named_parameters()), "s_phi is not s'_N"
     visited = []
     for _ in range(7):
         visited.append(handle.position)
@@ -625,16 +626,18 @@ def test_an_evaluation_inside_which_the_generator_moves_ends_at_the_right_place(
         assert difference(ScoreNetwork(run.teacher).state_dict(), handle.path[0]) == []
 
 
-def test_detach_works_after_somebody_deleted_the_folder(tmp_path):
+def test_detach_puts_the_teacher_back_though_somebody_deleted_the_folder(tmp_path):
     import shutil
 
     run = Run()
+    original = clone(ScoreNetwork(run.teacher).state_dict())
     handle = disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(9))
     run.steps(4)
+    assert handle.position > 0
     shutil.rmtree(tmp_path)
-    with pytest.raises(PathError, match="missing"):
-        handle.detach()
+    handle.detach()
     assert hooks(run) == [0, 0, 0, 0]
+    assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
 
 
 def test_a_second_handle_on_one_loop_is_refused(tmp_path):
@@ -671,7 +674,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_pat
     with pytest.raises(PathError, match="cannot be written"):
         disback.attach(**run.roles(), path=tmp_path / "file" / "path", record=2, every=1)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write_tensors", full)
@@ -723,7 +726,7 @@ def test_a_node_that_could_not_be_written_is_due_again(tmp_path, monkeypatch):
     with disback.attach(**run.roles(), path=tmp_path, record=4, every=2) as handle:
         run.steps(1)
         with monkeypatch.context() as patch:
-            patch.setattr(files, "write_tensors", lambda *_: 1 / 0)
+            patch.setattr(files, "write_tensors", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 run.fake_step()
         run.steps(4)

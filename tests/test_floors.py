@@ -14,9 +14,14 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds", "weights"],
-    ["optimizers", "roles", "hooks", "masking"],
-    ["files", "manifest", "trajectory", "recording", "schedules", "scheduler", "metrics"],
+    [
+        *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
+        *("fingerprints", "modules", "weights", "optimizers", "roles", "hooks", "masking"),
+    ],
+    [
+        *("files", "codecs", "nodes", "probes", "encoding", "manifest", "storage", "trajectory"),
+        *("training", "recording", "schedules", "scheduler", "inspection", "metrics"),
+    ],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]

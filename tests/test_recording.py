@@ -19,7 +19,8 @@ def denoising_loss(net, x_0):
 
 
 def record_in_loop(run, folder, **options):
-    return disback.record(run.teacher, run.fake_score, run.fake_step, path=folder, iterations=6, every=2, **options)
+    options = {"iterations": 6, "every": 2, "codec": "exact"} | options
+    return disback.record(run.teacher, run.fake_score, run.fake_step, path=folder, **options)
 
 
 def test_the_nodes_are_the_fake_score_at_its_iterations(tmp_path):
@@ -213,7 +214,7 @@ def test_a_crash_between_the_last_node_and_its_mark_is_mended(tmp_path, monkeypa
             record_in_loop(run, tmp_path)
     assert not disback.DegradationPath(tmp_path).complete
     again = Run()
-    with disback.attach(**again.roles(), path=tmp_path, record=6, every=2) as handle:
+    with disback.attach(**again.roles(), path=tmp_path, record=6, every=2, codec="exact") as handle:
         again.step()
         assert (handle.phase, handle.path.complete) == ("done", True)
 
@@ -253,7 +254,7 @@ def test_what_record_returns_can_be_passed_as_a_path(tmp_path):
 def test_a_crash_in_the_middle_of_a_node_leaves_nothing_foreign(tmp_path):
     run = Run()
     with pytest.raises(ZeroDivisionError):
-        disback.record(run.teacher, run.fake_score, lambda: 1 / 0, path=tmp_path, iterations=6, every=2)
+        disback.record(run.teacher, run.fake_score, lambda: 1 / 0, path=tmp_path, iterations=6, every=2, codec="exact")
     (tmp_path / "node-001.safetensors").write_bytes(b"written, but not yet listed")
     path = record_in_loop(run, tmp_path)
     path.verify()

@@ -78,16 +78,6 @@ def test_between_two_nodes_stands_their_mixture(recorded):
     assert run.teacher.right.weight is run.teacher.left.weight
 
 
-def test_at_most_two_nodes_are_kept(recorded):
-    run = holding(recorded)
-    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(20))
-    scheduler.start()
-    for _ in range(20):
-        assert len(scheduler._nodes) <= 2
-        scheduler.step()
-    assert not scheduler._nodes
-
-
 def test_a_wrapped_loss_keeps_its_signature_and_sees_the_right_node(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Fixed(1))

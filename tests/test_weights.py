@@ -13,7 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import Score, clone, difference
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights import ScoreNetwork, fingerprint, unwrap
+from disback_plugin.fingerprints import checksum, fingerprint
+from disback_plugin.modules import unwrap
+from disback_plugin.nodes import Decoded
+from disback_plugin.weights import ScoreNetwork
 
 
 class Root(nn.Module):
@@ -112,8 +115,6 @@ def test_a_write_is_all_or_nothing(corrupt):
     corrupt(state)
     with pytest.raises(MismatchError, match=r"expected .* to mend it"):
         ScoreNetwork(net).load_state_dict(state)
-    with pytest.raises(MismatchError):
-        ScoreNetwork(net).interpolate(before, state, 0.5)
     assert difference(dict(net.state_dict()), before) == []
 
 
@@ -140,30 +141,44 @@ def test_a_compiled_network_sees_the_write_without_recompiling():
     assert len(calls) == 1
 
 
-@given(fraction=st.floats(0, 1))
-def test_interpolation_is_linear_and_exact_at_its_ends(fraction):
-    net = Score()
-    low, high = clone(ScoreNetwork(Score()).state_dict()), other_state(net)
-    high["inner.1.num_batches_tracked"] += 6
-    role = ScoreNetwork(net)
-    role.interpolate(low, high, fraction)
-    for name, tensor in role.state_dict().items():
-        if tensor.is_floating_point():
-            exact = (1 - fraction) * low[name].double() + fraction * high[name].double()
-            torch.testing.assert_close(tensor.double(), exact, rtol=1e-6, atol=1e-6)
-        else:
-            assert torch.equal(tensor, low[name] if fraction < 0.5 else high[name])
-    for end, state in ((0.0, low), (1.0, high)):
-        role.interpolate(low, high, end)
-        assert difference(role.state_dict(), state) == []
+@given(seed=st.integers(0, 99), bf16=st.booleans())
+def test_a_source_is_written_as_a_state_is(seed, bf16):
+    torch.manual_seed(seed)
+    net, twin = Score(), Score()
+    state = other_state(net)
+    if bf16:
+        net, twin = net.bfloat16(), twin.bfloat16()
+    before = [(t.data_ptr(), t.dtype, t._version) for _, t in ScoreNetwork(net).named_tensors()]
+    found = ScoreNetwork(net).write(Decoded(state, ()))
+    ScoreNetwork(twin).load_state_dict(state)
+    assert difference(dict(net.state_dict()), dict(twin.state_dict())) == []
+    assert found == checksum(state)
+    after = [(t.data_ptr(), t.dtype, t._version) for _, t in ScoreNetwork(net).named_tensors()]
+    assert [entry[:2] for entry in after] == [entry[:2] for entry in before]
+    assert all(new > old for (*_, new), (*_, old) in zip(after, before, strict=True))
 
 
-def test_interpolation_into_bf16_rounds_once():
-    net = nn.Linear(64, 64).bfloat16()
-    low, high = (clone(ScoreNetwork(nn.Linear(64, 64)).state_dict()) for _ in range(2))
-    ScoreNetwork(net).interpolate(low, high, 0.3)
-    exact = torch.lerp(low["weight"], high["weight"], 0.3)
-    assert torch.equal(net.weight, exact.bfloat16())
+def test_a_source_reaches_weights_that_are_not_contiguous():
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    state = {"weight": torch.randn(4, 3, 3, 3), "bias": torch.randn(4)}
+    ScoreNetwork(net).write(Decoded(state, ()))
+    assert net.weight.is_contiguous(memory_format=torch.channels_last)
+    assert difference(dict(net.state_dict()), state) == []
+
+
+def test_a_write_from_a_source_between_forward_and_backward_is_noticed_by_autograd():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    loss = net(torch.ones(1, 2, requires_grad=True)).sum()
+    ScoreNetwork(net).write(Decoded(other_state(net), ()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_a_half_precision_network_rounds_away_is_measured():
+    net, state = nn.Linear(8, 8).bfloat16(), {"weight": torch.randn(8, 8), "bias": torch.randn(8)}
+    lost = torch.cat([(t.bfloat16().double() - t.double()).reshape(-1) for t in state.values()])
+    assert ScoreNetwork(net).rounding(Decoded(state, ())) == pytest.approx(lost.norm().item())
+    assert ScoreNetwork(nn.Linear(8, 8)).rounding(Decoded(state, ())) == 0
 
 
 def test_the_fingerprint_knows_content_and_nothing_else():
@@ -176,13 +191,13 @@ def test_the_fingerprint_knows_content_and_nothing_else():
     assert fingerprint(state) != fingerprint({k: t.double() for k, t in state.items()})
 
 
-def test_the_glimpse_changes_with_any_optimizer_step():
+def test_the_checksum_changes_with_any_optimizer_step():
     net = Score()
-    role, before = ScoreNetwork(net), ScoreNetwork(net).glimpse()
-    assert role.glimpse() == before
+    role, before = ScoreNetwork(net), ScoreNetwork(net).checksum()
+    assert role.checksum() == before
     net(torch.ones(4, 2), torch.ones(4, 1)).square().sum().backward()
     torch.optim.Adam(net.parameters(), lr=1e-5).step()
-    assert role.glimpse() != before
+    assert role.checksum() != before
 
 
 def _quantised():
@@ -247,12 +262,12 @@ def test_unwrap_leaves_a_plain_module_alone():
     assert unwrap(net) is net
 
 
-def test_the_glimpse_sees_an_update_of_a_single_weight():
+def test_the_checksum_sees_an_update_of_a_single_weight():
     net = nn.Embedding(1000, 4)
-    role, before = ScoreNetwork(net), ScoreNetwork(net).glimpse()
+    role, before = ScoreNetwork(net), ScoreNetwork(net).checksum()
     with torch.no_grad():
         net.weight[517, 2] = net.weight[517, 2].nextafter(torch.tensor(9.0))
-    assert role.glimpse() != before
+    assert role.checksum() != before
 
 
 def test_naming_a_role_does_not_rename_the_callers_object():

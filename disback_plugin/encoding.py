@@ -1,0 +1,124 @@
+"""A node from a network's weights: which codec it gets, and what that costs in the scores and in the weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disback_plugin.codecs import SMALLEST_FIRST
+from disback_plugin.errors import TrainingError
+from disback_plugin.files import without_aliases
+from disback_plugin.fingerprints import Checksum, checksum
+from disback_plugin.nodes import Decoded, Delta
+from disback_plugin.probes import Probe, relative_change
+
+__all__ = ["BOUND", "Encoded", "encode"]
+
+logger = logging.getLogger(__name__)
+
+# Largest error in the scores, relative to the step between two nodes, that codec="auto" allows.
+BOUND = 0.01
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A node, ready to be stored. The attributes but `delta` are those of `manifest.Node`."""
+
+    delta: Delta
+    codec: str
+    checksum: str
+    recorded: str
+    delta_norm: float
+    weight_error: float
+    codec_error: float | None
+
+    def measured(self) -> dict[str, Any]:
+        """Return all but the weights."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "delta"}
+
+
+def encode(codec: str, state: Mapping[str, Tensor], previous: Decoded, probe: Probe | None = None) -> Encoded:
+    """Encode a network's weights as the node after `previous`.
+
+    Args:
+        codec: A codec's name, "auto" or "auto:BOUND": the smallest whose error is at most the bound, in the scores, or
+            in the weights where no forward was seen (which is the larger one).
+        state: All weights of s'_i, under canonical names.
+        previous: Node i - 1.
+        probe: What evaluates the network that holds `state`. Without a forward seen, weights are compared.
+
+    Raises:
+        TrainingError: If the weights are not finite, or equal those of `previous`.
+    """
+    tensors, aliases = without_aliases(state)
+    delta_norm = _distance(tensors, previous)
+    if not 0 < delta_norm < math.inf:
+        raise TrainingError(
+            f"weights that {'did not move' if delta_norm == 0 else 'are not finite'}",
+            expected="a fake score that its optimizer moves by finite amounts",
+            cure="check the fake score's learning rate and loss, and that its dtype does not swallow the steps",
+        )
+    score = _Score(probe, previous)
+    recorded = checksum(state)
+    name, _, bound = codec.partition(":")
+    for candidate in SMALLEST_FIRST if name == "auto" else (name,):
+        delta = Delta.encode(candidate, tensors, aliases, previous)
+        decoded = Decoded(previous.teacher, (*previous.deltas, delta))
+        weight_error, total = _distance_and_checksum(tensors, aliases, decoded)
+        codec_error = 0.0 if total == recorded else score.change(decoded)
+        result = Encoded(delta, candidate, total, recorded, delta_norm, weight_error / delta_norm, codec_error)
+        if (result.weight_error if codec_error is None else codec_error) <= (float(bound) if bound else BOUND):
+            return result
+    return result
+
+
+class _Score:
+    """The score's change under a codec, over its change from the previous node; evaluates those two once."""
+
+    def __init__(self, probe: Probe | None, previous: Decoded) -> None:
+        self._probe = probe if probe is not None and probe.ready else None
+        self._previous = previous
+        self._reference: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def change(self, decoded: Decoded) -> float | None:
+        if self._probe is None:
+            return None
+        try:
+            if self._reference is None:
+                self._reference = self._probe.outputs(), self._probe.outputs(self._previous)
+            return relative_change(self._probe.outputs(decoded), *self._reference)
+        except Exception as error:  # a network may not like to be copied, or to be run out of turn
+            logger.warning("the codec's error in the scores was not measured: %s: %s", type(error).__name__, error)
+            self._probe = None
+            return None
+
+
+def _distance(tensors: Mapping[str, Tensor], node: Decoded) -> float:
+    """Return the Euclidean distance over all floating tensors, in float64, one tensor at a time."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return math.sqrt(sum(_square(tensor.reshape(-1), node.flat(name)) for name, tensor in floating.items()))
+
+
+def _distance_and_checksum(
+    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], decoded: Decoded
+) -> tuple[float, str]:
+    """Return the distance to a decoded node, and the node's checksum over every name."""
+    square, total = 0.0, Checksum()
+    for name, tensor in tensors.items():
+        values = decoded.flat(name)
+        for known in (name, *(alias for alias, first in aliases.items() if first == name)):
+            total.add(known, values)
+        if tensor.is_floating_point():
+            square += _square(tensor.reshape(-1), values)
+    return math.sqrt(square), total.digest()
+
+
+def _square(a: Tensor, b: Tensor) -> float:
+    # Equal elements are at distance 0, be they infinite as in an attention mask.
+    return float(torch.where(a == b, 0.0, a.double() - b.double()).square().sum())

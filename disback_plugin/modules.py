@@ -1,0 +1,130 @@
+"""Names and tensors of a network, whatever wraps it, and which of them can be written in place.
+
+Whatever wraps a network (DDP, `torch.compile`, activation checkpointing), its weights go by their canonical names, the
+names of the plain module, so that a node recorded from one form fits every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from disback_plugin.errors import RoleError
+
+__all__ = ["find", "named_modules", "own_tensors", "unwrap"]
+
+# Wrapper class -> attribute that holds the wrapped module. By name: importing torch._dynamo would take a second.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the plain module inside DDP, DataParallel, `torch.compile` and checkpoint wrappers, however nested.
+
+    Example:
+        >>> plain = nn.Linear(1, 1)
+        >>> unwrap(nn.DataParallel(plain)) is plain
+        True
+    """
+    for kind in type(module).__mro__:
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise RoleError(
+                f"a module sharded by {kind.__name__}",
+                expected="a whole one",
+                cure="attach before sharding; sharded roles are not supported by this version",
+            )
+        attribute = _WRAPPERS.get(kind.__name__)
+        if attribute is not None and kind.__module__.partition(".")[0] == "torch":
+            return unwrap(getattr(module, attribute))
+    return module
+
+
+def find(root: object, prefix: str, role: str) -> nn.Module:
+    """Return the unwrapped module at a dotted canonical name inside `root`.
+
+    Args:
+        root: A module, plain or wrapped.
+        prefix: The name; "" for `root` itself.
+        role: What to call it in errors.
+
+    Raises:
+        RoleError: If `root` is no module, or holds nothing there.
+    """
+    if not isinstance(root, nn.Module):
+        raise RoleError(
+            f"{type(root).__name__} as the {role}", expected="a torch.nn.Module", cure=f"pass {role}=<module>"
+        )
+    module = unwrap(root)
+    for name in filter(None, prefix.split(".")):
+        child = module._modules.get(name)
+        if child is None:
+            raise RoleError(
+                f"no {name!r} of prefix {prefix!r} in {type(module).__name__}, which has {sorted(module._modules)}",
+                expected=f"the {role} there",
+                cure="correct the prefix",
+            )
+        module = unwrap(child)
+    return module
+
+
+def named_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the canonical name, with a dot at its end, and the unwrapped form of a module and all inside it."""
+    module = unwrap(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}{name}.")
+
+
+def own_tensors(module: nn.Module, prefix: str, role: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield canonical name and live tensor of a module's own parameters and persistent buffers.
+
+    Raises:
+        RoleError: If one of them cannot be written in place, or the module keeps state that is no tensor.
+    """
+    kind = type(module)
+    if kind.get_extra_state is not nn.Module.get_extra_state:
+        raise RoleError(
+            f"extra state in {prefix or 'the root'} ({kind.__name__}) of the {role}",
+            expected="weights that are tensors only",
+            cure="use a network whose state_dict() holds nothing but tensors",
+        )
+    persistent = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
+    for name, tensor in (*module._parameters.items(), *persistent.items()):
+        if tensor is not None:
+            reason = _unwritable(tensor)
+            if reason:
+                raise RoleError(
+                    f"{prefix}{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1]
+                )
+            yield prefix + name, tensor
+
+
+def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
+    """Return what is wrong with a weight and its cure, or None."""
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        return "is lazy and has no shape yet", "run one forward first"
+    if tensor.is_meta:
+        return "is on the meta device and has no values", "load the weights first"
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}", "use dense weights"
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: its elements share memory", "register a .clone() of it"
+    if tensor.dtype in (torch.complex128, torch.complex32):
+        return f"is of {tensor.dtype}, which safetensors cannot hold", "use complex64 or two real tensors"
+    if tensor.is_inference():
+        return "was made in inference mode and cannot be written in place", "build the network outside inference_mode()"
+    if hasattr(tensor, "to_local"):
+        return "is sharded (a DTensor)", "attach before sharding; sharded roles are not supported by this version"
+    narrow = tensor.is_floating_point() and tensor.element_size() < 2
+    integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
+    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)
+    if tensor.is_quantized or integer_weight or narrow or not plain:
+        return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
+    return None

@@ -1,0 +1,148 @@
+"""What a codec does to the scores, measured on the very inputs on which the network was last trained.
+
+While a path is recorded, a hook remembers the arguments of the network's last forward: samples of the student, noised,
+with their conditions. When a node is saved, a copy of the network is evaluated on them at theta_i, at theta_i as it
+will be decoded, and at theta_{i-1}:
+
+    error = |s(decoded theta_i) - s(theta_i)| / |s(theta_i) - s(theta_{i-1})|
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from disback_plugin.weights import ScoreNetwork, Source
+
+__all__ = ["Probe"]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a forward, and the autocast it ran under."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: str
+    autocast: bool
+    dtype: torch.dtype
+
+
+class Probe:
+    """Watches a network's forwards, and evaluates it on the last one's inputs at other weights.
+
+    Args:
+        network: s', the network that is recorded.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> probe = Probe(ScoreNetwork(net))
+        >>> _ = net(torch.ones(1, 2))
+        >>> [output.shape for output in probe.outputs()]
+        [torch.Size([1, 2])]
+        >>> probe.close()
+    """
+
+    def __init__(self, network: ScoreNetwork) -> None:
+        self.network = network
+        self._calls: dict[str, _Call] = {}
+        self._busy = False
+        self._hooks: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._watch(name), with_kwargs=True)
+            for name, module in network.modules().items()
+        ]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a forward was seen."""
+        return bool(self._calls)
+
+    def close(self) -> None:
+        """Remove the hooks and forget what was seen."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._calls.clear()
+
+    def outputs(self, source: Source | None = None) -> list[Tensor]:
+        """Return all floating tensors of the outputs on the remembered inputs.
+
+        The live network is not touched: a copy is run, in evaluation mode, with random numbers of its own, and let go.
+
+        Args:
+            source: At which weights; the live ones if None.
+        """
+        modules = self.network.modules()
+        copies = {
+            name: copy.deepcopy(m).eval() for name, m in modules.items() if source is not None or name in self._calls
+        }
+        if source is not None:
+            ScoreNetwork(copies[""] if "" in copies else {n[:-1]: m for n, m in copies.items()}).write(source)
+        devices = {t.device for m in copies.values() for t in m.parameters() if t.device.type == "cuda"}
+        self._busy = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+                return [t for name, call in sorted(self._calls.items()) for t in _run(copies[name], call)]
+        finally:
+            self._busy = False
+
+    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._busy:  # the copy has copies of the hooks
+                return
+            device = next((tensor.device.type for tensor in module.parameters()), "cpu")
+            autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            self._calls[name] = _Call(_detached(args), _detached(kwargs), device, autocast, dtype)
+
+        return remember
+
+
+def relative_change(changed: list[Tensor], outputs: list[Tensor], before: list[Tensor]) -> float | None:
+    """Return |changed - outputs| / |outputs - before|; None if the step itself changed nothing.
+
+    Example:
+        >>> relative_change([torch.tensor([1.0])], [torch.tensor([2.0])], [torch.tensor([6.0])])
+        0.25
+    """
+    step = _distance(outputs, before)
+    return _distance(changed, outputs) / step if 0 < step < math.inf else None
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    return math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True)))
+
+
+def _run(module: nn.Module, call: _Call) -> list[Tensor]:
+    with torch.autocast(call.device, dtype=call.dtype, enabled=call.autocast):
+        return list(_tensors(module(*call.args, **call.kwargs)))
+
+
+def _detached(value: Any) -> Any:
+    """Return the same arguments without their graphs."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_detached(entry) for entry in value)
+    return {key: _detached(entry) for key, entry in value.items()} if type(value) is dict else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the floating tensors of an output, whatever holds them."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))

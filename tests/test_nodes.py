@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from worlds import Score, difference
+
+from disback_plugin.codecs import SMALLEST_FIRST
+from disback_plugin.errors import PathError
+from disback_plugin.files import without_aliases
+from disback_plugin.fingerprints import checksum
+from disback_plugin.nodes import Between, Decoded, Delta
+from disback_plugin.weights import PIECE, ScoreNetwork, pieces
+
+
+def moved(state, seed, size=1e-2):
+    """A state that training could have made of another: floats moved, integers counted up, ties kept."""
+    stream = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            step = size * torch.randn(tensor.shape, generator=stream).to(tensor.dtype)
+            made[name] = tensor + step
+        else:
+            made[name] = tensor + 1
+    made["right.weight"] = made["left.weight"]
+    return made
+
+
+def chain(codec, count, dtype=torch.float32, size=1e-2):
+    """A path of `count` nodes in memory, and the states it was made of."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Score().to(dtype)
+    states = [ScoreNetwork(net).state_dict()]
+    deltas = []
+    for seed in range(count):
+        states.append(moved(states[-1], seed, size))
+        tensors, aliases = without_aliases(states[-1])
+        deltas.append(Delta.encode(codec, tensors, aliases, Decoded(states[0], deltas)))
+    return Decoded(states[0], deltas), states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", SMALLEST_FIRST)
+def test_errors_do_not_add_up_along_the_path(codec, dtype):
+    node, states = chain(codec, 6, dtype)
+    bound = {"int4": 0.2, "int5": 0.1, "int6": 0.05, "int8": 0.02, "bf16": 0.01, "exact": 0.0}[codec]
+    for i in (1, 6):
+        found = Decoded(node.teacher, node.deltas[:i]).state_dict()
+        for name, tensor in states[i].items():
+            if not tensor.is_floating_point():
+                assert torch.equal(found[name], tensor)
+                continue
+            step = (tensor.double() - states[i - 1][name].double()).norm()
+            rounding = tensor.double().norm() * torch.finfo(dtype).eps if codec != "exact" else 0.0
+            assert (found[name].double() - tensor.double()).norm() <= bound * step + rounding, f"{name} of node {i}"
+
+
+def test_a_half_precision_teacher_and_nodes_in_float32():
+    teacher = {name: t.bfloat16() if t.is_floating_point() else t for name, t in chain("exact", 0)[1][0].items()}
+    state = moved({n: t.float() if t.is_floating_point() else t for n, t in teacher.items()}, 0)
+    tensors, aliases = without_aliases(state)
+    node = Decoded(teacher, [Delta.encode("exact", tensors, aliases, Decoded(teacher, ()))])
+    assert difference(node.state_dict(), state) == []
+
+
+@pytest.mark.parametrize("codec", ["int8", "int6", "exact"])
+@given(fraction=st.floats(0.01, 0.99))
+def test_between_two_nodes_weights_are_interpolated(codec, fraction):
+    node, _ = chain(codec, 3)
+    low, high = Decoded(node.teacher, node.deltas[:2]).state_dict(), node.state_dict()
+    net = Score()
+    ScoreNetwork(net).write(Between(node, fraction))
+    for name, tensor in ScoreNetwork(net).state_dict().items():
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, torch.lerp(low[name], high[name], fraction)), name
+        else:
+            assert torch.equal(tensor, low[name] if fraction < 0.5 else high[name]), name
+
+
+def test_interpolation_into_bf16_rounds_once():
+    node, _ = chain("int8", 2)
+    low, high = Decoded(node.teacher, node.deltas[:1]).state_dict(), node.state_dict()
+    net = Score().bfloat16()
+    ScoreNetwork(net).write(Between(node, 0.3))
+    exact = torch.lerp(low["left.weight"], high["left.weight"], 0.3)
+    assert torch.equal(net.left.weight, exact.bfloat16())
+
+
+def test_an_attention_masks_infinities_stay_between_nodes():
+    teacher = {"mask": torch.tensor([0.0, -torch.inf]), "w": torch.zeros(2)}
+    state = {"mask": torch.tensor([1.0, -torch.inf]), "w": torch.ones(2)}
+    node = Decoded(teacher, [Delta.encode("int8", state, {}, Decoded(teacher, ()))])
+    assert node.deltas[0].entries["mask"].code == "exact"
+    assert Between(node, 0.5).read("mask", 0, 2).tolist() == [0.5, -torch.inf]
+
+
+def test_a_tensor_that_did_not_move_costs_nothing():
+    teacher = {"w": torch.randn(1000), "filter": torch.randn(1000)}
+    delta = Delta.encode("int8", teacher | {"w": teacher["w"] + 1}, {}, Decoded(teacher, ()))
+    assert {name.partition("|")[0] for name in delta.parts} == {"w"}
+
+
+def test_reading_never_writes_into_the_teacher():
+    node, states = chain("int8", 3)
+    before = checksum(states[0])
+    for source in (node, Between(node, 0.5), Decoded(node.teacher, ())):
+        ScoreNetwork(Score()).write(source)
+        for name, layout in source.layout().items():
+            for start, stop in pieces(layout.shape.numel()):
+                source.read(name, start, stop)
+    assert checksum(states[0]) == before
+
+
+def test_a_move_needs_a_few_pieces_of_memory_and_no_node():
+    teacher = {"w": torch.randn(12 * PIECE)}
+    deltas = [Delta.encode("int8", {"w": teacher["w"] + 1}, {}, Decoded(teacher, ()))]
+    net = nn.Module()
+    net.w = nn.Parameter(torch.empty(12 * PIECE))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ScoreNetwork(net).write(Between(Decoded(teacher, deltas), 0.5))
+    held, peak = 0, 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak <= 6 * 4 * PIECE
+
+
+# -- what a file may say of itself ------------------------------------------------------------------------------------
+
+
+def entries(content, **changes):
+    content["entries"]["w"] = changes.get("w", content["entries"]["w"])
+    return content
+
+
+DAMAGE = {
+    "no JSON": lambda c, p: "{",
+    "a list": lambda c, p: "[]",
+    "no entries": lambda c, p: {"aliases": {}},
+    "no aliases": lambda c, p: {"entries": c["entries"]},
+    "an unknown code": lambda c, p: entries(c, w=["int7", "float32", [300]]),
+    "an unknown dtype": lambda c, p: entries(c, w=["int8", "float8", [300]]),
+    "a negative shape": lambda c, p: entries(c, w=["int8", "float32", [-300]]),
+    "a shape of fractions": lambda c, p: entries(c, w=["int8", "float32", [300.0]]),
+    "a shape of truth": lambda c, p: entries(c, w=["int8", "float32", [300, True]]),
+    "a huge shape": lambda c, p: entries(c, w=["int8", "float32", [1 << 40]]),
+    "a shape without end": lambda c, p: entries(c, w=["int8", "float32", [1 << 62, 1 << 62]]),
+    "another shape": lambda c, p: entries(c, w=["int8", "float32", [299]]),
+    "an entry too short": lambda c, p: entries(c, w=["int8", "float32"]),
+    "an entry that is a number": lambda c, p: entries(c, w=3),
+    "an alias of nothing": lambda c, p: c | {"aliases": {"v": "nothing"}},
+    "an alias of itself": lambda c, p: c | {"aliases": {"w": "w"}},
+    "aliases as a list": lambda c, p: c | {"aliases": ["w"]},
+    "another code": lambda c, p: entries(c, w=["int6", "float32", [300]]),
+    "deep nesting": lambda c, p: "[" * 100_000,
+    "a part missing": lambda c, p: (p.pop("w|scale"), c)[1],
+    "a part too many": lambda c, p: (p.update({"w|other": torch.zeros(1)}), c)[1],
+    "a part of another dtype": lambda c, p: (p.update({"w|q": p["w|q"].float()}), c)[1],
+    "a part too long": lambda c, p: (p.update({"w|q": torch.zeros(301, dtype=torch.int8)}), c)[1],
+    "a part with two axes": lambda c, p: (p.update({"w|q": p["w|q"].view(3, 100)}), c)[1],
+    "a scale too few": lambda c, p: (p.update({"w|scale": p["w|scale"][:-1]}), c)[1],
+    "frames that point out of the bytes": lambda c, p: (p.update({"i|frames": torch.tensor([1 << 40])}), c)[1],
+    "a scale that is infinite": lambda c, p: (p.update({"w|scale": p["w|scale"] / 0}), c)[1],
+    "negative frames": lambda c, p: (p.update({"i|frames": torch.tensor([-5])}), c)[1],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_parts_that_do_not_fit_are_one_named_error_before_anything_is_decoded(damage):
+    teacher = {"w": torch.zeros(300), "i": torch.zeros(3).long()}
+    state = {"w": torch.ones(300), "i": torch.ones(3).long()}
+    delta = Delta.encode("int8", state, {}, Decoded(teacher, ()))
+    parts = dict(delta.parts)
+    content = damage(json.loads(delta.metadata()), parts)
+    text = content if isinstance(content, str) else json.dumps(content)
+    with pytest.raises(PathError, match=r"found somewhere|found .* in somewhere"):
+        Delta.from_parts(text, parts, source="somewhere")
+
+
+def test_what_was_written_is_read_back():
+    node, _ = chain("int6", 1)
+    again = Delta.from_parts(node.deltas[0].metadata(), node.deltas[0].parts, source="memory")
+    assert again.aliases == {"right.weight": "left.weight"}
+    assert difference(Decoded(node.teacher, [again]).state_dict(), node.state_dict()) == []

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from worlds import Run, Score, clone, difference
+
+import disback_plugin as disback
+from disback_plugin.codecs import SMALLEST_FIRST
+from disback_plugin.encoding import encode
+from disback_plugin.nodes import Decoded
+from disback_plugin.probes import Probe
+from disback_plugin.weights import ScoreNetwork
+
+
+class Dropped(nn.Module):
+    """A network whose forward draws random numbers, and whose output is a mapping as those of diffusers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Score()
+
+    def forward(self, x, *, sigma):
+        return {"sample": nn.functional.dropout(self.inner(x, sigma), 0.5, self.training), "steps": 3}
+
+
+def trained(net, steps=5, **arguments):
+    """Return the state before and after some updates on random targets."""
+    before = clone(ScoreNetwork(net).state_dict())
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = net(torch.randn(16, 2), **arguments)
+        (output["sample"] if isinstance(output, dict) else output).square().sum().backward()
+        optimizer.step()
+    return before
+
+
+def test_the_error_is_that_of_the_scores_on_the_last_inputs():
+    net = Score()
+    probe = Probe(ScoreNetwork(net))
+    x, sigma = torch.randn(16, 2), torch.ones(16, 1)
+    before = trained(net, sigma=sigma)
+    net(x, sigma)
+    previous, state = Decoded(before, ()), ScoreNetwork(net).state_dict()
+    made = encode("int4", state, previous, probe)
+    twin, outputs = Score().eval(), []
+    for weights in (state, Decoded(before, [made.delta]).state_dict(), before):
+        ScoreNetwork(twin).load_state_dict(weights)
+        outputs.append(twin(x, sigma))
+    now, decoded, then = outputs
+    assert made.codec_error == pytest.approx(((decoded - now).norm() / (now - then).norm()).item(), rel=1e-4)
+    assert 0 < made.codec_error < 0.2
+
+
+def test_measuring_changes_nothing_in_the_network_or_the_random_streams():
+    net = Dropped()
+    probe = Probe(ScoreNetwork(net))
+    before = trained(net, sigma=torch.ones(16, 1))
+    state, random = clone(dict(net.state_dict())), torch.get_rng_state()
+    flags = [module.training for module in net.modules()]
+    made = encode("int6", ScoreNetwork(net).state_dict(), Decoded(before, ()), probe)
+    assert made.codec_error is not None
+    assert difference(dict(net.state_dict()), state) == []
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in net.modules()] == flags
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_the_autocast_of_the_training_forward_is_used_again():
+    net, seen = nn.Linear(4, 4), []
+    net.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    probe = Probe(ScoreNetwork(net))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(torch.ones(2, 4))
+    probe.outputs()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_a_closed_probe_leaves_no_hook_and_keeps_nothing():
+    net = nn.Linear(4, 4)
+    probe = Probe(ScoreNetwork(net))
+    net(torch.ones(2, 4))
+    probe.close()
+    assert not net._forward_pre_hooks
+    assert not probe.ready
+
+
+def test_experts_are_evaluated_each_on_its_own_inputs():
+    experts = {"high": nn.Linear(2, 2), "low": nn.Linear(2, 2), "idle": nn.Linear(2, 2)}
+    role = ScoreNetwork(experts)
+    probe = Probe(role)
+    before = clone(role.state_dict())
+    experts["high"](torch.ones(1, 2))
+    experts["low"](torch.zeros(1, 2))
+    with torch.no_grad():
+        for expert in experts.values():
+            expert.weight += 1e-3
+    assert len(probe.outputs()) == 2
+    assert encode("int8", role.state_dict(), Decoded(before, ()), probe).codec_error < 0.02
+
+
+def test_a_network_that_does_not_like_to_be_copied_is_recorded_all_the_same(caplog):
+    class Stubborn(Score):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("not me")
+
+    net = Stubborn()
+    probe = Probe(ScoreNetwork(net))
+    before = trained(net, sigma=torch.ones(16, 1))
+    with caplog.at_level(logging.WARNING):
+        made = encode("int8", ScoreNetwork(net).state_dict(), Decoded(before, ()), probe)
+    assert made.codec_error is None
+    assert "not measured: RuntimeError: not me" in caplog.text
+
+
+@pytest.mark.parametrize(("bound", "expected"), [("auto:0.5", "int4"), ("auto:0.000001", "exact")])
+def test_auto_takes_the_smallest_codec_under_its_bound(bound, expected):
+    net = Score(width=64)
+    probe = Probe(ScoreNetwork(net))
+    before = trained(net, sigma=torch.ones(16, 1))
+    made = encode(bound, ScoreNetwork(net).state_dict(), Decoded(before, ()), probe)
+    assert made.codec == expected
+    assert made.codec_error <= float(bound.partition(":")[2])
+
+
+def test_auto_tries_from_the_smallest_on_and_stops_at_the_first_that_fits():
+    net = Score(width=64)
+    probe = Probe(ScoreNetwork(net))
+    before = trained(net, sigma=torch.ones(16, 1))
+    state, previous = ScoreNetwork(net).state_dict(), Decoded(before, ())
+    errors = {codec: encode(codec, state, previous, probe).codec_error for codec in SMALLEST_FIRST}
+    for bound in (0.1, 0.01, 0.001):
+        expected = next(codec for codec in SMALLEST_FIRST if errors[codec] <= bound)
+        assert encode(f"auto:{bound}", state, previous, probe).codec == expected
+
+
+def test_the_manifest_says_codec_and_errors_of_each_node(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=6, every=2, codec="int6") as handle:
+        run.steps(7)
+        nodes = handle.path.nodes
+    assert [node.codec for node in nodes] == ["int6"] * 3
+    assert all(0 < node.codec_error < 0.1 and 0 < node.weight_error < 0.05 for node in nodes)
+    assert not run.fake_score._forward_pre_hooks
+    card = (tmp_path / "README.md").read_text()
+    assert all(node.checksum[:12] in card for node in nodes)
+
+
+def test_a_loop_that_never_calls_the_network_as_a_module_says_not_measured(tmp_path):
+    run = Run()
+    run.fake_score.__call__ = None
+    original = run.fake_score.forward
+
+    def fake_step():
+        run.optimizer_f.zero_grad()
+        original(run.randn(8, 2), torch.ones(8, 1)).square().sum().backward()
+        run.optimizer_f.step()
+
+    path = disback.record(run.teacher, run.fake_score, fake_step, path=tmp_path, iterations=2, every=1)
+    assert [node.codec_error for node in path.nodes] == [None, None]
+    assert "not measured" in (tmp_path / "README.md").read_text()
+
+
+def test_recording_with_a_probe_is_the_run_without_one_bit_for_bit(tmp_path):
+    paths = []
+    for codec in ("exact", "auto"):
+        run = Run()
+        with disback.attach(**run.roles(), path=tmp_path / codec, record=6, every=2, codec=codec):
+            run.steps(6)
+            paths.append(run.checkpoint())
+    assert difference(*paths) == []
