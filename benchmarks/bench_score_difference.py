@@ -3,9 +3,16 @@
 Goals, of medians in one process: >= 5 over DMD2 with its log, >= 2 over its EDM form, >= 3 over SiD, >= 1.2 (latents)
 and >= 2 (images) over FastGen, never below 1 of the plain form.
 
-Images reach them. Latents of 4x4x64x64 do not on a CPU: measured are 2.0 to 4.3, 0.9 to 1.1, 1.2 to 1.8 and 0.8 to 1.0.
-The fused kernel takes 35 of 235 microseconds there; the rest is the compiled function's call (30), preparing its inputs
-(30), autograd's way back (70) and memory that is mapped anew at each call.
+Images reach them (2.8 to 29 over the trainers, 2.4 to 4.3 over plain). So do latents of 4x4x64x64 over FastGen (1.5 and
+1.8, in float32 and bfloat16), SiD (3.2 and 3.9), DMD2's EDM form in bfloat16 (2.0 to 2.1), and plain (1.5 to 2.8). On
+the edge are DMD2 with its log (4.0 to 4.9 and 5.0 to 5.3; a busy machine costs most there); missed is its EDM form in
+float32 (1.8 of 2).
+
+What limits a latent on a CPU, in microseconds of 75, each form finding the cache as another left it, as in training:
+the kernel 30 (a mebibyte of inputs and output from the third-level cache; 13 where all is in the second), inductor's
+wrapper 8, finding the compiled form 7, `backward()` 22 (11 of them the engine's, for any loss), a node 5 to 10.
+
+Memory beyond the inputs, at its peak: fused the gradients and nothing else, plain 3, DMD2 15 predictions in float32.
 """
 
 from __future__ import annotations
@@ -117,30 +124,94 @@ def needed_bytes(pair, shape, dtype):
     return 2 * outputs + 2 * 4 * elements + (2 * outputs if pair == "SiD" else 0)
 
 
-LATENTS_ON_A_CPU = pytest.mark.xfail(reason="fixed costs of a call outweigh 65,536 elements on a CPU", strict=False)
+# What only makes a tensor, or looks at one.
+NO_KERNELS = {
+    "AOTDispatcher Runtime Wrapper Prologue", "detach", "aten::as_strided", "aten::broadcast_tensors", "aten::empty",
+    "aten::empty_strided", "aten::resize_", "aten::result_type", "aten::scalar_tensor", "aten::to", "aten::view",
+    "aten::_local_scalar_dense",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [pytest.param(s, marks=LATENTS_ON_A_CPU if "latent" in s else ()) for s in SHAPES])
 @pytest.mark.parametrize("pair", PAIRS)
-def bench_ratios_reach_their_goals(benchmark, pair, shape, dtype):
-    """Interleaved, so that a machine that slows down slows down all; the ratio of the medians."""
-    benchmark.group = "ratios"
-    runs = forms(pair, SHAPES[shape], DTYPES[dtype])
-    rounds = 15 if "image" in shape else 150
-    seconds = {name: [] for name in runs}
+def bench_kernels_and_peak_memory(benchmark, pair, dtype):
+    """Counted by torch's profiler at latents; memory in predictions in float32, beyond what was there before."""
+    benchmark.group = "kernels and memory"
+    kernels._compiled.cache_clear()
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        runs = forms(pair, SHAPES["latent 4x4x64x64"], DTYPES[dtype])
+        found = {name: profiled(run) for name, run in runs.items()}
+    kernels._compiled.cache_clear()
+    benchmark.pedantic(runs["fused"], rounds=2)
+    for name, (count, peak) in found.items():
+        benchmark.extra_info[name] = {"kernels": count, "peak": round(peak, 2)}
+        print(f"{pair:9} {dtype}: {name:9} {count:3} kernels, {peak:5.2f} predictions")
+    # One of ours, `backward()`'s own 1.0, and for SiD the casts of gradients to the outputs' dtype.
+    assert found["fused"][0] <= (5 if pair == "SiD" else 2)
+    assert found["fused"][1] <= (4.51 if pair == "SiD" else 1.01)
+    assert found["fused"][1] <= min(found["plain"][1], found[pair][1])
 
-    def interleaved():
+
+def profiled(run):
+    """Kernels of one call, forward and backward, and its peak memory in predictions in float32."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    leaves = [event.name for event in profile.events() if not event.cpu_children and event.name != "[memory]"]
+    held = least = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        least = min(least, held)  # the last call's gradients go first
+        peak = max(peak, held - least)
+    return sum(name not in NO_KERNELS for name in leaves), peak / (4 * torch.Size(SHAPES["latent 4x4x64x64"]).numel())
+
+
+class MissedError(AssertionError):
+    """A goal over a trainer is not reached."""
+
+
+MISSED = pytest.mark.xfail(reason="see the docstring for what limits latents", raises=MissedError, strict=False)
+ON_THE_EDGE = [("DMD2", "fp32"), ("DMD2", "bf16"), ("DMD2 EDM", "fp32")]
+PLACEMENTS = 5
+
+
+@pytest.mark.parametrize(
+    ("pair", "shape", "dtype"),
+    [
+        pytest.param(p, s, d, marks=MISSED if "latent" in s and (p, d) in ON_THE_EDGE else ())
+        for p in PAIRS
+        for s in SHAPES
+        for d in DTYPES
+    ],
+)
+def bench_ratios_reach_their_goals(benchmark, pair, shape, dtype):
+    """Interleaved, so that a machine that slows down slows down all, and at several places in memory, of which one may
+    suit one form; the ratio of the medians.
+    """
+    benchmark.group = "ratios"
+    spacers = [torch.empty(1 + 5000 * i) for i in range(PLACEMENTS)]
+    placed = [forms(pair, SHAPES[shape], DTYPES[dtype]) for _ in spacers]
+    rounds = 5 if "image" in shape else 60
+    seconds = {name: [] for name in placed[0]}
+
+    def interleaved(runs):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
 
-    benchmark.pedantic(interleaved, rounds=rounds, warmup_rounds=2)
-    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    def everywhere():
+        for runs in placed:
+            for _ in range(rounds):
+                interleaved(runs)
+
+    benchmark.pedantic(everywhere, rounds=1)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     goal = PAIRS[pair][3]["image" in shape]
     ratio, over_plain = medians[pair] / medians["fused"], medians["plain"] / medians["fused"]
     benchmark.extra_info |= {"ratio": round(ratio, 2), "over plain": round(over_plain, 2), "goal": goal}
     print(f"{pair:9} {shape} {dtype}: {ratio:5.2f} (goal {goal}), over plain {over_plain:5.2f}")
-    assert ratio >= goal
     assert over_plain >= 1.0
+    if ratio < goal:
+        raise MissedError(f"{ratio:.2f} < {goal}")

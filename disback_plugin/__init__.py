@@ -13,11 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disback_plugin import kernels, losses, metrics, noise, schedules
+    from disback_plugin import hooks, kernels, losses, metrics, noise, rounds, schedules
     from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
     from disback_plugin.handle import Handle
     from disback_plugin.hooks import Adapter, hookimpl
+    from disback_plugin.masking import MaskedSamples
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
@@ -29,16 +30,19 @@ __all__ = [
     "DegradationPath",
     "DisbackError",
     "Handle",
+    "MaskedSamples",
     "Prediction",
     "ScoreNetwork",
     "TrajectoryScheduler",
     "attach",
     "hookimpl",
+    "hooks",
     "kernels",
     "losses",
     "metrics",
     "noise",
     "record",
+    "rounds",
     "schedules",
 ]
 
@@ -47,6 +51,7 @@ _HOME = {
     "DegradationPath": "trajectory",
     "DisbackError": "errors",
     "Handle": "handle",
+    "MaskedSamples": "masking",
     "Prediction": "scores",
     "ScoreNetwork": "weights",
     "TrajectoryScheduler": "scheduler",

@@ -1,4 +1,5 @@
-"""The pluggy host: what an adapter of a trainer implements, and how it is found. Imports no torch.
+"""The pluggy host: what an adapter of a trainer implements and how it is found, and who hears what a run has to say.
+Imports no torch.
 
 An adapter is a module named by an entry point of the group `disback.adapters`, in this distribution or any other:
 
@@ -6,11 +7,13 @@ An adapter is a module named by an entry point of the group `disback.adapters`, 
     my_trainer = "my_package.disback_adapter"
 
 Only the adapter that is asked for is imported; without a name all are asked in turn.
+
+A plug-in that wants to be told of a run is registered by the run's own script (`register`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["GROUP", "Adapter", "find_adapter", "hookimpl"]
+__all__ = ["GROUP", "Adapter", "find_adapter", "hookimpl", "log", "register"]
 
 GROUP = "disback.adapters"
 
@@ -64,6 +67,73 @@ class Specs:
             RoleError: If it is the right trainer in a state that cannot have DisBack; say why and what would work.
         """
 
+    @hookspec
+    def disback_log(self, values: Mapping[str, float], step: int) -> None:
+        """Take what a run reports: plain numbers, on the main process, between two steps and at the end.
+
+        Args:
+            values: Numbers by name. "disback/masked_samples": how many samples the losses left out on this process
+                since the last report, because they were not finite; reported by `masking.MaskedSamples`, 0 too.
+            step: Generator updates so far.
+
+        Example:
+            >>> class Print:
+            ...     @hookimpl
+            ...     def disback_log(self, values, step):
+            ...         print(step, dict(values))
+            >>> unregister = register(Print())
+            >>> log({"disback/masked_samples": 0}, step=50)
+            50 {'disback/masked_samples': 0}
+            True
+            >>> unregister()
+        """
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("disback")
+    manager.add_hookspecs(Specs)
+    return manager
+
+
+_LISTENERS = _new_manager()
+
+
+def register(plugin: object) -> Callable[[], None]:
+    """Let a plug-in hear what runs of this process report.
+
+    Args:
+        plugin: An object or module with functions marked `@hookimpl` and named after a hook of `Specs`.
+
+    Returns:
+        A function that takes it out again.
+
+    Raises:
+        OptionError: If it has none, or one that is no hook's.
+    """
+    known = {name for name in vars(Specs) if name.startswith("disback_")}
+    named = {name for name in dir(plugin) if hasattr(getattr(plugin, name, None), "disback_impl")}
+    if not named or not named <= known:
+        raise OptionError(
+            f"a plug-in that implements {sorted(named) or 'nothing'}",
+            expected=f"some of {sorted(known)}, marked with @hookimpl",
+            cure="mark the method with disback_plugin.hookimpl and give it the hook's name",
+        )
+    _LISTENERS.register(plugin)
+
+    def unregister() -> None:
+        if _LISTENERS.is_registered(plugin):
+            _LISTENERS.unregister(plugin)
+
+    return unregister
+
+
+def log(values: Mapping[str, float], *, step: int) -> bool:
+    """Call `disback_log` of every registered plug-in; return whether there was one."""
+    if not _LISTENERS.hook.disback_log.get_hookimpls():
+        return False
+    _LISTENERS.hook.disback_log(values=values, step=step)
+    return True
+
 
 def find_adapter(trainer: object, name: str | None = None) -> Adapter:
     """Return the roles in a trainer.
@@ -84,8 +154,7 @@ def find_adapter(trainer: object, name: str | None = None) -> Adapter:
             cure="install the distribution that has it, or pass teacher=, fake_score= and the two optimizers yourself",
         )
     broken: list[str] = []
-    manager = pluggy.PluginManager("disback")
-    manager.add_hookspecs(Specs)
+    manager = _new_manager()
     for point in [installed[name]] if name else installed.values():
         try:
             manager.register(point.load(), name=point.name)

@@ -12,6 +12,7 @@ kernel) as long as samples are small, as latents are; large images are split ove
 from __future__ import annotations
 
 import functools
+import hashlib
 import warnings
 from collections.abc import Callable, Hashable
 from types import FunctionType
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin import formulas, losses
+from disback_plugin.artefacts import Artefact, tensors
 from disback_plugin.errors import OptionError
 from disback_plugin.formulas import Formula
 
@@ -32,8 +34,9 @@ Mode = Literal["auto"] | bool
 
 # Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
 ONE_BLOCK = 1 << 16
-# Elements of a batch from which on fused wins on a CPU, whose eager kernels are called at once but cross the cache.
-WINS_ON_CPU = 1 << 16
+# Elements of a batch from which on compiling is worth its seconds on a CPU. Fused is 1.5 times as fast from two
+# elements on, but what it saves below this, 20 microseconds a call, repays them after 100,000 calls only.
+WINS_ON_CPU = 1 << 14
 
 
 def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
@@ -63,6 +66,8 @@ def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
 
     @functools.wraps(loss)
     def fused(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return loss(*args, **kwargs)  # a part of the caller's own graph, which fuses it
         token = formulas.RUN.set(_RUNNERS[compile])
         try:
             return loss(*args, **kwargs)
@@ -75,9 +80,9 @@ def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
 def _always(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
     tensor: Tensor = inputs[0]
     # A batch of one would be a graph of its own, and one of none has nothing to do.
-    if len(tensor) < 2:
+    if tensor.shape[0] < 2:
         return formula(*inputs)
-    return _compiled(formula, _one_block(tensor), _kind(inputs, len(tensor)))(*inputs)
+    return _compiled(formula, tensor.device.type, _one_block(tensor), _kind(inputs))(*inputs)
 
 
 def _where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
@@ -98,28 +103,69 @@ def _where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 @functools.cache
-def _compiled(formula: Formula, one_block: bool, kind: Hashable) -> Formula:
+def _compiled(formula: Formula, device: str, one_block: bool, kind: Hashable) -> Formula:
     """Compile a formula for one kind of inputs: all that is alike but for the batch."""
-    # A code object of its own: dynamo counts graphs by code object, and gives up after eight.
-    twin = FunctionType(formula.__code__.replace(), formula.__globals__)
-    compiled: Formula = torch.compile(twin, fullgraph=True, options={"split_reductions": False} if one_block else None)
-    ready = False
+    # A code object of its own: dynamo counts graphs by code object, and gives up after eight. A name of its own: by it
+    # dynamo remembers what varied, and a constant that differs between two kinds would become an input of the second.
+    name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
+    whole = _averaged(formula) if device == "cpu" else formula
+    twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
+    artefact = Artefact()
+    if one_block:
+        compiled: Formula = torch.compile(twin, fullgraph=True, options={"split_reductions": False})
+    else:
+        compiled = torch.compile(twin, fullgraph=True, backend=artefact)
+    ready: Formula | None = None
 
     def with_any_batch(*inputs: Any) -> tuple[Tensor, ...]:
         nonlocal ready
-        result = compiled(*(inputs if ready else _with_dynamic_batch(inputs, len(inputs[0]))))
-        ready = True
-        return result
+        if ready is not None:
+            return ready(*inputs)
+        if any(factor.requires_grad for factor in tensors(inputs)):
+            ready = formula  # a learned weight wants a graph through the formula
+            return formula(*inputs)
+        marked = _with_dynamic_batch(inputs, len(inputs[0]))
+        outputs = compiled(*marked)
+        ready = artefact.direct(marked, outputs) or compiled
+        return outputs
 
     return with_any_batch
 
 
-def _kind(inputs: Any, batch: int) -> Hashable:
-    """Return what a graph depends on: dtypes, devices, image sizes, strides' order, which factors are per sample."""
-    if isinstance(inputs, Tensor):
-        shape = inputs.shape
-        return inputs.dtype, inputs.device, shape[1:], inputs.stride(), len(shape) > 0 and shape[0] == batch
-    return tuple([_kind(entry, batch) for entry in inputs]) if isinstance(inputs, tuple) else inputs
+def _averaged(formula: Formula) -> Formula:
+    """The mean of the losses inside the kernel; on a GPU it would be a kernel of its own."""
+
+    def averaged(*inputs: Any) -> tuple[Tensor, ...]:
+        *gradients, values, finite = formula(*inputs)
+        # A sum in float32 would come with a condition on the batch.
+        return *gradients, values.mean(dtype=torch.float64).to(values.dtype), finite
+
+    return averaged
+
+
+def _kind(inputs: tuple[Any, ...]) -> Hashable:
+    """Return what a graph depends on: dtypes, devices, image sizes, strides, which factors are per sample or learned,
+    constants; and, once more, the process's own settings.
+    """
+    first: Tensor = inputs[0]
+    shape, device = first.shape, first.device
+    process = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    return device, shape[1:], process, _kinds(inputs, shape, device)
+
+
+def _kinds(inputs: tuple[Any, ...], shape: torch.Size, device: torch.device) -> Hashable:
+    kinds: list[Hashable] = []
+    for e in inputs:
+        if not isinstance(e, Tensor):
+            kinds.append(_kinds(e, shape, device) if isinstance(e, tuple) else e)
+            continue
+        same = e.shape == shape and e.device == device
+        if same and type(e) is Tensor and e.is_contiguous() and not e.requires_grad:
+            kinds.append(e.dtype)  # as nearly all are
+        else:
+            per_sample = e.shape[:1] == shape[:1]
+            kinds.append((type(e), e.dtype, e.device, e.shape[1:], e.stride(), per_sample, e.requires_grad))
+    return tuple(kinds)
 
 
 def _one_block(tensor: Tensor) -> bool:

@@ -1,11 +1,11 @@
-r"""Generator losses, the denoising loss and their companions, in plain torch: the specification of the fused kernels.
+r"""Generator losses, in plain torch: the specification of the fused kernels; and the names of all other losses.
 
 With x_t = alpha x + sigma eps, outputs f (fake score) and r (teacher) of one kind of prediction, and t their common
 target (`scores.target`), every score difference is a multiple of f - r, and what denoising takes from x one of t - r:
 
     D_phi - D_theta = c (f - r),     x - D_theta = c (t - r),     s_phi - s_theta = k (f - r)
 
-with c and k from `scores.coefficients`. So no loss here converts an output to x_0 or to a score; nothing large cancels,
+with c and k from `scores.ratio`. So no loss here converts an output to x_0 or to a score; nothing large cancels,
 and float32 is exact to 1e-7 where the x_0 form needs float64.
 
 | loss            | dL/dx                                               | source                              |
@@ -20,11 +20,9 @@ Gradients are computed in closed form and handed to autograd as they are, withou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 from torch import Tensor
-from torch.nn.functional import mse_loss, softplus
 
 from disback_plugin import formulas
 from disback_plugin.batches import (
@@ -41,7 +39,9 @@ from disback_plugin.batches import (
     teacher_halves,
     with_gradients,
 )
-from disback_plugin.scores import Prediction, coefficients, mixture
+from disback_plugin.companions import dmd_regression, gan_discriminator, gan_generator
+from disback_plugin.denoising import denoising, edm_weight, snr_weight
+from disback_plugin.scores import Prediction, ratio
 
 __all__ = [
     "denoising",
@@ -57,47 +57,6 @@ __all__ = [
 ]
 
 NonFinite: TypeAlias = Literal["mask", "zero"]
-
-
-def denoising(
-    output: Tensor,
-    x_0: Tensor,
-    eps: Tensor,
-    *,
-    alpha: Number,
-    sigma: Number,
-    prediction: Prediction,
-    weight: Number = 1.0,
-) -> Tensor:
-    """Denoising score matching, Eq. 5 and 7: mean over all elements of w |output - target|^2.
-
-    Args:
-        output: Output of the network on x_t = alpha x_0 + sigma eps, shape (B, ...).
-        x_0: Clean samples, shape (B, ...); no gradient flows into them.
-        eps: The noise in x_t, shape (B, ...).
-        alpha: Signal scale alpha_t > 0, broadcast against x_0.
-        sigma: Noise scale sigma_t > 0 in data units, broadcast against x_0.
-        prediction: The kind of `output`; the target is of the same kind.
-        weight: w(t) >= 0 on the squared error in units of `prediction`, broadcast against x_0; see `edm_weight` and
-            `snr_weight`.
-
-    Returns:
-        The loss, shape (), in float32 or better. The reduction is the mean over all elements (DDPM, DMD2, FastGen);
-        EDM and SiD sum over a sample's elements instead, a constant factor.
-
-    Raises:
-        MismatchError: If output, x_0 and eps differ in shape.
-
-    Example:
-        >>> import torch
-        >>> x_0, eps = torch.zeros(2, 3), torch.ones(2, 3)
-        >>> denoising(torch.zeros(2, 3), x_0, eps, alpha=1.0, sigma=0.5, prediction=Prediction.EPS).item()
-        1.0
-    """
-    same_shape(output=output, x_0=x_0, eps=eps)
-    wanted = target_parts(prediction, x_0, eps, alpha, sigma)
-    gradient, values, _ = run(formulas.denoising, rows(output.detach()), wanted, scale(weight, output))
-    return with_gradients(mean(values), (output, gradient))
 
 
 def diff_instruct(
@@ -150,7 +109,7 @@ def diff_instruct(
         [[-1.0, 0.0]]
     """
     alpha, sigma = numbers(x, alpha, sigma)
-    _, k = coefficients(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
+    k = ratio(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, weight * alpha * k, guidance, nonfinite, skipped)
 
 
@@ -183,7 +142,7 @@ def vsd(
         1.0
     """
     alpha, sigma = numbers(x, alpha, sigma)
-    _, k = coefficients(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
+    k = ratio(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, -weight * k, guidance, nonfinite, skipped)
 
 
@@ -237,16 +196,15 @@ def dmd(
         >>> x.grad.tolist()
         [[-0.5, 0.5]]
     """
-    same_shape(x=x, eps=eps)
     # Of c in D_phi - D_theta = c (f - r) only the sign is left by the normaliser: more eps, v or flow is less x_0.
     sign = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0
     gradient, values, finite = run(
         formulas.dmd,
-        *teacher_halves(x, real, fake, guidance),
-        rows(fake.detach()),
+        *teacher_halves(x, real, fake, guidance, eps=eps),
+        rows(fake),
         target_parts(prediction, x, eps, alpha, sigma),
         scale(sign * weight, x, per_sample=True),
-        *numbers(x, 1.0 if guidance is None else guidance),
+        1.0 if guidance is None else scale(guidance, x),
         is_mask(nonfinite),
     )
     count(skipped, finite)
@@ -303,134 +261,36 @@ def sid(
     """
     same_shape(x=x, real=real, fake=fake, eps=eps)
     alpha, sigma = numbers(x, alpha, sigma)
-    _, c = coefficients(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
-    by_real, by_fake, by_target, values, finite = run(
+    c = ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
+    of_x = prediction not in (Prediction.EPS, Prediction.SCORE)  # whether the target is a function of x
+    *gradients, values, finite = run(
         formulas.sid,
-        rows(real.detach()),
-        rows(fake.detach()),
+        rows(real),
+        rows(fake),
         target_parts(prediction, x, eps, alpha, sigma),
         scale(c, x, per_sample=True),
         scale(weight, x, per_sample=True),
-        *numbers(x, alpha_sid),
+        scale(alpha_sid, x),
         is_mask(nonfinite),
+        of_x,
     )
     count(skipped, finite)
-    a, _ = mixture(prediction, alpha, sigma)  # dt/dx
-    by_x = [] if prediction in (Prediction.EPS, Prediction.SCORE) else [(x, scale(a, x) * by_target)]
-    return with_gradients(mean(values), (real, by_real), (fake, by_fake), *by_x)
-
-
-def gan_generator(fake_logits: Tensor) -> Tensor:
-    """DMD2's adversarial term of the generator (arXiv 2405.14867, Sec. 4.3): mean softplus(-d(fake)), shape ().
-
-    Args:
-        fake_logits: The discriminator's logits of generated samples, any shape, with the generator's graph.
-
-    Example:
-        >>> import torch
-        >>> round(gan_generator(torch.zeros(2)).item(), 4)
-        0.6931
-    """
-    return softplus(-fake_logits).mean()
-
-
-def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """DMD2's adversarial term of the discriminator: mean softplus(d(fake)) + mean softplus(-d(real)), shape ().
-
-    Args:
-        real_logits: Logits of data, any shape.
-        fake_logits: Logits of generated samples, any shape, without the generator's graph.
-
-    Example:
-        >>> import torch
-        >>> round(gan_discriminator(torch.zeros(2), torch.zeros(2)).item(), 4)
-        1.3863
-    """
-    return softplus(fake_logits).mean() + softplus(-real_logits).mean()
-
-
-def dmd_regression(
-    x: Tensor, teacher_sample: Tensor, *, distance: Callable[[Tensor, Tensor], Tensor] = mse_loss
-) -> Tensor:
-    """DMD's regression term (arXiv 2311.18828, Eq. 9): distance between G(z) and the teacher's ODE sample from that z.
-
-    Args:
-        x: G(z), shape (B, ...).
-        teacher_sample: The teacher's many-step sample from the same z, shape (B, ...); no gradient flows into it.
-        distance: LPIPS in DMD; from two batches to a tensor, whose mean is taken.
-
-    Raises:
-        MismatchError: If the shapes differ.
-
-    Example:
-        >>> import torch
-        >>> dmd_regression(torch.zeros(2), torch.full((2,), 3.0)).item()
-        9.0
-    """
-    same_shape(x=x, teacher_sample=teacher_sample)
-    return distance(x, teacher_sample.detach()).mean()
-
-
-def edm_weight(
-    sigma: Tensor, *, sigma_data: float = 0.5, alpha: Number = 1.0, prediction: Prediction = Prediction.X0
-) -> Tensor:
-    """The weight of EDM (Table 1): (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the squared error of x_0.
-
-    Args:
-        sigma: Noise scale sigma_t > 0 in data units, any shape.
-        sigma_data: Standard deviation of the data, > 0.
-        alpha: Signal scale alpha_t > 0, for other predictions than X0.
-        prediction: The kind whose squared error is weighted; the loss is the same for each.
-
-    Example:
-        >>> import torch
-        >>> edm_weight(torch.tensor(0.5), sigma_data=0.5).item()
-        8.0
-    """
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * _x_0_units(sigma, alpha, prediction)
-
-
-def snr_weight(
-    sigma: Tensor, *, alpha: Number, clip: float = float("inf"), prediction: Prediction = Prediction.X0
-) -> Tensor:
-    """The signal-to-noise ratio alpha^2 / sigma^2 on the squared error of x_0, which is the weight 1 on that of eps.
-
-    Args:
-        sigma: Noise scale sigma_t > 0 in data units, any shape.
-        alpha: Signal scale alpha_t > 0.
-        clip: Largest ratio; 5 in min-SNR weighting (arXiv 2303.09556).
-        prediction: The kind whose squared error is weighted; the loss is the same for each.
-
-    Example:
-        >>> import torch
-        >>> snr_weight(torch.tensor(0.5), alpha=1.0).item()
-        4.0
-        >>> snr_weight(torch.tensor(0.5), alpha=1.0, prediction=Prediction.EPS).item()
-        1.0
-    """
-    return (alpha / sigma).square().clamp(max=clip) * _x_0_units(sigma, alpha, prediction)
+    sources = (real, fake, x) if of_x else (real, fake)
+    return with_gradients(mean(values), *zip(sources, gradients, strict=True))
 
 
 def _difference(
-    x: Tensor, real: Tensor, fake: Tensor, k: Tensor, guidance: Number | None, nonfinite: str, skipped: Tensor | None
+    x: Tensor, real: Tensor, fake: Tensor, k: Number, guidance: Number | None, nonfinite: str, skipped: Tensor | None
 ) -> Tensor:
     teacher = teacher_halves(x, real, fake, guidance)
     gradient, values, finite = run(
         formulas.difference,
         *teacher,
-        rows(fake.detach()),
-        rows(x.detach()),
+        rows(fake),
+        rows(x),
         scale(k, x),
-        *numbers(x, 1.0 if guidance is None else guidance),
+        1.0 if guidance is None else scale(guidance, x),
         is_mask(nonfinite),
     )
     count(skipped, finite)
     return with_gradients(mean(values), (x, gradient))
-
-
-def _x_0_units(sigma: Tensor, alpha: Number, prediction: Prediction) -> Tensor:
-    """Return c^2, the squared error of x_0 that a squared error of 1 in `prediction` is."""
-    (alpha,) = numbers(sigma, alpha)
-    _, c = coefficients(prediction, Prediction.X0, alpha=alpha.expand_as(sigma), sigma=sigma)
-    return c.square()

@@ -18,6 +18,7 @@ import torch
 
 from disback_plugin import kernels
 from disback_plugin.errors import DisbackError, OptionError, PathError, StateError
+from disback_plugin.masking import MaskedSamples
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
 from disback_plugin.trajectory import DegradationPath
@@ -85,6 +86,7 @@ class TrajectoryScheduler:
         self.started = False
         self._target = Target(0.0)
         self._away = False
+        self._masked = MaskedSamples()
         if self.path is not None:
             self._check(self.path)
         self._horizon = self.schedule.horizon(self.last_node)
@@ -140,9 +142,13 @@ class TrajectoryScheduler:
         self.generator_updates += 1
         if self.generator_updates <= self._horizon:
             self._place(self.generator_updates)
+        self._masked.step()
 
     def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
         """Return `loss` with the same signature; when it runs, the right node is in the teacher, or it raises.
+
+        Samples that the losses of `disback_plugin.losses` mask inside it are reported every 50 updates, and by
+        `restore` (`masking.MaskedSamples`).
 
         Args:
             loss: Any callable that evaluates the teacher, or is given its output.
@@ -151,7 +157,7 @@ class TrajectoryScheduler:
         Raises:
             StateError: When called before `start`, or after somebody else wrote the teacher's weights.
         """
-        inner = kernels.fuse(loss) if fuse else loss
+        inner = self._masked.watch(kernels.fuse(loss) if fuse else loss)
 
         @functools.wraps(loss)
         def on_the_path(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -181,6 +187,7 @@ class TrajectoryScheduler:
             self._teacher.write(self.path.original())
         self._horizon, self._target = 0, Target(0.0)
         self._remember()
+        self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
@@ -206,6 +213,7 @@ class TrajectoryScheduler:
         if state["generator_updates"] < 0:
             raise StateError(f"{state['generator_updates']} updates", expected="a count", cure="pass an unedited state")
         self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
+        self._masked.steps = self.generator_updates
         if self.path is not None and self.last_node:
             if not self._away:
                 self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew

@@ -16,12 +16,13 @@ and 18 to 20 are the SCORE row at alpha = 1; its appendix C.2 swaps the names of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-__all__ = ["Prediction", "coefficients", "convert", "mixture", "target"]
+__all__ = ["Prediction", "coefficients", "convert", "mixture", "ratio", "target"]
 
 
 class Prediction(str, Enum):
@@ -102,6 +103,34 @@ def coefficients(source: Prediction, to: Prediction, *, alpha: Tensor, sigma: Te
     c_x = (a_to * b - b_to * a) / determinant
     c_o = (alpha * b_to - sigma * a_to) / determinant
     return c_x, c_o
+
+
+def ratio(source: Prediction, to: Prediction, *, alpha: Tensor, sigma: Tensor) -> Tensor | float:
+    """Return c_o of `coefficients` alone: what a difference of 1 between two outputs of kind `source` is in `to`.
+
+    It is D(to) / D(source), with D = alpha b - sigma a of the table above; the number 1.0 where the kinds are the same.
+
+    Args:
+        source: As in `coefficients`.
+        to: As in `coefficients`.
+        alpha: As in `coefficients`.
+        sigma: As in `coefficients`.
+
+    Example:
+        >>> ratio(Prediction.EPS, Prediction.X0, alpha=torch.tensor(0.5), sigma=torch.tensor(0.25)).item()
+        -0.5
+    """
+    source, to = Prediction(source), Prediction(to)
+    return 1.0 if source is to else _DETERMINANT[to](alpha, sigma) / _DETERMINANT[source](alpha, sigma)
+
+
+_DETERMINANT: dict[Prediction, Callable[[Tensor, Tensor], Tensor]] = {
+    Prediction.EPS: lambda alpha, sigma: alpha,
+    Prediction.X0: lambda alpha, sigma: -sigma,
+    Prediction.V: lambda alpha, sigma: alpha.square() + sigma.square(),
+    Prediction.FLOW: lambda alpha, sigma: alpha + sigma,
+    Prediction.SCORE: lambda alpha, sigma: -alpha / sigma,
+}
 
 
 def convert(

@@ -14,7 +14,10 @@ PACKAGE = ROOT / "disback_plugin"
 
 FLOORS = [
     ["errors", "noise", "scores"],
-    ["formulas", "batches", "losses", "kernels", "fingerprints", "modules", "weights", "optimizers", "roles", "hooks"],
+    [
+        *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
+        *("fingerprints", "modules", "weights", "optimizers", "roles", "hooks", "masking"),
+    ],
     [
         *("files", "codecs", "nodes", "probes", "encoding", "manifest", "storage", "trajectory"),
         *("training", "recording", "schedules", "scheduler", "inspection", "metrics"),

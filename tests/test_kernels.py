@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disback_plugin import formulas, kernels, losses
+from disback_plugin.artefacts import Artefact
 from disback_plugin.errors import OptionError
 from disback_plugin.scores import Prediction
 
@@ -95,6 +96,138 @@ def test_one_graph_serves_every_batch_of_two_or_more_and_every_node(monkeypatch)
             run(fused, name, Prediction.EPS, batch, seed=batch)
         assert len(graphs) == 1, name
     kernels._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_of_2_to_64_and_new_nodes_compile_nothing_anew_and_stay_right(name, monkeypatch):
+    kernels._compiled.cache_clear()
+    artefacts = []
+
+    class Counting(Artefact):
+        def __init__(self):
+            super().__init__()
+            artefacts.append(self)
+
+    monkeypatch.setattr(kernels, "Artefact", Counting)
+    fused, plain = kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name)
+    for batch in range(2, 65):
+        # The seed stands for the node that is in the teacher: other outputs from the same storage.
+        for mine, wanted in zip(
+            *(run(loss, name, Prediction.V, batch, seed=batch, shape=(2, 4, 4)) for loss in (fused, plain)), strict=True
+        ):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+    assert [artefact.graphs for artefact in artefacts] == [1]
+    kernels._compiled.cache_clear()
+
+
+def test_a_teacher_written_in_place_between_two_calls_is_seen_and_compiles_nothing_anew():
+    teacher, x = torch.nn.Conv2d(2, 2, 1), torch.randn(4, 2, 6, 6)
+    fused, options = kernels.fuse(losses.dmd, compile=True), {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.X0}
+    fake, known = torch.randn(4, 2, 6, 6), []
+    for node in range(3):
+        with torch.no_grad():
+            teacher.weight.copy_(torch.full_like(teacher.weight, float(node)))
+            real = teacher(x)
+        found, wanted = (loss(x, real, fake, eps=x, **options) for loss in (fused, losses.dmd))
+        torch.testing.assert_close(found, wanted)
+        known.append(kernels._compiled.cache_info().misses)
+    assert known[1:] == known[:1] * 2
+
+
+def test_what_is_called_directly_is_what_dynamo_calls_and_has_no_condition_on_the_batch():
+    artefact = Artefact()
+
+    def formula(x, y, mask):
+        return formulas.dmd(x, None, y, (x + y,), 1.0, 1.0, mask)
+
+    compiled = torch.compile(formula, fullgraph=True, backend=artefact)
+    inputs = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    for tensor in inputs:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    direct = artefact.direct((*inputs, True), compiled(*inputs, True))
+    assert direct is not None
+    for batch in range(2, 65):
+        inputs = [torch.randn(batch, 3, 8, 8) for _ in range(2)]
+        for mine, dynamos in zip(direct(*inputs, True), compiled(*inputs, True), strict=True):
+            assert torch.equal(mine, dynamos)
+    assert artefact.graphs == 1
+
+
+def test_what_has_a_condition_on_the_batch_or_an_input_of_its_own_is_not_called_directly():
+    def summed(x):  # inductor compiles another sum for more than 4,096 numbers
+        return (x.sum(0),)
+
+    hidden = torch.ones(3)
+
+    def closed_over(x):
+        return (x + hidden,)
+
+    for function in (summed, closed_over):
+        artefact, x = Artefact(), torch.ones(5, 3)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert artefact.direct((x,), torch.compile(function, backend=artefact)(x)) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_a_caller_may_compile_the_loss_into_a_graph_of_his_own(name, form):
+    torch._dynamo.reset()  # or it would count all ten as recompilations of one lambda
+    loss = getattr(losses if form == "plain" else kernels, name)
+    whole = torch.compile(lambda *args, **options: 2 * loss(*args, **options), fullgraph=True, backend="aot_eager")
+    found, wanted = run(whole, name, Prediction.EPS, 3), run(getattr(losses, name), name, Prediction.EPS, 3)
+    for mine, once in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, 2 * once)
+
+
+def test_a_stride_that_equals_the_first_batch_is_not_taken_for_it():
+    fused = kernels.fuse(losses.dmd, compile=True)
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.FLOW}
+    for batch in (2, 3, 4):
+        x, real, fake, eps = (torch.randn(batch, 3, 22)[..., ::2] for _ in range(4))
+        found, wanted = (loss(x, real, fake, eps=eps, **options) for loss in (fused, losses.dmd))
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_learned_weight_gets_its_gradient_from_the_fused_form_too():
+    fused = kernels.fuse(losses.denoising, compile=True)
+    output, x, eps = (torch.randn(3, 4, 2, 2) for _ in range(3))
+    found = []
+    for loss in (fused, losses.denoising):
+        for learned in (False, True):
+            weight = torch.full((3, 1, 1, 1), 2.0, requires_grad=learned)
+            leaf = output.clone().requires_grad_()
+            loss(leaf, x, eps, alpha=1.0, sigma=0.5, prediction=Prediction.EPS, weight=weight).backward()
+            found.append((leaf.grad, weight.grad))
+    torch.testing.assert_close(found[:2], found[2:])
+
+
+@pytest.mark.parametrize("name", ["diff_instruct", "vsd", "dmd"])
+def test_guidance_on_one_batch_is_the_same_in_the_fused_form(name):
+    x, fake, eps = (torch.randn(3, 4, 5, 5) for _ in range(3))
+    real = torch.randn(6, 4, 5, 5)
+    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.V}
+    loss, gradients = getattr(losses, name), []
+    for form, guidance in ((loss, 7.5), (kernels.fuse(loss, compile=True), 7.5), (kernels.fuse(loss, compile=True), 2)):
+        leaf = x.clone().requires_grad_()
+        form(leaf, real, fake, guidance=guidance, **options).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(gradients[1], gradients[2])
+
+
+@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+def test_the_zero_mode_is_nan_to_num_in_the_fused_form_too(name):
+    x, eps, fake, real = (torch.randn(4, 3, 8, 8) for _ in range(4))
+    fake[0, 0, 1, 1], fake[1, 1, 2, 2], fake[2, 0, 0, 0] = torch.nan, torch.inf, -torch.inf
+    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.X0, "nonfinite": "zero"}
+    found = []
+    for loss in (kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name)):
+        leaf = x.clone().requires_grad_()
+        loss(leaf, real, fake, **options).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+    assert found[0].isfinite().all()
+    assert found[0][3].any()
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "expanded", "strided"])

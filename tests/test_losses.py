@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import references
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disback_plugin import losses
+from disback_plugin import kernels, losses
 from disback_plugin.errors import DisbackError, MismatchError, OptionError
 from disback_plugin.losses import (
     denoising,
@@ -63,6 +63,39 @@ def test_networks_that_agree_give_no_gradient_and_swapping_them_turns_it_around(
     options = {"alpha": alpha, "sigma": sigma, "prediction": kind}
     assert not _gradient(x, real, real, **options).any()
     torch.testing.assert_close(_gradient(x, real, fake, **options), -_gradient(x, fake, real, **options))
+
+
+FORMS = {"plain": lambda loss: loss, "fused": lambda loss: kernels.fuse(loss, compile=True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["diff_instruct", "vsd", "dmd"])
+@pytest.mark.parametrize("kind", [Prediction.EPS, Prediction.FLOW])
+@settings(max_examples=15)
+@given(batch=st.integers(0, 4), seed=st.integers(0, 2**31), factor=st.sampled_from([0.25, 2.0, 8.0]))
+def test_every_difference_is_zero_where_networks_agree_odd_linear_and_points_from_teacher_to_fake(
+    form, name, kind, batch, seed, factor
+):
+    loss, stream = FORMS[form](getattr(losses, name)), torch.Generator().manual_seed(seed)
+    # Every other column of a larger batch: nothing is contiguous.
+    x, eps, real, fake = (torch.randn(batch, 3, 8, generator=stream)[..., ::2] for _ in range(4))
+    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": kind}
+
+    def gradient(real, fake):
+        leaf = x.clone().requires_grad_()
+        loss(leaf, real, fake, **options).backward()
+        return leaf.grad
+
+    g = gradient(real, fake)
+    assert g.shape == x.shape
+    assert not gradient(real, real).any()
+    torch.testing.assert_close(gradient(real, real + factor * (fake - real)), factor * g, rtol=1e-4, atol=1e-6)
+    swapped = gradient(fake, real)
+    assert torch.equal(swapped.sign(), -g.sign())  # of dmd only the sign: its normaliser is the teacher's
+    if name != "dmd":
+        torch.testing.assert_close(swapped, -g)
+    # D_phi - D_theta has the sign of -(f - r) for eps and flow: descent moves x from D_phi to D_theta.
+    assert torch.equal(g.sign(), (real - fake).sign())
 
 
 def test_the_published_weighting_is_the_difference_of_the_x0_predictions():
@@ -346,6 +379,29 @@ def test_the_value_scales_its_gradient_as_any_loss_does():
     (once,) = torch.autograd.grad(diff_instruct(x, real, fake, **options), x)
     (thrice,) = torch.autograd.grad(3 * diff_instruct(x, real, fake, **options), x)
     torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_two_backward_passes_add_up_and_share_no_memory():
+    x, real, fake = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3), torch.randn(2, 3)
+    value = diff_instruct(x, real, fake, alpha=1.0, sigma=1.0, prediction=Prediction.X0)
+    value.backward(retain_graph=True)
+    once = x.grad.clone()
+    x.grad.mul_(5.0)  # as a clipping of gradients does
+    value.backward()
+    torch.testing.assert_close(x.grad, 6 * once)
+
+
+@pytest.mark.parametrize("name", ["diff_instruct", "dmd", "sid"])
+def test_a_coefficient_that_is_the_same_number_everywhere_is_the_tensor_of_it(name):
+    x, real, fake, eps = (torch.randn(3, 4, dtype=torch.float64) for _ in range(4))
+    found = []
+    for one in (1.0, torch.ones(3, 1, dtype=torch.float64)):
+        leaf = x.clone().requires_grad_()
+        options = {"eps": eps, "alpha": one, "sigma": one, "weight": one, "prediction": Prediction.V}
+        value = getattr(losses, name)(leaf, real, fake, **options)
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("name", ["dmd", "denoising"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disback_plugin import scores
 from disback_plugin.noise import add_noise
 from disback_plugin.scores import Prediction, coefficients, convert, target
 
@@ -98,3 +99,13 @@ def test_the_difference_of_two_outputs_does_not_see_x_t():
         _, c_o = coefficients(kind, Prediction.SCORE, alpha=alpha, sigma=sigma)
         scores = [convert(o, kind, Prediction.SCORE, x_t=x_t, alpha=alpha, sigma=sigma) for o in (a, b)]
         torch.testing.assert_close(scores[0] - scores[1], c_o * (a - b))
+
+
+@pytest.mark.parametrize(("source", "to"), [*PAIRS, *((kind, kind) for kind in Prediction)])
+@given(world=samples())
+def test_the_ratio_is_the_second_coefficient_alone(source, to, world):
+    _, _, alpha, sigma = world
+    _, c_o = coefficients(source, to, alpha=alpha, sigma=sigma)
+    found = scores.ratio(source.value, to.value, alpha=alpha, sigma=sigma)  # the kinds' names do as well
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64), c_o, rtol=1e-9, atol=0)
+    assert found == 1.0 or source is not to

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-TORCH = "2.15"  # the minor version whose names are replaced here
+TORCH = ("2.14", "2.15")  # the minor versions whose names are replaced here
 MULTIPROCESSORS = {75: 40, 80: 108, 90: 132, 100: 148}  # T4, A100, H100, B200
 
 
@@ -18,8 +18,8 @@ def why_not() -> str:
     """What this installation lacks, empty if nothing: all that is needed comes with `pip install torch` on Linux."""
     import torch
 
-    if not torch.__version__.startswith(f"{TORCH}."):
-        return f"replaces private names of torch {TORCH}, and this is {torch.__version__}"
+    if ".".join(torch.__version__.split(".")[:2]) not in TORCH:
+        return f"replaces private names of torch {' and '.join(TORCH)}, and this is {torch.__version__}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
     triton = importlib.util.find_spec("triton")
