@@ -5,13 +5,16 @@ sample, as DMD2 and SiD start), one path a codec along the very same updates. Ta
 
     pytest benchmarks/bench_codecs.py -m slow -s
 
-The last table is in benchmarks/codecs.md. Goals: int8 >= 3.9x smaller than float32 at <= 0.5 % error, int6 >= 5x at
-<= 1 %, exact >= 1.4x; five int6 nodes smaller than one teacher checkpoint.
+The last tables are in benchmarks/codecs.md. Goals: int8 >= 3.9x smaller than float32 at <= 0.5 % error, int6 >= 5x at
+<= 1 %, exact >= 1.4x; five int6 nodes smaller than one teacher checkpoint; and a student of digits that is trained
+along an int8 path ends where it ends along the exact one, within the noise of the seeds.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,9 +25,11 @@ from torch import nn
 
 from disback_plugin import losses
 from disback_plugin.codecs import SMALLEST_FIRST
+from disback_plugin.demo import study
 from disback_plugin.manifest import Recording, percent
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
 from disback_plugin.probes import Probe
+from disback_plugin.schedules import Ramp
 from disback_plugin.scores import Prediction
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -124,3 +129,29 @@ def bench_codecs(teacher, rate, tmp_path):
     assert Path(paths["exact"].folder / "node-004.safetensors").exists()
     final = paths["exact"][4]
     assert all(torch.equal(final[name], tensor) for name, tensor in role.state_dict().items())
+
+
+@pytest.mark.slow
+def bench_students_of_coded_paths(tmp_path):
+    """Ten seeds of the demonstration's first regime, along the same recording in five nodes, stored in several ways."""
+    regime = replace(study.plan("mlp", "scratch"), every=5)
+    finals = {}
+    for codec in ("exact", "bf16", "int8", "int6", "int4"):
+        run = study.Study(replace(regime, codec=codec), range(200, 210), tmp_path).distil(
+            "disback", path=tmp_path / codec, schedule=Ramp(50)
+        )
+        finals[codec] = run.ema[-1]
+    spread = statistics.stdev(finals["exact"])
+    print(f"\nFrechet distance after {regime.settings.updates} updates, ten seeds; they spread by {spread:.3f}\n")
+    print("| codec | median | mean | mean difference to exact | its standard error |")
+    print("|---|---|---|---|---|")
+    shift, error = {}, {}
+    for codec, values in finals.items():
+        differences = [a - b for a, b in zip(values, finals["exact"], strict=True)]
+        shift[codec], error[codec] = statistics.mean(differences), statistics.stdev(differences) / len(values) ** 0.5
+        print(
+            f"| `{codec}` | {statistics.median(values):.3f} | {statistics.mean(values):.3f} "
+            f"| {shift[codec]:+.4f} | {error[codec]:.4f} |"
+        )
+    assert abs(shift["int8"]) <= max(2 * error["int8"], 0.1 * spread)
+    assert abs(shift["int8"]) <= spread

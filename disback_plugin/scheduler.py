@@ -19,6 +19,7 @@ import torch
 from disback_plugin import kernels
 from disback_plugin.errors import DisbackError, OptionError, PathError, StateError
 from disback_plugin.masking import MaskedSamples
+from disback_plugin.prefetch import Ahead
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
 from disback_plugin.trajectory import DegradationPath
@@ -40,6 +41,8 @@ class TrajectoryScheduler:
         teacher: The trainer's teacher s_theta. Its weights must be the path's node 0.
         fake_score: The trainer's s_phi; `start` sets it to s'_N. None leaves it alone.
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
+        prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
+            then a move is a copy. None: where the teacher is on another device than the host.
 
     Raises:
         PathError: If the path is unfinished, or the teacher is not its node 0.
@@ -75,6 +78,7 @@ class TrajectoryScheduler:
         fake_score: Network | None = None,
         *,
         schedule: Schedule | str = "auto",
+        prefetch: bool | None = None,
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
@@ -87,6 +91,8 @@ class TrajectoryScheduler:
         self._target = Target(0.0)
         self._away = False
         self._masked = MaskedSamples()
+        wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
+        self._ahead = Ahead(self._teacher) if wanted else None
         if self.path is not None:
             self._check(self.path)
         self._horizon = self.schedule.horizon(self.last_node)
@@ -187,6 +193,8 @@ class TrajectoryScheduler:
             self._teacher.write(self.path.original())
         self._horizon, self._target = 0, Target(0.0)
         self._remember()
+        if self._ahead is not None:
+            self._ahead.forget()
         self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ class TrajectoryScheduler:
     def _place(self, updates: int) -> None:
         if self._away:
             return
-        target = self.schedule(updates, self.last_node) if updates < self._horizon else Target(0.0)
+        target = self._target_of(updates)
         if not (0 <= target.position <= self.last_node and 0 <= target.gradient <= 1):
             raise OptionError(
                 f"{target} of {self.schedule!r} at update {updates}",
@@ -262,6 +270,7 @@ class TrajectoryScheduler:
             self._write(target.position)
             logger.debug("teacher at position %g of %d after %d updates", target.position, self.last_node, updates)
         self._target = target
+        self._look_ahead(updates)
 
     def _write(self, position: float) -> None:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
@@ -273,16 +282,34 @@ class TrajectoryScheduler:
 
     def _move(self, path: DegradationPath, position: float) -> None:
         """Decode a position into the teacher; at a node, compare what was decoded with what was recorded."""
+        ready = None if self._ahead is None else self._ahead.take(position)
+        if ready is not None and self._ahead is not None:
+            self._compare(path, position, ready.checksum)
+            self._ahead.write(ready)
+            return
         source = path.source(position)  # raises before anything is written if a file is missing or changed
         try:
-            found = self._teacher.write(source)
-            if position == floor(position):
-                path.check_decoded(int(position), found)
+            self._compare(path, position, self._teacher.write(source))
         except DisbackError:
             # Changed this very moment. What is mapped cannot be trusted: back to the teacher, and no step further.
             self.started, self._target = False, Target(0.0)
             self._teacher.write(path.original())
             raise
+
+    def _compare(self, path: DegradationPath, position: float, found: str) -> None:
+        if position == floor(position):
+            path.check_decoded(int(position), found)
+
+    def _look_ahead(self, updates: int) -> None:
+        """Begin to decode what the next update will want, if that is another position."""
+        if self._ahead is None or self.path is None or not self.last_node or self._away:
+            return
+        position = self._target_of(updates + 1).position
+        if position != self.position:
+            self._ahead.begin(position, self.path.source(position))
+
+    def _target_of(self, updates: int) -> Target:
+        return self.schedule(updates, self.last_node) if updates < self._horizon else Target(0.0)
 
     def _require_start(self) -> None:
         if not self.started:

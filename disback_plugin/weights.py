@@ -143,7 +143,7 @@ class ScoreNetwork:
 
     # -- write --------------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         """Write `state` into the network, in place, all or nothing, cast to the network's dtypes.
 
         Storage, Parameter objects, dtype, device and flags stay; version counters move, so that autograd notices a
@@ -151,6 +151,7 @@ class ScoreNetwork:
 
         Args:
             state: One tensor for each canonical name, no more, no less.
+            non_blocking: Whether to return before copies from pinned memory to a GPU are done, as `Tensor.copy_` does.
 
         Raises:
             MismatchError: If keys, a shape or a dtype class differ, or tied weights were given two values. Then nothing
@@ -165,7 +166,7 @@ class ScoreNetwork:
                     cure="write a state of a network that ties the same weights",
                 )
         with torch.no_grad():
-            torch._foreach_copy_(list(live.values()), [state[name] for name in live])
+            torch._foreach_copy_(list(live.values()), [state[name] for name in live], non_blocking)
 
     def write(self, source: Source) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.

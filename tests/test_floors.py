@@ -20,7 +20,7 @@ FLOORS = [
     ],
     [
         *("files", "codecs", "nodes", "probes", "encoding", "manifest", "storage", "trajectory"),
-        *("training", "recording", "schedules", "scheduler", "inspection", "metrics"),
+        *("training", "recording", "schedules", "prefetch", "scheduler", "inspection", "metrics"),
     ],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]

@@ -53,6 +53,7 @@ class Plan:
         settings: Of the trainer, the same in all four runs.
         record: Recording iterations.
         every: Iterations between two nodes.
+        codec: How the nodes are stored.
         schedule: Of the run "disback".
         thresholds: Distances whose first crossing is reported, falling.
         evaluate_every: Generator updates between two evaluations.
@@ -65,6 +66,7 @@ class Plan:
     every: int
     schedule: Schedule
     thresholds: tuple[float, ...]
+    codec: str = "int8"
     evaluate_every: int = 20
     samples: int = 1_000
     ema: float = 0.99
@@ -135,13 +137,20 @@ class Study:
             shutil.rmtree(self.folder / "path")
         with tempfile.TemporaryDirectory() as control:
             return {
-                "diff-instruct": self._distil("diff-instruct"),
-                "warm": self._distil("warm", path=Path(control), schedule=WarmStart()),
-                "grad-ramp": self._distil("grad-ramp", schedule=GradientRamp()),
-                "disback": self._distil("disback", path=self.folder / "path", schedule=self.plan.schedule),
+                "diff-instruct": self.distil("diff-instruct"),
+                "warm": self.distil("warm", path=Path(control), schedule=WarmStart()),
+                "grad-ramp": self.distil("grad-ramp", schedule=GradientRamp()),
+                "disback": self.distil("disback", path=self.folder / "path", schedule=self.plan.schedule),
             }
 
-    def _distil(self, name: str, *, path: Path | None = None, schedule: Schedule | None = None) -> Run:
+    def distil(self, name: str, *, path: Path | None = None, schedule: Schedule | None = None) -> Run:
+        """Distil once.
+
+        Args:
+            name: Of the run.
+            path: Folder for a path that is recorded first; None: no recording.
+            schedule: What is attached; None: nothing.
+        """
         started = time.perf_counter()
         trainer = Trainer(self.plan.settings, self.seeds)
         if path is not None:
@@ -175,6 +184,7 @@ class Study:
             path=path,
             iterations=self.plan.record,
             every=self.plan.every,
+            codec=self.plan.codec,
         )
         trainer.streams = training
 

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+from worlds import Run, clone, difference
+
+import disback_plugin as disback
+from disback_plugin.errors import PathError
+from disback_plugin.nodes import Decoded
+from disback_plugin.prefetch import Ahead
+from disback_plugin.schedules import Fixed, Ramp
+from disback_plugin.weights import ScoreNetwork
+
+
+@pytest.fixture
+def folder(tmp_path):
+    run = Run()
+    disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path / "p", iterations=6, every=2)
+    return tmp_path / "p"
+
+
+def in_thread(monkeypatch, name, action):
+    """Do something at each read of a node in one thread."""
+    read = Decoded.read
+
+    def watched(self, *arguments, **options):
+        if threading.current_thread().name == name:
+            action()
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(Decoded, "read", watched)
+
+
+def threads():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("disback")]
+
+
+@pytest.mark.parametrize("schedule", [Fixed(2, 1), Ramp(5)])
+def test_a_walk_is_the_same_bit_for_bit_with_and_without(folder, schedule):
+    walks = []
+    for prefetch in (False, True):
+        run, seen = Run(), []
+        scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=schedule, prefetch=prefetch)
+        scheduler.start()
+        for update in range(8):
+            seen.append([scheduler.position, clone(dict(run.teacher.state_dict()))])
+            if update == 2:
+                with scheduler.original_teacher():
+                    assert difference(dict(run.teacher.state_dict()), dict(Run().teacher.state_dict())) == []
+            scheduler.step()
+        walks.append(seen)
+        scheduler.restore()
+    assert difference(*walks) == []
+    assert not threads()
+
+
+def test_the_next_position_is_ready_before_it_is_wanted(folder, monkeypatch):
+    run = Run()
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(2, 1), prefetch=True)
+    scheduler.start()
+    assert not threads()  # the next update stays where it is
+    scheduler.step()
+    scheduler._ahead._thread.join()
+    in_thread(monkeypatch, "MainThread", lambda: pytest.fail("decoded in the hot path"))
+    scheduler.step()
+    assert scheduler.position == 1.0
+
+
+def test_a_slow_read_does_not_hold_up_the_training_step(folder, monkeypatch):
+    run = Run()
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 3), prefetch=True)
+    in_thread(monkeypatch, "disback-prefetch", lambda: time.sleep(0.02))
+    start = time.perf_counter()
+    scheduler.start()
+    assert time.perf_counter() - start < 0.1
+    assert threads() == ["disback-prefetch"]
+    scheduler.step()
+    assert scheduler.position == 1.0
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_at_the_move_and_nothing_is_written(folder, monkeypatch):
+    run = Run()
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 3), prefetch=True)
+
+    def broken():
+        raise PathError("a disk that is gone", expected="a disk", cure="mount it again")
+
+    with monkeypatch.context() as patch:
+        in_thread(patch, "disback-prefetch", broken)
+        scheduler.start()
+        held = clone(dict(run.teacher.state_dict()))
+        with pytest.raises(PathError, match="a disk that is gone"):
+            scheduler.step()
+    assert difference(dict(run.teacher.state_dict()), held) == []
+
+
+def test_a_node_that_decodes_to_something_else_is_not_written(folder):
+    run = Run()
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 3), prefetch=True)
+    scheduler.start()
+    held = clone(dict(run.teacher.state_dict()))
+    scheduler._ahead._thread.join()
+    next(iter(scheduler._ahead._ready.state.values())).view(-1)[0] += 1
+    object.__setattr__(scheduler._ahead._ready, "checksum", "0" * 32)
+    with pytest.raises(PathError, match="decodes to checksum"):
+        scheduler.step()
+    assert difference(dict(run.teacher.state_dict()), held) == []
+
+
+def test_it_is_off_for_a_teacher_in_the_hosts_memory(folder):
+    assert disback.TrajectoryScheduler(folder, Run().teacher)._ahead is None
+
+
+def test_its_memory_is_used_again():
+    net = ScoreNetwork(nn.Linear(64, 64))
+    ahead = Ahead(net)
+    places = []
+    for value in (1.0, 2.0):
+        state = {name: torch.full_like(tensor, value) for name, tensor in net.state_dict().items()}
+        ahead.begin(value, Decoded(state, ()))
+        ready = ahead.take(value)
+        places.append([tensor.data_ptr() for tensor in ready.state.values()])
+        ahead.write(ready)
+        assert net.witness()[0, 0] == value
+    assert places[0] == places[1]
+    assert ahead.take(2.0) is None
