@@ -24,9 +24,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from disback_plugin import losses
+from disback_plugin.cards import percent
 from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.demo import study
-from disback_plugin.manifest import Recording, percent
+from disback_plugin.manifest import Recording
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
 from disback_plugin.probes import Probe
 from disback_plugin.schedules import Ramp

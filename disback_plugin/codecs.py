@@ -25,18 +25,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
-from disback_plugin.errors import COPY_AGAIN, OptionError, PathError
+from disback_plugin.errors import OptionError
+from disback_plugin.packing import pack, packed_sizes, unpack
 from disback_plugin.weights import PIECE, pieces
 
 __all__ = ["BLOCK", "CODES", "SMALLEST_FIRST", "Code", "Parts", "check_codec", "code_for", "fault"]
 
 # Neighbours that share a scale: 0.125 bits a weight.
 BLOCK = 128
-# Of zstd. Higher ones find nothing more in noise.
-LEVEL = 1
 
 Parts = Mapping[str, Tensor]
 
@@ -99,17 +97,17 @@ class Blocks:
             # A scale of 0 stands for differences that bfloat16 cannot hold.
             steps = delta.div_(scale[blocks].float()[:, None]).nan_to_num_(0.0).round_()
             q[start:stop] = steps.clamp_(-self.levels, self.levels).view(-1)[: stop - start]
-        return {"scale": scale, **(_pack(q) if self.packed else {"q": q})}
+        return {"scale": scale, **(pack(q) if self.packed else {"q": q})}
 
     def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
         """Return what `encode` makes."""
-        steps = _packed_sizes(elements) if self.packed else {"q": (torch.int8, elements)}
+        steps = packed_sizes(elements) if self.packed else {"q": (torch.int8, elements)}
         return {"scale": (torch.bfloat16, _blocks(elements)), **steps}
 
     def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
         """Add the difference in float32 and cast once."""
         n, first = len(previous), start // BLOCK
-        q = _unpack(parts, start, n, torch.int8) if self.packed else parts["q"][start : start + n]
+        q = unpack(parts, start, n, torch.int8) if self.packed else parts["q"][start : start + n]
         scale = parts["scale"][first : first + _blocks(n)].float()
         steps = _scratch(n).copy_(q)
         if out.dtype == torch.float32:
@@ -124,15 +122,15 @@ class Rounded:
 
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return the compressed difference."""
-        return _pack((value.float() - previous.float()).bfloat16().view(torch.int16))
+        return pack((value.float() - previous.float()).bfloat16().view(torch.int16))
 
     def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
         """Return what `encode` makes."""
-        return _packed_sizes(elements)
+        return packed_sizes(elements)
 
     def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
         """Add the difference in float32 and cast once."""
-        delta = _unpack(parts, start, len(previous), torch.int16).view(torch.bfloat16)
+        delta = unpack(parts, start, len(previous), torch.int16).view(torch.bfloat16)
         out.copy_(previous.float() + delta)
 
 
@@ -149,15 +147,15 @@ class Exact:
         z = (d << 1) ^ (d >> _sign(d))
         for start, stop in pieces(len(z)):
             z[start:stop] = z[start:stop][_by_exponent(previous[start:stop])]
-        return _pack(z)
+        return pack(z)
 
     def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
         """Return what `encode` makes."""
-        return _packed_sizes(elements)
+        return packed_sizes(elements)
 
     def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
         """Add the integer difference."""
-        grouped = _unpack(parts, start, len(previous), _WORDS[previous.element_size()])
+        grouped = unpack(parts, start, len(previous), _WORDS[previous.element_size()])
         z = torch.empty_like(grouped)
         z[_by_exponent(previous)] = grouped
         d = (z >> 1) & ~(-1 << _sign(z)) ^ -(z & 1)
@@ -276,40 +274,3 @@ def _by_exponent(tensor: Tensor) -> Tensor:
     mantissa = round(-math.log2(torch.finfo(tensor.dtype).eps))
     exponents = (_bits(tensor) >> mantissa) & ~(-1 << (_sign(_bits(tensor)) - mantissa))
     return torch.from_numpy(np.argsort(exponents.to(torch.int16).numpy(), kind="stable"))
-
-
-def _pack(words: Tensor) -> dict[str, Tensor]:
-    """Compress integers, one frame a piece, the bytes of equal weight together."""
-    compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
-    planes = words.numpy().view(np.uint8).reshape(len(words), words.element_size()).T
-    frames = [compressor.compress(planes[:, a:b].tobytes()) for a, b in pieces(len(words))]
-    return {
-        "frames": torch.tensor([len(frame) for frame in frames], dtype=torch.int64),
-        "bytes": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8) if frames else torch.empty(0).byte(),
-    }
-
-
-def _packed_sizes(elements: int) -> dict[str, tuple[torch.dtype, int | None]]:
-    return {"frames": (torch.int64, len(list(pieces(elements)))), "bytes": (torch.uint8, None)}
-
-
-def _unpack(parts: Parts, start: int, elements: int, dtype: torch.dtype) -> Tensor:
-    """Return the `elements` integers of the piece that begins at `start`."""
-    if not elements:
-        return torch.empty(0, dtype=dtype)
-    frame = start // PIECE
-    end = int(parts["frames"][: frame + 1].sum())
-    compressed = parts["bytes"][end - int(parts["frames"][frame]) : end].numpy().data
-    size = elements * dtype.itemsize
-    try:
-        # What a frame says of its size is looked at before it is believed: it could ask for all memory.
-        declared = zstandard.frame_content_size(compressed)
-        raw = zstandard.ZstdDecompressor().decompress(compressed) if declared == size else b""
-    except zstandard.ZstdError as error:
-        raise PathError(f"a compressed piece that does not read ({error})", expected="zstd", cure=COPY_AGAIN) from error
-    if len(raw) != size:
-        raise PathError(f"a compressed piece of {declared} bytes", expected=f"{size} bytes", cure=COPY_AGAIN)
-    words = np.empty((elements, dtype.itemsize), dtype=np.uint8)
-    for place, plane in enumerate(np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, elements)):
-        words[:, place] = plane  # column by column: a transposed copy takes three times as long
-    return torch.from_numpy(words).view(dtype).view(-1)

@@ -24,7 +24,8 @@ from disback_plugin import files, optimizers
 from disback_plugin.errors import OptionError, RoleError, StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
 from disback_plugin.manifest import Manifest, Recording
-from disback_plugin.recording import PATIENCE, Recorder, open_or_create
+from disback_plugin.opening import open_or_create
+from disback_plugin.recording import PATIENCE, Recorder
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
 from disback_plugin.schedules import Schedule

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from disback_plugin.manifest import percent
+from disback_plugin.cards import percent
 from disback_plugin.nodes import Decoded
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import pieces

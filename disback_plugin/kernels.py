@@ -34,9 +34,10 @@ Mode = Literal["auto"] | bool
 
 # Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
 ONE_BLOCK = 1 << 16
-# Elements of a batch from which on compiling is worth its seconds on a CPU. Fused is 1.5 times as fast from two
-# elements on, but what it saves below this, 20 microseconds a call, repays them after 100,000 calls only.
-WINS_ON_CPU = 1 << 14
+# Elements of a batch from which on compiling is worth its seconds on a CPU: that of latents, 4 x 4 x 64 x 64. Fused is
+# 1.5 times as fast from two elements on, but below this it repays the 10 to 20 s of a process's first compiled form,
+# at 20 to 100 microseconds a call, after some 200,000 calls only.
+WINS_ON_CPU = 1 << 16
 
 
 def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:

@@ -23,7 +23,6 @@ __all__ = [
     "Teacher",
     "is_ours",
     "node_file",
-    "percent",
     "training_file",
 ]
 
@@ -220,36 +219,6 @@ class Manifest:
         content = asdict(self) | {"format": FORMAT, "generator": {"fingerprint": self.generator}}
         files.write_json(folder / CONFIG, content)
 
-    def card(self) -> str:
-        """Return the model card, README.md of the path."""
-        rows = "\n".join(
-            f"| {n.index} | {n.iteration} | {n.codec} | {n.bytes:,} | {n.delta_norm:.4g} | {percent(n.codec_error)} | "
-            f"{percent(n.weight_error)} | `{n.checksum[:12]}` |"
-            for n in self.nodes
-        )
-        return _CARD.format(
-            teacher=self.teacher.id or "unnamed",
-            fingerprint=self.teacher.fingerprint,
-            generator=self.generator or "unknown",
-            iterations=self.recording.iterations,
-            codec=self.recording.codec,
-            kept=""
-            if self.recording.keep_teacher
-            else "; it is not in here, the teacher at hand has to be it bit for bit",
-            version=FORMAT,
-            rows=rows,
-        )
-
-
-def percent(share: float | None) -> str:
-    """Return a share as people read it.
-
-    Example:
-        >>> percent(0.0012), percent(None)
-        ('0.12 %', 'not measured')
-    """
-    return "not measured" if share is None else f"{100 * share:.2g} %"
-
 
 T = TypeVar("T")
 
@@ -295,32 +264,3 @@ def is_ours(name: str) -> bool:
         (True, False)
     """
     return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None
-
-
-_CARD = """---
-library_name: disback
-tags: [disback, score-distillation, diffusion-distillation]
----
-# A degradation path
-
-Weights of a score network on its way from the teacher (node 0) to the distribution of an initial student generator,
-recorded for Distribution Backtracking Distillation ([arXiv 2408.15991](https://arxiv.org/abs/2408.15991)).
-
-* teacher: {teacher}, fingerprint `{fingerprint}`{kept}
-* initial generator: fingerprint `{generator}`
-* recorded in {iterations} iterations, codec `{codec}`, format {version}
-
-| node | iteration | codec | bytes | distance to the node before | error in scores | error in weights | checksum |
-|---|---|---|---|---|---|---|---|
-{rows}
-
-Errors are those of the codec over the step from the node before: of the score network's output on the student's
-samples, and of the weights.
-
-```python
-import disback_plugin as disback
-
-path = disback.DegradationPath.from_pretrained("this repository or folder")
-scheduler = disback.TrajectoryScheduler(path, teacher, fake_score, schedule="auto")
-```
-"""

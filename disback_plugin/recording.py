@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from disback_plugin import files, training
-from disback_plugin.errors import OptionError, PathError, TrainingError
-from disback_plugin.manifest import Manifest, Recording
+from disback_plugin import training
+from disback_plugin.errors import OptionError, TrainingError
+from disback_plugin.manifest import Recording
+from disback_plugin.opening import open_or_create
 from disback_plugin.probes import Probe
 from disback_plugin.roles import check_apart
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["PATIENCE", "Network", "Recorder", "open_or_create", "record"]
+__all__ = ["PATIENCE", "Network", "Recorder", "record"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,74 +96,6 @@ class Recorder:
             self.close()
             if not self.path.complete:
                 self.path.finish()
-
-
-def open_or_create(
-    folder: str | os.PathLike[str],
-    teacher: ScoreNetwork,
-    recording: Recording,
-    *,
-    generator: str | None = None,
-    check: Callable[[int], None] = lambda nodes: None,
-) -> DegradationPath:
-    """Return the path in `folder`: a finished one of this teacher, its own unfinished one, or a new one.
-
-    Args:
-        folder: A folder that holds a path, is empty, or is missing.
-        teacher: The teacher s_theta.
-        recording: The plan. A finished path is used whatever its plan was; an unfinished one must have the same.
-        generator: Fingerprint of the initial generator, if known.
-        check: Called with the index N of the last node, before anything is written; raises if that does not fit.
-
-    Raises:
-        PathError: If the folder holds something else, or a path of another teacher, or an unfinished one of
-            another plan or another initial generator.
-    """
-    opened: list[DegradationPath] = []
-
-    def prepare() -> Manifest:
-        if DegradationPath.exists(folder):
-            opened.append(resume(DegradationPath(folder)))
-        else:
-            check(recording.nodes)
-            opened.append(DegradationPath.create(folder, state, recording, generator=generator))
-        return opened[0].manifest
-
-    def resume(path: DegradationPath) -> DegradationPath:
-        check(len(path) - 1 if path.complete else recording.nodes)
-        path.bind(state)
-        _check_same_recording(path, recording, generator)
-        path.complete_node_0(state)
-        path.tidy()
-        path.verify()
-        # A crash may have come between the last node and the mark that it was the last.
-        if not path.complete and len(path) - 1 == recording.nodes:
-            path.finish()
-        return path
-
-    # One rank looks and acts; the others must not see the folder half way.
-    state = teacher.state_dict()
-    manifest = files.on_rank_zero(prepare)
-    if opened:
-        return opened[0]
-    path = DegradationPath(folder, manifest)
-    path.bind(state)
-    return path
-
-
-def _check_same_recording(path: DegradationPath, recording: Recording, generator: str | None) -> None:
-    recorded = path.manifest
-    other_student = None not in (generator, recorded.generator) and generator != recorded.generator
-    if path.complete:
-        if other_student:
-            logger.warning("%s was recorded on another initial generator than the one at hand", path.folder)
-        return
-    if other_student or recorded.recording != recording:
-        raise PathError(
-            f"an unfinished recording of {'another initial generator' if other_student else recorded.recording}",
-            expected=f"the recording that {path.folder} began, to resume it, not {recording}",
-            cure="pass the same generator, record=, every=, codec= and keep_teacher=, or another path=",
-        )
 
 
 def record(

@@ -25,6 +25,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import files
+from disback_plugin.cards import card
 from disback_plugin.encoding import encode
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.fingerprints import checksum, fingerprint
@@ -352,7 +353,7 @@ class DegradationPath(
         def write() -> None:
             # The state goes first: a path that is complete holds nothing else.
             self._remove_unlisted(keep_training=False)
-            files.write_text(self.folder / "README.md", self.manifest.card())
+            files.write_text(self.folder / "README.md", card(self.manifest))
             replace(self.manifest, complete=True).write(self.folder)
 
         self._on_rank_zero(write)
@@ -410,7 +411,7 @@ class DegradationPath(
         for entry in self.manifest.entries:
             if entry.sha256:
                 files.copy(self.folder / entry.file, save_directory / entry.file)
-        files.write_text(save_directory / "README.md", self.manifest.card())
+        files.write_text(save_directory / "README.md", card(self.manifest))
         self.manifest.write(save_directory)
 
     def __repr__(self) -> str:

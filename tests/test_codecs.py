@@ -84,7 +84,7 @@ def test_a_decoded_value_does_not_depend_on_how_the_machine_adds(name, seed, exp
     value, previous = walk(4 * BLOCK, torch.float32, seed, size=2.0**exponent)
     code = CODES[name]
     parts = code.encode(value, previous)
-    q = codecs._unpack(parts, 0, len(value), torch.int8) if code.packed else parts["q"]
+    q = codecs.unpack(parts, 0, len(value), torch.int8) if code.packed else parts["q"]
     product = q.double() * parts["scale"].double().repeat_interleave(BLOCK)
     assert torch.equal(product.float().double(), product)
     assert torch.equal(decode(code, parts, previous), previous + product.float())

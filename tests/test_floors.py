@@ -19,8 +19,8 @@ FLOORS = [
         *("fingerprints", "modules", "weights", "optimizers", "roles", "hooks", "masking"),
     ],
     [
-        *("files", "codecs", "nodes", "probes", "encoding", "manifest", "storage", "trajectory"),
-        *("training", "recording", "schedules", "prefetch", "scheduler", "inspection", "metrics"),
+        *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
+        *("training", "opening", "recording", "schedules", "prefetch", "scheduler", "inspection", "metrics"),
     ],
     ["handle", "attachment", "demo", "cli", "testing"],
 ]

@@ -104,6 +104,7 @@ end = ScoreNetwork(run.generator).fingerprint()
 handle.detach()
 result = {{"seen": seen, "generator": end, "restored": ScoreNetwork(teacher).fingerprint() == original}}
 open(f"{{folder}}/rank{{rank}}.json", "w").write(json.dumps(result))
+dist.barrier()  # a rank that is gone takes the other's threads with it
 dist.destroy_process_group()
 """
 

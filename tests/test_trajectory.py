@@ -91,6 +91,33 @@ def test_a_path_is_a_hub_object(recorded, tmp_path):
     assert "| 2 | 20 |" in (tmp_path / "copy" / "README.md").read_text()
 
 
+def test_a_path_is_uploaded_whole_with_its_card(recorded, monkeypatch):
+    from huggingface_hub import hub_mixin
+
+    uploaded = {}
+
+    class Hub:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, **_):
+            copy = DegradationPath(folder_path)
+            copy.verify()
+            uploaded[repo_id] = (copy.manifest, (copy.folder / "README.md").read_text())
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    recorded.push_to_hub("somebody/a-path")
+    manifest, card = uploaded["somebody/a-path"]
+    assert manifest == recorded.manifest
+    for said in (recorded.manifest.teacher.fingerprint, "codec `exact`", "format 1", "library_name: disback"):
+        assert said in card
+    for node in recorded.nodes:
+        assert f"| {node.index} | {node.iteration} | exact | {node.bytes:,} |" in card
+
+
 def test_saving_onto_itself_is_refused_and_a_broken_path_is_not_saved(recorded, tmp_path):
     with pytest.raises(OptionError, match="onto itself"):
         recorded.save_pretrained(recorded.folder)
@@ -227,7 +254,8 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     """Fail at each rename in turn; what is there afterwards must open, and end equal to an undisturbed recording."""
     from pathlib import Path
 
-    from disback_plugin.recording import Recorder, open_or_create
+    from disback_plugin.opening import open_or_create
+    from disback_plugin.recording import Recorder
 
     teacher, *nodes = states(4)
     net = Score()
