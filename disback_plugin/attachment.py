@@ -35,6 +35,7 @@ def attach(
     codec: str = "int8",
     keep_teacher: bool = True,
     schedule: Schedule | str = "auto",
+    prefetch: bool | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Handle:
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
@@ -63,6 +64,7 @@ def attach(
         keep_teacher: Whether the path holds node 0. If not, its size halves, and to attach again needs a teacher that
             is node 0 bit for bit.
         schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it.
+        prefetch: Whether to decode the next position ahead of time, as in `TrajectoryScheduler`.
         state: What `Handle.state_dict` returned at the moment whose checkpoint the trainer has loaded. The path is then
             taken as it is, s_phi is left alone, and the teacher is written, whatever it holds.
 
@@ -124,6 +126,7 @@ def attach(
         generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
         fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
         schedule=resolve(schedule),
+        prefetch=prefetch,
     )
     handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state)
     return handle

@@ -39,6 +39,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         epilog="example: disback demo --seeds 3 --network conv --student teacher --out results",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    demo.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     demo.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side")
     demo.add_argument(
         "--student", choices=("scratch", "teacher"), default="scratch", help="the student's first weights"
@@ -88,6 +89,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Read, decode and verify every file of a degradation path, and print a table of its nodes. "
         "Exits with 1 if the path is broken.",
         epilog="example: disback inspect runs/path --json",
+    )
+    inspect.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
     inspect.add_argument("path", metavar="PATH", help="folder, or id of a repository on the Hugging Face hub")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

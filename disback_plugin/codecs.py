@@ -11,8 +11,8 @@ The loop is closed: the difference is that to the previous node *as it is decode
 path. Whatever the codec, a tensor that did not change is stored as nothing, and one that is no float of at most 32
 bits, or is not finite (an attention mask), exactly.
 
-A decoded node is the same bit for bit on every machine: a step q times its scale has 7 and 8 significant bits, so the
-product is exact in float32, and a fused multiply-add rounds as a product and a sum do.
+A decoded node is the same bit for bit on every machine that keeps denormals: a step q and its scale have 7 and 8
+significant bits, so the product is exact in float32, and a fused multiply-add rounds as a product and a sum do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from disback_plugin.errors import OptionError
 from disback_plugin.packing import pack, packed_sizes, unpack
-from disback_plugin.weights import PIECE, pieces
+from disback_plugin.weights import PIECE, pieces, room
 
 __all__ = ["BLOCK", "CODES", "SMALLEST_FIRST", "Code", "Parts", "check_codec", "code_for", "fault"]
 
@@ -87,16 +87,16 @@ class Blocks:
 
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return the steps, shape (n,), and the scales in bfloat16, shape (ceil(n / BLOCK),)."""
-        q = torch.empty(len(value), dtype=torch.int8)
-        scale = torch.empty(_blocks(len(value)), dtype=torch.bfloat16)
+        q = room(len(value), torch.int8)
+        scale = room(_blocks(len(value)), torch.bfloat16)
         for start, stop in pieces(len(value)):
             blocks = slice(start // BLOCK, _blocks(stop))
-            delta = torch.zeros(_blocks(stop - start), BLOCK)
+            delta = room(_blocks(stop - start) * BLOCK, torch.float32).zero_().view(-1, BLOCK)
             torch.sub(value[start:stop].float(), previous[start:stop].float(), out=delta.view(-1)[: stop - start])
             scale[blocks] = delta.abs().amax(dim=1) / self.levels
             # A scale of 0 stands for differences that bfloat16 cannot hold.
-            steps = delta.div_(scale[blocks].float()[:, None]).nan_to_num_(0.0).round_()
-            q[start:stop] = steps.clamp_(-self.levels, self.levels).view(-1)[: stop - start]
+            divisor = torch.where(scale[blocks] > 0, scale[blocks].float(), math.inf)
+            q[start:stop] = delta.div_(divisor[:, None]).round_().view(-1)[: stop - start]
         return {"scale": scale, **(pack(q) if self.packed else {"q": q})}
 
     def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
@@ -183,7 +183,7 @@ def check_codec(codec: str) -> None:
         >>> check_codec("int8"), check_codec("auto:0.005")
         (None, None)
     """
-    name, _, bound = codec.partition(":")
+    name, _, bound = str(codec).partition(":")
     try:
         fits = codec in SMALLEST_FIRST or (name == "auto" and (codec == "auto" or 0 < float(bound) < 1))
     except ValueError:
@@ -237,7 +237,7 @@ def _blocks(elements: int) -> int:
 def _scratch(elements: int) -> Tensor:
     """Return memory of this thread, in float32, that the next call hands out again: fresh pages cost more than sums."""
     if not hasattr(_MEMORY, "piece"):
-        _MEMORY.piece = torch.empty(PIECE)
+        _MEMORY.piece = room(PIECE, torch.float32)
     piece: Tensor = _MEMORY.piece
     return piece[:elements]
 
@@ -270,7 +270,7 @@ def _ordered(words: Tensor) -> Tensor:
 def _by_exponent(tensor: Tensor) -> Tensor:
     """Return the order in which floats of one exponent stand together, small ones first; other numbers stay."""
     if not tensor.is_floating_point():
-        return torch.arange(len(tensor))
+        return torch.arange(len(tensor), device="cpu")
     mantissa = round(-math.log2(torch.finfo(tensor.dtype).eps))
     exponents = (_bits(tensor) >> mantissa) & ~(-1 << (_sign(_bits(tensor)) - mantissa))
     return torch.from_numpy(np.argsort(exponents.to(torch.int16).numpy(), kind="stable"))

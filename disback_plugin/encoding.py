@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -44,7 +45,14 @@ class Encoded:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "delta"}
 
 
-def encode(codec: str, state: Mapping[str, Tensor], previous: Decoded, probe: Probe | None = None) -> Encoded:
+def encode(
+    codec: str,
+    state: Mapping[str, Tensor],
+    previous: Decoded,
+    probe: Probe | None = None,
+    *,
+    exactly: Collection[str] = (),
+) -> Encoded:
     """Encode a network's weights as the node after `previous`.
 
     Args:
@@ -53,6 +61,8 @@ def encode(codec: str, state: Mapping[str, Tensor], previous: Decoded, probe: Pr
         state: All weights of s'_i, under canonical names.
         previous: Node i - 1.
         probe: What evaluates the network that holds `state`. Without a forward seen, weights are compared.
+        exactly: Names of tensors that are stored exactly, whatever the codec: running statistics, whose signs matter.
+            So are tensors that overlap others in memory, and a whole node that would not be finite once decoded.
 
     Raises:
         TrainingError: If the weights are not finite, or equal those of `previous`.
@@ -67,16 +77,25 @@ def encode(codec: str, state: Mapping[str, Tensor], previous: Decoded, probe: Pr
         )
     score = _Score(probe, previous)
     recorded = checksum(state)
+    exactly = {*exactly, *_overlapping(tensors, state)}
     name, _, bound = codec.partition(":")
-    for candidate in SMALLEST_FIRST if name == "auto" else (name,):
-        delta = Delta.encode(candidate, tensors, aliases, previous)
+    allowed = (float(bound) if bound else BOUND) if name == "auto" else math.inf
+    for candidate in SMALLEST_FIRST if name == "auto" else (name, "exact"):
+        delta = Delta.encode(candidate, tensors, aliases, previous, exactly=exactly)
         decoded = Decoded(previous.teacher, (*previous.deltas, delta))
-        weight_error, total = _distance_and_checksum(tensors, aliases, decoded)
+        distance, total = _distance_and_checksum(tensors, aliases, decoded)
         codec_error = 0.0 if total == recorded else score.change(decoded)
-        result = Encoded(delta, candidate, total, recorded, delta_norm, weight_error / delta_norm, codec_error)
-        if (result.weight_error if codec_error is None else codec_error) <= (float(bound) if bound else BOUND):
+        result = Encoded(delta, candidate, total, recorded, delta_norm, distance / delta_norm, codec_error)
+        error = result.weight_error if codec_error is None else codec_error
+        if error <= allowed and math.isfinite(error + result.weight_error):
             return result
-    return result
+    return result  # exact: its errors are 0
+
+
+def _overlapping(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of different tensors that live in one memory, as a slice that is a buffer of its own."""
+    places = Counter(state[name].untyped_storage().data_ptr() for name in tensors if state[name].numel())
+    return {name for name in tensors if state[name].numel() and places[state[name].untyped_storage().data_ptr()] > 1}
 
 
 class _Score:
@@ -84,6 +103,8 @@ class _Score:
 
     def __init__(self, probe: Probe | None, previous: Decoded) -> None:
         self._probe = probe if probe is not None and probe.ready else None
+        if probe is not None and not probe.ready:
+            logger.info("the codec's error in the scores is not measured: no forward of the network was seen")
         self._previous = previous
         self._reference: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -101,10 +122,10 @@ class _Score:
 
 
 def _distance(tensors: Mapping[str, Tensor], node: Decoded) -> float:
-    """Return the Euclidean distance over all floating tensors, in float64."""
+    """Return the Euclidean distance over all floating and complex tensors."""
     total = 0.0
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             for start, stop in pieces(tensor.numel()):
                 total += _square(tensor.view(-1)[start:stop], node.read(name, start, stop))
     return math.sqrt(total)
@@ -121,13 +142,15 @@ def _distance_and_checksum(
             values = decoded.read(name, start, stop)
             for each in known:
                 total.add(each, values)
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() or tensor.is_complex():
                 square += _square(tensor.view(-1)[start:stop], values)
     return math.sqrt(square), total.digest()
 
 
 def _square(a: Tensor, b: Tensor) -> float:
     """Return |a - b|^2 of two pieces."""
+    if a.is_complex():
+        a, b = torch.view_as_real(a).reshape(-1), torch.view_as_real(b).reshape(-1)
     d = a - b
     square = float(d @ d)
     if d.dtype == torch.float32 and 1e-25 < square < math.inf:

@@ -22,6 +22,7 @@ __all__ = [
     "copy",
     "digest",
     "map_tensors",
+    "on_every_rank",
     "on_rank_zero",
     "read_json",
     "stamp",
@@ -34,6 +35,7 @@ __all__ = [
 
 T = TypeVar("T")
 
+LARGEST_JSON = 1 << 26
 # The key of the text in a file's metadata.
 ABOUT = "disback"
 
@@ -95,7 +97,7 @@ def stamp(file: Path) -> tuple[int, int, int] | None:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, keys sorted, so that equal content gives equal bytes."""
-    write_text(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(file, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -107,6 +109,8 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if not file.is_file():  # a pipe would be waited for
             raise FileNotFoundError(file)
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"{file.stat().st_size} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PathError(
@@ -186,13 +190,45 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     return result
 
 
+def on_every_rank(action: Callable[[], None]) -> None:
+    """Run `action` on every rank; all raise if it failed on one.
+
+    Raises:
+        PathError: On the ranks where it did not fail; it names one where it did.
+    """
+    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        action()
+        return
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as caught:
+        error = caught
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [rank for rank, failure in enumerate(failures) if failure is not None]
+    if failed:
+        raise PathError(
+            f"rank {failed[0]} failed ({failures[failed[0]]})",
+            expected="every rank to find the path and the same teacher",
+            cure=f"see the error of rank {failed[0]}; the folder has to be one that all ranks share",
+        )
+
+
 def _replace(file: Path, write: Callable[[Path], object]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
+        # Whatever stands there, a link perhaps, is not written into.
+        temporary.unlink(missing_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         # safetensors makes its files private; those of a path are as readable as any other file of the user's.
-        temporary.touch()
         mode = temporary.stat().st_mode
-        write(temporary)
+        try:
+            write(temporary)
+        except SafetensorError as error:  # as of a full disk
+            raise OSError(str(error)) from error
         temporary.chmod(mode)
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())

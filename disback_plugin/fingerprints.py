@@ -1,8 +1,8 @@
 """What names weights by their content: a SHA-256 of everything, and a checksum at the speed of memory.
 
-The checksum adds the bits of each tensor up as 64-bit integers, so that neither the order of summation nor the size of
-the pieces matters. It finds what goes wrong by accident (a flipped bit, a foreign node, a half-written network, tensors
-in each other's place); against intent there is the SHA-256.
+The checksum adds up the bits of each tensor as 64-bit integers, in 64 columns, so that neither the order of summation
+nor the size of the pieces matters. It finds what goes wrong by accident (a flipped bit, a foreign node, a half-written
+network, tensors in each other's place), not every permutation inside a tensor; against intent there is the SHA-256.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Checksum", "checksum", "contiguous_bytes", "fingerprint"]
 
-_WRAP = 1 << 64
+COLUMNS = 64
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -41,24 +41,27 @@ class Checksum:
 
     Example:
         >>> whole, pieces = Checksum(), Checksum()
-        >>> whole.add("w", torch.arange(8.0))
-        >>> pieces.add("w", torch.arange(4.0, 8.0))
-        >>> pieces.add("w", torch.arange(0.0, 4.0))
+        >>> whole.add("w", torch.arange(1024.0))
+        >>> pieces.add("w", torch.arange(512.0, 1024.0))
+        >>> pieces.add("w", torch.arange(0.0, 512.0))
         >>> whole.digest() == pieces.digest()
         True
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[Tensor]] = {}
+        self._sums: dict[tuple[str, torch.dtype], list[Tensor]] = {}
 
     def add(self, name: str, piece: Tensor) -> None:
-        """Add a piece of a tensor: all of it, or any 64-bit words of its row-major bytes. No device sync."""
-        self._sums.setdefault(name, []).append(_sum(piece.detach()))
+        """Add a piece of a tensor: all of it, or a part that starts at a multiple of 512 of its row-major bytes.
+
+        No device sync.
+        """
+        self._sums.setdefault((name, piece.dtype), []).append(_sums(piece.detach()))
 
     def digest(self) -> str:
         """Return the checksum: 32 hexadecimal digits."""
-        totals = {name: sum(int(s) for s in sums) % _WRAP for name, sums in self._sums.items()}
-        return hashlib.sha256(repr(sorted(totals.items())).encode()).hexdigest()[:32]
+        totals = [(name, str(dtype), torch.stack(sums).sum(0).tolist()) for (name, dtype), sums in self._sums.items()]
+        return hashlib.sha256(repr(sorted(totals)).encode()).hexdigest()[:32]
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:
@@ -82,15 +85,20 @@ def contiguous_bytes(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _sum(tensor: Tensor) -> Tensor:
+def _sums(tensor: Tensor) -> Tensor:
+    """Return the sums of every COLUMNS-th word, shape (COLUMNS,)."""
     flat = tensor.contiguous().view(-1)
-    if flat.storage_offset() * flat.element_size() % 8:  # words are read where they are aligned
-        flat = flat.clone()
     size = flat.element_size()
+    if flat.storage_offset() * size % 8:  # words are read where they are aligned
+        flat = flat.clone()
     rest = flat.numel() * size % 8 // size
-    if not rest:
-        return flat.view(torch.int64).sum()
-    return flat[:-rest].view(torch.int64).sum() + _weigh(flat[-rest:].view(torch.uint8))
+    words = (flat[:-rest] if rest else flat).view(torch.int64)
+    whole = words.numel() // COLUMNS * COLUMNS
+    sums = words[:whole].view(-1, COLUMNS).sum(0)
+    sums[: words.numel() - whole] += words[whole:]
+    if rest:
+        sums[-1] += _weigh(flat[-rest:].view(torch.uint8))
+    return sums
 
 
 def _weigh(rest: Tensor) -> Tensor:

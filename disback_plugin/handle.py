@@ -60,10 +60,11 @@ class Handle:
         generator_optimizers: list[Optimizer],
         fake_score_optimizers: list[Optimizer],
         schedule: Schedule,
+        prefetch: bool | None = None,
     ) -> None:
         self._teacher, self._fake_score = teacher, fake_score
         self._generator_optimizers = generator_optimizers
-        self._schedule = schedule
+        self._schedule, self._prefetch = schedule, prefetch
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
         if not _ATTACHED.isdisjoint((*generator_optimizers, *fake_score_optimizers)):
             raise RoleError(
@@ -312,7 +313,9 @@ class Handle:
         logger.info("%r", self)
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
-        return TrajectoryScheduler(self.path, self._teacher, fake_score, schedule=self._schedule)
+        return TrajectoryScheduler(
+            self.path, self._teacher, fake_score, schedule=self._schedule, prefetch=self._prefetch
+        )
 
     def _install_hooks(self) -> None:
         for optimizer in self._generator_optimizers:

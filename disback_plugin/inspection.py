@@ -152,7 +152,7 @@ def _shape(path: DegradationPath) -> _Shape:
     for name, layout in tqdm(own.items(), desc="inspecting", disable=None):
         if layout.dtype.is_floating_point:
             for start, stop in pieces(layout.shape.numel()):
-                values = [value.double() for value in last.trace(name, start, stop)]
+                values = [value.to(torch.float64, copy=True) for value in last.trace(name, start, stop)]
                 d = [_difference(value, values[0]) for value in values]
                 squares = [total + float(d_i @ d_i) for total, d_i in zip(squares, d, strict=True)]
                 products = [total + float(d_i @ d[-1]) for total, d_i in zip(products, d, strict=True)]

@@ -69,7 +69,7 @@ class Recording:
     @property
     def nodes(self) -> int:
         """N, the index of the last node."""
-        return math.ceil(self.iterations / self.every)
+        return -(-self.iterations // self.every)
 
     def due(self, iteration: int) -> bool:
         """Return whether a node is saved after this iteration."""
@@ -165,7 +165,7 @@ class Manifest:
         """
         file = folder / CONFIG
         content = files.read_json(file)
-        if content.get("format") != FORMAT:
+        if type(content.get("format")) is not int or content["format"] != FORMAT:
             raise PathError(
                 f"format {content.get('format')!r} in {file}",
                 expected=f"format {FORMAT}",
@@ -173,7 +173,7 @@ class Manifest:
             )
         try:
             manifest = cls._from_json(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PathError(
                 f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=COPY_AGAIN
             ) from error
@@ -192,6 +192,8 @@ class Manifest:
         unknown = {node.codec for node in nodes} - set(SMALLEST_FIRST)
         if unknown:
             return f"codecs {sorted(unknown)}, which this version cannot read,"
+        if not all(0 < node.delta_norm < math.inf for node in nodes):
+            return "a node at no distance from the one before"
         iterations = [node.iteration for node in nodes]
         due = [min((i + 1) * self.recording.every, self.recording.iterations) for i in range(len(nodes))]
         if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
@@ -230,9 +232,11 @@ def _typed(kind: type[T], content: Mapping[str, Any]) -> T:
 
 
 def _of_type(value: Any, kind: Any) -> Any:
+    if kind is float and type(value) is int:
+        value = float(value)
     odd = (isinstance(value, bool) and kind is not bool) or (isinstance(value, float) and not math.isfinite(value))
-    if odd or not (isinstance(value, kind) or (kind is float and isinstance(value, int))):
-        raise TypeError(f"{value!r} where {getattr(kind, '__name__', kind)} was expected")
+    if odd or not isinstance(value, kind):
+        raise TypeError(f"{value!r:.80} where {getattr(kind, '__name__', kind)} was expected")
     return value
 
 

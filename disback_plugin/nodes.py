@@ -7,7 +7,7 @@ node is ever in memory as a whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from disback_plugin.codecs import CODES, code_for, fault
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.weights import PIECE, Layout, pieces
+from disback_plugin.files import without_aliases
+from disback_plugin.weights import PIECE, Layout, pieces, room
 
 __all__ = ["Between", "Decoded", "Delta", "Entry"]
 
@@ -75,7 +76,15 @@ class Delta:
         }
 
     @classmethod
-    def encode(cls, codec: str, state: Mapping[str, Tensor], aliases: Mapping[str, str], previous: Decoded) -> Delta:
+    def encode(
+        cls,
+        codec: str,
+        state: Mapping[str, Tensor],
+        aliases: Mapping[str, str],
+        previous: Decoded,
+        *,
+        exactly: Collection[str] = (),
+    ) -> Delta:
         """Return the difference of a state to the node before it.
 
         Args:
@@ -83,6 +92,7 @@ class Delta:
             state: All weights by canonical name, tied ones under their first name only.
             aliases: The other names.
             previous: The node before, as it is decoded.
+            exactly: Names of tensors that are stored exactly, whatever the codec.
         """
         entries: dict[str, Entry] = {}
         parts: dict[str, Tensor] = {}
@@ -90,7 +100,7 @@ class Delta:
             layout = Layout(tensor.dtype, tensor.shape)
             flat = tensor.detach().cpu().contiguous().view(-1)
             before = previous.flat(name).to(tensor.dtype)
-            code = code_for(codec, flat, before)
+            code = code_for("exact" if name in exactly else codec, flat, before)
             entries[name] = Entry(code, layout)
             parts |= {f"{name}|{part}": value for part, value in CODES[code].encode(flat, before).items()}
         return cls(entries, aliases, parts)
@@ -195,7 +205,7 @@ class Decoded:
     def flat(self, name: str) -> Tensor:
         """Return a whole tensor, shape (elements,)."""
         layout = self.layout()[name]
-        whole = torch.empty(layout.shape.numel(), dtype=layout.dtype)
+        whole = room(layout.shape.numel(), layout.dtype)
         for start, stop in pieces(len(whole)):
             self.read(name, start, stop, whole[start:stop])
         return whole
@@ -203,7 +213,7 @@ class Decoded:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights, on the CPU; tied ones share memory."""
         names = self.layout()
-        aliases = self.deltas[-1].aliases if self.deltas else {}
+        aliases = self.deltas[-1].aliases if self.deltas else without_aliases(self.teacher)[1]
         own = {name: self.flat(name).view(layout.shape) for name, layout in names.items() if name not in aliases}
         return {name: own[aliases.get(name, name)] for name in names}
 
@@ -211,7 +221,7 @@ class Decoded:
 def _room(elements: int, dtype: torch.dtype, *offered: Tensor | None) -> Tensor:
     """Return the first memory offered that has the dtype, or new one."""
     fitting = [room for room in offered if room is not None and room.dtype == dtype]
-    return fitting[0] if fitting else torch.empty(elements, dtype=dtype)
+    return fitting[0] if fitting else room(elements, dtype)
 
 
 class Between:
@@ -225,6 +235,8 @@ class Between:
 
     def __init__(self, node: Decoded, fraction: float) -> None:
         self.node, self.fraction = node, fraction
+        self._before = Decoded(node.teacher, node.deltas[:-1])
+        self._dtypes = {name: layout.dtype for name, layout in self._before.layout().items()}
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def layout(self) -> dict[str, Layout]:
@@ -233,16 +245,13 @@ class Between:
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return a piece of the mixture."""
-        *earlier, delta = self.node.deltas
+        delta = self.node.deltas[-1]
         name = delta.resolve(name)
         entry, elements = delta.entries[name], stop - start
-        before = Decoded(self.node.teacher, earlier)
-        low = before.read(
-            name, start, stop, self._room("low", before.layout()[name].dtype, elements) if earlier else None
-        )
+        memory = self._room("low", self._dtypes[name], elements) if self._before.deltas else None
+        low = self._before.read(name, start, stop, memory).to(entry.layout.dtype)
         if entry.code == "same":
             return low if out is None else out.copy_(low)
-        low = low.to(entry.layout.dtype)
         high = self._room("high", entry.layout.dtype, elements)
         delta.step(name, low, start, high)
         if out is not None and out.dtype == torch.float32 == high.dtype and entry.code != "exact":
@@ -253,7 +262,7 @@ class Between:
     def _room(self, name: str, dtype: torch.dtype, elements: int) -> Tensor:
         """Return memory that the next piece uses again."""
         if (name, dtype) not in self._memory:
-            self._memory[name, dtype] = torch.empty(PIECE, dtype=dtype)
+            self._memory[name, dtype] = room(PIECE, dtype)
         return self._memory[name, dtype][:elements]
 
 

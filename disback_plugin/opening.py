@@ -63,10 +63,14 @@ def open_or_create(
     # One rank looks and acts; the others must not see the folder half way.
     state = teacher.state_dict()
     manifest = files.on_rank_zero(prepare)
-    if opened:
-        return opened[0]
-    path = DegradationPath(folder, manifest)
-    path.bind(state)
+    path = opened[0] if opened else DegradationPath(folder, manifest)
+
+    def look() -> None:
+        path.bind(state)
+        path.source(len(path) - 1)
+
+    # But each rank decodes for itself: all find the files and the same teacher, or all raise.
+    files.on_every_rank(look)
     return path
 
 

@@ -14,7 +14,7 @@ import zstandard
 from torch import Tensor
 
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.weights import PIECE, pieces
+from disback_plugin.weights import PIECE, pieces, room
 
 __all__ = ["pack", "packed_sizes", "unpack"]
 
@@ -28,20 +28,20 @@ def pack(words: Tensor) -> dict[str, Tensor]:
     planes = words.numpy().view(np.uint8).reshape(len(words), words.element_size()).T
     frames = [compressor.compress(planes[:, a:b].tobytes()) for a, b in pieces(len(words))]
     return {
-        "frames": torch.tensor([len(frame) for frame in frames], dtype=torch.int64),
-        "bytes": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8) if frames else torch.empty(0).byte(),
+        "frames": torch.tensor([len(frame) for frame in frames], dtype=torch.int64, device="cpu"),
+        "bytes": torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8) if frames else room(0, torch.uint8),
     }
 
 
 def packed_sizes(elements: int) -> dict[str, tuple[torch.dtype, int | None]]:
     """Return dtype and length of what `pack` makes of so many integers; None where the length depends on them."""
-    return {"frames": (torch.int64, len(list(pieces(elements)))), "bytes": (torch.uint8, None)}
+    return {"frames": (torch.int64, max(-(-elements // PIECE), 1)), "bytes": (torch.uint8, None)}
 
 
 def unpack(parts: Mapping[str, Tensor], start: int, elements: int, dtype: torch.dtype) -> Tensor:
     """Return the `elements` integers of the piece that begins at `start`."""
     if not elements:
-        return torch.empty(0, dtype=dtype)
+        return room(0, dtype)
     frame = start // PIECE
     end = int(parts["frames"][: frame + 1].sum())
     compressed = parts["bytes"][end - int(parts["frames"][frame]) : end].numpy().data

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin.fingerprints import Checksum
-from disback_plugin.weights import ScoreNetwork, Source, pieces
+from disback_plugin.weights import ScoreNetwork, Source, pieces, room
 
 __all__ = ["Ahead", "Ready"]
 
@@ -45,7 +45,8 @@ class Ahead:
 
     def __init__(self, network: ScoreNetwork) -> None:
         self._network = network
-        self._on_gpu = any(tensor.is_cuda for tensor in network.state_dict().values())
+        self._device = network.witness().device
+        self._on_gpu = self._device.type == "cuda"
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
         self._position: float | None = None
         self._thread: threading.Thread | None = None
@@ -59,7 +60,8 @@ class Ahead:
             return
         self.forget()
         self._position = position
-        self._thread = threading.Thread(target=self._decode, args=(source,), name="disback-prefetch", daemon=True)
+        # Not a daemon: the interpreter waits for it at its end, where a thread that goes on would abort the process.
+        self._thread = threading.Thread(target=self._decode, args=(source,), name="disback-prefetch")
         self._thread.start()
 
     def take(self, position: float) -> Ready | None:
@@ -79,12 +81,16 @@ class Ahead:
         """Copy a decoded position into the network."""
         self._network.load_state_dict(ready.state, non_blocking=self._on_gpu)
         if self._on_gpu:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
+            self._copied = torch.cuda.current_stream(self._device).record_event()
 
     def forget(self) -> None:
         """Wait for the thread, if there is one, and drop what it made."""
         self._join()
+
+    def close(self) -> None:
+        """Forget, and give the memory back."""
+        self.forget()
+        self._memory.clear()
 
     def _join(self) -> tuple[Ready | None, Exception | None]:
         if self._thread is not None:
@@ -111,5 +117,5 @@ class Ahead:
     def _room(self, name: str, dtype: torch.dtype, elements: int) -> Tensor:
         """Return memory that the next position uses again."""
         if (name, dtype) not in self._memory:
-            self._memory[name, dtype] = torch.empty(elements, dtype=dtype, pin_memory=self._on_gpu)
+            self._memory[name, dtype] = room(elements, dtype, pinned=self._on_gpu)
         return self._memory[name, dtype]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from disback_plugin.errors import TrainingError
 from disback_plugin.weights import ScoreNetwork, Source
 
 __all__ = ["Probe"]
@@ -53,7 +54,6 @@ class Probe:
     def __init__(self, network: ScoreNetwork) -> None:
         self.network = network
         self._calls: dict[str, _Call] = {}
-        self._busy = False
         self._hooks: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._watch(name), with_kwargs=True)
             for name, module in network.modules().items()
@@ -74,10 +74,14 @@ class Probe:
     def outputs(self, source: Source | None = None) -> list[Tensor]:
         """Return all floating tensors of the outputs on the remembered inputs.
 
-        The live network is not touched: a copy is run, in evaluation mode, with random numbers of its own, and let go.
+        The live network is not touched: a copy is run, without the hooks that others have put on it, in evaluation mode
+        and with random numbers of its own, and let go.
 
         Args:
             source: At which weights; the live ones if None.
+
+        Raises:
+            TrainingError: If a forward was replaced by a function that a copy would share with the live network.
         """
         modules = self.network.modules()
         copies = {
@@ -86,17 +90,11 @@ class Probe:
         if source is not None:
             ScoreNetwork(copies[""] if "" in copies else {n[:-1]: m for n, m in copies.items()}).write(source)
         devices = {t.device for m in copies.values() for t in m.parameters() if t.device.type == "cuda"}
-        self._busy = True
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-                return [t for name, call in sorted(self._calls.items()) for t in _run(copies[name], call)]
-        finally:
-            self._busy = False
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            return [t for name, call in sorted(self._calls.items()) for t in _run(copies[name], call)]
 
     def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._busy:  # the copy has copies of the hooks
-                return
             device = next((tensor.device.type for tensor in module.parameters()), "cpu")
             autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
             self._calls[name] = _Call(_detached(args), _detached(kwargs), device, autocast, dtype)
@@ -117,6 +115,21 @@ def relative_change(changed: list[Tensor], outputs: list[Tensor], before: list[T
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True)))
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    """Return a copy without hooks, which may belong to a trainer, and would be copied with all that it holds."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        replaced = vars(module).get("forward")
+        if replaced is not None and getattr(replaced, "__self__", None) is not module:
+            raise TrainingError(
+                f"a {type(module).__name__} whose forward was replaced by {replaced!r:.60}",
+                expected="a forward that a copy has as its own",
+                cure="replace it by a method of the module (types.MethodType) to have the error measured",
+            )
+        memo |= {id(value): type(value)() for name, value in vars(module).items() if "_hooks" in name}
+    return copy.deepcopy(network, memo)
 
 
 def _run(module: nn.Module, call: _Call) -> list[Tensor]:

@@ -53,7 +53,7 @@ class Recorder:
     ) -> None:
         self.path, self.network, self._training = path, network, training
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
-        self._probe = Probe(network)
+        self._probe: Probe | None = None
 
     def start(self) -> None:
         """Write the last recorded node, the teacher at first, into the network.
@@ -63,10 +63,17 @@ class Recorder:
             PathError: If the path is broken. Then nothing was written.
         """
         self.network.write(self.path.source(len(self.path) - 1))
+        self.watch()
+
+    def watch(self) -> None:
+        """Look at the network's forwards from now on, to measure on their inputs what a codec does."""
+        self._probe = self._probe or Probe(self.network)
 
     def close(self) -> None:
-        """Stop watching the network."""
-        self._probe.close()
+        """Look no more."""
+        if self._probe is not None:
+            self._probe.close()
+        self._probe = None
 
     @property
     def done(self) -> bool:
@@ -80,7 +87,13 @@ class Recorder:
         iteration = self.iteration + 1
         if self.path.manifest.recording.due(iteration):
             training = None if self._training is None else self._training()
-            self.path.append(self.network.state_dict(), iteration=iteration, probe=self._probe, training=training)
+            self.path.append(
+                self.network.state_dict(),
+                iteration=iteration,
+                probe=self._probe,
+                exactly=self.network.buffers(),
+                training=training,
+            )
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
         self.iteration = iteration  # only now: a node that could not be written is due again
         self._finish_if_done()
@@ -89,6 +102,7 @@ class Recorder:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
         self.path.rewind(iteration)
         self.iteration = iteration
+        self.watch()
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
@@ -130,8 +144,9 @@ def record(
         codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
             `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.
         keep_teacher: Whether the path holds node 0. If not, it needs the teacher itself, bit for bit, to be used.
-        sample: Returns a batch of samples x_0 of the initial generator, shape (B, ...), without gradient.
-        loss: Takes the network and x_0 and returns the denoising loss, shape ().
+        sample: Returns a batch of samples x_0 of the initial generator, shape (B, ...), without gradient. It draws from
+            the global random stream and keeps no state of its own, or a recording does not resume bit for bit.
+        loss: Takes the network and x_0 and returns the denoising loss, shape (); likewise.
         learning_rate: Of Adam in the standalone form, > 0; 1e-5 in the paper (B.2).
         seed: Of the random numbers that `sample` and `loss` draw in the standalone form. They draw from a stream of
             their own: the global random state is the same before and after.
@@ -228,6 +243,7 @@ def _record_copy(
     with closing(recorder), _private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
             training.restore(saved, network, optimizer)
+            recorder.watch()
         while not recorder.done:
             optimizer.zero_grad()
             loss(student_score, sample()).backward()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import floor
 from typing import Any, ParamSpec, TypeVar
 
@@ -90,6 +90,7 @@ class TrajectoryScheduler:
         self.started = False
         self._target = Target(0.0)
         self._away = False
+        self._failed = False
         self._masked = MaskedSamples()
         wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
         self._ahead = Ahead(self._teacher) if wanted else None
@@ -145,9 +146,10 @@ class TrajectoryScheduler:
         """
         self._require_start()
         self._check_untouched()
-        self.generator_updates += 1
-        if self.generator_updates <= self._horizon:
-            self._place(self.generator_updates)
+        updates = self.generator_updates + 1
+        if updates <= self._horizon:
+            self._place(updates)
+        self.generator_updates = updates
         self._masked.step()
 
     def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
@@ -194,7 +196,7 @@ class TrajectoryScheduler:
         self._horizon, self._target = 0, Target(0.0)
         self._remember()
         if self._ahead is not None:
-            self._ahead.forget()
+            self._ahead.close()
         self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------
@@ -282,19 +284,21 @@ class TrajectoryScheduler:
 
     def _move(self, path: DegradationPath, position: float) -> None:
         """Decode a position into the teacher; at a node, compare what was decoded with what was recorded."""
-        ready = None if self._ahead is None else self._ahead.take(position)
-        if ready is not None and self._ahead is not None:
-            self._compare(path, position, ready.checksum)
-            self._ahead.write(ready)
-            return
+        self._failed = True  # until it is done: nobody may train on what a failed move has left
         source = path.source(position)  # raises before anything is written if a file is missing or changed
+        ready = None if self._ahead is None else self._ahead.take(position)
         try:
-            self._compare(path, position, self._teacher.write(source))
-        except DisbackError:
-            # Changed this very moment. What is mapped cannot be trusted: back to the teacher, and no step further.
-            self.started, self._target = False, Target(0.0)
+            if ready is not None and self._ahead is not None:
+                self._compare(path, position, ready.checksum)
+                self._ahead.write(ready)
+            else:
+                self._compare(path, position, self._teacher.write(source))
+        except BaseException:
+            # Changed this very moment, or interrupted. What is mapped cannot be trusted: back to the teacher.
+            self._target = Target(0.0)
             self._teacher.write(path.original())
             raise
+        self._failed = False
 
     def _compare(self, path: DegradationPath, position: float, found: str) -> None:
         if position == floor(position):
@@ -306,17 +310,22 @@ class TrajectoryScheduler:
             return
         position = self._target_of(updates + 1).position
         if position != self.position:
-            self._ahead.begin(position, self.path.source(position))
+            with suppress(DisbackError):  # the move itself will say so
+                self._ahead.begin(position, self.path.source(position))
 
     def _target_of(self, updates: int) -> Target:
         return self.schedule(updates, self.last_node) if updates < self._horizon else Target(0.0)
 
     def _require_start(self) -> None:
+        if self._failed:
+            raise StateError(
+                "a scheduler whose last move failed",
+                expected="a teacher at the right place",
+                cure="mend what that error said, and go on from the last saved state: load_state_dict(state)",
+            )
         if not self.started:
             raise StateError(
-                "a scheduler that has not started, or whose last move failed",
-                expected="a started one",
-                cure="call scheduler.start() first",
+                "a scheduler that has not started", expected="a started one", cure="call scheduler.start() first"
             )
 
     def _remember(self) -> None:

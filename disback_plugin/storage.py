@@ -40,6 +40,7 @@ class Storage:
 
     def bind(self, teacher: Mapping[str, Tensor]) -> None:
         """Keep a copy of node 0, for a path that does not hold it."""
+        self._verified.clear()  # nothing could be decoded before
         if self._teacher is None:
             tensors, aliases = without_aliases(teacher)
             own = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -65,6 +66,11 @@ class Storage:
             PathError: If they are not those that were recorded.
         """
         held = self._open.get(manifest.teacher.file)
+        file = self.folder / manifest.teacher.file
+        was, now = held and held[0][0], files.stamp(file)
+        if was and now and was[0] == now[0] and was[1] != now[1]:
+            # The very file that is mapped: to read beyond its end kills the process.
+            raise PathError(f"{file} cut to {now[1]} bytes", expected=f"{was[1]} bytes", cure=COPY_AGAIN)
         teacher: Mapping[str, Tensor] = self._teacher_of(manifest) if held is None else held[1]
         self.check_decoded(manifest, 0, checksum(teacher))
         return Decoded(teacher, ())
@@ -98,7 +104,7 @@ class Storage:
                         expected=f"{entry.sha256[:12]}... as {CONFIG} lists it",
                         cure=COPY_AGAIN,
                     )
-        self._check_values(manifest)
+        looked_at = self._check_values(manifest)
         listed = {CONFIG, "README.md", *stamps}
         unknown = {name for name in files.visible(self.folder) if name not in listed and name[0] != "."}
         # What a crash left of a recording that is not at its end is no business of anybody else's.
@@ -109,12 +115,12 @@ class Storage:
                 expected=f"what {CONFIG} lists and nothing else",
                 cure="move it elsewhere",
             )
-        self._verified = stamps
+        self._verified = stamps if looked_at else {}
 
-    def _check_values(self, manifest: Manifest) -> None:
-        """Decode all nodes in one pass and compare their checksums."""
+    def _check_values(self, manifest: Manifest) -> bool:
+        """Decode all nodes in one pass and compare their checksums; False if the teacher is not there to do so."""
         if manifest.teacher_missing or (self._teacher is None and not manifest.recording.keep_teacher):
-            return  # nothing can be decoded before the teacher is there, or bound, which checks its fingerprint
+            return False
         last = self.node(manifest, len(manifest.nodes))
         if fingerprint(last.teacher) != manifest.teacher.fingerprint:
             raise PathError(
@@ -125,12 +131,15 @@ class Storage:
         totals = [Checksum() for _ in range(len(manifest.nodes) + 1)]
         for name, layout in last.layout().items():
             for start, stop in pieces(layout.shape.numel()):
-                for total, value in zip(totals, last.trace(name, start, stop), strict=True):
+                for node, (total, value) in enumerate(zip(totals, last.trace(name, start, stop), strict=True)):
                     total.add(name, value)
-                if value.is_floating_point() and value.isnan().any():
-                    raise PathError(f"NaN in {name} of {self.folder}", expected="numbers", cure=COPY_AGAIN)
+                    if value.isnan().any():
+                        raise PathError(
+                            f"NaN in {name} of node {node} of {self.folder}", expected="numbers", cure=COPY_AGAIN
+                        )
         for index, total in enumerate(totals):
             self.check_decoded(manifest, index, total.digest())
+        return True
 
     def check_decoded(self, manifest: Manifest, index: int, found: str) -> None:
         """Raise PathError unless `found` is the checksum that node `index` was recorded with."""
@@ -175,7 +184,7 @@ class Storage:
         tensors, about = files.map_tensors(self.folder / entry.file, size=entry.bytes)
         try:
             return tensors | {alias: tensors[name] for alias, name in json.loads(about).items()}
-        except (KeyError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise PathError(
                 f"{self.folder / entry.file} whose tied weights do not read ({error})",
                 expected="a teacher",

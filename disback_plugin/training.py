@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ def capture(network: ScoreNetwork, optimizer: Optimizer) -> dict[str, Tensor]:
         ['random|cpu', 'weights|bias', 'weights|weight']
     """
     weights = {f"weights|{name}": tensor for name, tensor in network.state_dict().items()}
+    buffers = {f"buffers|{name}": tensor for name, tensor in _buffers(network)}  # those that are not persistent too
     moments = {
         f"optimizer|{index}|{key}": tensor
         for index, entries in optimizer.state_dict()["state"].items()
@@ -34,7 +35,13 @@ def capture(network: ScoreNetwork, optimizer: Optimizer) -> dict[str, Tensor]:
     streams = {"random|cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         streams |= {f"random|cuda|{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return {name: tensor.detach().cpu().clone() for name, tensor in (weights | moments | streams).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in (weights | buffers | moments | streams).items()}
+
+
+def _buffers(network: ScoreNetwork) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in network.modules().items():
+        for name, buffer in module.named_buffers():
+            yield prefix + name, buffer
 
 
 def restore(saved: Mapping[str, Tensor], network: ScoreNetwork, optimizer: Optimizer) -> None:
@@ -44,6 +51,9 @@ def restore(saved: Mapping[str, Tensor], network: ScoreNetwork, optimizer: Optim
         MismatchError: If the weights do not fit the network. Then nothing was written.
     """
     network.load_state_dict({name.partition("|")[2]: t for name, t in saved.items() if name.startswith("weights|")})
+    with torch.no_grad():
+        for name, buffer in _buffers(network):
+            buffer.copy_(saved[f"buffers|{name}"])
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in saved.items():
         if name.startswith("optimizer|"):

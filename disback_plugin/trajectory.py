@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -109,7 +109,7 @@ class DegradationPath(
                 path = cls(root)
                 path.complete_node_0(teacher)
                 return path.manifest
-            except OSError as error:
+            except (OSError, PathError) as error:
                 for name in (CONFIG, node_0.file):
                     (root / name).unlink(missing_ok=True) if root.is_dir() else None
                 for parent in new:
@@ -289,6 +289,7 @@ class DegradationPath(
         *,
         iteration: int,
         probe: Probe | None = None,
+        exactly: Collection[str] = (),
         training: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add the next node, coded as the difference to the last one.
@@ -297,15 +298,17 @@ class DegradationPath(
             state: All weights of s'_i, under canonical names.
             iteration: Updates of s' behind it, larger than the last node's.
             probe: What evaluates the network that holds `state`, to measure the codec's error; None: weights only.
+            exactly: Names of tensors to be stored exactly, whatever the codec: those of buffers.
             training: What a recording needs to go on from here bit for bit (`training_state` returns it), kept until
                 the next node or the end.
 
         Raises:
             OptionError: If no node is due at this iteration. Then nothing was written.
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
+            PathError: If the folder cannot be written.
         """
         index = len(self)
-        planned = Node(index, iteration, node_file(index), "", 0, 0.0, "exact", "", "", 0.0, None)
+        planned = Node(index, iteration, node_file(index), "", 0, 1.0, "exact", "", "", 0.0, None)
         fault = replace(self.manifest, nodes=(*self.nodes, planned)).fault()
         if fault:
             raise OptionError(
@@ -315,7 +318,8 @@ class DegradationPath(
             )
 
         def write() -> None:
-            made = encode(self.manifest.recording.codec, state, self._storage.node(self.manifest, index - 1), probe)
+            previous = self._storage.node(self.manifest, index - 1)
+            made = encode(self.manifest.recording.codec, state, previous, probe, exactly=exactly)
             file = self.folder / node_file(index)
             entry = files.write_tensors(file, made.delta.parts, about=made.delta.metadata())
             node = Node(index, iteration, **entry, **made.measured())
@@ -382,7 +386,14 @@ class DegradationPath(
 
     def _on_rank_zero(self, write: Callable[[], None]) -> None:
         def then_read() -> Manifest:
-            write()
+            try:
+                write()
+            except OSError as error:
+                raise PathError(
+                    f"a folder that cannot be written, {self.folder} ({error})",
+                    expected="room and rights",
+                    cure="make room, or pass another path=",
+                ) from error
             return Manifest.read(self.folder)
 
         self.manifest = files.on_rank_zero(then_read)
@@ -396,7 +407,7 @@ class DegradationPath(
 
         Raises:
             PathError: If the path is broken. Then nothing was written.
-            OptionError: If it is the path's own folder.
+            OptionError: If it is the path's own folder, or one that holds anything.
         """
         self.verify()
         if Path(save_directory).resolve() == self.folder.resolve():
@@ -404,6 +415,12 @@ class DegradationPath(
                 f"save_pretrained({str(save_directory)!r}) onto itself",
                 expected="another folder",
                 cure="leave it away, the path is saved; push_to_hub(repo_id) publishes it",
+            )
+        if Path(save_directory).is_dir() and files.visible(Path(save_directory)):
+            raise OptionError(
+                f"save_pretrained({str(save_directory)!r}) into a folder that holds something",
+                expected="an empty or missing folder",
+                cure="pass another folder; nothing there was touched",
             )
         return super().save_pretrained(save_directory, **options)
 

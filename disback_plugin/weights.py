@@ -20,7 +20,7 @@ from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import Checksum, checksum, fingerprint
 from disback_plugin.modules import find, named_modules, own_tensors
 
-__all__ = ["PIECE", "Layout", "ScoreNetwork", "Source", "dtype_class", "layout_of", "pieces"]
+__all__ = ["PIECE", "Layout", "ScoreNetwork", "Source", "dtype_class", "layout_of", "pieces", "room"]
 
 # Elements that are read, decoded and written at once: large enough that a call's fixed costs vanish, small enough for
 # a processor's cache, and a whole number of every codec's blocks.
@@ -113,7 +113,7 @@ class ScoreNetwork:
         return fingerprint(self.state_dict())
 
     def checksum(self) -> str:
-        """Return a digest of all values at the speed of memory: another one after any update."""
+        """Return a digest of all values at the speed of memory: another one after an update (`fingerprints`)."""
         return checksum(self.state_dict())
 
     def rounding(self, source: Source) -> float:
@@ -140,6 +140,18 @@ class ScoreNetwork:
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
         _check(layout_of(other.state_dict()), layout_of(self.state_dict()), self.role, other.role)
+        untied = self._ties().items() - other._ties().items()
+        if untied:
+            name, twin = min(untied)
+            raise MismatchError(
+                f"{name!r} and {twin!r} that are one tensor in the {self.role} and two in the {other.role}",
+                expected=f"weights that the {other.role} ties as well",
+                cure="make one network a copy.deepcopy of the other",
+            )
+
+    def buffers(self) -> set[str]:
+        """Return the canonical names of what is no parameter: running statistics, filters, counters."""
+        return {name for name, tensor in self.named_tensors() if not isinstance(tensor, nn.Parameter)}
 
     # -- write --------------------------------------------------------------------------------------------------------
 
@@ -160,11 +172,7 @@ class ScoreNetwork:
         live, ties = self._writable(layout_of(state))
         for name, twin in ties.items():
             if not torch.equal(state[twin], state[name]):
-                raise MismatchError(
-                    f"two values for the tied weights {twin!r} and {name!r} of the {self.role}",
-                    expected="one",
-                    cure="write a state of a network that ties the same weights",
-                )
+                raise _two_values(twin, name, self.role)
         with torch.no_grad():
             torch._foreach_copy_(list(live.values()), [state[name] for name in live], non_blocking)
 
@@ -175,7 +183,7 @@ class ScoreNetwork:
         time is assembled in between.
 
         Args:
-            source: One tensor for each canonical name, no more, no less; of tied weights the first name is read.
+            source: One tensor for each canonical name, no more, no less.
 
         Returns:
             The checksum of what was read, before any cast, over every name of the source.
@@ -188,6 +196,9 @@ class ScoreNetwork:
         live, ties = self._writable(layout)
         names = {name: [name] for name in live}
         for name, twin in ties.items():
+            parts = pieces(layout[name].shape.numel())
+            if not all(torch.equal(source.read(name, a, b).clone(), source.read(twin, a, b)) for a, b in parts):
+                raise _two_values(twin, name, self.role)
             names[twin].append(name)
         with torch.no_grad():
             for name, tensor in live.items():
@@ -198,11 +209,15 @@ class ScoreNetwork:
         """Return the live tensors, and {name: first name} of the other names of tied ones, after a check that something
         of this layout fits them.
         """
-        live = dict(self.named_tensors())
+        live, ties = dict(self.named_tensors()), self._ties()
         _check(given, layout_of(live), self.role, "the state")
-        first: dict[int, str] = {}
-        ties = {name: twin for name, tensor in live.items() if (twin := first.setdefault(id(tensor), name)) != name}
         return {name: tensor for name, tensor in live.items() if name not in ties}, ties
+
+    def _ties(self) -> dict[str, str]:
+        """Return {name: first name of the same tensor} of every other name of a tied weight."""
+        first: dict[int, str] = {}
+        firsts = {name: first.setdefault(id(tensor), name) for name, tensor in self.named_tensors()}
+        return {name: twin for name, twin in firsts.items() if name != twin}
 
 
 def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
@@ -213,6 +228,17 @@ def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
         torch.Size([2])
     """
     return {name: Layout(tensor.dtype, tensor.shape) for name, tensor in state.items()}
+
+
+def room(elements: int, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+    """Return new memory on the host, shape (elements,), whatever default device or inference mode the caller is in.
+
+    Example:
+        >>> room(3, torch.bfloat16).shape
+        torch.Size([3])
+    """
+    with torch.inference_mode(False):
+        return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=pinned)
 
 
 def pieces(elements: int) -> Iterator[tuple[int, int]]:
@@ -230,8 +256,7 @@ def _write(live: Tensor, source: Source, name: str, given: Layout, total: Checks
     """Write one tensor of a source into a live one."""
     straight = live.device.type == "cpu" and live.is_contiguous()
     pinned = live.device.type == "cuda"
-    staged = live if straight else torch.empty(given.shape, dtype=given.dtype, pin_memory=pinned)
-    flat = staged.detach().view(-1)
+    flat = live.detach().view(-1) if straight else room(live.numel(), given.dtype, pinned=pinned)
     for start, stop in pieces(live.numel()):
         piece = flat[start:stop]
         if piece.dtype == given.dtype:
@@ -242,7 +267,15 @@ def _write(live: Tensor, source: Source, name: str, given: Layout, total: Checks
         for tied in names:
             total.add(tied, values)
     if not straight:
-        live.copy_(staged, non_blocking=pinned)
+        live.copy_(flat.view(given.shape), non_blocking=pinned)
+
+
+def _two_values(twin: str, name: str, role: str) -> MismatchError:
+    return MismatchError(
+        f"two values for the tied weights {twin!r} and {name!r} of the {role}",
+        expected="one",
+        cure="write a state of a network that ties the same weights",
+    )
 
 
 def _check(given: Mapping[str, Layout], live: Mapping[str, Layout], role: str, source: str) -> None:
