@@ -84,9 +84,7 @@ class Probe:
             TrainingError: If a forward was replaced by a function that a copy would share with the live network.
         """
         modules = self.network.modules()
-        copies = {
-            name: copy.deepcopy(m).eval() for name, m in modules.items() if source is not None or name in self._calls
-        }
+        copies = {name: _copy(m).eval() for name, m in modules.items() if source is not None or name in self._calls}
         if source is not None:
             ScoreNetwork(copies[""] if "" in copies else {n[:-1]: m for n, m in copies.items()}).write(source)
         devices = {t.device for m in copies.values() for t in m.parameters() if t.device.type == "cuda"}

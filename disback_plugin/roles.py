@@ -16,10 +16,9 @@ def check_apart(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
     """Raise unless the two are of one layout and share no memory.
 
     Raises:
-        MismatchError: If they differ in keys, shapes or dtype classes.
+        MismatchError: If they differ in keys, shapes or dtype classes, or in what they tie.
         RoleError: If training one would write the other.
     """
-    teacher.check_same_layout(fake_score)
     shared = teacher.storages() & fake_score.storages()
     if shared:
         raise RoleError(
@@ -27,6 +26,7 @@ def check_apart(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
             expected="two networks",
             cure="make the fake score a copy.deepcopy of the teacher",
         )
+    teacher.check_same_layout(fake_score)
 
 
 def check_roles(

@@ -287,9 +287,10 @@ class TrajectoryScheduler:
         self._failed = True  # until it is done: nobody may train on what a failed move has left
         source = path.source(position)  # raises before anything is written if a file is missing or changed
         ready = None if self._ahead is None else self._ahead.take(position)
+        if ready is not None:
+            self._compare(path, position, ready.checksum)
         try:
             if ready is not None and self._ahead is not None:
-                self._compare(path, position, ready.checksum)
                 self._ahead.write(ready)
             else:
                 self._compare(path, position, self._teacher.write(source))

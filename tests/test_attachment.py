@@ -376,6 +376,13 @@ def _assigned(run):
     return run.roles() | {"fake_score_optimizer": optimizer}
 
 
+def _untied(run):
+    weight = run.fake_score.right.weight.detach().clone()
+    run.fake_score.right.weight = torch.nn.Parameter(weight)
+    optimizer = torch.optim.Adam(run.fake_score.parameters())
+    return run.roles() | {"fake_score_optimizer": optimizer}
+
+
 def _with_nan(run):
     with torch.no_grad():
         run.teacher.left.weight[0, 0] = torch.nan
@@ -417,6 +424,11 @@ REFUSED = {
     "a schedule's class": (lambda r: r.roles() | {"schedule": Ramp}, OptionError, "schedule=<class"),
     "no schedule": (lambda r: r.roles() | {"schedule": None}, OptionError, "schedule=None"),
     "weights in one memory": (_assigned, RoleError, "share weights"),
+    "a teacher that ties what the fake score does not": (
+        _untied,
+        MismatchError,
+        "one tensor in the teacher and two in",
+    ),
     "a teacher with NaN": (_with_nan, TrainingError, "NaN in left.weight"),
     "LBFGS": (
         lambda r: r.roles() | {"generator_optimizer": torch.optim.LBFGS(r.generator.parameters())},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from worlds import Score, difference
 
+from disback_plugin import codecs
 from disback_plugin.codecs import SMALLEST_FIRST
-from disback_plugin.errors import PathError
+from disback_plugin.errors import MismatchError, PathError
 from disback_plugin.files import without_aliases
 from disback_plugin.fingerprints import checksum
 from disback_plugin.nodes import Between, Decoded, Delta
@@ -130,6 +132,61 @@ def test_a_move_needs_a_few_pieces_of_memory_and_no_node():
             held += event.nbytes()
             peak = max(peak, held)
     assert 0 < peak <= 6 * 4 * PIECE
+
+
+@pytest.mark.parametrize("surroundings", ["meta", "inference", "bfloat16"])
+def test_the_callers_defaults_do_not_matter(surroundings):
+    node, states = chain("int6", 2)
+    expected = Between(node, 0.5).read("inner.0.weight", 0, 24).clone()
+    known, (tensors, aliases) = node.state_dict(), without_aliases(states[2])
+    codecs._MEMORY.__dict__.clear()
+    source = Between(node, 0.5)
+    with SURROUNDINGS[surroundings]():
+        again = Delta.encode("int6", tensors, aliases, Decoded(node.teacher, node.deltas[:1]))
+        assert checksum(Decoded(node.teacher, (node.deltas[0], again)).state_dict()) == checksum(known)
+        source.read("inner.0.weight", 0, 24)
+    assert torch.equal(source.read("inner.0.weight", 0, 24), expected)
+
+
+@contextmanager
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SURROUNDINGS = {
+    "meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "bfloat16": bfloat16_by_default,
+}
+
+
+def test_a_position_has_the_dtypes_of_its_node_though_a_tensor_did_not_move():
+    teacher = {"w": torch.randn(4), "frozen": torch.ones(4)}
+    state = {"w": teacher["w"].bfloat16() + 1, "frozen": torch.ones(4).bfloat16()}
+    node = Decoded(teacher, [Delta.encode("int8", state, {}, Decoded(teacher, ()))])
+    assert Between(node, 0.5).read("frozen", 0, 4).dtype == torch.bfloat16
+
+
+def test_tied_tensors_share_memory_at_every_node():
+    node, _ = chain("int8", 1)
+    for state in (node.state_dict(), Decoded(node.teacher, ()).state_dict()):
+        assert state["left.weight"].data_ptr() == state["right.weight"].data_ptr()
+
+
+def test_a_tied_network_is_not_written_from_a_node_that_does_not_tie():
+    net = Score()
+    teacher = ScoreNetwork(net).state_dict()
+    state = moved(teacher, 0) | {"right.weight": teacher["right.weight"] + 3}
+    node = Decoded(teacher, [Delta.encode("int8", state, {}, Decoded(teacher, ()))])
+    before = checksum(teacher)
+    for source in (node, Between(node, 0.5)):
+        with pytest.raises(MismatchError, match="two values for the tied weights"):
+            ScoreNetwork(net).write(source)
+    assert ScoreNetwork(net).checksum() == before
 
 
 # -- what a file may say of itself ------------------------------------------------------------------------------------

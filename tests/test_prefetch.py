@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +132,46 @@ def test_its_memory_is_used_again():
         assert net.witness()[0, 0] == value
     assert places[0] == places[1]
     assert ahead.take(2.0) is None
+
+
+def test_a_file_that_changes_after_it_was_decoded_ahead_is_noticed(folder):
+    run = Run()
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Ramp(6), prefetch=True)
+    scheduler.start()
+    scheduler._ahead._thread.join()
+    held = clone(dict(run.teacher.state_dict()))
+    content = bytearray((folder / "node-003.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "node-003.safetensors").write_bytes(content)
+    with pytest.raises(PathError, match="SHA-256"):
+        scheduler.step()
+    assert difference(dict(run.teacher.state_dict()), held) == []
+    with pytest.raises(disback.DisbackError, match="last move failed"):
+        scheduler.wrap(lambda: None)()
+
+
+def test_a_script_that_ends_in_the_middle_of_a_decoding_ends_well(folder):
+    script = """
+import sys, time
+import disback_plugin as disback
+from disback_plugin.nodes import Decoded
+from disback_plugin.schedules import Ramp
+from worlds import Run
+read = Decoded.read
+Decoded.read = lambda self, *a, **k: (time.sleep(0.02), read(self, *a, **k))[1]
+scheduler = disback.TrajectoryScheduler(sys.argv[1], Run().teacher, schedule=Ramp(6), prefetch=True)
+scheduler.start()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script, str(folder)], env=environment, check=False)
+        assert done.returncode == 0
+
+
+def test_its_memory_is_given_back_at_the_end(folder):
+    scheduler = disback.TrajectoryScheduler(folder, Run().teacher, schedule=Ramp(6), prefetch=True)
+    scheduler.start()
+    scheduler.step()
+    assert scheduler._ahead._memory
+    scheduler.restore()
+    assert not scheduler._ahead._memory

@@ -105,6 +105,50 @@ def test_an_unfinished_recording_of_another_plan_is_refused(tmp_path):
         disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=8, every=2)
 
 
+@pytest.mark.parametrize("way", ["attach", "record"])
+def test_a_start_that_fails_leaves_no_hook(tmp_path, monkeypatch, way):
+    run = Run()
+
+    def broken(*_):
+        raise PathError("a disk that is gone", expected="a disk", cure="mount it again")
+
+    monkeypatch.setattr(disback.DegradationPath, "source", broken)
+    start = {
+        "attach": lambda: disback.attach(**run.roles(), path=tmp_path / "p", record=4, every=2),
+        "record": lambda: record_in_loop(run, tmp_path / "p"),
+    }[way]
+    with pytest.raises(PathError, match="gone"):
+        start()
+    assert not run.fake_score._forward_pre_hooks
+    assert not run.optimizer_f._optimizer_step_post_hooks
+
+
+def test_a_standalone_recording_resumes_with_buffers_that_no_state_dict_holds(tmp_path):
+    class Counting(Score):
+        def forward(self, x_t, sigma):
+            self.scratch.add_(1)  # not persistent
+            return super().forward(x_t, sigma) * (1 + 0.1 * self.scratch.sum())
+
+    def record(folder, stop):
+        calls = []
+        torch.manual_seed(0)
+        teacher, generator = Counting(), torch.nn.Linear(2, 2)
+
+        def sample():
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            calls.append(None)
+            return generator(torch.randn(16, 2)).detach()
+
+        options = {"iterations": 6, "every": 2, "learning_rate": 1e-2}
+        return disback.record(teacher, sample=sample, loss=denoising_loss, path=folder, **options)
+
+    whole = record(tmp_path / "whole", -1)
+    with pytest.raises(KeyboardInterrupt):
+        record(tmp_path / "broken", 3)
+    assert record(tmp_path / "broken", -1).nodes == whole.nodes
+
+
 def test_a_path_of_another_teacher_is_refused(tmp_path):
     record_in_loop(Run(seed=0), tmp_path)
     run = Run(seed=1)

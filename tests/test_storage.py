@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
+from disback_plugin import files
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.fingerprints import checksum, fingerprint
+from disback_plugin.nodes import Decoded, Delta
 from disback_plugin.schedules import Fixed, Ramp
 from disback_plugin.weights import ScoreNetwork
 
@@ -107,6 +109,27 @@ def huge(parts):
     parts["inner.0.weight|scale"].fill_(3e38)
 
 
+def endless(text):
+    content = json.loads(text)
+    content["entries"]["inner.0.weight"] = ["int6", "float32", [(1 << 47) - 1]]
+    return json.dumps(content)
+
+
+def nan_in_the_middle(folder):
+    """Record NaN in node 1 alone, with all checksums right: what somebody with intent would do."""
+    path = disback.DegradationPath(folder)
+    states = [path[i] for i in range(4)]
+    states[1]["inner.0.weight"] = torch.full_like(states[1]["inner.0.weight"], torch.nan)
+    deltas, manifest = [], config(folder)
+    for i in (1, 2, 3):
+        tensors, aliases = files.without_aliases(states[i])
+        deltas.append(Delta.encode("exact", tensors, aliases, Decoded(states[0], deltas)))
+        name = f"node-{i:03d}.safetensors"
+        about = files.write_tensors(folder / name, deltas[-1].parts, about=deltas[-1].metadata())
+        manifest["nodes"][i - 1] |= about | {"checksum": checksum(states[i]), "codec": "exact"}
+    (folder / "config.json").write_text(json.dumps(manifest))
+
+
 def nan_teacher(parts):
     parts["inner.0.weight"][0] = torch.nan
 
@@ -176,6 +199,14 @@ DAMAGE = {
     "scale that overflows": lambda f: rewrite(f, 2, huge),
     "NaN teacher": lambda f: rewrite(f, 0, nan_teacher),
     "aliases that are no mapping": lambda f: rewrite(f, 0, keep, lambda text: "[1]"),
+    "aliases of lists": lambda f: rewrite(f, 0, keep, lambda text: '{"right.weight": ["left.weight"]}'),
+    "a plan beyond floats": lambda f: edit(f, lambda c: c["recording"].update(iterations=10**400)),
+    "a norm beyond floats": lambda f: edit(f, lambda c: c["nodes"][2].update(delta_norm=10**400)),
+    "a node that did not move": lambda f: edit(f, lambda c: c["nodes"][2].update(delta_norm=0)),
+    "format as truth": lambda f: edit(f, lambda c: c.update(format=True)),
+    "manifest of eight gigabytes": lambda f: os.truncate(f / "config.json", 1 << 33),
+    "a packed tensor without end": lambda f: rewrite(f, 1, keep, endless),
+    "NaN in a middle node, stored exactly": nan_in_the_middle,
     "a part missing": lambda f: rewrite(f, 1, lambda parts: parts.pop("inner.0.weight|q")),
     "a part of another dtype": lambda f: rewrite(f, 1, lambda p: p.update({"inner.0.weight|q": torch.zeros(24)})),
     "steps changed, admitted": lambda f: rewrite(f, 1, lambda parts: parts["inner.0.weight|q"].fill_(1)),
@@ -313,3 +344,109 @@ def test_every_recorded_position_is_compared_with_its_checksum(folder):
         assert net.checksum() == scheduler.path.manifest.entries[int(scheduler.position)].checksum
         scheduler.step()
     assert compared == [2, 1, 0]
+
+
+def test_without_its_teacher_a_path_is_decoded_and_compared_once_the_teacher_is_there(tmp_path):
+    run = Run()
+    options = {"iterations": 6, "every": 2, "keep_teacher": False}
+    disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, **options)
+    rewrite(tmp_path, 1, lambda parts: parts["inner.0.weight|q"].fill_(1))
+    path = disback.DegradationPath(tmp_path)
+    path.verify()  # files only: nothing can be decoded yet
+    before = clone(dict(run.teacher.state_dict()))
+    with pytest.raises(PathError, match="decodes to checksum"):
+        disback.TrajectoryScheduler(path, run.teacher, schedule=Ramp(6)).start()
+    assert difference(dict(run.teacher.state_dict()), before) == []
+
+
+def test_a_teacher_file_cut_short_under_a_running_walk_is_an_error_and_no_crash(folder):
+    run = Run()
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Ramp(6))
+    scheduler.start()
+    os.truncate(folder / "teacher.safetensors", 8)
+    with pytest.raises(PathError, match="cut to 8 bytes"):
+        scheduler.restore()
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    run, calls = Run(), []
+
+    def fake_step():
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(None)
+        run.fake_step()
+
+    with pytest.raises(KeyboardInterrupt):
+        disback.record(run.teacher, run.fake_score, fake_step, path=tmp_path / "p", iterations=6, every=2)
+    (tmp_path / "p" / ".config.json.tmp").symlink_to(victim)
+    rest = Run()
+    disback.record(rest.teacher, rest.fake_score, rest.fake_step, path=tmp_path / "p", iterations=6, every=2)
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "p" / "config.json").is_symlink()
+
+
+def test_every_file_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    flush, rename = os.fsync, type(tmp_path).replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flush"), flush(descriptor)))
+    monkeypatch.setattr(type(tmp_path), "replace", lambda a, b: (done.append("rename"), rename(a, b))[1])
+    files.write_text(tmp_path / "file", "text")
+    assert done == ["flush", "rename", "flush"]  # the file, its name, the folder that holds the name
+
+
+@pytest.mark.parametrize("full", ["create", "append"])
+def test_a_full_disk_is_one_error_and_leaves_a_path_or_nothing(tmp_path, monkeypatch, full):
+    from safetensors import SafetensorError
+
+    run = Run()
+
+    def broken(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        steps = []
+
+        def fake_step():
+            run.fake_step()
+            steps.append(None)
+            if full == "append":
+                patch.setattr(files, "save_file", broken)
+
+        if full == "create":
+            patch.setattr(files, "save_file", broken)
+        with pytest.raises(PathError, match=r"cannot be written.*No space left"):
+            disback.record(run.teacher, run.fake_score, fake_step, path=tmp_path / "p", iterations=4, every=2)
+    assert (tmp_path / "p").exists() == (full == "append")
+    rest = Run()
+    disback.record(rest.teacher, rest.fake_score, rest.fake_step, path=tmp_path / "p", iterations=4, every=2).verify()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_write_leaves_the_teacher_and_nobody_trains_on(folder, monkeypatch, interruption):
+    run = Run()
+    original = clone(dict(run.teacher.state_dict()))
+    scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 1))
+    scheduler.start()
+    state = scheduler.state_dict()
+    read, calls = Decoded.read, []
+
+    def interrupted(self, *arguments, **options):
+        calls.append(None)
+        if len(calls) == 4:
+            raise interruption
+        return read(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoded, "read", interrupted)
+        with pytest.raises(interruption):
+            scheduler.step()
+    assert difference(dict(run.teacher.state_dict()), original) == []
+    assert scheduler.state_dict() == state, "an update that did not end is not counted"
+    with pytest.raises(StateError, match="whose last move failed"):
+        scheduler.wrap(lambda: None)()
+    scheduler.load_state_dict(state)
+    scheduler.step()
+    assert scheduler.position == 1.0

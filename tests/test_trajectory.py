@@ -118,6 +118,14 @@ def test_a_path_is_uploaded_whole_with_its_card(recorded, monkeypatch):
         assert f"| {node.index} | {node.iteration} | exact | {node.bytes:,} |" in card
 
 
+def test_saving_into_a_folder_that_holds_something_is_refused(recorded, tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "node-009.safetensors").write_bytes(b"older")
+    with pytest.raises(OptionError, match="holds something"):
+        recorded.save_pretrained(tmp_path / "copy")
+    assert [file.name for file in (tmp_path / "copy").iterdir()] == ["node-009.safetensors"]
+
+
 def test_saving_onto_itself_is_refused_and_a_broken_path_is_not_saved(recorded, tmp_path):
     with pytest.raises(OptionError, match="onto itself"):
         recorded.save_pretrained(recorded.folder)
