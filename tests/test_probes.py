@@ -69,13 +69,12 @@ def test_measuring_changes_nothing_in_the_network_or_the_random_streams():
 
 
 def test_the_autocast_of_the_training_forward_is_used_again():
-    net, seen = nn.Linear(4, 4), []
-    net.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    net = nn.Linear(4, 4)
     probe = Probe(ScoreNetwork(net))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        net(torch.ones(2, 4))
-    probe.outputs()
-    assert seen == [torch.bfloat16, torch.bfloat16]
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            net(torch.ones(2, 4))
+        assert [output.dtype for output in probe.outputs()] == [dtype]
 
 
 def test_a_closed_probe_leaves_no_hook_and_keeps_nothing():
