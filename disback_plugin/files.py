@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from disback_plugin.errors import COPY_AGAIN, PathError
 __all__ = [
     "copy",
     "digest",
+    "is_leftover",
     "map_tensors",
     "on_every_rank",
     "on_rank_zero",
@@ -154,10 +156,18 @@ def digest(file: Path, *, size: int | None = None) -> str:
 
 
 def visible(folder: Path) -> list[str]:
-    """Return the names in a folder, without temporary files that a crash of ours left there."""
-    return [
-        entry.name for entry in folder.iterdir() if not (entry.name.startswith(".") and entry.name.endswith(".tmp"))
-    ]
+    """Return the names in a folder, without what a crash left of a file that was being written."""
+    return [entry.name for entry in folder.iterdir() if not is_leftover(entry.name)]
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a name is that of a file being written: ours, or that of safetensors, which renames too.
+
+    Example:
+        >>> is_leftover(".config.json.tmp"), is_leftover(".tmpfUgSsb"), is_leftover("config.json")
+        (True, True, False)
+    """
+    return re.fullmatch(r"\..+\.tmp|\.tmp\w{6}", name) is not None
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:

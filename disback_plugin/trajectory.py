@@ -380,9 +380,9 @@ class DegradationPath(
         listed = {entry.file for entry in self.manifest.entries}
         if keep_training:
             listed.add(training_file(len(self.nodes)))
-        for name in files.visible(self.folder):
-            if is_ours(name) and name not in listed:
-                (self.folder / name).unlink()
+        for entry in list(self.folder.iterdir()):
+            if files.is_leftover(entry.name) or (is_ours(entry.name) and entry.name not in listed):
+                entry.unlink()
 
     def _on_rank_zero(self, write: Callable[[], None]) -> None:
         def then_read() -> Manifest:
