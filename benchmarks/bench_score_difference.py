@@ -12,7 +12,7 @@ What limits a latent on a CPU, in microseconds of 75, each form finding the cach
 the kernel 30 (a mebibyte of inputs and output from the third-level cache; 13 where all is in the second), inductor's
 wrapper 8, finding the compiled form 7, `backward()` 22 (11 of them the engine's, for any loss), a node 5 to 10.
 
-Memory beyond the inputs, at its peak: fused the gradients (SiD in bfloat16: and their casts), plain 3, DMD2 15 predictions in float32.
+Memory beyond the inputs, at its peak, in predictions of float32: fused 1, the gradient (SiD 3 to 4), plain 3, DMD2 15.
 """
 
 from __future__ import annotations
