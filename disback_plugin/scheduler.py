@@ -9,16 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import floor
+from math import ceil, floor
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from disback_plugin import kernels
-from disback_plugin.errors import DisbackError, OptionError, PathError, StateError
-from disback_plugin.masking import MaskedSamples
+from disback_plugin.errors import DisbackError, PathError, StateError
+from disback_plugin.hooks import Plugins
+from disback_plugin.masking import MaskedSamples, on_main_process
+from disback_plugin.plan import Plan, length
 from disback_plugin.prefetch import Ahead
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
@@ -43,11 +46,13 @@ class TrajectoryScheduler:
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
         prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
             then a move is a copy. None: where the teacher is on another device than the host.
+        plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
 
     Raises:
         PathError: If the path is unfinished, or the teacher is not its node 0.
         MismatchError: If the two networks differ in keys or shapes.
-        OptionError: If the schedule does not fit the path.
+        OptionError: If the schedule does not fit the path, or `plugins` names what is not installed.
+        PluginError: If a plug-in that `plugins` asks for by name is broken.
 
     Example:
         >>> import tempfile
@@ -79,6 +84,7 @@ class TrajectoryScheduler:
         *,
         schedule: Schedule | str = "auto",
         prefetch: bool | None = None,
+        plugins: Plugins | Sequence[object] = (),
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
@@ -86,16 +92,18 @@ class TrajectoryScheduler:
         self.schedule = resolve(schedule)
         self._teacher = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
+        self._plugins = Plugins.of(plugins)
         self.generator_updates = 0
         self.started = False
         self._target = Target(0.0)
+        self._told = 0.0  # the position that the plug-ins know of
         self._away = False
-        self._masked = MaskedSamples()
+        self._masked = MaskedSamples(plugins=self._plugins)
         wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
         self._ahead = Ahead(self._teacher) if wanted else None
         if self.path is not None:
             self._check(self.path)
-        self._horizon = self.schedule.horizon(self.last_node)
+        self._plan = Plan(self.schedule, self.last_node)
         self._remember()
 
     # -- where we are -------------------------------------------------------------------------------------------------
@@ -118,7 +126,21 @@ class TrajectoryScheduler:
     @property
     def done(self) -> bool:
         """Whether the teacher is back at s'_0 for good, and the gradient unchanged."""
-        return self.started and self.generator_updates >= self._horizon
+        return self.started and self._plan.finished
+
+    @property
+    def updates_in_node(self) -> int:
+        """Generator updates since the walk came to its present node."""
+        return self.generator_updates - self._plan.node_since
+
+    @property
+    def delay(self) -> int:
+        """Generator updates by which plug-ins have put off what is left of the plan; negative if they hastened it."""
+        return 0 if self._plan.finished else self.generator_updates - self._plan.updates
+
+    def stages(self) -> list[tuple[int, Target]]:
+        """Return what happens when: generator updates, and what the walk aims at from there on (`Plan.stages`)."""
+        return [(updates + self.delay, target) for updates, target in self._plan.stages()]
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -129,25 +151,35 @@ class TrajectoryScheduler:
         """
         if self.started:
             return
-        self._place(self.generator_updates)
+        before = time.perf_counter()
+        self._plan.go_to(self._plan.updates, now=self.generator_updates)
+        self._place()
         if self.path is not None and self.last_node and self._fake_score is not None:
             last = self.path.nodes[-1]
             # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
                 self._fake_score.write(self.path.source(self.last_node))
         self.started = True
+        self._tell(before)
 
-    def step(self) -> None:
+    def step(self, signal: Any = None) -> None:
         """Count one finished generator update and move the teacher. Call it never between a forward and its backward.
+
+        Args:
+            signal: What `disback_should_advance` is told, as a measure of convergence; anything, None for nothing.
 
         Raises:
             StateError: Before `start`, or if somebody else wrote the teacher's weights.
+            PluginError: If a plug-in that was asked for raised. The step is counted, and the teacher where it belongs.
         """
         self._require_start()
         self._check_untouched()
+        before = time.perf_counter()
         self.generator_updates += 1
-        if self.generator_updates <= self._horizon:
-            self._place(self.generator_updates)
+        if not self._plan.finished:
+            self._plan.go_to(self._plan.following(self._overruled(signal)), now=self.generator_updates)
+            self._place()
+            self._tell(before)
         self._masked.step()
 
     def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
@@ -185,16 +217,21 @@ class TrajectoryScheduler:
             yield
         finally:
             self._away = False
-            self._place(self.generator_updates)
+            before = time.perf_counter()
+            self._place()
+            self._tell(before)
 
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
+        before = time.perf_counter()
         if self.path is not None and self.last_node:
             self._teacher.write(self.path.original())
-        self._horizon, self._target = 0, Target(0.0)
+        self._plan.stop()
+        self._target = Target(0.0)
         self._remember()
         if self._ahead is not None:
             self._ahead.forget()
+        self._tell(before)
         self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------
@@ -206,6 +243,8 @@ class TrajectoryScheduler:
             "nodes": "" if self.path is None else self.path.digest(),
             "schedule": repr(self.schedule),
             "generator_updates": self.generator_updates,
+            "plan_updates": self._plan.updates,
+            "node_since": self._plan.node_since,
             "started": self.started,
         }
 
@@ -218,17 +257,22 @@ class TrajectoryScheduler:
             StateError: If `state` has other keys, or is of another path or schedule. Then nothing changes.
         """
         check_state(state, like=self.state_dict(), fixed=("path", "nodes", "schedule"))
-        if state["generator_updates"] < 0:
-            raise StateError(f"{state['generator_updates']} updates", expected="a count", cure="pass an unedited state")
-        self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
+        for key in ("generator_updates", "plan_updates", "node_since"):
+            if state[key] < 0 or (key == "node_since" and state[key] > state["generator_updates"]):
+                raise StateError(f"{key} of {state[key]} updates", expected="a count", cure="pass an unedited state")
+        self.generator_updates, self.started = state["generator_updates"], state["started"]
+        self._plan.go_to(state["plan_updates"], now=self.generator_updates)
+        self._plan.node_since = state["node_since"]
         self._masked.steps = self.generator_updates
+        before = time.perf_counter()
         if self.path is not None and self.last_node:
             if not self._away:
                 self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
             if self.started:
-                self._place(self.generator_updates)
+                self._place()
             else:
                 self._write(0.0)
+        self._tell(before)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -256,21 +300,43 @@ class TrajectoryScheduler:
                 self.last_node - 1,
             )
 
-    def _place(self, updates: int) -> None:
+    def _overruled(self, signal: Any) -> bool | None:
+        """Ask the plug-ins whether to leave the node; None if there is none, or nobody to ask."""
+        if not (self._plan.on_node and self._plugins.listens("disback_should_advance")):
+            return None
+        return self._plugins.should_advance(self, self._plan.target.position, self.updates_in_node, signal)
+
+    def _tell(self, before: float) -> None:
+        """Call the plug-ins if the teacher holds another position than they know of; the move began at `before`."""
+        position, previous = self.position, self._told
+        if position == previous or self._away:
+            return
+        self._told = position
+        swap_ms = 1e3 * (time.perf_counter() - before)
+        self._plugins.node_swapped(self, position, previous, self.generator_updates)
+        if self._plugins.listens("disback_log") and on_main_process():
+            values = {
+                "disback/position": position,
+                "disback/node": ceil(position),
+                "disback/swap_ms": swap_ms,
+                "disback/delta_norm": 0.0
+                if self.path is None
+                else length([node.delta_norm for node in self.path.nodes], previous, position),
+            }
+            self._plugins.log(values, self.generator_updates)
+
+    def _place(self) -> None:
+        """Bring the teacher to where the plan is."""
         if self._away:
             return
-        target = self._target_of(updates)
-        if not (0 <= target.position <= self.last_node and 0 <= target.gradient <= 1):
-            raise OptionError(
-                f"{target} of {self.schedule!r} at update {updates}",
-                expected=f"a position in [0, {self.last_node}] and a gradient factor in [0, 1]",
-                cure="correct the schedule",
-            )
+        target = self._plan.target
         if target.position != self._target.position:
             self._write(target.position)
-            logger.debug("teacher at position %g of %d after %d updates", target.position, self.last_node, updates)
+            logger.debug(
+                "teacher at position %g of %d after %d updates", target.position, self.last_node, self.generator_updates
+            )
         self._target = target
-        self._look_ahead(updates)
+        self._look_ahead()
 
     def _write(self, position: float) -> None:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
@@ -300,16 +366,13 @@ class TrajectoryScheduler:
         if position == floor(position):
             path.check_decoded(int(position), found)
 
-    def _look_ahead(self, updates: int) -> None:
+    def _look_ahead(self) -> None:
         """Begin to decode what the next update will want, if that is another position."""
         if self._ahead is None or self.path is None or not self.last_node or self._away:
             return
-        position = self._target_of(updates + 1).position
+        position = self._plan.at(self._plan.following()).position
         if position != self.position:
             self._ahead.begin(position, self.path.source(position))
-
-    def _target_of(self, updates: int) -> Target:
-        return self.schedule(updates, self.last_node) if updates < self._horizon else Target(0.0)
 
     def _require_start(self) -> None:
         if not self.started:
