@@ -124,6 +124,25 @@ class Plan:
             found.add(self._first_at_or_below(node))
         return [(updates, self.at(updates)) for updates in sorted(found)]
 
+    def ahead(self, now: int) -> list[tuple[int, Target]]:
+        """Return `stages` in generator updates, at `now` of them; of a plan that was overruled, from the present on.
+
+        Example:
+            >>> from disback_plugin.schedules import Fixed
+            >>> plan = Plan(Fixed(2, 3), nodes=3)
+            >>> plan.go_to(0, now=0)
+            >>> plan.go_to(plan.following(True), now=1)  # left after one update instead of two
+            >>> [(update, target.position) for update, target in plan.ahead(now=1)]
+            [(1, 1.0), (4, 0.0)]
+        """
+        moved = now - self.updates
+        if self.finished:  # and stood still since; without a plug-in it came to an end on time
+            moved = self.node_since - self.horizon if self._discrete and self.horizon else 0
+        if not moved:
+            return self.stages()
+        later = [(updates + moved, target) for updates, target in self.stages() if updates > self.updates]
+        return [(self.node_since, self.target), *later]
+
     def _first_at_or_below(self, position: float) -> int:
         above, reached = -1, self.horizon
         while reached - above > 1:

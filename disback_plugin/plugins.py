@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import difflib
 import platform
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, version
 
 import pluggy
 
@@ -26,7 +27,7 @@ __all__ = ["ADAPTERS", "HOOKS", "Plugin", "environment", "examine", "installed",
 ADAPTERS, HOOKS = "disback.adapters", "disback.hooks"
 
 # Of two plug-ins with one name ours is meant.
-OURS = "disback-plugin"
+OURS, UNKNOWN = "disback-plugin", "an unknown distribution"
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class Plugin:
 def installed() -> list[Plugin]:
     """Return the plug-ins of every installed distribution, sorted by group and name; nothing is imported.
 
-    A name is one plug-in's: of several, all but one are returned as broken.
+    A name is one plug-in's: of several, all but one are returned as broken. So is a distribution whose entry points
+    cannot be read, under its own name.
 
     Example:
         >>> [plugin.value for plugin in installed() if plugin.name == "dmd2"]
         ['disback_adapters.dmd2']
     """
-    found = [_listed(point, group) for group in (ADAPTERS, HOOKS) for point in entry_points(group=group)]
+    found = [plugin for distribution in _concerned() for plugin in _plugins_of(distribution)]
     found.sort(key=lambda plugin: (plugin.group, plugin.name, plugin.distribution != OURS))
     first: dict[str, Plugin] = {}
     for plugin in found:
@@ -80,9 +82,38 @@ def installed() -> list[Plugin]:
     return [plugin if first[plugin.name] is plugin else _doubled(plugin, first[plugin.name]) for plugin in found]
 
 
-def _listed(point: EntryPoint, group: str) -> Plugin:
-    distribution, version = (point.dist.name, point.dist.version) if point.dist else ("an unknown distribution", "")
-    return Plugin(point.name, distribution, version, group, point.value)
+def _concerned() -> Iterator[Distribution]:
+    """Return the distributions that name one of our groups; of two with one name the first on the path."""
+    seen: set[str] = set()
+    for distribution in distributions():
+        try:
+            text = distribution.read_text("entry_points.txt") or ""
+        except Exception:  # whatever it is, it is none of ours
+            continue
+        if f"{PROJECT}." not in text:
+            continue
+        name = re.sub(r"[-_.]+", "-", _named(distribution)[0]).lower()
+        if name not in seen or name == UNKNOWN:
+            seen.add(name)
+            yield distribution
+
+
+def _plugins_of(distribution: Distribution) -> list[Plugin]:
+    name, release = _named(distribution)
+    try:
+        points = [point for point in distribution.entry_points if point.group in (ADAPTERS, HOOKS)]
+    except Exception as error:  # one broken file would else hide everybody's plug-ins
+        return [
+            Plugin(name, name, release, HOOKS, status="broken", reason=f"its entry points cannot be read ({error})")
+        ]
+    return [Plugin(point.name, name, release, point.group, point.value) for point in points]
+
+
+def _named(distribution: Distribution) -> tuple[str, str]:
+    try:
+        return distribution.metadata["Name"] or UNKNOWN, distribution.metadata["Version"] or ""
+    except Exception:  # no metadata, or none that can be read
+        return UNKNOWN, ""
 
 
 def _doubled(plugin: Plugin, first: Plugin) -> Plugin:
@@ -91,7 +122,13 @@ def _doubled(plugin: Plugin, first: Plugin) -> Plugin:
 
 
 def load(plugin: Plugin) -> object:
-    """Import what an entry point names, and return it. A third party's module may raise anything."""
+    """Import what an entry point names, and return it. A third party's module may raise anything.
+
+    Raises:
+        ValueError: If the entry point names nothing that can be imported.
+    """
+    if not EntryPoint.pattern.match(plugin.value):
+        raise ValueError(f"an entry point that is {plugin.value!r}, not package.module or package.module:object")
     return EntryPoint(plugin.name, plugin.value, plugin.group).load()
 
 

@@ -133,14 +133,9 @@ class TrajectoryScheduler:
         """Generator updates since the walk came to its present node."""
         return self.generator_updates - self._plan.node_since
 
-    @property
-    def delay(self) -> int:
-        """Generator updates by which plug-ins have put off what is left of the plan; negative if they hastened it."""
-        return 0 if self._plan.finished else self.generator_updates - self._plan.updates
-
     def stages(self) -> list[tuple[int, Target]]:
-        """Return what happens when: generator updates, and what the walk aims at from there on (`Plan.stages`)."""
-        return [(updates + self.delay, target) for updates, target in self._plan.stages()]
+        """Return what happens when: generator updates, and what the walk aims at from there on (`Plan.ahead`)."""
+        return self._plan.ahead(self.generator_updates)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class Shelf:
 
     def __init__(self) -> None:
         found = installed()
-        self._doubled = [plugin for plugin in found if plugin.status == "broken"]
+        self._unusable = [plugin for plugin in found if plugin.status == "broken"]
         self._plugins = {plugin.name: plugin for plugin in found if plugin.status != "broken"}
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(Specs)
@@ -48,7 +48,7 @@ class Shelf:
 
     def listed(self) -> list[Plugin]:
         """Return all, with what is known of them."""
-        return sorted([*self._plugins.values(), *self._doubled], key=lambda plugin: (plugin.group, plugin.name))
+        return sorted([*self._plugins.values(), *self._unusable], key=lambda plugin: (plugin.group, plugin.name))
 
     def block(self, name: str) -> None:
         """Keep a plug-in out, unread; one that is not installed is no error, as in pytest."""

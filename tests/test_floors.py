@@ -93,6 +93,10 @@ def test_importing_the_package_imports_nothing_heavy():
     assert imported_by("import disback_plugin; dir(disback_plugin)") == set()
 
 
+def test_listing_and_calling_plug_ins_imports_nothing_heavy():
+    assert imported_by("from disback_plugin.hooks import Plugins; Plugins(autoload=False).log({}, 0)") == set()
+
+
 def test_attaching_imports_neither_diffusers_nor_accelerate_nor_timm_nor_matplotlib():
     assert imported_by("import disback_plugin; disback_plugin.attach") <= {"torch", "huggingface_hub", "tqdm", "numpy"}
 

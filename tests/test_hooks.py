@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
@@ -303,6 +304,37 @@ def test_of_two_with_one_name_one_is_meant_and_the_other_named(site):
     assert both[1].reason.startswith("its name is taken by dmd2 of disback-plugin ")
 
 
+def test_a_distribution_that_cannot_be_read_hides_nobody(site):
+    install(site, "theirs", WELL)
+    for name, points, metadata in (
+        ("garbage", "[disback.hooks]\nno equals sign\n", "Metadata-Version: 2.1\nName: garbage\nVersion: 2.0\n"),
+        ("nameless", "[disback.hooks]\nunknown = nowhere\n", ""),
+        ("valueless", "[disback.hooks]\nempty = \n", "Metadata-Version: 2.1\nName: valueless\n"),
+    ):
+        info = site / f"{name}-2.0.dist-info"
+        info.mkdir()
+        (info / "entry_points.txt").write_text(points)
+        (info / "METADATA").write_text(metadata)
+    plugins = Plugins()
+    assert found(plugins, "theirs").status == "ready"
+    assert found(plugins, "dmd2").status == "installed"
+    garbage = found(plugins, "garbage")
+    assert (garbage.status, garbage.version) == ("broken", "2.0")
+    assert garbage.reason.startswith("its entry points cannot be read (")
+    assert found(plugins, "unknown").distribution == "an unknown distribution"
+    assert found(plugins, "empty").reason == (
+        "ValueError: an entry point that is '', not package.module or package.module:object"
+    )
+
+
+def test_a_distribution_that_is_there_twice_counts_once(site, tmp_path, monkeypatch):
+    install(site, "theirs", WELL)
+    install(tmp_path, "theirs", "raise RuntimeError('the shadowed one')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(site))
+    assert found(Plugins(), "theirs").status == "ready"
+
+
 KINDS = {"well": WELL, "adapter": KNOWS} | {name: source for name, (source, _) in MISTAKES.items()}
 NUMBER = itertools.count()
 
@@ -530,6 +562,35 @@ def test_a_run_with_eight_plug_ins_is_the_run_without_bit_for_bit(site, tmp_path
     beside = a_run(tmp_path / "beside", schedule=Ramp(5), plugins=[Everything()])
     assert beside[0] == alone[0]
     assert difference(beside[1], alone[1]) == []
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do; a sync with the host is an operation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", [Fixed(2), Ramp(3)])
+def test_plug_ins_add_no_operation_to_a_step_and_no_sync(tmp_path, schedule):
+    a_run(tmp_path)
+    counted = []
+    for plugins in ((), tuple(Everything() for _ in range(8))):
+        run = Run()
+        path = disback.DegradationPath(tmp_path)
+        scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score, schedule=schedule, plugins=plugins)
+        scheduler.start()
+        with Operations() as operations:
+            for _ in range(4):
+                scheduler.step()
+        counted.append(operations.names)
+    assert counted[0] == counted[1] != []
+    assert all(event[0] in ("swapped", "log") for event in plugins[0].heard)
 
 
 def test_order_and_fewer_arguments_are_pluggys():
