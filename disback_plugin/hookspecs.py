@@ -122,7 +122,8 @@ class Specs:
         plan follows from there: a node that was left early or late moves all later ones by as much. The scheduler's
         `state_dict` remembers what was answered; a plug-in with a state of its own has to save that itself.
 
-        In a distributed run the answer has to be the same on every process.
+        In a distributed run the answer has to be the same on every process. A plug-in that raises is left out where it
+        raised: one that can fail on one process alone is better passed as an object, which stops the run.
 
         Args:
             scheduler: The scheduler that asks; to be read only.
@@ -172,7 +173,7 @@ class Specs:
 
         Args:
             values: Numbers by name. At each swap: "disback/position" in [0, N]; "disback/node", the node at or above
-                it; "disback/swap_ms", host milliseconds of the move; "disback/delta_norm", how far the teacher went
+                it; "disback/swap_ms", host milliseconds of its write; "disback/delta_norm", how far the teacher went
                 along the path, in weight space. Every 50 updates: "disback/masked_samples", how many samples the
                 losses left out on this process since the last report, because they were not finite; 0 too
                 (`masking.MaskedSamples`).

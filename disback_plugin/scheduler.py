@@ -97,6 +97,7 @@ class TrajectoryScheduler:
         self.started = False
         self._target = Target(0.0)
         self._told = 0.0  # the position that the plug-ins know of
+        self._swap_ms = 0.0  # of the last move, on the host
         self._away = False
         self._masked = MaskedSamples(plugins=self._plugins)
         wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
@@ -146,7 +147,6 @@ class TrajectoryScheduler:
         """
         if self.started:
             return
-        before = time.perf_counter()
         self._plan.go_to(self._plan.updates, now=self.generator_updates)
         self._place()
         if self.path is not None and self.last_node and self._fake_score is not None:
@@ -155,7 +155,7 @@ class TrajectoryScheduler:
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
                 self._fake_score.write(self.path.source(self.last_node))
         self.started = True
-        self._tell(before)
+        self._tell()
 
     def step(self, signal: Any = None) -> None:
         """Count one finished generator update and move the teacher. Call it never between a forward and its backward.
@@ -169,13 +169,12 @@ class TrajectoryScheduler:
         """
         self._require_start()
         self._check_untouched()
-        before = time.perf_counter()
         self.generator_updates += 1
-        if not self._plan.finished:
-            self._plan.go_to(self._plan.following(self._overruled(signal)), now=self.generator_updates)
-            self._place()
-            self._tell(before)
-        self._masked.step()
+        try:
+            if not self._plan.finished:
+                self._walk(signal)
+        finally:
+            self._masked.step()
 
     def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
         """Return `loss` with the same signature; when it runs, the right node is in the teacher, or it raises.
@@ -212,21 +211,20 @@ class TrajectoryScheduler:
             yield
         finally:
             self._away = False
-            before = time.perf_counter()
             self._place()
-            self._tell(before)
+            self._tell()
 
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
-        before = time.perf_counter()
         if self.path is not None and self.last_node:
-            self._teacher.write(self.path.original())
+            with self._timed():
+                self._teacher.write(self.path.original())
         self._plan.stop()
         self._target = Target(0.0)
         self._remember()
         if self._ahead is not None:
             self._ahead.forget()
-        self._tell(before)
+        self._tell()
         self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------
@@ -259,7 +257,6 @@ class TrajectoryScheduler:
         self._plan.go_to(state["plan_updates"], now=self.generator_updates)
         self._plan.node_since = state["node_since"]
         self._masked.steps = self.generator_updates
-        before = time.perf_counter()
         if self.path is not None and self.last_node:
             if not self._away:
                 self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
@@ -267,7 +264,7 @@ class TrajectoryScheduler:
                 self._place()
             else:
                 self._write(0.0)
-        self._tell(before)
+        self._tell()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -295,28 +292,36 @@ class TrajectoryScheduler:
                 self.last_node - 1,
             )
 
+    def _walk(self, signal: Any) -> None:
+        """Go on by one update of the plan, unless a plug-in keeps or ends the node; as planned if it raises."""
+        following = self._plan.following()
+        try:
+            following = self._plan.following(self._overruled(signal))
+        finally:
+            self._plan.go_to(following, now=self.generator_updates)
+            self._place()
+        self._tell()
+
     def _overruled(self, signal: Any) -> bool | None:
         """Ask the plug-ins whether to leave the node; None if there is none, or nobody to ask."""
         if not (self._plan.on_node and self._plugins.listens("disback_should_advance")):
             return None
         return self._plugins.should_advance(self, self._plan.target.position, self.updates_in_node, signal)
 
-    def _tell(self, before: float) -> None:
-        """Call the plug-ins if the teacher holds another position than they know of; the move began at `before`."""
+    def _tell(self) -> None:
+        """Call the plug-ins if the teacher holds another position than they know of."""
         position, previous = self.position, self._told
         if position == previous or self._away:
             return
         self._told = position
-        swap_ms = 1e3 * (time.perf_counter() - before)
         self._plugins.node_swapped(self, position, previous, self.generator_updates)
         if self._plugins.listens("disback_log") and on_main_process():
+            norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
             values = {
                 "disback/position": position,
                 "disback/node": ceil(position),
-                "disback/swap_ms": swap_ms,
-                "disback/delta_norm": 0.0
-                if self.path is None
-                else length([node.delta_norm for node in self.path.nodes], previous, position),
+                "disback/swap_ms": self._swap_ms,
+                "disback/delta_norm": length(norms, previous, position),
             }
             self._plugins.log(values, self.generator_updates)
 
@@ -337,9 +342,16 @@ class TrajectoryScheduler:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
         if self.path is None or not self.last_node:
             return
-        self._move(self.path, position)
+        with self._timed():
+            self._move(self.path, position)
         self._target = self._target._replace(position=position)
         self._remember()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._swap_ms = 1e3 * (time.perf_counter() - before)
 
     def _move(self, path: DegradationPath, position: float) -> None:
         """Decode a position into the teacher; at a node, compare what was decoded with what was recorded."""
