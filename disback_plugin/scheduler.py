@@ -300,7 +300,7 @@ class TrajectoryScheduler:
         finally:
             self._plan.go_to(following, now=self.generator_updates)
             self._place()
-        self._tell()
+            self._tell()
 
     def _overruled(self, signal: Any) -> bool | None:
         """Ask the plug-ins whether to leave the node; None if there is none, or nobody to ask."""

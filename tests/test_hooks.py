@@ -510,6 +510,36 @@ def test_a_run_tells_its_plug_ins_everything_in_order(tmp_path):
         assert all(type(value) in (int, float) for value in values.values())
 
 
+def test_an_evaluation_is_not_told_and_what_the_walk_did_meanwhile_is_told_after_it(tmp_path):
+    run, plugin = Run(), Everything()
+    options = {"path": tmp_path, "record": 4, "every": 1, "schedule": Ramp(4, start=1.0), "plugins": (plugin,)}
+    with disback.attach(**run.roles(), **options) as handle:
+        run.steps(5)
+        with handle.original_teacher():
+            run.steps(2)
+        moves = [event[1:] for event in plugin.heard if event[0] == "swapped"]
+        assert moves == [(0.0, 4.0, 0), (4.0, 3.0, 1), (3.0, 1.0, 3)]
+        assert plugin.heard[-1][1]["disback/delta_norm"] == pytest.approx(
+            sum(node.delta_norm for node in handle.path.nodes[1:3])
+        )
+
+
+def test_who_does_not_fail_is_told_of_a_move_though_another_failed_just_then(tmp_path):
+    class Fails:
+        @hookimpl
+        def disback_should_advance(self, updates_in_node):
+            return 1 / (2 - updates_in_node) > 9  # fails when the plan moves
+
+    run, plugin = Run(), Everything()
+    options = {"path": tmp_path, "record": 4, "every": 2, "schedule": Fixed(2), "plugins": (Fails(), plugin)}
+    with disback.attach(**run.roles(), **options) as handle:
+        run.steps(5)
+        with pytest.raises(PluginError, match="ZeroDivisionError"):
+            run.steps(1)
+        assert handle.position == 0.0
+        assert plugin.heard[-2] == ("swapped", 1.0, 0.0, 2)
+
+
 def test_leaving_early_and_coming_back_are_told_too(tmp_path):
     run, plugin = Run(), Everything()
     options = {"path": tmp_path, "record": 4, "every": 1, "schedule": Ramp(4)}
