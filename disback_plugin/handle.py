@@ -135,7 +135,13 @@ class Handle:
             stages = Plan(self._schedule, 0 if recording is None else recording.nodes).stages()
         else:
             stages = self.scheduler.stages()
-        who = cast(self._teacher, self._fake_score, self._generator_optimizers, self._fake_score_optimizers)
+        who = cast(
+            self._teacher,
+            self._fake_score,
+            self._generator_optimizers,
+            self._fake_score_optimizers,
+            walks=self.path is not None,
+        )
         return (
             f"<disback {self.phase}: position {self.position:g} ({nodes}), {self._schedule!r}, "
             f"{self.generator_updates} generator updates, {self.fake_score_updates} fake-score updates>\n"

@@ -22,14 +22,19 @@ def cast(
     fake_score: ScoreNetwork,
     generator_optimizers: Sequence[Optimizer],
     fake_score_optimizers: Sequence[Optimizer],
+    *,
+    walks: bool,
 ) -> list[tuple[str, str, str]]:
-    """Return a row for each network: its name, what it is, and its role."""
+    """Return a row for each network: its name, what it is, and its role; `walks` says whether there is a path."""
     weights = sum(parameter.numel() for parameter in optimizers.parameters(generator_optimizers))
     steppers = [", ".join(type(o).__name__ for o in group) for group in (generator_optimizers, fake_score_optimizers)]
+    real, fake, still = (
+        ("walks the path, ", "ends the recording as s'_N, ", "held still while recording, ") if walks else ("", "", "")
+    )
     return [
-        ("teacher", _describe(teacher), "s_theta, the real score: walks the path, is never trained"),
-        ("fake score", _describe(fake_score), f"s_phi: ends the recording as s'_N, trained by {steppers[1]}"),
-        ("generator", f"{weights:,} weights", f"held still while recording, trained by {steppers[0]}"),
+        ("teacher", _describe(teacher), f"s_theta, the real score: {real}is never trained"),
+        ("fake score", _describe(fake_score), f"s_phi: {fake}trained by {steppers[1]}"),
+        ("generator", f"{weights:,} weights", f"{still}trained by {steppers[0]}"),
     ]
 
 

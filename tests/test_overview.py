@@ -82,6 +82,7 @@ def test_what_a_plug_in_ended_early_is_shown_when_it_ended(tmp_path):
 
 def test_without_a_path_only_the_gradient_is_shown():
     with disback.attach(**Run().roles(), record=0, schedule=GradientRamp(50)) as handle:
+        assert lines(handle)[1].endswith("s_theta, the real score: is never trained")
         assert lines(handle)[4:] == [
             "-> generator update 0 teacher at position 0, the generator's gradient times 0.01",
             "generator update 50 teacher at position 0: itself, for good",
