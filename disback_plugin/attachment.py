@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from disback_plugin import optimizers
 from disback_plugin.errors import OptionError
 from disback_plugin.handle import Handle
-from disback_plugin.hooks import Adapter, find_adapter
+from disback_plugin.hooks import Adapter, Plugins
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.weights import ScoreNetwork
@@ -37,6 +37,7 @@ def attach(
     schedule: Schedule | str = "auto",
     prefetch: bool | None = None,
     state: Mapping[str, Any] | None = None,
+    plugins: Plugins | Sequence[object] = (),
 ) -> Handle:
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
 
@@ -67,6 +68,8 @@ def attach(
         prefetch: Whether to decode the next position ahead of time, as in `TrajectoryScheduler`.
         state: What `Handle.state_dict` returned at the moment whose checkpoint the trainer has loaded. The path is then
             taken as it is, s_phi is left alone, and the teacher is written, whatever it holds.
+        plugins: Who takes part in the run beside the installed plug-ins: names of installed ones that have to work,
+            "no:NAME" for those that shall stay out, and plug-ins themselves (`hooks`).
 
     Returns:
         The handle; also a context manager that detaches at its end.
@@ -75,10 +78,13 @@ def attach(
         RoleError: If a role is no module, cannot be written, or an optimizer steps the wrong network or two of them.
         MismatchError: If teacher and fake score differ in keys or shapes.
         PathError: If the folder holds something else, or cannot be written.
-        OptionError: If a count is out of its domain, or the schedule does not fit the path.
+        OptionError: If a count is out of its domain, or the schedule does not fit the path, or `plugins` names what is
+            not installed.
+        PluginError: If the named adapter, or a plug-in that `plugins` names, is broken.
         StateError: If `state` is of another run or moment.
 
-        Whatever is raised, no weight was written and no hook is left.
+        Whatever is raised, no weight was written and no hook is left; but a plug-in that hears of the start of a
+        finished path and raises does so when s_phi is s'_N and the teacher s'_0 again.
 
     Example:
         >>> import tempfile, torch
@@ -119,7 +125,8 @@ def attach(
         "generator_optimizer": generator_optimizer,
         "fake_score_optimizer": fake_score_optimizer,
     }
-    roles = _roles(trainer, adapter, given)
+    taking_part = Plugins.of(plugins)
+    roles = _roles(trainer, adapter, given, taking_part)
     handle = Handle(
         teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
         fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
@@ -127,17 +134,18 @@ def attach(
         fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
         schedule=resolve(schedule),
         prefetch=prefetch,
+        plugins=taking_part,
     )
     handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state)
     return handle
 
 
-def _roles(trainer: object, adapter: str | None, given: dict[str, Any]) -> Adapter:
+def _roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: Plugins) -> Adapter:
     named = [name for name, value in given.items() if value is not None]
     if trainer is None and adapter is None and len(named) == len(given):
         return Adapter(**given)
     if trainer is not None and not named:
-        return find_adapter(trainer, adapter)
+        return plugins.adapter(trainer, adapter)
     raise OptionError(
         f"attach({', '.join(['trainer'] * (trainer is not None) + ['adapter'] * (adapter is not None) + named)})",
         expected=f"a trainer and perhaps its adapter's name, or {', '.join(given)}",

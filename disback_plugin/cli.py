@@ -1,4 +1,4 @@
-"""The command line: `disback demo` and `disback inspect`. Nothing heavy is imported before a command runs."""
+"""The command line: `disback demo`, `inspect` and `plugins`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,18 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"disback-plugin {disback_plugin.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.add_argument(
+        "-p",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="use an installed plug-in, which has to work; no:NAME blocks it",
+    )
     commands = top.add_subparsers(title="commands", dest="command", required=True)
     _add_demo(commands)
     _add_inspect(commands)
+    _add_plugins(commands)
     return top
 
 
@@ -124,11 +133,54 @@ def _inspect(options: argparse.Namespace) -> None:
     print(table(rows))
 
 
+def _add_plugins(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plugins = commands.add_parser(
+        "plugins",
+        allow_abbrev=False,
+        help="list the installed plug-ins and adapters",
+        description="List the plug-ins and adapters of all installed distributions, without importing one. With "
+        "--check each is imported, and exit code 1 means that one is broken.",
+        epilog="example: disback -p no:mine plugins --check",
+    )
+    plugins.add_argument(
+        "--check", action="store_true", help="import each, and say whether it works, and what it hooks"
+    )
+    plugins.add_argument("--env", action="store_true", help="add the versions of what matters, for a bug report")
+    plugins.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    plugins.set_defaults(run=_plugins)
+
+
+def _plugins(options: argparse.Namespace) -> int:
+    import logging
+    from dataclasses import asdict
+
+    from disback_plugin.hooks import Plugins
+    from disback_plugin.plugins import environment, table
+
+    plugins = Plugins(*options.plugins, autoload=False)
+    logger = logging.getLogger("disback_plugin")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # the table says what the warnings would
+    try:
+        found = plugins.check() if options.check else plugins.listed()
+    finally:
+        logger.setLevel(before)
+    around = environment() if options.env else {}
+    if options.json:
+        listed = {"plugins": [asdict(plugin) for plugin in found]}
+        print(json.dumps(listed | ({"environment": around} if options.env else {})))
+    else:
+        print(table(found))
+        for name, version in around.items():
+            print(f"{name} {version}")
+    return int(options.check and any(plugin.status == "broken" for plugin in found))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted."""
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
+        code: int | None = options.run(options)
     except DisbackError as error:
         if options.debug:
             raise
@@ -137,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("disback: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

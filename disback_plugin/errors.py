@@ -12,6 +12,7 @@ __all__ = [
     "MismatchError",
     "OptionError",
     "PathError",
+    "PluginError",
     "RoleError",
     "StateError",
     "TrainingError",
@@ -72,3 +73,7 @@ class StateError(DisbackError, ValueError):
 
 class TrainingError(DisbackError, RuntimeError):
     """The training loop does something that the method cannot work with."""
+
+
+class PluginError(DisbackError, RuntimeError):
+    """A plug-in that the user asked for cannot be loaded, or raised."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -21,10 +21,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin import files, optimizers
-from disback_plugin.errors import OptionError, RoleError, StateError, TrainingError
+from disback_plugin.errors import OptionError, PluginError, RoleError, StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
+from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Manifest, Recording
 from disback_plugin.opening import open_or_create
+from disback_plugin.overview import agenda, aligned, cast
+from disback_plugin.plan import Plan
 from disback_plugin.recording import PATIENCE, Recorder
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
@@ -39,6 +42,9 @@ logger = logging.getLogger(__name__)
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+# What a handle's state takes from its scheduler's.
+COUNTS = ("generator_updates", "plan_updates", "node_since")
+
 # Optimizers that a handle rides on: two handles on one loop would fight for the teacher.
 _ATTACHED: WeakSet[Optimizer] = WeakSet()
 
@@ -50,6 +56,8 @@ class Handle:
         path: The path, or None with record=0.
         scheduler: The scheduler, or None while recording.
         fake_score_updates: Finished updates of s_phi since attaching, recording included.
+        signal: What a plug-in that decides when to leave a node is told (`disback_should_advance`), as a measure of
+            convergence; the loop may set it whenever it knows better.
     """
 
     def __init__(
@@ -61,10 +69,12 @@ class Handle:
         fake_score_optimizers: list[Optimizer],
         schedule: Schedule,
         prefetch: bool | None = None,
+        plugins: Plugins | Sequence[object] = (),
     ) -> None:
         self._teacher, self._fake_score = teacher, fake_score
         self._generator_optimizers = generator_optimizers
         self._schedule, self._prefetch = schedule, prefetch
+        self._plugins = Plugins.of(plugins)
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
         if not _ATTACHED.isdisjoint((*generator_optimizers, *fake_score_optimizers)):
             raise RoleError(
@@ -75,6 +85,7 @@ class Handle:
         self.path: DegradationPath | None = None
         self.scheduler: TrajectoryScheduler | None = None
         self.fake_score_updates = 0
+        self.signal: Any = None
         self._recorder: Recorder | None = None
         self._went_on = False  # s_phi was updated after it was saved as s'_N
         self._generator_steps = 0
@@ -118,10 +129,24 @@ class Handle:
                 yield
 
     def __repr__(self) -> str:
-        nodes = "no path" if self.path is None else f"N = {self.path.manifest.recording.nodes}, {self.path.folder}"
+        recording = None if self.path is None else self.path.manifest.recording
+        nodes = "no path" if self.path is None or recording is None else f"N = {recording.nodes}, {self.path.folder}"
+        recorded = None if self._recorder is None else self._recorder.iteration
+        if self.scheduler is None:
+            stages = Plan(self._schedule, 0 if recording is None else recording.nodes).stages()
+        else:
+            stages = self.scheduler.stages()
+        who = cast(
+            self._teacher,
+            self._fake_score,
+            self._generator_optimizers,
+            self._fake_score_optimizers,
+            walks=self.path is not None,
+        )
         return (
             f"<disback {self.phase}: position {self.position:g} ({nodes}), {self._schedule!r}, "
-            f"{self.generator_updates} generator updates, {self.fake_score_updates} fake-score updates>"
+            f"{self.generator_updates} generator updates, {self.fake_score_updates} fake-score updates>\n"
+            f"{aligned(who)}\n{aligned(agenda(recording, recorded, stages, self.generator_updates))}"
         )
 
     # -- the way out --------------------------------------------------------------------------------------------------
@@ -168,7 +193,7 @@ class Handle:
             "schedule": repr(self._schedule),
             "phase": self.phase,
             "recording_iteration": 0 if iteration is None else iteration,
-            "generator_updates": self.generator_updates,
+            **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.state_dict())),
             "fake_score_updates": self.fake_score_updates,
             "fake_score": self._fake_score.checksum(),
         }
@@ -220,14 +245,13 @@ class Handle:
             self.scheduler = None
         if self._recorder is not None:
             self._recorder.close()
-        self._recorder = Recorder(self.path, self._fake_score)
+        self._recorder = Recorder(self.path, self._fake_score, plugins=self._plugins)
         self._recorder.rewind(iteration)
 
     def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
         if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end
             self.scheduler, self._recorder = self._new_scheduler(None), None
-        ours = {"generator_updates": int(state["generator_updates"]), "started": True}
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | ours)
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | _counts(state) | {"started": True})
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -254,6 +278,23 @@ class Handle:
         Raises:
             DisbackError: As `attach` says. Then no hook is left.
         """
+        try:
+            self._open(path, record, every, codec, keep_teacher, state)
+        except PluginError:  # it heard of the start, and raised
+            if self.scheduler is not None:
+                self.scheduler.restore()
+            raise
+        self._install_hooks()
+
+    def _open(
+        self,
+        path: str | os.PathLike[str] | None,
+        record: int,
+        every: int,
+        codec: str,
+        keep_teacher: bool,
+        state: Mapping[str, Any] | None,
+    ) -> None:
         if record == 0 and not isinstance(record, bool):
             self._begin_without_path(path)
             if state is not None:
@@ -265,7 +306,6 @@ class Handle:
             self._begin(path, Recording(record, every, codec, keep_teacher))
         else:
             self._continue(path, state)
-        self._install_hooks()
 
     def _begin_without_path(self, folder: str | os.PathLike[str] | None) -> None:
         if folder is not None and DegradationPath.exists(folder):
@@ -287,7 +327,7 @@ class Handle:
         if self.path.complete:
             self._begin_backtracking()
             return
-        self._recorder = Recorder(self.path, self._fake_score)
+        self._recorder = Recorder(self.path, self._fake_score, plugins=self._plugins)
         self._recorder.start()
 
     def _continue(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -308,13 +348,21 @@ class Handle:
         # What was recorded here is s'_N already, unless it went on: to write it, decoded, would change it for nothing.
         is_there = self._recorder is not None and not self._went_on
         scheduler = self._new_scheduler(None if is_there else self._fake_score)
-        scheduler.start()
-        self.scheduler, self._recorder = scheduler, None
+        try:
+            scheduler.start()
+        finally:
+            if scheduler.started:  # though a plug-in raised when it heard of it
+                self.scheduler, self._recorder = scheduler, None
         logger.info("%r", self)
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
         return TrajectoryScheduler(
-            self.path, self._teacher, fake_score, schedule=self._schedule, prefetch=self._prefetch
+            self.path,
+            self._teacher,
+            fake_score,
+            schedule=self._schedule,
+            prefetch=self._prefetch,
+            plugins=self._plugins,
         )
 
     def _install_hooks(self) -> None:
@@ -358,7 +406,7 @@ class Handle:
             )
         if self.scheduler is not None:
             if updated:
-                self.scheduler.step()
+                self.scheduler.step(self.signal)
         elif self._recorder is not None and self._recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
             self._teacher.write(self._recorder.path.original())
@@ -384,6 +432,10 @@ class Handle:
 
     def _updated(self, optimizer: Optimizer) -> bool:
         return self._updates.pop(optimizer, False) and not optimizers.skipped_by_scaler(optimizer)
+
+
+def _counts(state: Mapping[str, Any]) -> dict[str, int]:
+    return {name: state[name] for name in COUNTS}
 
 
 def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str | None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disback_plugin import hooks
 from disback_plugin.batches import LISTENER
 from disback_plugin.errors import OptionError
+from disback_plugin.hooks import Plugins
 
-__all__ = ["MaskedSamples"]
+__all__ = ["MaskedSamples", "on_main_process"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,12 @@ PENDING = 64
 class MaskedSamples:
     """Counts the samples that the losses of `losses` and `kernels` mask, and reports them as "disback/masked_samples".
 
-    A report goes to the plug-ins of `hooks.disback_log`, or, where there is none, into a warning of `logging` if the
-    count is not 0. Only a report waits for the device. Each process counts its own samples; the main one reports.
+    A report goes to the plug-ins that implement `disback_log`, or, where there is none, into a warning of `logging` if
+    the count is not 0. Only a report waits for the device. Each process counts its own samples; the main one reports.
 
     Args:
         every: Steps from one report to the next, >= 50.
+        plugins: Who hears of it: a `hooks.Plugins`, or names and objects for one.
 
     Attributes:
         steps: Generator updates so far; set it where a run resumes.
@@ -54,9 +55,10 @@ class MaskedSamples:
         2
     """
 
-    def __init__(self, every: int = 50) -> None:
+    def __init__(self, every: int = 50, *, plugins: Plugins | Sequence[object] = ()) -> None:
         if every < 50:
             raise OptionError(f"every={every}", expected="50 or more", cure="leave it away for 50: a report is a sync")
+        self._plugins = Plugins.of(plugins)
         self.every = every
         self.steps = 0
         self._finite: list[Tensor] = []
@@ -92,9 +94,11 @@ class MaskedSamples:
             return 0
         masked = sum(int(count.item()) for count in self._counts.values())
         self._counts.clear()
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if not on_main_process():
             return masked
-        if not hooks.log({"disback/masked_samples": masked}, step=self.steps) and masked:
+        if self._plugins.listens("disback_log"):
+            self._plugins.log({"disback/masked_samples": masked}, self.steps)
+        elif masked:
             logger.warning(
                 "%d samples were not finite and had no gradient, up to update %d: look at the outputs of teacher and "
                 "fake score, and at their dtype",
@@ -114,3 +118,8 @@ class MaskedSamples:
             masked = torch.cat(batches).logical_not().sum()
             self._counts[device] = self._counts[device] + masked if device in self._counts else masked
         self._finite.clear()
+
+
+def on_main_process() -> bool:
+    """Return whether this is rank 0, or no distributed run."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

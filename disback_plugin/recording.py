@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from disback_plugin import training
 from disback_plugin.errors import OptionError, TrainingError
+from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Recording
 from disback_plugin.opening import open_or_create
 from disback_plugin.probes import Probe
@@ -46,12 +47,19 @@ class Recorder:
         network: s', the network that is fitted.
         training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
             None where the trainer's own checkpoint holds that.
+        plugins: Who hears of the nodes.
     """
 
     def __init__(
-        self, path: DegradationPath, network: ScoreNetwork, *, training: Callable[[], dict[str, Tensor]] | None = None
+        self,
+        path: DegradationPath,
+        network: ScoreNetwork,
+        *,
+        training: Callable[[], dict[str, Tensor]] | None = None,
+        plugins: Plugins | Sequence[object] = (),
     ) -> None:
         self.path, self.network, self._training = path, network, training
+        self._plugins = Plugins.of(plugins)
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
         self._probe: Probe | None = None
 
@@ -81,11 +89,16 @@ class Recorder:
         return self.iteration >= self.path.manifest.recording.iterations
 
     def update(self) -> None:
-        """Count one update of the network; save a node if it is due. After the last node nothing counts any more."""
+        """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
+
+        Raises:
+            PluginError: If a plug-in that was asked for raised. The node is saved.
+        """
         if self.done:
             return
         iteration = self.iteration + 1
-        if self.path.manifest.recording.due(iteration):
+        due = self.path.manifest.recording.due(iteration)
+        if due:
             training = None if self._training is None else self._training()
             self.path.append(
                 self.network.state_dict(),
@@ -97,6 +110,10 @@ class Recorder:
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
         self.iteration = iteration  # only now: a node that could not be written is due again
         self._finish_if_done()
+        if due:
+            self._plugins.node_recorded(self.path, self.path.nodes[-1])
+        if self.done:
+            self._plugins.path_completed(self.path)
 
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
@@ -126,6 +143,7 @@ def record(
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     learning_rate: float = 1e-5,
     seed: int = 0,
+    plugins: Plugins | Sequence[object] = (),
 ) -> DegradationPath:
     """Algorithm 1. A finished path in the folder is reused, an unfinished one resumed, anything else refused.
 
@@ -150,6 +168,8 @@ def record(
         learning_rate: Of Adam in the standalone form, > 0; 1e-5 in the paper (B.2).
         seed: Of the random numbers that `sample` and `loss` draw in the standalone form. They draw from a stream of
             their own: the global random state is the same before and after.
+        plugins: Who hears of the nodes: names of installed plug-ins, "no:NAME" for those that shall not, and plug-ins
+            themselves (`hooks`).
 
     Returns:
         The complete path.
@@ -158,6 +178,7 @@ def record(
         OptionError: If neither form, or a mixture of both, was given, or a count is out of its domain.
         PathError: If the folder holds something else.
         TrainingError: If `fake_step` does not move s_phi.
+        PluginError: If a plug-in that was asked for is broken.
 
     Example:
         >>> import tempfile
@@ -171,14 +192,15 @@ def record(
     """
     target = ScoreNetwork.of(teacher, role="teacher")
     folder, plan = Path(path), Recording(iterations, every, codec, keep_teacher)
+    listening = Plugins.of(plugins)
     if fake_score is not None and fake_step is not None and sample is None and loss is None:
         network = ScoreNetwork.of(fake_score, role="fake score")
         check_apart(target, network)
         opened = open_or_create(folder, target, plan)
-        return _record_in_loop(opened, network, fake_step)
+        return _record_in_loop(opened, network, fake_step, listening)
     if fake_score is None and fake_step is None and sample is not None and loss is not None:
         opened = open_or_create(folder, target, plan)
-        return _record_copy(opened, target, sample, loss, learning_rate, seed)
+        return _record_copy(opened, target, sample, loss, learning_rate, seed, listening)
     given = [
         name
         for name, value in {"fake_score": fake_score, "fake_step": fake_step, "sample": sample, "loss": loss}.items()
@@ -191,11 +213,13 @@ def record(
     )
 
 
-def _record_in_loop(path: DegradationPath, network: ScoreNetwork, step: Callable[[], object]) -> DegradationPath:
+def _record_in_loop(
+    path: DegradationPath, network: ScoreNetwork, step: Callable[[], object], plugins: Plugins
+) -> DegradationPath:
     if path.complete:
         network.write(path.source(len(path) - 1))
         return path
-    recorder = Recorder(path, network)
+    recorder = Recorder(path, network, plugins=plugins)
     recorder.start()
     idle = 0
     with closing(recorder), _progress(recorder) as bar:
@@ -223,6 +247,7 @@ def _record_copy(
     loss: Callable[[nn.Module, Tensor], Tensor],
     learning_rate: float,
     seed: int,
+    plugins: Plugins,
 ) -> DegradationPath:
     if path.complete:
         return path
@@ -236,7 +261,7 @@ def _record_copy(
     student_score = copy.deepcopy(module).requires_grad_(True)
     optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
     network = ScoreNetwork(student_score, role="recorded copy")
-    recorder = Recorder(path, network, training=lambda: training.capture(network, optimizer))
+    recorder = Recorder(path, network, training=lambda: training.capture(network, optimizer), plugins=plugins)
     saved = path.training_state()
     if saved is None:
         recorder.start()

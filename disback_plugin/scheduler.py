@@ -9,16 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from math import floor
+from math import ceil, floor
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from disback_plugin import kernels
-from disback_plugin.errors import DisbackError, OptionError, PathError, StateError
-from disback_plugin.masking import MaskedSamples
+from disback_plugin.errors import DisbackError, PathError, StateError
+from disback_plugin.hooks import Plugins
+from disback_plugin.masking import MaskedSamples, on_main_process
+from disback_plugin.plan import Plan, length
 from disback_plugin.prefetch import Ahead
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
@@ -43,11 +46,13 @@ class TrajectoryScheduler:
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
         prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
             then a move is a copy. None: where the teacher is on another device than the host.
+        plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
 
     Raises:
         PathError: If the path is unfinished, or the teacher is not its node 0.
         MismatchError: If the two networks differ in keys or shapes.
-        OptionError: If the schedule does not fit the path.
+        OptionError: If the schedule does not fit the path, or `plugins` names what is not installed.
+        PluginError: If a plug-in that `plugins` asks for by name is broken.
 
     Example:
         >>> import tempfile
@@ -79,6 +84,7 @@ class TrajectoryScheduler:
         *,
         schedule: Schedule | str = "auto",
         prefetch: bool | None = None,
+        plugins: Plugins | Sequence[object] = (),
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
@@ -86,17 +92,20 @@ class TrajectoryScheduler:
         self.schedule = resolve(schedule)
         self._teacher = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
+        self._plugins = Plugins.of(plugins)
         self.generator_updates = 0
         self.started = False
         self._target = Target(0.0)
+        self._told = 0.0  # the position that the plug-ins know of
+        self._swap_ms = 0.0  # of the last move, on the host
         self._away = False
         self._failed = False
-        self._masked = MaskedSamples()
+        self._masked = MaskedSamples(plugins=self._plugins)
         wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
         self._ahead = Ahead(self._teacher) if wanted else None
         if self.path is not None:
             self._check(self.path)
-        self._horizon = self.schedule.horizon(self.last_node)
+        self._plan = Plan(self.schedule, self.last_node)
         self._remember()
 
     # -- where we are -------------------------------------------------------------------------------------------------
@@ -119,7 +128,16 @@ class TrajectoryScheduler:
     @property
     def done(self) -> bool:
         """Whether the teacher is back at s'_0 for good, and the gradient unchanged."""
-        return self.started and self.generator_updates >= self._horizon
+        return self.started and self._plan.finished
+
+    @property
+    def updates_in_node(self) -> int:
+        """Generator updates since the walk came to its present node."""
+        return self.generator_updates - self._plan.node_since
+
+    def stages(self) -> list[tuple[int, Target]]:
+        """Return what happens when: generator updates, and what the walk aims at from there on (`Plan.ahead`)."""
+        return self._plan.ahead(self.generator_updates)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -130,27 +148,41 @@ class TrajectoryScheduler:
         """
         if self.started:
             return
-        self._place(self.generator_updates)
+        self._plan.go_to(self._plan.updates, now=self.generator_updates)
+        self._place()
         if self.path is not None and self.last_node and self._fake_score is not None:
             last = self.path.nodes[-1]
             # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
                 self._fake_score.write(self.path.source(self.last_node))
         self.started = True
+        self._tell()
 
-    def step(self) -> None:
+    def step(self, signal: Any = None) -> None:
         """Count one finished generator update and move the teacher. Call it never between a forward and its backward.
+
+        Args:
+            signal: What `disback_should_advance` is told, as a measure of convergence; anything, None for nothing.
 
         Raises:
             StateError: Before `start`, or if somebody else wrote the teacher's weights.
+            PluginError: If a plug-in that was asked for raised. The step is counted, and the teacher where it belongs.
         """
         self._require_start()
         self._check_untouched()
-        updates = self.generator_updates + 1
-        if updates <= self._horizon:
-            self._place(updates)
-        self.generator_updates = updates
-        self._masked.step()
+        plan = self._plan
+        before = plan.updates, plan.node_since, plan.target
+        self.generator_updates += 1
+        try:
+            if not plan.finished:
+                self._walk(signal)
+        except BaseException:
+            if self._failed:  # the teacher could not be moved: as if the update had not ended
+                self.generator_updates -= 1
+                plan.updates, plan.node_since, plan.target = before
+            raise
+        finally:
+            self._masked.step()
 
     def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
         """Return `loss` with the same signature; when it runs, the right node is in the teacher, or it raises.
@@ -187,16 +219,20 @@ class TrajectoryScheduler:
             yield
         finally:
             self._away = False
-            self._place(self.generator_updates)
+            self._place()
+            self._tell()
 
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
         if self.path is not None and self.last_node:
-            self._teacher.write(self.path.original())
-        self._horizon, self._target = 0, Target(0.0)
+            with self._timed():
+                self._teacher.write(self.path.original())
+        self._plan.stop()
+        self._target = Target(0.0)
         self._remember()
         if self._ahead is not None:
             self._ahead.close()
+        self._tell()
         self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------
@@ -208,6 +244,8 @@ class TrajectoryScheduler:
             "nodes": "" if self.path is None else self.path.digest(),
             "schedule": repr(self.schedule),
             "generator_updates": self.generator_updates,
+            "plan_updates": self._plan.updates,
+            "node_since": self._plan.node_since,
             "started": self.started,
         }
 
@@ -220,17 +258,21 @@ class TrajectoryScheduler:
             StateError: If `state` has other keys, or is of another path or schedule. Then nothing changes.
         """
         check_state(state, like=self.state_dict(), fixed=("path", "nodes", "schedule"))
-        if state["generator_updates"] < 0:
-            raise StateError(f"{state['generator_updates']} updates", expected="a count", cure="pass an unedited state")
-        self.generator_updates, self.started = int(state["generator_updates"]), bool(state["started"])
+        for key in ("generator_updates", "plan_updates", "node_since"):
+            if state[key] < 0 or (key == "node_since" and state[key] > state["generator_updates"]):
+                raise StateError(f"{key} of {state[key]} updates", expected="a count", cure="pass an unedited state")
+        self.generator_updates, self.started = state["generator_updates"], state["started"]
+        self._plan.go_to(state["plan_updates"], now=self.generator_updates)
+        self._plan.node_since = state["node_since"]
         self._masked.steps = self.generator_updates
         if self.path is not None and self.last_node:
             if not self._away:
                 self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
             if self.started:
-                self._place(self.generator_updates)
+                self._place()
             else:
                 self._write(0.0)
+        self._tell()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -258,29 +300,66 @@ class TrajectoryScheduler:
                 self.last_node - 1,
             )
 
-    def _place(self, updates: int) -> None:
+    def _walk(self, signal: Any) -> None:
+        """Go on by one update of the plan, unless a plug-in keeps or ends the node; as planned if it raises."""
+        following = self._plan.following()
+        try:
+            following = self._plan.following(self._overruled(signal))
+        finally:
+            self._plan.go_to(following, now=self.generator_updates)
+            self._place()
+            self._tell()
+
+    def _overruled(self, signal: Any) -> bool | None:
+        """Ask the plug-ins whether to leave the node; None if there is none, or nobody to ask."""
+        if not (self._plan.on_node and self._plugins.listens("disback_should_advance")):
+            return None
+        return self._plugins.should_advance(self, self._plan.target.position, self.updates_in_node, signal)
+
+    def _tell(self) -> None:
+        """Call the plug-ins if the teacher holds another position than they know of."""
+        position, previous = self.position, self._told
+        if position == previous or self._away:
+            return
+        self._told = position
+        self._plugins.node_swapped(self, position, previous, self.generator_updates)
+        if self._plugins.listens("disback_log") and on_main_process():
+            norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
+            values = {
+                "disback/position": position,
+                "disback/node": ceil(position),
+                "disback/swap_ms": self._swap_ms,
+                "disback/delta_norm": length(norms, previous, position),
+            }
+            self._plugins.log(values, self.generator_updates)
+
+    def _place(self) -> None:
+        """Bring the teacher to where the plan is."""
         if self._away:
             return
-        target = self._target_of(updates)
-        if not (0 <= target.position <= self.last_node and 0 <= target.gradient <= 1):
-            raise OptionError(
-                f"{target} of {self.schedule!r} at update {updates}",
-                expected=f"a position in [0, {self.last_node}] and a gradient factor in [0, 1]",
-                cure="correct the schedule",
-            )
+        target = self._plan.target
         if target.position != self._target.position:
             self._write(target.position)
-            logger.debug("teacher at position %g of %d after %d updates", target.position, self.last_node, updates)
+            logger.debug(
+                "teacher at position %g of %d after %d updates", target.position, self.last_node, self.generator_updates
+            )
         self._target = target
-        self._look_ahead(updates)
+        self._look_ahead()
 
     def _write(self, position: float) -> None:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
         if self.path is None or not self.last_node:
             return
-        self._move(self.path, position)
+        with self._timed():
+            self._move(self.path, position)
         self._target = self._target._replace(position=position)
         self._remember()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._swap_ms = 1e3 * (time.perf_counter() - before)
 
     def _move(self, path: DegradationPath, position: float) -> None:
         """Decode a position into the teacher; at a node, compare what was decoded with what was recorded."""
@@ -305,17 +384,14 @@ class TrajectoryScheduler:
         if position == floor(position):
             path.check_decoded(int(position), found)
 
-    def _look_ahead(self, updates: int) -> None:
+    def _look_ahead(self) -> None:
         """Begin to decode what the next update will want, if that is another position."""
         if self._ahead is None or self.path is None or not self.last_node or self._away:
             return
-        position = self._target_of(updates + 1).position
+        position = self._plan.at(self._plan.following()).position
         if position != self.position:
             with suppress(DisbackError):  # the move itself will say so
                 self._ahead.begin(position, self.path.source(position))
-
-    def _target_of(self, updates: int) -> Target:
-        return self.schedule(updates, self.last_node) if updates < self._horizon else Target(0.0)
 
     def _require_start(self) -> None:
         if self._failed:

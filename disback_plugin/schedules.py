@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from disback_plugin.errors import OptionError
 
@@ -41,6 +41,8 @@ class Schedule(Protocol):
     """A function from generator updates to a `Target`; frozen, without state of its own.
 
     Its repr goes into saved states, so that a run is not resumed under another schedule: make it a frozen dataclass.
+    One that stands on nodes, each for a while, says so with a class attribute `discrete = True`: then a plug-in may
+    keep or end a node (`hookspecs.Specs.disback_should_advance`).
     """
 
     def __call__(self, updates: int, nodes: int) -> Target:
@@ -73,6 +75,7 @@ class Fixed:
     """
 
     budgets: tuple[int, ...]
+    discrete: ClassVar[bool] = True
 
     def __init__(self, *budgets: int) -> None:
         if not budgets or min(budgets) < 1:

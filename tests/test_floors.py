@@ -16,20 +16,38 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "modules", "weights", "optimizers", "roles", "hooks", "masking"),
+        *(
+            "fingerprints",
+            "modules",
+            "weights",
+            "optimizers",
+            "roles",
+            "hookspecs",
+            "plugins",
+            "shelf",
+            "hooks",
+            "masking",
+        ),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
-        *("training", "opening", "recording", "schedules", "prefetch", "scheduler", "inspection", "metrics"),
+        *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection", "metrics"),
     ],
-    ["handle", "attachment", "demo", "cli", "testing"],
+    ["overview", "handle", "attachment", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 
 
 def imports(file):
     """Modules of this package that a file imports, wherever in the file, type checking aside."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    checked = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    aside = {inner for node in checked for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node in aside:
+            continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("disback_plugin"):
             inner = node.module.partition(".")[2].partition(".")[0]
             yield from [inner] if inner else [alias.name for alias in node.names]
@@ -58,6 +76,8 @@ def test_a_file_imports_only_from_below(module):
 def test_the_floors_test_can_fail(tmp_path):
     (tmp_path / "bad.py").write_text("from disback_plugin.cli import main\nfrom disback_plugin import losses\n")
     assert set(imports(tmp_path / "bad.py")) == {"cli", "losses"}
+    (tmp_path / "typed.py").write_text("if TYPE_CHECKING:\n    from disback_plugin.cli import main\nimport json\n")
+    assert set(imports(tmp_path / "typed.py")) == set()
 
 
 HEAVY = {"torch", "diffusers", "accelerate", "timm", "matplotlib", "sklearn", "huggingface_hub", "tqdm", "numpy"}
@@ -71,6 +91,10 @@ def imported_by(code):
 
 def test_importing_the_package_imports_nothing_heavy():
     assert imported_by("import disback_plugin; dir(disback_plugin)") == set()
+
+
+def test_listing_and_calling_plug_ins_imports_nothing_heavy():
+    assert imported_by("from disback_plugin.hooks import Plugins; Plugins(autoload=False).log({}, 0)") == set()
 
 
 def test_attaching_imports_neither_diffusers_nor_accelerate_nor_timm_nor_matplotlib():

@@ -173,24 +173,3 @@ def test_the_fused_form_counts_the_same():
 def test_reading_more_often_than_every_50_steps_is_refused():
     with pytest.raises(OptionError, match="every=10; expected 50 or more"):
         MaskedSamples(every=10)
-
-
-def test_a_plug_in_that_implements_no_hook_is_refused():
-    class Misspelt:
-        @hookimpl
-        def disback_logs(self, values, step):
-            pass
-
-    for plugin in (object(), Misspelt()):
-        with pytest.raises(OptionError, match=r"expected some of \['disback_adapter', 'disback_log'\]"):
-            hooks.register(plugin)
-
-
-def test_an_unregistered_plug_in_hears_nothing():
-    plugin = Listener()
-    unregister = hooks.register(plugin)
-    assert hooks.log({"a": 1}, step=1)
-    unregister()
-    unregister()
-    assert not hooks.log({"a": 1}, step=2)
-    assert plugin.heard == [(1, {"a": 1})]

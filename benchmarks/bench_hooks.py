@@ -1,0 +1,107 @@
+"""What plug-ins and the scheduler cost a step: none, one, and eight plug-ins that implement every hook.
+
+Goal: hooks and scheduler together under 5 us for a step that moves no weights, with eight plug-ins. A move decodes a
+node, in milliseconds; what its plug-ins add to that is measured apart, against the same limit.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import disback_plugin as disback
+from disback_plugin.hooks import Plugins
+from disback_plugin.schedules import Fixed
+
+LIMIT = 5e-6  # seconds
+STEPS = 2_000
+ROUNDS = 15
+
+
+class Listener:
+    """Implements every event, and abstains where it is asked."""
+
+    @disback.hookimpl
+    def disback_after_node_recorded(self, path, node):
+        pass
+
+    @disback.hookimpl
+    def disback_after_path_completed(self, path):
+        pass
+
+    @disback.hookimpl
+    def disback_should_advance(self, scheduler, position, updates_in_node, signal):
+        return None
+
+    @disback.hookimpl
+    def disback_after_node_swapped(self, scheduler, position, previous, update):
+        pass
+
+    @disback.hookimpl
+    def disback_log(self, values, step):
+        pass
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A teacher, a fake score, and their path of nodes 0 to 4."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher, fake, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(4, 8)
+    fake.load_state_dict(teacher.state_dict())
+    optimizer = torch.optim.Adam(fake.parameters())
+
+    def fake_step():
+        optimizer.zero_grad()
+        (fake(x) - x).square().mean().backward()
+        optimizer.step()
+
+    path = disback.record(teacher, fake, fake_step, path=tmp_path_factory.mktemp("path"), iterations=4, every=1)
+    return teacher, path
+
+
+def on_node_3(recorded, plug_ins):
+    """A scheduler that stands on node 3 for longer than this benchmark lasts."""
+    teacher, path = recorded
+    plugins = Plugins(*(Listener() for _ in range(plug_ins)), autoload=False)
+    scheduler = disback.TrajectoryScheduler(path, copy.deepcopy(teacher), schedule=Fixed(10**9), plugins=plugins)
+    scheduler.start()
+    return scheduler, plugins
+
+
+def a_step(scheduler, plugins):
+    scheduler.step()
+
+
+def the_calls_of_a_move(scheduler, plugins):
+    plugins.node_swapped(scheduler, 2.0, 3.0, 7)
+    if plugins.listens("disback_log"):
+        values = {"disback/position": 2.0, "disback/node": 2, "disback/swap_ms": 1.0, "disback/delta_norm": 1.0}
+        plugins.log(values, 7)
+
+
+@pytest.mark.parametrize("call", [a_step, the_calls_of_a_move])
+def bench_eight_plug_ins_cost_less_than_5_us(benchmark, recorded, call):
+    benchmark.group = f"hooks: {call.__name__.replace('_', ' ')}"
+    cases = {count: on_node_3(recorded, count) for count in (0, 1, 8)}
+    seconds = {count: [] for count in cases}
+
+    def interleaved():
+        for count, case in cases.items():
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                call(*case)
+            seconds[count].append((time.perf_counter() - start) / STEPS)
+
+    benchmark.pedantic(interleaved, rounds=ROUNDS, warmup_rounds=1)
+    median = {count: statistics.median(values[1:]) for count, values in seconds.items()}
+    print(f"\n{benchmark.group}\n| plug-ins | us |\n|---|---|")
+    for count, value in median.items():
+        print(f"| {count} | {1e6 * value:.2f} |")
+        benchmark.extra_info[f"{count} plug-ins"] = value
+    assert median[8] < LIMIT, f"{1e6 * median[8]:.2f} us"

@@ -1,0 +1,99 @@
+"""What a handle shows of itself: who plays which role, the plan, and what happens at which update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from disback_plugin import optimizers
+from disback_plugin.manifest import Recording
+from disback_plugin.schedules import Target
+from disback_plugin.weights import ScoreNetwork
+
+__all__ = ["agenda", "aligned", "cast"]
+
+# A longer agenda is shown by its beginning and end.
+ROWS = 12
+
+
+def cast(
+    teacher: ScoreNetwork,
+    fake_score: ScoreNetwork,
+    generator_optimizers: Sequence[Optimizer],
+    fake_score_optimizers: Sequence[Optimizer],
+    *,
+    walks: bool,
+) -> list[tuple[str, str, str]]:
+    """Return a row for each network: its name, what it is, and its role; `walks` says whether there is a path."""
+    weights = sum(parameter.numel() for parameter in optimizers.parameters(generator_optimizers))
+    steppers = [", ".join(type(o).__name__ for o in group) for group in (generator_optimizers, fake_score_optimizers)]
+    real, fake, still = (
+        ("walks the path, ", "ends the recording as s'_N, ", "held still while recording, ") if walks else ("", "", "")
+    )
+    return [
+        ("teacher", _describe(teacher), f"s_theta, the real score: {real}is never trained"),
+        ("fake score", _describe(fake_score), f"s_phi: {fake}trained by {steppers[1]}"),
+        ("generator", f"{weights:,} weights", f"{still}trained by {steppers[0]}"),
+    ]
+
+
+def _describe(network: ScoreNetwork) -> str:
+    tensors = [tensor for _, tensor in network.named_tensors()]
+    kinds = sorted({type(module).__name__ for module in network.modules().values()})
+    held = sorted({f"{str(t.dtype).removeprefix('torch.')}, {t.device}" for t in tensors if t.is_floating_point()})
+    return f"{' + '.join(kinds)}, {sum(tensor.numel() for tensor in tensors):,} weights, {' and '.join(held)}"
+
+
+def agenda(
+    recording: Recording | None, recorded: int | None, stages: Sequence[tuple[int, Target]], updates: int
+) -> list[tuple[str, str, str]]:
+    """Return a row for each thing that happens: "->" at where the run is, when, and what.
+
+    Args:
+        recording: The recording's plan; None if there is none.
+        recorded: Fake-score updates recorded so far; None once recording is over.
+        stages: Generator updates, and what the walk aims at from there on.
+        updates: Generator updates so far.
+
+    Example:
+        >>> for row in agenda(Recording(4, 2), None, [(0, Target(1.0)), (30, Target(0.0))], 7):
+        ...     print(row)
+        ('', 'recorded', "4 fake-score updates, nodes s'_1 to s'_2")
+        ('->', 'generator update 0', 'teacher at position 1')
+        ('', 'generator update 30', 'teacher at position 0: itself, for good')
+    """
+    rows: list[tuple[str, str, str]] = []
+    if recording is not None:
+        nodes = f"nodes s'_1 to s'_{recording.nodes}"
+        if recorded is None:
+            rows.append(("", "recorded", f"{recording.iterations} fake-score updates, {nodes}"))
+        else:
+            due = recording.iterations if recorded >= recording.iterations else _next_due(recording, recorded)
+            what = f"{recorded} of {recording.iterations} fake-score updates, {nodes}, the next one at {due}"
+            rows.append(("->", "recording", what))
+    now = None if recorded is not None else max((start for start, _ in stages if start <= updates), default=None)
+    last = len(stages) - 1
+    for index, (start, target) in enumerate(stages):
+        if len(stages) > ROWS and ROWS // 2 <= index <= last - ROWS // 2 and start != now:
+            if index == ROWS // 2:
+                rows.append(("", "...", f"{len(stages) - ROWS} more"))
+            continue
+        rows.append(("->" if start == now else "", f"generator update {start}", _aim(target, index == last)))
+    return rows
+
+
+def _next_due(recording: Recording, recorded: int) -> int:
+    return min(recording.iterations, (recorded // recording.every + 1) * recording.every)
+
+
+def _aim(target: Target, last: bool) -> str:
+    where = "teacher at position 0: itself, for good" if last else f"teacher at position {target.position:.4g}"
+    return where if target.gradient == 1 else f"{where}, the generator's gradient times {target.gradient:.4g}"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return rows as lines of columns, indented."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines)

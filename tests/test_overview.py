@@ -1,0 +1,98 @@
+"""A handle shows who plays which role, the plan, and what happens at which update."""
+
+from __future__ import annotations
+
+from worlds import Run
+
+import disback_plugin as disback
+from disback_plugin.overview import ROWS, agenda
+from disback_plugin.schedules import Fixed, GradientRamp, Target
+
+
+def lines(handle):
+    return [" ".join(line.split()) for line in repr(handle).splitlines()]
+
+
+def test_a_handle_names_the_networks_their_roles_and_the_plan(tmp_path):
+    run = Run()
+    weights = sum(p.numel() for p in run.generator.parameters())
+    options = {"path": tmp_path, "record": 6, "every": 2, "schedule": Fixed(2, 3)}
+    with disback.attach(**run.roles(), **options) as handle:
+        run.steps(3)
+        shown = lines(handle)
+        assert shown[0].startswith(f"<disback recording: position 0 (N = 3, {tmp_path}), Fixed(2, 3), 0 generator")
+        assert shown[1].startswith("teacher Score, ")
+        assert shown[1].endswith("float32, cpu s_theta, the real score: walks the path, is never trained")
+        assert shown[2].startswith("fake score Score, ")
+        assert shown[2].endswith("s_phi: ends the recording as s'_N, trained by Adam")
+        assert shown[3] == f"generator {weights} weights held still while recording, trained by Adam"
+        assert shown[4:] == [
+            "-> recording 3 of 6 fake-score updates, nodes s'_1 to s'_3, the next one at 4",
+            "generator update 0 teacher at position 2",
+            "generator update 2 teacher at position 1",
+            "generator update 5 teacher at position 0: itself, for good",
+        ]
+        run.steps(3 + 2)
+        assert lines(handle)[4:] == [
+            "recorded 6 fake-score updates, nodes s'_1 to s'_3",
+            "generator update 0 teacher at position 2",
+            "-> generator update 2 teacher at position 1",
+            "generator update 5 teacher at position 0: itself, for good",
+        ]
+        run.steps(9)
+        assert lines(handle)[-1] == "-> generator update 5 teacher at position 0: itself, for good"
+    assert lines(handle)[-1].endswith("teacher at position 0: itself, for good")
+
+
+def test_what_a_plug_in_put_off_is_shown_where_it_will_happen(tmp_path):
+    class Stay:
+        @disback.hookimpl
+        def disback_should_advance(self, position):
+            return False if position == 2 else None
+
+    run = Run()
+    options = {"path": tmp_path, "record": 6, "every": 2, "schedule": Fixed(2, 3), "plugins": (Stay(),)}
+    with disback.attach(**run.roles(), **options) as handle:
+        run.steps(6 + 10)
+        # The next update would be the first of node 1.
+        assert lines(handle)[-3:] == [
+            "-> generator update 0 teacher at position 2",
+            "generator update 11 teacher at position 1",
+            "generator update 14 teacher at position 0: itself, for good",
+        ]
+
+
+def test_what_a_plug_in_ended_early_is_shown_when_it_ended(tmp_path):
+    class Leave:
+        @disback.hookimpl
+        def disback_should_advance(self):
+            return True
+
+    run = Run()
+    options = {"path": tmp_path, "record": 6, "every": 2, "schedule": Fixed(2, 3), "plugins": (Leave(),)}
+    with disback.attach(**run.roles(), **options) as handle:
+        run.steps(6 + 1)
+        assert lines(handle)[-2:] == [
+            "-> generator update 1 teacher at position 1",
+            "generator update 4 teacher at position 0: itself, for good",
+        ]
+        run.steps(5)
+        assert lines(handle)[-1] == "-> generator update 2 teacher at position 0: itself, for good"
+
+
+def test_without_a_path_only_the_gradient_is_shown():
+    with disback.attach(**Run().roles(), record=0, schedule=GradientRamp(50)) as handle:
+        assert lines(handle)[1].endswith("s_theta, the real score: is never trained")
+        assert lines(handle)[4:] == [
+            "-> generator update 0 teacher at position 0, the generator's gradient times 0.01",
+            "generator update 50 teacher at position 0: itself, for good",
+        ]
+
+
+def test_a_long_agenda_is_shown_by_its_ends_and_where_the_run_is():
+    stages = [(10 * i, Target(float(99 - i))) for i in range(100)]
+    rows = agenda(None, None, stages, updates=505)
+    assert len(rows) <= ROWS + 2
+    assert [row for row in rows if row[0]] == [("->", "generator update 500", "teacher at position 49")]
+    assert rows[0][1] == "generator update 0"
+    assert rows[-1][1] == "generator update 990"
