@@ -16,13 +16,13 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "modules", "weights", "optimizers", "roles", "hooks", "masking"),
+        *("fingerprints", "modules", "weights", "optimizers", "roles", "hooks", "watching", "masking"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
         *("training", "opening", "recording", "schedules", "prefetch", "scheduler", "inspection", "metrics"),
     ],
-    ["handle", "attachment", "demo", "cli", "testing"],
+    ["handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 
