@@ -1,4 +1,4 @@
-"""DMD2 (arXiv 2405.14867): the trainers of `main/edm/train_edm.py` and `main/train_sd.py`, and forks that kept their names.
+"""DMD2 (arXiv 2405.14867): the trainers of `main/edm/train_edm.py` and `main/train_sd.py`, and their forks.
 
 Teacher and fake score are `real_unet` and `fake_unet` inside one guidance model (`main/edm/edm_guidance.py:27-35`,
 `main/sd_guidance.py:45-58`), which accelerate may have wrapped in DDP as a whole (`main/edm/train_edm.py:126-132`,

@@ -8,8 +8,8 @@ One entry in the config:
 or `disback run --adapter fastgen train.py --config=...`, or `attach(model, adapter="fastgen", ...)` after
 `model.init_optimizers()`.
 
-`model.teacher` (`fastgen/methods/model.py:196`), `model.fake_score` (`methods/distribution_matching/dmd2.py:48`) and the
-student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:462`). The generator is updated at every
+`model.teacher` (`fastgen/methods/model.py:195`), `model.fake_score` (`methods/distribution_matching/dmd2.py:48`) and
+the student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:462`). The generator is updated at every
 `student_update_freq`-th iteration, the fake score at the others (`dmd2.py:448`). The fake score starts as the teacher
 only if a pretrained path is given; `attach` sets it in any case. The checkpoint holds no teacher, but the state of
 callbacks, which is loaded before `on_load_checkpoint_end` (`fastgen/trainer.py:141-152`).
