@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def launch(options: argparse.Namespace) -> None:
-    """Run what `add_arguments` has read, and say on stderr what happens."""
+    """Run what `add_arguments` has read, and say on stderr what happens: all of it on the first rank."""
     from disback_plugin.injection import run
 
     handler = logging.StreamHandler(sys.stderr)
@@ -38,7 +39,7 @@ def launch(options: argparse.Namespace) -> None:
     ours = logging.getLogger("disback_plugin")
     level = ours.level
     ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         run(
             options.script,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin import hooks
@@ -158,3 +159,43 @@ def test_the_kit_refuses_a_loop_that_is_not_the_same_twice(fastgen):
 
     with pytest.raises(AssertionError, match="the same run twice"):
         check_adapter("fastgen", unsteady)
+
+
+NAMES = {
+    "sid": {
+        "true_score": "teacher",
+        "fake_score": "fake_score",
+        "g_optimizer": "optimizer_g",
+        "fake_score_optimizer": "optimizer_f",
+    },
+    "diff_instruct": {"net": "teacher", "Sg": "fake_score", "g_optimizer": "optimizer_g", "optimizer": "optimizer_f"},
+}
+
+
+@pytest.mark.parametrize("adapter", NAMES)
+def test_the_kit_passes_the_adapters_of_local_variables(adapter):
+    def make():
+        run = Run()
+        return SimpleNamespace(**{name: getattr(run, ours) for name, ours in NAMES[adapter].items()}), run.step
+
+    check_adapter(adapter, make)
+
+
+def test_the_kit_passes_dmd2s_trainer(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    import train_edm
+
+    arguments = SimpleNamespace(gan_alone=False, checkpoint_path=None)
+
+    def make():
+        trainer = train_edm.Trainer(arguments)
+
+        def round_of_the_loop():
+            trainer.train_one_step()
+            trainer.step += 1
+
+        return trainer, round_of_the_loop
+
+    check_adapter("dmd2", make)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("main", "networks", "train_edm")]:
+        del sys.modules[name]

@@ -19,9 +19,9 @@ TRAINERS = Path(__file__).parent / "trainers"
 PLAN = ("--record", "6", "--every", "2", "--codec", "exact", "--schedule", "fixed:2,2")
 
 
-def python(*arguments, **options):
+def python(*arguments, extra=None, **options):
     """Run Python as a user would, with the trainers' folder on the path, as their README asks for."""
-    environment = os.environ | {"PYTHONPATH": str(TRAINERS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(TRAINERS), "OMP_NUM_THREADS": "1"} | (extra or {})
     out = subprocess.run(
         [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, **options
     )
@@ -92,6 +92,20 @@ def test_the_module_form_for_torchrun_does_the_same(tmp_path):
     code, errors = run("sid", "sid_train.py", tmp_path / "out", *options, module="disback_plugin.launch", command=())
     assert code == 0, errors
     assert "disback: ended: <disback done" in errors
+
+
+def test_two_processes_under_torchrun_walk_together_and_the_first_one_speaks(tmp_path):
+    code, errors = python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "disback_plugin.launch"),
+        *("--adapter", "dmd2", "--path", tmp_path / "path", *PLAN, TRAINERS / "train_edm.py"),
+        *("--output_path", tmp_path),
+        cwd=tmp_path,
+        extra={"ACCELERATE_USE_CPU": "1"},
+    )
+    assert code == 0, errors
+    assert errors.count("disback: attached to") == 1
+    assert errors.count("disback: ended: <disback done: position 0 (N = 3") == 1
+    disback.DegradationPath(tmp_path / "path").verify()
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
