@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
     from disback_plugin.trajectory import DegradationPath
+    from disback_plugin.watching import Watch
     from disback_plugin.weights import ScoreNetwork
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Prediction",
     "ScoreNetwork",
     "TrajectoryScheduler",
+    "Watch",
     "attach",
     "hookimpl",
     "hooks",
@@ -55,6 +57,7 @@ _HOME = {
     "Prediction": "scores",
     "ScoreNetwork": "weights",
     "TrajectoryScheduler": "scheduler",
+    "Watch": "watching",
     "attach": "attachment",
     "hookimpl": "hooks",
     "record": "recording",

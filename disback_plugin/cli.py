@@ -1,15 +1,14 @@
-"""The command line: `disback demo`, `inspect` and `plugins`. Nothing heavy is imported before a command runs."""
+"""The command line: `disback demo`, `run`, `inspect` and `plugins`. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import disback_plugin
-from disback_plugin.errors import DisbackError, OptionError, RoleError
+from disback_plugin import launch
 
 __all__ = ["main", "parser"]
 
@@ -33,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(title="commands", dest="command", required=True)
     _add_demo(commands)
+    _add_run(commands)
     _add_inspect(commands)
     _add_plugins(commands)
     return top
@@ -88,6 +88,19 @@ def _demo(options: argparse.Namespace) -> None:
     print(table(result))
     print(f"\n{CAVEAT}")
     print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        allow_abbrev=False,
+        help="run a trainer's script with DisBack, its files untouched",
+        description="Run a Python script with both stages of DisBack on the trainer in it, whose files are not "
+        "touched. Under torchrun and accelerate launch use `-m disback_plugin.launch` with the same arguments.",
+        epilog="example: disback run --adapter sid --path runs/path sid_train.py --outdir runs ...",
+    )
+    launch.add_arguments(run)
+    run.set_defaults(run=launch.launch)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -179,17 +192,7 @@ def _plugins(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted."""
     options = parser().parse_args(arguments)
-    try:
-        code: int | None = options.run(options)
-    except DisbackError as error:
-        if options.debug:
-            raise
-        print(f"disback: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (OptionError, RoleError)) else 1
-    except KeyboardInterrupt:
-        print("disback: interrupted", file=sys.stderr)
-        return 130
-    return code or 0
+    return launch.exit_code(options.run, options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class Probe:
         self.network = network
         self._calls: dict[str, _Call] = {}
         self._hooks: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self._watch(name), with_kwargs=True)
+            module.register_forward_pre_hook(_Remember(self._calls, name), with_kwargs=True)
             for name, module in network.modules().items()
         ]
 
@@ -91,13 +92,24 @@ class Probe:
         with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
             return [t for name, call in sorted(self._calls.items()) for t in _run(copies[name], call)]
 
-    def _watch(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            device = next((tensor.device.type for tensor in module.parameters()), "cpu")
-            autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            self._calls[name] = _Call(_detached(args), _detached(kwargs), device, autocast, dtype)
 
-        return remember
+class _Remember:
+    """The forward pre-hook of a probe.
+
+    A trainer may copy the network, or save it whole, while it is watched. What is copied or saved in this hook's place
+    is a function of the standard library that does nothing: nobody watches the copy, and it can be loaded anywhere.
+    """
+
+    def __init__(self, calls: dict[str, _Call], name: str) -> None:
+        self._calls, self._name = calls, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        device = next((tensor.device.type for tensor in module.parameters()), "cpu")
+        autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._calls[self._name] = _Call(_detached(args), _detached(kwargs), device, autocast, dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 def relative_change(changed: list[Tensor], outputs: list[Tensor], before: list[Tensor]) -> float | None:

@@ -1,15 +1,17 @@
-"""A pytest plug-in of this repository: `pytest --benchmark` runs the speed comparisons, and only them.
+"""`check_adapter`, the conformance kit of adapters, and the pytest plug-in of this repository.
 
-Named by `-p` in pyproject.toml, not by an entry point, so that nobody else's pytest loads it. Imports nothing heavy.
+`pytest --benchmark` runs the speed comparisons, and only them. The plug-in is named by `-p` in pyproject.toml, not by
+an entry point, so that nobody else's pytest loads it. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-__all__ = ["pytest_addoption", "pytest_configure"]
+__all__ = ["check_adapter", "pytest_addoption", "pytest_configure"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,3 +33,79 @@ def pytest_configure(config: pytest.Config) -> None:
         options.benchmark_disable_gc = True
     elif not (options.benchmark_only or options.benchmark_enable):
         options.benchmark_skip = True
+
+
+def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callable[[], object]]]) -> None:
+    """Check an adapter on a live trainer, as small as you like; for the tests of whoever wrote it.
+
+    Args:
+        adapter: Its name in the entry-point group `disback.adapters`.
+        make_trainer: Returns a new trainer, and a function that does one round of its loop. It must give the same run
+            each time it is called: seed whatever it draws from. Both networks and the generator have to be trained
+            within 20 rounds.
+
+    Raises:
+        DisbackError: If the adapter does not find the roles, or they cannot be these.
+        AssertionError: If, with the adapter's roles, a run without recording differs from the plain one in a bit, the
+            generator moves while recording, the nodes are not visited in order, the teacher does not hold the node of
+            its position, or it is not itself again at the end.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> def make():
+        ...     torch.manual_seed(0)
+        ...     trainer = ...  # build it
+        ...     return trainer, trainer.train_one_step
+        >>> check_adapter("dmd2", make)  # doctest: +SKIP
+    """
+    import tempfile
+
+    import disback_plugin as disback
+    from disback_plugin.fingerprints import checksum
+    from disback_plugin.optimizers import parameters, unwrap
+
+    def parts(trainer: object) -> tuple[disback.ScoreNetwork, disback.ScoreNetwork, dict[str, Any]]:
+        roles = disback.hooks.find_adapter(trainer, adapter)
+        optimizers = unwrap(roles.generator_optimizer, role="generator_optimizer")
+        generator = {str(index): tensor.detach() for index, tensor in enumerate(parameters(optimizers))}
+        teacher = disback.ScoreNetwork.of(roles.teacher, role="teacher")
+        return teacher, disback.ScoreNetwork.of(roles.fake_score, role="fake score"), generator
+
+    def run(attached: bool) -> str:
+        trainer, step = make_trainer()
+        teacher, fake_score, generator = parts(trainer)
+        handle = disback.attach(trainer, adapter=adapter, record=0) if attached else None
+        for _ in range(20):
+            step()
+        if handle is not None:
+            handle.detach()
+        return "".join(map(checksum, (teacher.state_dict(), fake_score.state_dict(), generator)))
+
+    plain = run(attached=False)
+    assert plain == run(attached=False), "make_trainer() does not give the same run twice: seed what it draws from"
+    assert plain == run(attached=True), "a run with record=0 is not the trainer's own, bit for bit"
+
+    trainer, step = make_trainer()
+    teacher, _, generator = parts(trainer)
+    original, still = teacher.checksum(), checksum(generator)
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = disback.schedules.Fixed(1, 1, 1)
+        visited: list[float] = []
+        with disback.attach(
+            trainer, adapter=adapter, path=folder, record=4, every=1, codec="exact", schedule=schedule
+        ) as handle:
+            for _ in range(400):
+                if handle.phase == "recording" or handle.generator_updates == 0:
+                    assert checksum(generator) == still, "the generator moves while recording: an optimizer is missing"
+                elif not visited:
+                    assert checksum(generator) != still, "the generator is not trained by its optimizer"
+                if handle.phase != "recording" and handle.position not in visited[-1:]:
+                    visited.append(handle.position)
+                    node = checksum(disback.DegradationPath(folder)[int(handle.position)])
+                    assert teacher.checksum() == node, f"the teacher is not node {handle.position:g}"
+                if handle.phase == "done":
+                    break
+                step()
+            assert visited == [3, 2, 1, 0], f"nodes were visited in the order {visited}, not 3, 2, 1, 0"
+    assert teacher.checksum() == original, "the teacher is not itself again at the end"

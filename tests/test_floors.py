@@ -16,24 +16,14 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *(
-            "fingerprints",
-            "modules",
-            "weights",
-            "optimizers",
-            "roles",
-            "hookspecs",
-            "plugins",
-            "shelf",
-            "hooks",
-            "masking",
-        ),
+        *("fingerprints", "modules", "weights", "optimizers", "roles"),
+        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
         *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection", "metrics"),
     ],
-    ["overview", "handle", "attachment", "demo", "cli", "testing"],
+    ["overview", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 

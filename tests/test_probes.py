@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import copy
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from disback_plugin.encoding import encode
 from disback_plugin.nodes import Decoded
 from disback_plugin.probes import Probe
 from disback_plugin.weights import ScoreNetwork
+
+TESTS = Path(__file__).parent
 
 
 class Dropped(nn.Module):
@@ -262,3 +268,17 @@ def test_recording_with_a_probe_is_the_run_without_one_bit_for_bit(tmp_path):
             run.steps(6)
             paths.append(run.checkpoint())
     assert difference(*paths) == []
+
+
+def test_a_network_that_is_copied_or_saved_whole_while_it_is_watched_carries_nothing_of_the_probe_along(tmp_path):
+    run = Run()
+    probe = Probe(ScoreNetwork(run.fake_score))
+    torch.save(run.fake_score, tmp_path / "whole.pt")  # as Diff-Instruct's and SiD's snapshots do
+    script = f"import sys, torch; torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=TESTS, check=True, capture_output=True, text=True)
+    assert "disback_plugin.probes" not in loaded.stdout.split()
+    copy.deepcopy(run.fake_score)(torch.ones(2, 2), torch.ones(2, 1))
+    assert not probe.ready
+    run.fake_score(torch.ones(2, 2), torch.ones(2, 1))
+    assert probe.ready
+    probe.close()

@@ -68,7 +68,7 @@ def test_a_killed_run_resumed_in_a_new_process_equals_the_uninterrupted_one_bit_
 
 
 RANK = """
-import sys, json, time, torch, torch.distributed as dist
+import gc, sys, json, time, torch, torch.distributed as dist
 sys.path.insert(0, {here!r})
 torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
@@ -105,6 +105,8 @@ handle.detach()
 result = {{"seen": seen, "generator": end, "restored": ScoreNetwork(teacher).fingerprint() == original}}
 open(f"{{folder}}/rank{{rank}}.json", "w").write(json.dumps(result))
 dist.barrier()  # a rank that is gone takes the other's threads with it
+del run, handle  # and what holds a process group is let go before it: its threads end in any order otherwise
+gc.collect()
 dist.destroy_process_group()
 """
 

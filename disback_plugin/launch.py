@@ -1,0 +1,85 @@
+"""`disback run`: both stages on a script that nobody edits (`injection`). Imports no torch before it runs.
+
+disback run --adapter sid --path runs/path sid_train.py --outdir runs ...
+torchrun --nproc_per_node=8 -m disback_plugin.launch --adapter sid --path runs/path sid_train.py --outdir runs ...
+accelerate launch -m disback_plugin.launch --adapter dmd2 --path runs/path main/edm/train_edm.py ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from disback_plugin.errors import DisbackError, OptionError, RoleError
+
+__all__ = ["add_arguments", "exit_code", "launch", "main"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `disback run` to a parser."""
+    parser.add_argument("--adapter", required=True, metavar="NAME", help="of the trainer: see `disback plugins`")
+    parser.add_argument("--path", default="disback-path", metavar="DIR", help="folder of the path (%(default)s)")
+    parser.add_argument("--record", type=int, default=200, metavar="K", help="recording iterations (%(default)s)")
+    parser.add_argument("--every", type=int, default=50, metavar="K", help="updates between two nodes (%(default)s)")
+    parser.add_argument("--schedule", default="auto", help="auto, warm, ramp[:K], fixed:b,c,... (%(default)s)")
+    parser.add_argument("--codec", default="int8", help="how nodes are stored (%(default)s)")
+    parser.add_argument("script", metavar="SCRIPT", help="Python file; it runs as __main__")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+
+
+def launch(options: argparse.Namespace) -> None:
+    """Run what `add_arguments` has read, and say on stderr what happens: all of it on the first rank."""
+    from disback_plugin.injection import run
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("disback: %(message)s"))
+    ours = logging.getLogger("disback_plugin")
+    level = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    try:
+        run(
+            options.script,
+            options.arguments,
+            adapter=options.adapter,
+            path=options.path,
+            record=options.record,
+            every=options.every,
+            codec=options.codec,
+            schedule=options.schedule,
+            plugins=options.plugins,
+        )
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+
+
+def exit_code(command: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
+    """Run a command; return its own code, or 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted, and say why."""
+    try:
+        code = command(options)
+    except DisbackError as error:
+        if options.debug:
+            raise
+        print(f"disback: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (OptionError, RoleError)) else 1
+    except KeyboardInterrupt:
+        print("disback: interrupted", file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`disback run` for launchers that start modules, as `torchrun ... -m disback_plugin.launch`."""
+    parser = argparse.ArgumentParser(prog="python -m disback_plugin.launch", allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("-p", dest="plugins", action="append", default=[], metavar="NAME", help="see `disback --help`")
+    add_arguments(parser)
+    return exit_code(launch, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

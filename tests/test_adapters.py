@@ -1,0 +1,201 @@
+"""Adapters import nothing that they adapt, and refuse with the reason what cannot have DisBack."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from worlds import Run
+
+import disback_plugin as disback
+from disback_plugin import hooks
+from disback_plugin.errors import RoleError
+from disback_plugin.testing import check_adapter
+
+ADAPTERS = Path(__file__).parent.parent / "adapters"
+TRAINERS = Path(__file__).parent / "trainers"
+FILES = sorted(file for file in ADAPTERS.glob("*.py") if file.stem != "__init__")
+
+
+@pytest.fixture
+def fastgen(monkeypatch):
+    """The stand-in, under the names that FastGen's own modules have."""
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    import fastgen as module
+
+    monkeypatch.setitem(sys.modules, "fastgen.callbacks.callback", module.callbacks)
+    yield module
+    for name in ("fastgen", "networks"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_adapter_imports_public_names_and_none_of_what_it_adapts(file):
+    public = set(disback.__all__) | {"RoleError"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            top = node.module.partition(".")[0]
+            assert top in {"disback_plugin", *sys.stdlib_module_names}, node.module
+            if top == "disback_plugin":
+                assert {alias.name for alias in node.names} <= public
+        elif isinstance(node, ast.Import):
+            assert all(alias.name in sys.stdlib_module_names for alias in node.names)
+    assert len(file.read_text().splitlines()) <= 120
+
+
+def test_every_adapter_is_found_through_its_entry_point():
+    ours = {p.name for p in entry_points(group=hooks.GROUP) if p.value.startswith("disback_adapters.")}
+    assert ours == {file.stem for file in FILES}
+
+
+def test_fastgens_model_needs_one_statement(fastgen, tmp_path):
+    model = fastgen.DMD2Model()
+    model.init_optimizers()
+    options = {"path": tmp_path, "record": 4, "every": 2, "schedule": "fixed:3"}
+    with disback.attach(model, adapter="fastgen", **options) as handle:
+        for iteration in range(1, 9):
+            model.step(iteration)
+        assert (handle.phase, handle.position) == ("backtracking", 1.0)
+        for iteration in range(9, 17):
+            model.step(iteration)
+        assert handle.phase == "done"
+
+
+def test_fastgens_callback_resumes_with_fastgens_own_checkpoint(fastgen, tmp_path):
+    from disback_adapters.fastgen import callback
+
+    options = {"record": 4, "every": 2, "schedule": "fixed:9"}
+    model = fastgen.DMD2Model()
+    original = disback.ScoreNetwork(model.teacher).fingerprint()
+    saved = fastgen.Trainer(callback(str(tmp_path), **options)).run(model, 12)
+    assert disback.ScoreNetwork(model.teacher).fingerprint() == original
+    (state,) = saved["callbacks"]
+    assert (state["phase"], state["generator_updates"]) == ("backtracking", 2)
+    second = callback(str(tmp_path), **options)
+    fastgen.Trainer(second).run(fastgen.DMD2Model(), 16, saved)
+    assert second.handle.generator_updates == 4
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda model: setattr(model.config, "student_update_freq", 1), "never trains the fake score"),
+        (lambda model: delattr(model, "fake_score_optimizer"), "LADD"),
+        (lambda model: setattr(model, "teacher", None), "no score difference to backtrack"),
+    ],
+)
+def test_a_fastgen_model_that_cannot_have_disback_is_refused_with_the_reason(fastgen, tmp_path, break_it, message):
+    model = fastgen.DMD2Model()
+    model.init_optimizers()
+    break_it(model)
+    with pytest.raises(RoleError, match=message):
+        disback.attach(model, adapter="fastgen", path=tmp_path)
+
+
+def test_fastgens_discriminator_on_the_teachers_features_is_warned_about(fastgen, tmp_path, caplog):
+    model = fastgen.DMD2Model(gan=0.01)
+    model.init_optimizers()
+    with caplog.at_level(logging.WARNING), disback.attach(model, adapter="fastgen", path=tmp_path, record=1, every=1):
+        pass
+    assert "features of the teacher" in caplog.text
+
+
+def test_a_lora_fake_score_of_dmd2_is_refused_with_the_reason(tmp_path):
+    guidance = nn.Module()
+    guidance.real_unet, guidance.fake_unet = nn.Linear(2, 2), nn.Module()
+    guidance.fake_unet.to_q = nn.ModuleDict({"base_layer": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2)})
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(guidance_model=guidance),
+        optimizer_generator=torch.optim.Adam(nn.Linear(1, 1).parameters()),
+        optimizer_guidance=torch.optim.Adam(guidance.fake_unet.parameters()),
+    )
+    with pytest.raises(RoleError, match="LoRA layers on frozen weights"):
+        disback.attach(trainer, adapter="dmd2", path=tmp_path)
+
+
+# -- the kit ----------------------------------------------------------------------------------------------------------
+
+
+def made(fastgen, **options):
+    def make():
+        model = fastgen.DMD2Model(**options)
+        model.init_optimizers()
+        iterations = iter(range(1, 10**6))
+        return model, lambda: model.step(next(iterations))
+
+    return make
+
+
+def test_the_kit_passes_an_adapter_that_is_right(fastgen):
+    check_adapter("fastgen", made(fastgen))
+
+
+def test_the_kit_names_what_is_wrong(fastgen, monkeypatch):
+    from disback_adapters import fastgen as adapter
+
+    def swapped(trainer):
+        return disback.Adapter(trainer.fake_score, trainer.teacher, trainer.net_optimizer, trainer.fake_score_optimizer)
+
+    swapped.disback_impl = adapter.disback_adapter.disback_impl
+    monkeypatch.setattr(adapter, "disback_adapter", swapped)
+    with pytest.raises(RoleError, match="steps the teacher"):
+        check_adapter("fastgen", made(fastgen))
+
+
+def test_the_kit_refuses_a_loop_that_is_not_the_same_twice(fastgen):
+    make = made(fastgen)
+
+    def unsteady():
+        model, step = make()
+        torch.seed()
+        return model, step
+
+    with pytest.raises(AssertionError, match="the same run twice"):
+        check_adapter("fastgen", unsteady)
+
+
+NAMES = {
+    "sid": {
+        "true_score": "teacher",
+        "fake_score": "fake_score",
+        "g_optimizer": "optimizer_g",
+        "fake_score_optimizer": "optimizer_f",
+    },
+    "diff_instruct": {"net": "teacher", "Sg": "fake_score", "g_optimizer": "optimizer_g", "optimizer": "optimizer_f"},
+}
+
+
+@pytest.mark.parametrize("adapter", NAMES)
+def test_the_kit_passes_the_adapters_of_local_variables(adapter):
+    def make():
+        run = Run()
+        return SimpleNamespace(**{name: getattr(run, ours) for name, ours in NAMES[adapter].items()}), run.step
+
+    check_adapter(adapter, make)
+
+
+def test_the_kit_passes_dmd2s_trainer(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    import train_edm
+
+    arguments = SimpleNamespace(gan_alone=False, checkpoint_path=None)
+
+    def make():
+        trainer = train_edm.Trainer(arguments)
+
+        def round_of_the_loop():
+            trainer.train_one_step()
+            trainer.step += 1
+
+        return trainer, round_of_the_loop
+
+    check_adapter("dmd2", make)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("main", "networks", "train_edm")]:
+        del sys.modules[name]
