@@ -58,7 +58,9 @@ def launch(options: argparse.Namespace) -> None:
 
 
 def exit_code(command: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
-    """Run a command; return its own code, or 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted, and say why."""
+    """Run a command and return its exit code: its own, or 0 fine, 1 the path or the run is broken, 2 wrong use, 130
+    interrupted; and say why.
+    """
     try:
         code = command(options)
     except DisbackError as error:
