@@ -151,8 +151,8 @@ class AfterImport(MetaPathFinder):
         callbacks: What to call with a module, by the module's name.
 
     Example:
-        >>> hook = AfterImport({"colorsys": lambda module: print(module.__name__, "is there")})
         >>> _ = sys.modules.pop("colorsys", None)
+        >>> hook = AfterImport({"colorsys": lambda module: print(module.__name__, "is there")})
         >>> import colorsys
         colorsys is there
         >>> hook.close()
