@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import disback_plugin
 from disback_plugin import launch
@@ -38,17 +39,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, **texts: Any
+) -> argparse.ArgumentParser:
+    """Add a command, with the options that all have."""
+    command = commands.add_parser(name, allow_abbrev=False, **texts)
+    command.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    return command
+
+
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    demo = commands.add_parser(
+    demo = _command(
+        commands,
         "demo",
-        allow_abbrev=False,
         help="distil one-step generators of digits, with and without DisBack",
         description="Distil one-step generators of scikit-learn's digits from a teacher that comes with this package: "
         "Diff-Instruct, two controls and DisBack, from the same seeds. Takes a few minutes on two CPU cores.",
         epilog="example: disback demo --seeds 3 --network conv --student teacher --out results",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
     demo.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side")
     demo.add_argument(
         "--student", choices=("scratch", "teacher"), default="scratch", help="the student's first weights"
@@ -91,9 +102,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    run = commands.add_parser(
+    run = _command(
+        commands,
         "run",
-        allow_abbrev=False,
         help="run a trainer's script with DisBack, its files untouched",
         description="Run a Python script with both stages of DisBack on the trainer in it, whose files are not "
         "touched. Under torchrun and accelerate launch use `-m disback_plugin.launch` with the same arguments.",
@@ -104,16 +115,13 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    inspect = commands.add_parser(
+    inspect = _command(
+        commands,
         "inspect",
-        allow_abbrev=False,
         help="verify a degradation path, and show its nodes",
         description="Read, decode and verify every file of a degradation path, and print a table of its nodes. "
         "Exits with 1 if the path is broken.",
         epilog="example: disback inspect runs/path --json",
-    )
-    inspect.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
     inspect.add_argument("path", metavar="PATH", help="folder, or id of a repository on the Hugging Face hub")
     inspect.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -147,9 +155,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _add_plugins(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    plugins = commands.add_parser(
+    plugins = _command(
+        commands,
         "plugins",
-        allow_abbrev=False,
         help="list the installed plug-ins and adapters",
         description="List the plug-ins and adapters of all installed distributions, without importing one. With "
         "--check each is imported, and exit code 1 means that one is broken.",

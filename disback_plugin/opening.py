@@ -66,7 +66,8 @@ def open_or_create(
     path = opened[0] if opened else DegradationPath(folder, manifest)
 
     def look() -> None:
-        path.bind(state)
+        if not opened:  # the rank that opened it has compared the teacher already
+            path.bind(state)
         path.source(len(path) - 1)
 
     # But each rank decodes for itself: all find the files and the same teacher, or all raise.

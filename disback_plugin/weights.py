@@ -139,8 +139,9 @@ class ScoreNetwork:
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
-        _check(layout_of(other.state_dict()), layout_of(self.state_dict()), self.role, other.role)
-        untied = self._ties().items() - other._ties().items()
+        own, others = dict(self.named_tensors()), dict(other.named_tensors())
+        _check(layout_of(others), layout_of(own), self.role, other.role)
+        untied = _ties(own).items() - _ties(others).items()
         if untied:
             name, twin = min(untied)
             raise MismatchError(
@@ -209,15 +210,10 @@ class ScoreNetwork:
         """Return the live tensors, and {name: first name} of the other names of tied ones, after a check that something
         of this layout fits them.
         """
-        live, ties = dict(self.named_tensors()), self._ties()
+        live = dict(self.named_tensors())
+        ties = _ties(live)
         _check(given, layout_of(live), self.role, "the state")
         return {name: tensor for name, tensor in live.items() if name not in ties}, ties
-
-    def _ties(self) -> dict[str, str]:
-        """Return {name: first name of the same tensor} of every other name of a tied weight."""
-        first: dict[int, str] = {}
-        firsts = {name: first.setdefault(id(tensor), name) for name, tensor in self.named_tensors()}
-        return {name: twin for name, twin in firsts.items() if name != twin}
 
 
 def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
@@ -268,6 +264,13 @@ def _write(live: Tensor, source: Source, name: str, given: Layout, total: Checks
             total.add(tied, values)
     if not straight:
         live.copy_(flat.view(given.shape), non_blocking=pinned)
+
+
+def _ties(live: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return {name: first name of the same tensor} of every other name of a tied weight."""
+    first: dict[int, str] = {}
+    firsts = {name: first.setdefault(id(tensor), name) for name, tensor in live.items()}
+    return {name: twin for name, twin in firsts.items() if name != twin}
 
 
 def _two_values(twin: str, name: str, role: str) -> MismatchError:
