@@ -18,6 +18,7 @@ from disback_plugin.hooks import Plugins
 from disback_plugin.overview import agenda, aligned, cast
 from disback_plugin.plan import Plan
 from disback_plugin.recording import PATIENCE
+from disback_plugin.rewinding import Rewind, Stateful
 from disback_plugin.riding import Ride
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler
@@ -49,6 +50,7 @@ class Handle:
         schedule: Schedule,
         prefetch: bool | None = None,
         plugins: Plugins | Sequence[object] = (),
+        restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
     ) -> None:
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
         self._generator_optimizers = generator_optimizers
@@ -57,10 +59,18 @@ class Handle:
         self._fake_score_optimizers = [
             o for o in fake_score_optimizers if weights & {id(p) for p in optimizers.parameters([o])}
         ]
-        self._stages = Stages(teacher, fake_score, schedule=schedule, prefetch=prefetch, plugins=Plugins.of(plugins))
+        self._stages = Stages(
+            teacher,
+            fake_score,
+            schedule=schedule,
+            prefetch=prefetch,
+            plugins=Plugins.of(plugins),
+            rewind=Rewind(restore, generator_optimizers, self._fake_score_optimizers),
+        )
         self._ride = Ride(
             generator_optimizers,
             self._fake_score_optimizers,
+            before_step=self._stages.before_step,
             factor=self._gradient_factor,
             after_generator=self._after_generator_round,
             after_fake_score=self._after_fake_score_round,

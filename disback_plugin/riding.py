@@ -33,6 +33,7 @@ class Ride:
     Args:
         generator: The optimizers of the generator.
         fake_score: Those of s_phi.
+        before_step: Called before each step, with its optimizer.
         factor: Returns the factor on the generator's gradient, asked before each of its steps; None holds it still.
         after_generator: Called after each round of the generator's optimizers, held still or not, with whether it
             changed a weight.
@@ -44,7 +45,14 @@ class Ride:
     Example:
         >>> import torch
         >>> a, b = (torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0) for _ in range(2))
-        >>> ride = Ride([a], [b], factor=lambda: 0.5, after_generator=print, after_fake_score=print)
+        >>> ride = Ride(
+        ...     [a],
+        ...     [b],
+        ...     before_step=lambda optimizer: None,
+        ...     factor=lambda: 0.5,
+        ...     after_generator=print,
+        ...     after_fake_score=print,
+        ... )
         >>> ride.begin()
         >>> weight = a.param_groups[0]["params"][0]
         >>> weight.grad = torch.ones(1)
@@ -60,11 +68,13 @@ class Ride:
         generator: list[Optimizer],
         fake_score: list[Optimizer],
         *,
+        before_step: Callable[[Optimizer], None],
         factor: Callable[[], float | None],
         after_generator: Callable[[bool], None],
         after_fake_score: Callable[[bool], None],
     ) -> None:
-        self._generator, self._fake_score, self._factor = generator, fake_score, factor
+        self._generator, self._fake_score = generator, fake_score
+        self._before_step, self._factor = before_step, factor
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._updates: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
@@ -101,6 +111,7 @@ class Ride:
 
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         # Decided before a round may end: these gradients belong to what was there when they were computed.
+        self._before_step(optimizer)
         factor = self._factor()
         self._generator_rounds.begin(optimizer)
 
@@ -121,6 +132,7 @@ class Ride:
         self._generator_rounds.finish(optimizer, self._updated(optimizer) and not held_still)
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        self._before_step(optimizer)
         self._fake_score_rounds.begin(optimizer)
 
         def settle() -> None:

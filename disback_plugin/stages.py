@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.optim import Optimizer
+
 from disback_plugin import files
 from disback_plugin.errors import OptionError, PluginError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Manifest, Recording
 from disback_plugin.opening import open_or_create
 from disback_plugin.recording import Recorder
+from disback_plugin.rewinding import Rewind
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
 from disback_plugin.schedules import Schedule
 from disback_plugin.trajectory import DegradationPath
@@ -44,9 +47,11 @@ class Stages:
         schedule: Schedule,
         prefetch: bool | None,
         plugins: Plugins,
+        rewind: Rewind,
     ) -> None:
         self.teacher, self.fake_score = teacher, fake_score
         self.schedule, self._prefetch, self._plugins = schedule, prefetch, plugins
+        self._rewind = rewind
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
@@ -61,6 +66,13 @@ class Stages:
         return "done" if self.scheduler.done else "backtracking"
 
     # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Look at the learning rates before a recording advances them, and put them back after it."""
+        if self.scheduler is None:
+            self._rewind.take()
+        else:
+            self._rewind.put_back(optimizer)
 
     def fake_score_updated(self) -> None:
         """Count an update of s_phi; it may be a node."""
@@ -80,7 +92,8 @@ class Stages:
             self._begin_backtracking()
 
     def close(self) -> None:
-        """Put s'_0 back into the teacher, bit for bit."""
+        """Put s'_0 back into the teacher, bit for bit, and what a recording advanced."""
+        self._rewind.put_back()
         if self.recorder is not None:
             self.recorder.close()
         if self.scheduler is not None:
@@ -199,6 +212,7 @@ class Stages:
             "recording_iteration": 0 if iteration is None else iteration,
             **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.state_dict())),
             "fake_score_updates": self.fake_score_updates,
+            "restore": self._rewind.state,
             "fake_score": self.fake_score.checksum(),
         }
 
@@ -216,6 +230,7 @@ class Stages:
                 cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state); "
                 "or load it before, and call attach(..., state=state)",
             )
+        self._rewind.check(state["restore"])
         recording = state["phase"] == "recording"
         if self.path is None:
             return
@@ -233,6 +248,7 @@ class Stages:
         else:
             self._resume_backtracking(state)
         self.fake_score_updates = int(state["fake_score_updates"])
+        self._rewind.load(state["restore"])
 
     def _resume_recording(self, iteration: int) -> None:
         assert self.path is not None

@@ -16,7 +16,7 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "modules", "weights", "optimizers", "riding", "roles"),
+        *("fingerprints", "modules", "weights", "optimizers", "riding", "rewinding", "roles"),
         *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
     ],
     [
