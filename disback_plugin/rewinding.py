@@ -194,7 +194,7 @@ def _merged(now: Any, then: Any) -> Any:
 
 
 def _write_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    for group, then in zip(optimizer.param_groups, groups, strict=False):
+    for group, then in zip(optimizer.param_groups[: len(groups)], groups, strict=True):
         for key, value in then.items():
             if isinstance(group[key], Tensor):  # the same tensor: a captured graph reads it
                 group[key].fill_(value)

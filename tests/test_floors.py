@@ -17,7 +17,7 @@ FLOORS = [
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
         *("fingerprints", "modules", "weights", "optimizers", "riding", "rewinding", "roles"),
-        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
+        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking", "trackers"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
@@ -30,6 +30,7 @@ FLOORS = [
             "prefetch",
             "teacher",
             "scheduler",
+            "features",
             "inspection",
             "metrics",
         ),
