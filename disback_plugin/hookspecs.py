@@ -173,7 +173,7 @@ class Specs:
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
         """Take what a run reports: plain numbers, on the main process, between two steps and at the end.
 
-        `Trackers` takes them to accelerate's. Where nobody listens the moves go to `logging`: INFO at a node, else DEBUG.
+        `Trackers` takes them to accelerate's. Where nobody listens, moves go to `logging`: INFO at a node, else DEBUG.
 
         Args:
             values: Numbers by name. At each swap: "disback/position" in [0, N]; "disback/node", the node at or above
