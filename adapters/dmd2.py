@@ -12,6 +12,8 @@ What to know of these trainers:
   the fake score, backtracking those of the generator, and the second stage begins at the end of a generator's turn.
 * Each turn sets `requires_grad` of the whole guidance model, the teacher with it (`main/sd_unified_model.py:304-310`),
   so a teacher with `requires_grad` is no sign of anything. No optimizer holds the teacher's parameters.
+* Both learning-rate schedules go on at every step (`main/train_sd.py:383`); a recording would use up most of their 500
+  steps of warm-up, so they are put back after it (`restore=` of `attach`).
 * The teacher is part of the trainer's own checkpoint (`accelerator.save_state`). Under `disback run` it is s'_0 there.
 * `--use_fp16` keeps the SD teacher in bfloat16, which may round the steps between nodes away: that is logged.
 * With a discriminator (`gan_classifier`, `main/edm/train_edm.py:281`, `cls_on_clean_image`, `main/train_sd.py:400`)
