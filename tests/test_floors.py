@@ -21,7 +21,8 @@ FLOORS = [
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
-        *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection", "metrics"),
+        *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection"),
+        *("target_field", "features", "metrics"),
     ],
     ["overview", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
 ]

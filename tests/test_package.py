@@ -52,7 +52,7 @@ def test_the_metadata_names_the_licence_the_extras_and_the_script(wheel):
     info = next(name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"all", "demo", "lora", "plots", "test"}
+    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"all", "demo", "fid", "lora", "plots", "test"}
     assert "disback = disback_plugin.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
