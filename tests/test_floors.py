@@ -21,7 +21,7 @@ FLOORS = [
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
-        *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection"),
+        *("training", "opening", "recording", "recipes", "schedules", "plan", "prefetch", "scheduler", "inspection"),
         *("target_field", "features", "metrics"),
     ],
     ["overview", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],

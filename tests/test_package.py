@@ -33,12 +33,12 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     assert tops == {"disback_plugin", "disback_adapters", info}
 
 
-def test_the_wheel_holds_every_source_file_and_the_teachers(wheel):
+def test_the_wheel_holds_every_source_file_the_recipes_and_the_teachers(wheel):
     for package, folder in (("disback_plugin", "disback_plugin"), ("disback_adapters", "adapters")):
         wanted = {
             f"{package}/{file.relative_to(ROOT / folder)}"
             for file in (ROOT / folder).rglob("*")
-            if file.suffix in {".py", ".safetensors"} or file.name == "py.typed"
+            if file.suffix in {".py", ".safetensors", ".toml"} or file.name == "py.typed"
         }
         found = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
         assert found == wanted
