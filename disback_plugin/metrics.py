@@ -1,14 +1,14 @@
 """How far two sets of samples are apart, and how far a network's scores are from a set's.
 
-| function              | what it says                                                 | source                    |
-|-----------------------|--------------------------------------------------------------|---------------------------|
-| `frechet_distance`    | means and covariances of features apart                      | arXiv 1706.08500, Eq. 6   |
-| `sliced_wasserstein`  | the samples themselves apart, in random directions           | Bonneel et al. 2015       |
-| `coverage`            | share of the data that some sample is near to                | arXiv 2002.09797, Eq. 6   |
-| `mode_coverage`       | known modes hit, and how evenly                              | arXiv 1705.07761, Sec. 4  |
-| `stable_target_field` | the score of a set (`target_field`)                          | the paper, Eq. 18         |
-| `mismatch_degree`     | a network's scores from those of a set (`target_field`)      | the paper, Eq. 9          |
-| `features`            | images to vectors, for the first three (`features`)          | timm; NOT the FID         |
+| function              | what it says                                            | source                    |
+|-----------------------|---------------------------------------------------------|---------------------------|
+| `frechet_distance`    | means and covariances of features apart                 | arXiv 1706.08500, Eq. 6   |
+| `sliced_wasserstein`  | the samples themselves apart, in random directions      | Bonneel et al. 2015       |
+| `coverage`            | share of the data that some sample is near to           | arXiv 2002.09797, Sec. 3  |
+| `mode_coverage`       | known modes hit, and how evenly                         | arXiv 1705.07761 (VEEGAN) |
+| `stable_target_field` | the score of a set (`target_field`)                     | the paper, Eq. 18         |
+| `mismatch_degree`     | a network's scores from those of a set (`target_field`) | the paper, Eq. 9          |
+| `features`            | images to vectors, for the first three (`features`)     | timm; NOT the FID         |
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def sliced_wasserstein(
 
 
 def coverage(samples: Tensor, references: Tensor, *, k: int = 5) -> float:
-    """Share of the references with a sample closer than their k-th neighbour (Naeem et al., arXiv 2002.09797, Eq. 6).
+    """Share of the references with a sample closer than their k-th neighbour (Naeem et al., arXiv 2002.09797, Sec. 3).
 
     A recall that outliers do not inflate: 1 - 2^-k or so for samples of the references' own distribution, as many as
     these; lower if they keep to some of its modes. On features (`features`), not on pixels.
@@ -169,7 +169,7 @@ def mode_coverage(
     radius: Tensor | float,
     weights: Tensor | None = None,
 ) -> ModeCoverage:
-    """Which of a mixture's known modes the samples hit, and how evenly (VEEGAN, arXiv 1705.07761, Sec. 4).
+    """Which of a mixture's known modes the samples hit, and how evenly (VEEGAN, arXiv 1705.07761).
 
     Each sample belongs to the closest mode and is near it within its radius: three standard deviations there. Counting
     hit modes alone takes one stray sample for a mode; `distance` does not.

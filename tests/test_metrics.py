@@ -115,7 +115,7 @@ def test_its_directions_are_private_and_the_same_each_time(global_random_state):
 
 @pytest.mark.parametrize(("k", "share"), [(1, 1.0), (5, 1.0), (5, 0.3), (3, 3.0)])
 def test_coverage_has_the_value_that_its_authors_derive_for_one_distribution(k, share):
-    # arXiv 2002.09797, Eq. 9: 1 - (n - 1) ... (n - k) / ((m + n - 1) ... (m + n - k)).
+    # arXiv 2002.09797, its expectation: 1 - (n - 1) ... (n - k) / ((m + n - 1) ... (m + n - k)).
     n = 3_000
     m = int(share * n)
     stream = torch.Generator().manual_seed(0)
