@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disback_plugin.errors import OptionError
@@ -46,13 +46,15 @@ def relative(found, exact):
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 5.0])
-@pytest.mark.parametrize("d", [1, 2])
-def test_it_is_the_analytic_score_of_a_gaussian_to_6_per_cent(d, sigma):
+@pytest.mark.parametrize(("d", "count"), [(1, 4_096), (2, 16_384)])
+def test_it_is_the_analytic_score_of_a_gaussian_to_6_per_cent(d, count, sigma):
+    # In two dimensions 4,096 references are 4.6 to 7.5 % off at sigma = 0.5, from seed to seed.
     x_t = gaussian(1, 512, d) + sigma * gaussian(2, 512, d, 0.0, 1.0)
-    found = stable_target_field(x_t, gaussian(3, 4096, d), sigma)
+    found = stable_target_field(x_t, gaussian(3, count, d), sigma)
     assert relative(found, gaussian_score(x_t, sigma)) < 0.06
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), d=st.integers(1, 2), sigma=st.floats(0.5, 20), alpha=st.floats(0.3, 1))
 def test_it_nears_the_analytic_score_whatever_the_scales(seed, d, sigma, alpha):
     x_t = alpha * gaussian(seed, 64, d) + sigma * gaussian(seed + 1, 64, d, 0.0, 1.0)
