@@ -66,7 +66,8 @@ def attach(
             `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.
         keep_teacher: Whether the path holds node 0. If not, its size halves, and to attach again needs a teacher that
             is node 0 bit for bit.
-        schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it.
+        schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it. A
+            setting of the paper wants its own recording too: `**schedules.recipe("edm-64").options`.
         prefetch: Whether to decode the next position ahead of time, as in `TrajectoryScheduler`.
         state: What `Handle.state_dict` returned at the moment whose checkpoint the trainer has loaded. The path is then
             taken as it is, s_phi is left alone, and the teacher is written, whatever it holds.

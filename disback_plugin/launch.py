@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 
@@ -22,9 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `disback run` to a parser."""
     parser.add_argument("--adapter", required=True, metavar="NAME", help="of the trainer: see `disback plugins`")
     parser.add_argument("--path", default="disback-path", metavar="DIR", help="folder of the path (%(default)s)")
-    parser.add_argument("--record", type=int, default=200, metavar="K", help="recording iterations (%(default)s)")
-    parser.add_argument("--every", type=int, default=50, metavar="K", help="updates between two nodes (%(default)s)")
-    parser.add_argument("--schedule", default="auto", help="auto, warm, ramp[:K], fixed:b,c,... (%(default)s)")
+    parser.add_argument("--record", type=int, metavar="K", help="recording iterations (200)")
+    parser.add_argument("--every", type=int, metavar="K", help="updates between two nodes (50)")
+    parser.add_argument("--schedule", help="auto, warm, ramp[:K], fixed:b,c,... (auto)")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="instead of these three: a setting of the paper, as edm-64, lsun-256 or sdxl"
+    )
     parser.add_argument("--codec", default="int8", help="how nodes are stored (%(default)s)")
     parser.add_argument("script", metavar="SCRIPT", help="Python file; it runs as __main__")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
@@ -34,6 +38,7 @@ def launch(options: argparse.Namespace) -> None:
     """Run what `add_arguments` has read, and say on stderr what happens: all of it on the first rank."""
     from disback_plugin.injection import run
 
+    plan = _plan(options)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("disback: %(message)s"))
     ours = logging.getLogger("disback_plugin")
@@ -46,15 +51,30 @@ def launch(options: argparse.Namespace) -> None:
             options.arguments,
             adapter=options.adapter,
             path=options.path,
-            record=options.record,
-            every=options.every,
             codec=options.codec,
-            schedule=options.schedule,
             plugins=options.plugins,
+            **plan,
         )
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was said about recording and schedule; the rest is `injection.run`'s to know."""
+    from disback_plugin.recipes import recipe
+
+    given = {name: getattr(options, name) for name in ("record", "every", "schedule")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.recipe is None:
+        return given
+    if given:
+        raise OptionError(
+            f"--recipe {options.recipe} and {', '.join(f'--{name}' for name in given)}",
+            expected="a recipe, which says all three, or these",
+            cure="leave one out",
+        )
+    return recipe(options.recipe).options
 
 
 def exit_code(command: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:

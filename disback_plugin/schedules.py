@@ -21,8 +21,9 @@ from itertools import accumulate
 from typing import ClassVar, NamedTuple, Protocol
 
 from disback_plugin.errors import OptionError
+from disback_plugin.recipes import Recipe, names, recipe
 
-__all__ = ["Fixed", "GradientRamp", "Ramp", "Schedule", "Target", "WarmStart", "parse", "resolve"]
+__all__ = ["Fixed", "GradientRamp", "Ramp", "Recipe", "Schedule", "Target", "WarmStart", "parse", "recipe", "resolve"]
 
 
 class Target(NamedTuple):
@@ -64,9 +65,10 @@ class Fixed:
 
     Args:
         budgets: Generator updates on nodes N - 1, N - 2, ..., 1, each >= 1; the last budget repeats down to node 1.
+        of: Name of the recipe that the budgets are of (`recipes`): then only paths of its N nodes fit.
 
     Raises:
-        OptionError: If no budget is given, or one is below 1.
+        OptionError: If no budget is given, or one is below 1, or there is no such recipe.
 
     Example:
         >>> plan = Fixed(1_000, 10_000)  # the paper's, for N = 4
@@ -75,12 +77,16 @@ class Fixed:
     """
 
     budgets: tuple[int, ...]
+    of: str | None
     discrete: ClassVar[bool] = True
 
-    def __init__(self, *budgets: int) -> None:
+    def __init__(self, *budgets: int, of: str | None = None) -> None:
         if not budgets or min(budgets) < 1:
             raise OptionError(f"Fixed{budgets}", expected="one budget >= 1 or more", cure="pass updates for each node")
+        if of is not None:
+            recipe(of)
         object.__setattr__(self, "budgets", tuple(budgets))
+        object.__setattr__(self, "of", of)
 
     def __call__(self, updates: int, nodes: int) -> Target:
         """Return the target of update `updates`."""
@@ -92,7 +98,15 @@ class Fixed:
         return max(self._ends(nodes), default=0)
 
     def check(self, nodes: int) -> None:
-        """Raise OptionError if there are more budgets than nodes to stand on."""
+        """Raise OptionError if there are more budgets than nodes to stand on, or the recipe is of another path."""
+        if self.of is not None and nodes != recipe(self.of).nodes:
+            wanted = recipe(self.of)
+            raise OptionError(
+                f"schedule {self.of!r} for a path whose last node is {nodes}",
+                expected=f"the {wanted.nodes} nodes after the teacher that its {wanted.record} iterations make",
+                cure=f"record with record={wanted.record}, every={wanted.every}: attach(..., "
+                f"**schedules.recipe({self.of!r}).options), or disback run --recipe {self.of}",
+            )
         if len(self.budgets) > nodes - 1:
             raise OptionError(
                 f"{self!r} for a path whose last node is {nodes}",
@@ -106,7 +120,8 @@ class Fixed:
         return list(accumulate(given + given[-1:] * (nodes - 1 - len(given))))
 
     def __repr__(self) -> str:
-        return f"Fixed({', '.join(map(str, self.budgets))})"
+        named = () if self.of is None else (f"of={self.of!r}",)
+        return f"Fixed({', '.join((*map(str, self.budgets), *named))})"
 
 
 @dataclass(frozen=True)
@@ -234,7 +249,8 @@ def parse(text: str) -> Schedule:
     """Return the schedule that a short text names, as on a command line.
 
     Args:
-        text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,..." or "auto".
+        text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", the name of
+            one of the paper's settings (`recipes`), which is Fixed and fits the path of its own recording, or "auto".
             "auto" is the warm start for now: the one that cost least where it did not help.
 
     Raises:
@@ -244,6 +260,8 @@ def parse(text: str) -> Schedule:
         >>> parse("ramp:50"), parse("fixed:1000,10000")
         (Ramp(updates=50, start=0.9, amplitude=True), Fixed(1000, 10000))
     """
+    if text in names():
+        return Fixed(*recipe(text).budgets, of=text)
     name, _, arguments = text.partition(":")
     try:
         numbers = [int(number) for number in arguments.split(",") if arguments]
@@ -261,6 +279,7 @@ def parse(text: str) -> Schedule:
             raise
     raise OptionError(
         f"schedule {text!r}",
-        expected="auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K] or fixed:b,c,... with whole numbers",
+        expected="auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K] or fixed:b,c,... with whole numbers, or "
+        + ", ".join(names()),
         cure="pass one of these, or an object of disback_plugin.schedules",
     )

@@ -21,19 +21,8 @@ FLOORS = [
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
-        *(
-            "training",
-            "opening",
-            "recording",
-            "schedules",
-            "plan",
-            "prefetch",
-            "teacher",
-            "scheduler",
-            "features",
-            "inspection",
-            "metrics",
-        ),
+        *("training", "opening", "recording", "recipes", "schedules", "plan", "prefetch", "teacher", "scheduler"),
+        *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
     ["overview", "stages", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
 ]

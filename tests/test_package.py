@@ -33,12 +33,12 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     assert tops == {"disback_plugin", "disback_adapters", info}
 
 
-def test_the_wheel_holds_every_source_file_and_the_teachers(wheel):
+def test_the_wheel_holds_every_source_file_the_recipes_and_the_teachers(wheel):
     for package, folder in (("disback_plugin", "disback_plugin"), ("disback_adapters", "adapters")):
         wanted = {
             f"{package}/{file.relative_to(ROOT / folder)}"
             for file in (ROOT / folder).rglob("*")
-            if file.suffix in {".py", ".safetensors"} or file.name == "py.typed"
+            if file.suffix in {".py", ".safetensors", ".toml"} or file.name == "py.typed"
         }
         found = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
         assert found == wanted
@@ -52,7 +52,7 @@ def test_the_metadata_names_the_licence_the_extras_and_the_script(wheel):
     info = next(name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
-    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"all", "demo", "lora", "plots", "test"}
+    assert set(re.findall(r"Provides-Extra: (\w+)", metadata)) == {"all", "demo", "fid", "lora", "plots", "test"}
     assert "disback = disback_plugin.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
 
 
