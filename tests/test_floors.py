@@ -17,13 +17,13 @@ FLOORS = [
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
         *("fingerprints", "modules", "weights", "optimizers", "roles"),
-        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
+        *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
         *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection", "metrics"),
     ],
-    ["overview", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
+    ["overview", "handle", "attachment", "states", "injection", "launch", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 
