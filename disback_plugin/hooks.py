@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -233,15 +234,32 @@ class Plugins:
     def should_advance(
         self, scheduler: TrajectoryScheduler, position: float, updates_in_node: int, signal: Any
     ) -> bool | None:
-        """Return the first answer to `disback_should_advance`; None if nobody has one."""
-        for name, function in self._calls_of("disback_should_advance"):
+        """Return the first answer to `disback_should_advance`; None if nobody has one.
+
+        In a distributed run every rank is asked, and the first rank's answer holds for all, so that they cannot part. A
+        plug-in that raises on one of them is left out on all. Where no plug-in has this hook, nothing is exchanged.
+        """
+        calls = self._calls_of("disback_should_advance")
+        if not calls:
+            return None
+        leave: bool | None = None
+        failed: dict[int, Exception] = {}
+        for index, (_, function) in enumerate(calls):
             try:
-                leave = function(scheduler, position, updates_in_node, signal)
-                if leave is not None:
-                    return bool(leave)
+                answer = function(scheduler, position, updates_in_node, signal)
+                leave = None if answer is None else bool(answer)
             except Exception as error:
-                self._failed(name, "disback_should_advance", error)
-        return None
+                failed[index] = error
+            if leave is not None:
+                break
+        told = _of_every_rank((leave, {index: f"{type(error).__name__}: {error}" for index, error in failed.items()}))
+        for rank, (_, reasons) in enumerate(told):
+            for index, reason in reasons.items():
+                failed.setdefault(index, RuntimeError(f"on rank {rank}, {reason}"))
+        for index in sorted(failed):
+            self._failed(calls[index][0], "disback_should_advance", failed[index])
+        leave = told[0][0]
+        return leave
 
     def node_swapped(self, scheduler: TrajectoryScheduler, position: float, previous: float, update: int) -> None:
         """Call `disback_after_node_swapped`."""
@@ -314,6 +332,16 @@ def find_adapter(trainer: object, name: str | None = None) -> Adapter:
         PluginError: If the named one is broken.
     """
     return Plugins().adapter(trainer, name)
+
+
+def _of_every_rank(value: Any) -> list[Any]:
+    """Return what each process of a distributed run has, the first rank's first."""
+    distributed = sys.modules.get("torch.distributed")  # who has processes has imported it
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def _is_on(environ: Mapping[str, str], variable: str) -> bool:

@@ -124,8 +124,9 @@ class Specs:
         plan follows from there: a node that was left early or late moves all later ones by as much. The scheduler's
         `state_dict` remembers what was answered; a plug-in with a state of its own has to save that itself.
 
-        In a distributed run the answer has to be the same on every process. A plug-in that raises is left out where it
-        raised: one that can fail on one process alone is better passed as an object, which stops the run.
+        In a distributed run every process asks, and the first rank's answer holds for all. A plug-in that raises on one
+        of them is left out on all. That takes one exchange of a few bytes a question, and only where a plug-in has this
+        hook; all processes need the same ones.
 
         Args:
             scheduler: The scheduler that asks; to be read only.

@@ -2,7 +2,9 @@
 
 The script runs as `__main__`, with its own arguments. When it imports the module that the adapter watches, one function
 of it is wrapped; at that function's first call, before the first optimizer step, `attach` is given the trainer that
-the callers hold, and the wrapper is gone. If an optimizer steps before that, the script is stopped.
+the callers hold, and the wrapper is gone. Where that function only prepares the networks, the moment is the first
+forward of one of them, and the user names the roles (`Watch.prepares`). If an optimizer steps before that, the script
+is stopped.
 
 Whenever the trainer saves its checkpoint, the teacher is s'_0 meanwhile, and the handle's state is appended to
 "PATH.states.jsonl". A later run whose fake score holds the weights of one of them, because the trainer has loaded that
@@ -11,28 +13,29 @@ checkpoint, goes on from there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import json
 import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from disback_plugin import files
 from disback_plugin.attachment import attach
+from disback_plugin.checkpoints import States
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.handle import Handle
 from disback_plugin.hooks import GROUP, Adapter, Plugins
+from disback_plugin.prepared import Prepared
 from disback_plugin.schedules import Schedule
 from disback_plugin.watching import AfterImport, Undo, Watch, replace
 from disback_plugin.weights import ScoreNetwork
@@ -49,23 +52,34 @@ class Launch:
         adapter: Name of an installed adapter whose module has a `WATCH`.
         path: Folder of the path.
         plugins: As in `attach`.
+        roles: Variables of the script by role, for an adapter that lets the user name them.
         options: Further arguments of `attach`: record, every, codec, schedule.
 
     Attributes:
         handle: What `attach` returned, or None before.
+        states: The handle's states at the trainer's checkpoints.
 
     Raises:
-        OptionError: If there is no such adapter.
+        OptionError: If there is no such adapter, or roles are named and it finds them itself.
         RoleError: If it cannot be imported, or says nothing about scripts.
     """
 
     def __init__(
-        self, adapter: str, path: str | os.PathLike[str], *, plugins: Sequence[object] = (), **options: Any
+        self,
+        adapter: str,
+        path: str | os.PathLike[str],
+        *,
+        plugins: Sequence[object] = (),
+        roles: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         self.handle: Handle | None = None
         self._plugins = Plugins.of(plugins)
         self._adapter, self._path, self._options = adapter, Path(path), options
+        self.states = States(self._path)
         self._watches = _watches(adapter)
+        self._roles = _checked(roles or {}, adapter, self._watches)
+        self._prepared = Prepared(self._before_forward)
         self._undo: list[Undo] = []
         self._waiting: list[Undo] = []
         self._imports: AfterImport | None = None
@@ -85,9 +99,9 @@ class Launch:
     def __exit__(self, *reason: object) -> None:
         if self._imports is not None:
             self._imports.close()
-        for undo in (*self._waiting, *reversed(self._undo)):
+        self._wait_no_more()
+        for undo in reversed(self._undo):
             undo()
-        self._waiting.clear()
         self._undo.clear()
         if self.handle is not None:
             self.handle.detach()
@@ -102,10 +116,17 @@ class Launch:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             def first_call(*args: Any, **kwargs: Any) -> Any:
                 if self.handle is None:
-                    self._attach(inspect.currentframe(), watch)
+                    with self._remembered():
+                        self._attach(watch.trainer(inspect.currentframe()), watch)
                 return original(*args, **kwargs)
 
-            return first_call
+            def preparation(*args: Any, **kwargs: Any) -> Any:
+                answer = original(*args, **kwargs)
+                if self.handle is None:
+                    self._prepared.add(answer)
+                return answer
+
+            return preparation if watch.prepares else first_call
 
         with self._remembered():
             try:
@@ -113,22 +134,40 @@ class Launch:
             except AttributeError as error:
                 raise watch.missed(f"no {name} in {module.__name__} ({error})") from None
 
-    def _attach(self, frame: FrameType | None, watch: Watch) -> None:
+    def _before_forward(self) -> None:
+        watch = next(watch for watch in self._watches if watch.prepares)
+        try:
+            trainer = watch.named(inspect.currentframe(), self._roles)
+        except RoleError:
+            return  # not all is there yet; if nothing comes before the first step, it is said then
         with self._remembered():
-            roles = self._plugins.adapter(watch.trainer(frame), self._adapter)
-            path = None if self._options.get("record") == 0 else self._path
-            self.handle = attach(
-                teacher=roles.teacher,
-                fake_score=roles.fake_score,
-                generator_optimizer=roles.generator_optimizer,
-                fake_score_optimizer=roles.fake_score_optimizer,
-                path=path,
-                state=self._state_of(roles),
-                plugins=self._plugins,
-                **self._options,
-            )
-            logger.info("attached to %s: %r", watch.knows, self.handle)
-        for undo in self._waiting:
+            self._attach(SimpleNamespace(**vars(trainer), prepared=self._prepared.objects), watch)
+
+    def _attach(self, trainer: object, watch: Watch) -> None:
+        roles = self._plugins.adapter(trainer, self._adapter)
+        networks = (
+            ScoreNetwork.of(roles.teacher, role="teacher"),
+            ScoreNetwork.of(roles.fake_score, role="fake score"),
+        )
+        if self._prepared.have_run(networks):
+            raise watch.missed("a forward of teacher or fake score before all the roles could be seen from there")
+        path = None if self._options.get("record") == 0 else self._path
+        self.handle = attach(
+            teacher=networks[0],
+            fake_score=networks[1],
+            generator_optimizer=roles.generator_optimizer,
+            fake_score_optimizer=roles.fake_score_optimizer,
+            path=path,
+            state=None if path is None else self.states.of(networks[1]),
+            plugins=self._plugins,
+            **self._options,
+        )
+        logger.info("attached to %s: %r", watch.knows, self.handle)
+        self._wait_no_more()
+
+    def _wait_no_more(self) -> None:
+        self._prepared.close()
+        for undo in reversed(self._waiting):
             undo()
         self._waiting.clear()
 
@@ -145,17 +184,12 @@ class Launch:
         if self._failure is not None:
             raise self._failure
         watched = " or ".join(watch.call for watch in self._watches)
-        frames = " or ".join(dict.fromkeys(watch.frame for watch in self._watches))
-        raise self._watches[0].missed(
-            f"a first step of {type(optimizer).__name__} before any call of {watched} below {frames}()"
-        )
-
-    # -- the trainer's own checkpoints --------------------------------------------------------------------------------
-
-    @property
-    def states(self) -> Path:
-        """The file of the states at the trainer's checkpoints, one JSON object a line."""
-        return self._path.with_name(f"{self._path.name}.states.jsonl")
+        step = f"a first step of {type(optimizer).__name__} before"
+        if not self._prepared.objects:
+            frames = " or ".join(dict.fromkeys(watch.frame for watch in self._watches))
+            raise self._watches[0].missed(f"{step} any call of {watched}" + f" below {frames}()" * bool(frames))
+        self._watches[0].named(inspect.currentframe(), self._roles)  # says which role is missing
+        raise self._watches[0].missed(f"{step} any forward of what {watched} returned, where all roles can be seen")
 
     def _wrap_save(self, name: str, module: ModuleType) -> None:
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +198,7 @@ class Launch:
                     return original(*args, **kwargs)
                 with self.handle.original_teacher():
                     saved = original(*args, **kwargs)
-                self._remember(self.handle)
+                self.states.append(self.handle)
                 return saved
 
             return save
@@ -173,22 +207,6 @@ class Launch:
             self._undo.append(replace(module, name, make))
         except AttributeError:
             logger.warning("no %s in %s: the trainer's checkpoints will not be followed", name, module.__name__)
-
-    def _remember(self, handle: Handle) -> None:
-        if os.environ.get("RANK", "0") != "0":
-            return
-        state = handle.state_dict()
-        earlier = self.states.read_text() if self.states.exists() else ""
-        files.write_text(self.states, f"{earlier}{json.dumps(state)}\n")
-        logger.info("saved the state at %d generator updates with the trainer's checkpoint", handle.generator_updates)
-
-    def _state_of(self, roles: Adapter) -> dict[str, Any] | None:
-        """Return the state that was saved when the fake score held what it holds now, or None."""
-        if self._options.get("record") == 0 or not self.states.exists():
-            return None
-        states = [json.loads(line) for line in self.states.read_text().splitlines()]
-        now = ScoreNetwork.of(roles.fake_score, role="fake score").checksum()
-        return next((state for state in reversed(states) if state["fake_score"] == now), None)
 
 
 def _call_all(calls: Sequence[Callable[[ModuleType], None]], module: ModuleType) -> None:
@@ -223,6 +241,25 @@ def _watches(adapter: str) -> tuple[Watch, ...]:
     return watches
 
 
+def _checked(roles: Mapping[str, str], adapter: str, watches: Sequence[Watch]) -> dict[str, str]:
+    """Return the roles that the user named."""
+    if roles and not any(watch.prepares for watch in watches):
+        raise OptionError(
+            f"--role {next(iter(roles))} with --adapter {adapter}, which knows where the roles are",
+            expected="an adapter that lets you name them, as accelerate_loop",
+            cure="leave --role out",
+        )
+    known = [field.name for field in dataclasses.fields(Adapter)]
+    for role, variable in roles.items():
+        if role not in known or not all(part.isidentifier() for part in variable.split(".")):
+            raise OptionError(
+                f"--role {role}={variable}",
+                expected=f"one of {', '.join(known)}, and a variable of the script, perhaps with dots",
+                cure="write --role fake_score=fake_unet",
+            )
+    return dict(roles)
+
+
 def run(
     script: str | os.PathLike[str],
     arguments: Sequence[str] = (),
@@ -234,6 +271,7 @@ def run(
     codec: str = "int8",
     schedule: Schedule | str = "auto",
     plugins: Sequence[object] = (),
+    roles: Mapping[str, str] | None = None,
 ) -> None:
     """Run a script as `__main__` with DisBack on the trainer in it, whose files are not touched.
 
@@ -247,6 +285,7 @@ def run(
         codec: As in `attach`.
         schedule: As in `attach`.
         plugins: As in `attach`.
+        roles: Variables of the script by role (teacher, fake_score, ...), for an adapter that lets the user name them.
 
     Raises:
         OptionError: If there is no such script or adapter, or an option is out of its domain.
@@ -262,7 +301,7 @@ def run(
             cure="correct the name; options come before it",
         )
     options = {"record": record, "every": every, "codec": codec, "schedule": schedule}
-    with Launch(adapter, path, plugins=plugins, **options) as launch:
+    with Launch(adapter, path, plugins=plugins, roles=roles, **options) as launch:
         try:
             with _as_main(script, arguments):
                 runpy.run_path(os.fspath(script), run_name="__main__")
@@ -281,7 +320,8 @@ def _say_how_to_go_on(launch: Launch) -> None:
     handle = launch.handle
     if handle is None or handle.path is None:
         return
-    saved = f"; with a checkpoint of {launch.states} loaded it goes on from there" if launch.states.exists() else ""
+    file = launch.states.file
+    saved = f"; with a checkpoint of {file} loaded it goes on from there" if file.exists() else ""
     logger.warning(
         "stopped while %s, after %d generator updates. The path in %s is kept: the same command goes on with it%s",
         handle.phase,

@@ -3,6 +3,7 @@
 disback run --adapter sid --path runs/path sid_train.py --outdir runs ...
 torchrun --nproc_per_node=8 -m disback_plugin.launch --adapter sid --path runs/path sid_train.py --outdir runs ...
 accelerate launch -m disback_plugin.launch --adapter dmd2 --path runs/path main/edm/train_edm.py ...
+disback run --adapter accelerate_loop --role teacher=real_unet --role fake_score=fake_unet train.py ...
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="NAME", help="instead of these three: a setting of the paper, as edm-64, lsun-256 or sdxl"
     )
     parser.add_argument("--codec", default="int8", help="how nodes are stored (%(default)s)")
+    parser.add_argument(
+        "--role",
+        dest="roles",
+        type=_role,
+        action="append",
+        default=[],
+        metavar="ROLE=VARIABLE",
+        help="with accelerate_loop: the script's variable, as teacher=unet_teacher, fake_score=self.critic, or one of "
+        "the optimizers, generator_optimizer=opt; of its own name unless given",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="Python file; it runs as __main__")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
 
@@ -54,6 +65,7 @@ def launch(options: argparse.Namespace) -> None:
             codec=options.codec,
             plugins=options.plugins,
             **plan,
+            roles=dict(options.roles),
         )
     finally:
         ours.removeHandler(handler)
@@ -75,6 +87,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
             cure="leave one out",
         )
     return recipe(options.recipe).options
+
+
+def _role(text: str) -> tuple[str, str]:
+    role, _, variable = text.partition("=")
+    return role, variable
 
 
 def exit_code(command: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers
-from disback_plugin.errors import RoleError
+from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["check_apart", "check_roles"]
@@ -26,7 +26,15 @@ def check_apart(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
             expected="two networks",
             cure="make the fake score a copy.deepcopy of the teacher",
         )
-    teacher.check_same_layout(fake_score)
+    try:
+        teacher.check_same_layout(fake_score)
+    except MismatchError as error:
+        raise MismatchError(
+            error.found,
+            expected=f"{error.expected}, for s_phi starts as the teacher and becomes its nodes",
+            cure=f"{error.cure}; with another architecture, record with a copy of the teacher, "
+            "disback.record(teacher, sample=..., loss=...), and walk with TrajectoryScheduler(path, teacher)",
+        ) from None
 
 
 def check_roles(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -32,13 +33,20 @@ class Watch:
     from the local variables of the innermost caller named `frame`, the adapter is asked for the roles, and the wrapper
     is gone.
 
+    Of a script that is anybody's, only the call that prepares its networks and optimizers is known (`prepares`). There
+    the moment is the first forward with gradients of a network that it returned, and the trainer is a namespace of the
+    roles, taken from the variables that the user named, and of all that was `prepared`.
+
     Attributes:
         call: "module:qualified.name" of a function of the trainer.
-        frame: Name of the function, up the stack, that holds the trainer; "<module>" for a script's top level.
+        frame: Name of the function, up the stack, that holds the trainer; "<module>" for a script's top level. "" where
+            the user names the roles.
         knows: The upstream repository and version that this was written for, for errors.
         take: Name of the local variable that is the trainer; "" for a namespace of all of them.
         needs: Dotted names of attributes that the trainer must have; what is missing is named.
         saves: Functions, named as `call` is, that write the trainer's checkpoint. While one runs, the teacher is s'_0.
+        prepares: Whether `call` prepares networks, and the user names the roles. `needs` are those that must be there;
+            a role that nobody named is a variable of its own name.
 
     Example:
         >>> Watch(
@@ -56,6 +64,7 @@ class Watch:
     take: str = ""
     needs: Sequence[str] = ()
     saves: Sequence[str] = ()
+    prepares: bool = False
 
     @property
     def module(self) -> str:
@@ -86,6 +95,34 @@ class Watch:
             raise self.missed(f"no {', '.join(missing)} in {where}")
         return trainer
 
+    def named(self, start: FrameType | None, roles: Mapping[str, str]) -> SimpleNamespace:
+        """Return the roles, each from the innermost caller of a frame that has its variable.
+
+        Args:
+            start: The frame to begin at.
+            roles: Dotted variables by role.
+
+        Raises:
+            RoleError: If one is nowhere among the callers.
+        """
+        callers = list(_callers(start))
+        found: dict[str, object] = {}
+        for role, variable in {**{name: name for name in self.needs}, **roles}.items():
+            holders = [held for _, held in callers if _has(SimpleNamespace(**held), variable)]
+            if not holders:
+                raise self._unnamed(role, variable, callers)
+            found[role] = _get(SimpleNamespace(**holders[0]), variable)
+        return SimpleNamespace(**found)
+
+    def _unnamed(self, role: str, variable: str, callers: Sequence[tuple[str, Mapping[str, object]]]) -> RoleError:
+        there = [f"{', '.join(names)} in {name}" for name, held in callers if (names := _networks(held))]
+        return RoleError(
+            f"no variable {variable!r} for the {role.replace('_', ' ')} where the networks are used",
+            expected=f"one of the script's own, each role a network of its own: {'; '.join(there) or 'there are none'}",
+            cure=f"name it with --role {role}=VARIABLE. A script without fake score (consistency distillation as LCM, "
+            "flash-diffusion, adversarial losses alone) has no score difference that DisBack could help",
+        )
+
     def missed(self, found: str) -> RoleError:
         """Return the error that says what was missed, and which version was expected."""
         return RoleError(
@@ -99,16 +136,44 @@ def _locals(frame: FrameType) -> dict[str, Any]:
     """Return the local variables of a running function; the interpreter keeps no copy that would hold them alive."""
     held = frame.f_locals
     copy = dict(held)
-    if held is not frame.f_globals and isinstance(held, dict):
-        held.clear()  # before Python 3.13 a snapshot, kept as long as the frame
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and isinstance(held, dict):
+        held.clear()  # of a function before Python 3.13: a snapshot, kept as long as the frame
     return copy
 
 
-def _has(trainer: object, dotted: str) -> bool:
+def _callers(frame: FrameType | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and local variables of the script's own functions up the stack, the innermost first."""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "accelerate", "disback_plugin"):
+            name = frame.f_code.co_name
+            yield "the script" if name == "<module>" else f"{name}()", _locals(frame)
+        frame = frame.f_back
+
+
+def _networks(variables: Mapping[str, object]) -> list[str]:
+    module = sys.modules["torch"].nn.Module  # who asks has imported it
+    return sorted(name for name, value in variables.items() if isinstance(value, module))
+
+
+def _get(trainer: object, dotted: str) -> Any:
+    """Return a dotted attribute; a key of a mapping counts, and DDP and its like are seen through.
+
+    Raises:
+        AttributeError: If it is not there.
+    """
     for name in dotted.split("."):
-        if not hasattr(trainer, name):
-            return False
-        trainer = getattr(trainer, name)
+        if isinstance(trainer, Mapping) and name in trainer:
+            trainer = trainer[name]
+            continue
+        trainer = getattr(trainer if hasattr(trainer, name) else getattr(trainer, "module", trainer), name)
+    return trainer
+
+
+def _has(trainer: object, dotted: str) -> bool:
+    try:
+        _get(trainer, dotted)
+    except AttributeError:
+        return False
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -290,14 +291,18 @@ def test_dmd2s_trackers_get_the_numbers_under_the_trainers_own_step(edm, tmp_pat
     ]
 
 
-def test_the_kit_passes_dmd2s_trainer(monkeypatch):
-    monkeypatch.syspath_prepend(str(TRAINERS))
-    import train_edm
+DMD2 = {"train_edm": {"gan_alone": False}, "train_sd": {"step": 0, "use_fp16": False, "dfake_gen_update_ratio": 3}}
 
-    arguments = SimpleNamespace(gan_alone=False, checkpoint_path=None)
+
+@pytest.mark.parametrize("script", DMD2)
+def test_the_kit_passes_dmd2s_trainers(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    module = importlib.import_module(script)
+    arguments = SimpleNamespace(checkpoint_path=None, **DMD2[script])
 
     def make():
-        trainer = train_edm.Trainer(arguments)
+        more = () if script == "train_edm" else (module.SDUniModel,)
+        trainer = module.Trainer(arguments, *more)
 
         def round_of_the_loop():
             trainer.train_one_step()
@@ -306,5 +311,5 @@ def test_the_kit_passes_dmd2s_trainer(monkeypatch):
         return trainer, round_of_the_loop
 
     check_adapter("dmd2", make)
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("main", "networks", "train_edm")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("main", "networks", "sd_trainer", script)]:
         del sys.modules[name]

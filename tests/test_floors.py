@@ -17,14 +17,14 @@ FLOORS = [
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
         *("fingerprints", "modules", "weights", "optimizers", "riding", "rewinding", "roles"),
-        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking", "trackers"),
+        *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
         *("training", "opening", "recording", "recipes", "schedules", "plan", "prefetch", "teacher", "scheduler"),
         *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
-    ["overview", "stages", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
+    ["overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 

@@ -30,7 +30,7 @@ def python(*arguments, extra=None, **options):
 
 def run(adapter, script, out, *options, arguments=(), module="disback_plugin.cli", command=("run",)):
     out.mkdir(exist_ok=True)
-    where = "--output_path" if script == "train_edm.py" else "--outdir"
+    where = "--outdir" if script.startswith(("sid", "di")) else "--output_path"
     return python(
         "-m", module, *command, "--adapter", adapter, *options, TRAINERS / script, where, out, *arguments, cwd=out
     )
@@ -38,7 +38,7 @@ def run(adapter, script, out, *options, arguments=(), module="disback_plugin.cli
 
 def plain(script, out):
     out.mkdir(exist_ok=True)
-    where = "--output_path" if script == "train_edm.py" else "--outdir"
+    where = "--outdir" if script.startswith(("sid", "di")) else "--output_path"
     assert python(TRAINERS / script, where, out) == (0, "")
 
 
@@ -48,7 +48,12 @@ def networks(out, monkeypatch):
     return [ScoreNetwork(net).state_dict() for net in torch.load(out / "networks.pt", weights_only=False)]
 
 
-SCRIPTS = [("sid", "sid_train.py"), ("diff_instruct", "di_train.py"), ("dmd2", "train_edm.py")]
+SCRIPTS = [
+    ("sid", "sid_train.py"),
+    ("diff_instruct", "di_train.py"),
+    ("dmd2", "train_edm.py"),
+    ("dmd2", "train_sd.py"),
+]
 
 
 @pytest.mark.parametrize(("adapter", "script"), SCRIPTS)
@@ -106,6 +111,32 @@ def test_two_processes_under_torchrun_walk_together_and_the_first_one_speaks(tmp
     assert errors.count("disback: attached to") == 1
     assert errors.count("disback: ended: <disback done: position 0 (N = 3") == 1
     disback.DegradationPath(tmp_path / "path").verify()
+
+
+def test_the_official_forks_own_swap_moves_nothing_and_ours_moves_every_weight(tmp_path, monkeypatch):
+    arguments = ("--step", "24000", "--start_target_num", "25000", "--interval", "1000", "--trajectory_dir", tmp_path)
+    stored = tmp_path / "checkpoint_model_024900"
+    stored.mkdir()
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    from sd_trainer import SDGuidance
+
+    names = [f"module.{name}" for name in SDGuidance(False).state_dict()]  # as degradation.py:301 saves them, DDP's
+    torch.save({name: torch.full((), 7.0) for name in names}, stored / "pytorch_model_1.bin")
+    code, errors = python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "disback_plugin.launch"),
+        *("--adapter", "dmd2", "--path", tmp_path / "path", *PLAN, TRAINERS / "fork" / "train_sd.py"),
+        *("--output_path", tmp_path, *arguments),
+        cwd=tmp_path,
+    )
+    assert code == 0, errors
+    assert json.loads((tmp_path / "swaps.json").read_text()) == [[5, 0, 5, len(names)]]
+    assert "disback: ended: <disback done: position 0 (N = 3" in errors
+    path = disback.DegradationPath(tmp_path / "path")
+    weights = {name for name in path[0] if name != "resample_filter"}
+    for node in (1, 2, 3):
+        assert {name for name in path[0] if not torch.equal(path[node][name], path[node - 1][name])} == weights
+    teacher, _, _ = networks(tmp_path, monkeypatch)
+    assert difference(teacher, path[0]) == []
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,229 @@
+"""Scripts that call `Accelerator.prepare` and that nobody edits: the user names the teacher and the fake score."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import GradientState
+from torch import nn
+from worlds import Run, Score, difference
+
+import disback_plugin as disback
+from disback_plugin.errors import MismatchError, RoleError
+from disback_plugin.prepared import Prepared
+from disback_plugin.testing import check_adapter
+from disback_plugin.weights import ScoreNetwork
+
+TRAINERS = Path(__file__).parent / "trainers"
+PLAN = ("--record", "6", "--every", "2", "--codec", "exact", "--schedule", "fixed:2,2")
+ROLES = {
+    "accelerate_globals.py": ("--role", "teacher=real_unet", "--role", "fake_score=fake_unet"),
+    "accelerate_function.py": ("--role", "teacher=run.critics.real", "--role", "fake_score=run.critics.fake"),
+}
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
+                   "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1",
+                   "--main_process_port=0"),
+}  # fmt: skip
+
+
+def run(script, out, *options, arguments=(), launcher=("disback_plugin.cli", "run")):
+    out.mkdir(exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(TRAINERS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, "--adapter", "accelerate_loop", *map(str, options)]
+    done = subprocess.run(
+        [*command, TRAINERS / script, "--outdir", out, *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=environment, cwd=out, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def networks(out, monkeypatch):
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    return [ScoreNetwork(net).state_dict() for net in torch.load(out / "networks.pt", weights_only=False)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    GradientState._reset_state()  # all accelerators of a process share it
+
+
+def test_two_names_are_enough_for_both_stages(tmp_path, monkeypatch):
+    script = "accelerate_function.py"
+    code, errors = run(script, tmp_path, "--path", tmp_path / "path", *ROLES[script], *PLAN)
+    assert code == 0, errors
+    assert "disback: ended: <disback done: position 0 (N = 3" in errors
+    path = disback.DegradationPath(tmp_path / "path")
+    path.verify()
+    assert [node.iteration for node in path.nodes] == [2, 4, 6]
+    assert difference(networks(tmp_path, monkeypatch)[0], path[0]) == []
+
+
+@pytest.mark.parametrize("script", ROLES)
+def test_without_recording_the_losses_are_the_scripts_own_bit_for_bit(script, tmp_path):
+    code, errors = run(script, tmp_path / "out", *ROLES[script], "--record", 0)
+    assert code == 0, errors
+    (tmp_path / "plain").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(TRAINERS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, TRAINERS / script, "--outdir", tmp_path / "plain"]
+    subprocess.run(command, check=True, env=environment, timeout=120)
+    assert (tmp_path / "out" / "losses.json").read_text() == (tmp_path / "plain" / "losses.json").read_text()
+
+
+@pytest.mark.parametrize(("script", "launcher"), list(zip(ROLES, LAUNCHERS, strict=True)))
+def test_two_processes_walk_together(script, launcher, tmp_path, monkeypatch):
+    launcher = (*LAUNCHERS[launcher], "-m", "disback_plugin.launch")
+    code, errors = run(script, tmp_path, "--path", tmp_path / "path", *ROLES[script], *PLAN, launcher=launcher)
+    assert code == 0, errors
+    assert errors.count("disback: attached to") == 1
+    assert errors.count("disback: ended: <disback done: position 0 (N = 3") == 1
+    assert difference(networks(tmp_path, monkeypatch)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
+
+
+def test_the_scripts_own_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
+    script = "accelerate_globals.py"
+    options = ("--path", tmp_path / "path", *ROLES[script], *PLAN, "--schedule", "fixed:3,3")
+    code, errors = run(script, tmp_path / "whole", *options, arguments=("--save_at", 18))
+    assert code == 0, errors
+    (state,) = map(json.loads, (tmp_path / "path.states.jsonl").read_text().splitlines())
+    assert (state["phase"], state["generator_updates"]) == ("backtracking", 2)
+    assert difference(networks(tmp_path / "whole", monkeypatch)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
+    saved = tmp_path / "whole" / "checkpoint-18"
+    code, errors = run(script, tmp_path / "rest", *options, arguments=("--load", saved))
+    assert code == 0, errors
+    assert "backtracking: position 2 (N = 3" in errors
+    assert difference(networks(tmp_path / "rest", monkeypatch), networks(tmp_path / "whole", monkeypatch)) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "roles", "arguments", "message"),
+    [
+        ("accelerate_globals.py", ("teacher=reel_unet", "fake_score=fake_unet"), (),
+         "found no variable 'reel_unet' for the teacher where the networks are used; "
+         "expected one of the script's own, each role a network of its own: fake_unet, real_unet, unet in the script"),
+        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=accelerator"), (), "Accelerator as the fake score"),
+        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=real_unet"), (), "found one Net as teacher and as"),
+        ("accelerate_globals.py", ("teacher=fake_unet", "fake_score=real_unet"), (), "no prepared optimizer steps"),
+        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=fake_unet"), ("--third",),
+         "found 2 prepared optimizers beside the fake score's"),
+        ("accelerate_globals.py", ("techer=real_unet",), (), "found --role techer=real_unet; expected one of teacher,"),
+        ("accelerate_globals.py", ("teacher",), (), "found --role teacher="),
+        ("accelerate_function.py", ("teacher=run.critics.real", "fake_score=run.critics.fake"), ("--unprepared",),
+         "no prepared optimizer steps"),
+        ("sid_train.py", ("teacher=real_unet", "fake_score=fake_unet"), (), "before any call of accelerate."),
+    ],
+)  # fmt: skip
+def test_wrong_roles_stop_the_script_before_its_first_step(script, roles, arguments, message, tmp_path, monkeypatch):
+    from disback_plugin.injection import run as launch
+
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    with pytest.raises(disback.DisbackError) as raised:
+        launch(
+            TRAINERS / script,
+            ("--outdir", str(tmp_path), *arguments),
+            adapter="accelerate_loop",
+            path=tmp_path / "path",
+            roles=dict(role.partition("=")[::2] for role in roles),
+        )
+    assert message in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_role_is_one_line_of_the_command(tmp_path):
+    roles = ("--role", "teacher=real_unet")
+    code, errors = run("accelerate_globals.py", tmp_path, "--path", tmp_path / "path", *roles)
+    assert code == 2
+    assert "disback: found no variable 'fake_score'" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+
+
+def test_an_adapter_that_knows_the_roles_takes_none(tmp_path):
+    from disback_plugin.injection import run as launch
+
+    with pytest.raises(disback.DisbackError, match="which knows where the roles are"):
+        launch(TRAINERS / "sid_train.py", adapter="sid", roles={"teacher": "net"})
+
+
+# -- in this process --------------------------------------------------------------------------------------------------
+
+
+def prepared_run(run):
+    accelerator = Accelerator(cpu=True)
+    names = ("teacher", "fake_score", "generator", "optimizer_f", "optimizer_g")
+    for name, each in zip(names, accelerator.prepare(*(getattr(run, name) for name in names)), strict=True):
+        setattr(run, name, each)
+    return accelerator
+
+
+def test_the_kit_passes_the_adapter():
+    def make():
+        run = Run()
+        run.accelerator = prepared_run(run)
+        return run, run.step
+
+    check_adapter("accelerate_loop", make)
+
+
+def test_the_third_optimizer_is_no_question_once_the_generators_is_named(tmp_path):
+    run = Run()
+    run.accelerator = prepared_run(run)
+    run.accelerator.prepare(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    with pytest.raises(RoleError, match="2 prepared optimizers beside"):
+        disback.attach(run, adapter="accelerate_loop", path=tmp_path)
+    run.generator_optimizer = run.optimizer_g
+    disback.attach(run, adapter="accelerate_loop", path=tmp_path).detach()
+
+
+def test_a_fake_score_of_another_architecture_is_refused_with_what_works(tmp_path):
+    run = Run()
+    run.fake_score = nn.Sequential(nn.Linear(3, 3))
+    run.optimizer_f = torch.optim.Adam(run.fake_score.parameters())
+    run.accelerator = prepared_run(run)
+    with pytest.raises(MismatchError, match=r"disback\.record\(teacher, sample="):
+        disback.attach(run, adapter="accelerate_loop", path=tmp_path)
+
+
+def test_only_a_forward_that_records_gradients_is_the_moment_and_nothing_stays():
+    net, seen = nn.Sequential(Score(), nn.Identity()), []
+    prepared = Prepared(lambda: seen.append("now"))
+    prepared.add((net, "a scheduler"))
+    prepared.add(net)
+    assert prepared.objects == [net, "a scheduler"]
+    with torch.no_grad():
+        net[0](torch.zeros(2, 2), torch.ones(2, 1))
+    assert seen == []
+    assert not prepared.have_run([ScoreNetwork(net)])
+    net[0](torch.zeros(2, 2), torch.ones(2, 1))  # not the root: what is inside counts
+    assert seen
+    assert prepared.have_run([ScoreNetwork(net)])
+    prepared.close()
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+UNSUITED = {
+    "flash-diffusion": ("teacher_denoiser", "student_denoiser", "disc_backbone"),
+    "consistency distillation": ("teacher_unet", "unet", "target_unet"),
+}
+
+
+@pytest.mark.parametrize("trainer", UNSUITED)
+def test_a_trainer_without_a_fake_score_is_refused_with_why_and_what_works(trainer, tmp_path):
+    model = SimpleNamespace(**{name: nn.Linear(1, 1) for name in UNSUITED[trainer]})
+    with pytest.raises(RoleError, match=f"{trainer}.* has no fake score.*train with score distillation: DMD2"):
+        disback.attach(model, path=tmp_path)
+
+
+def test_a_trainer_with_such_names_and_a_fake_score_is_not_refused_for_them(tmp_path):
+    run = Run()
+    run.teacher_unet, run.unet, run.accelerator = run.teacher, run.generator, prepared_run(run)
+    disback.attach(run, path=tmp_path).detach()
