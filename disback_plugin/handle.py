@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from disback_plugin import files, optimizers
+from disback_plugin import optimizers, ranks
 from disback_plugin.errors import OptionError, PluginError, RoleError, StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
 from disback_plugin.hooks import Plugins
@@ -337,10 +337,10 @@ class Handle:
             path.verify()
             return path.manifest
 
-        self.path = DegradationPath(folder, files.on_rank_zero(prepare))
+        self.path = DegradationPath(folder, ranks.on_rank_zero(prepare))
         self._check_state(state)
         if not self.path.manifest.recording.keep_teacher:
-            self.path.bind(self._teacher.state_dict())
+            self.path.bind(self._teacher.whole())
         self._teacher.write(self.path.source(0))
         self._load(state)
 

@@ -25,6 +25,7 @@ from disback_plugin.plan import Plan, length
 from disback_plugin.prefetch import Ahead
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
+from disback_plugin.sharding import held
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -101,6 +102,8 @@ class TrajectoryScheduler:
         self._away = False
         self._failed = False
         self._masked = MaskedSamples(plugins=self._plugins)
+        self._parts = self._teacher.parts()
+        self._expected: list[str] | None = None  # what a node's part decodes to, if this process holds a part only
         wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
         self._ahead = Ahead(self._teacher) if wanted else None
         if self.path is not None:
@@ -283,7 +286,9 @@ class TrajectoryScheduler:
             )
         if self._fake_score is not None:
             self._teacher.check_same_layout(self._fake_score)
-        path.bind(self._teacher.state_dict())
+        path.bind(self._teacher.whole())
+        if self._parts is not None:
+            self._expected = path.part_checksums(self._parts)
         if self.last_node:
             self.schedule.check(self.last_node)
             self._warn_if_swallowed(path)
@@ -382,7 +387,8 @@ class TrajectoryScheduler:
 
     def _compare(self, path: DegradationPath, position: float, found: str) -> None:
         if position == floor(position):
-            path.check_decoded(int(position), found)
+            index = int(position)
+            path.check_decoded(index, found, None if self._expected is None else self._expected[index])
 
     def _look_ahead(self) -> None:
         """Begin to decode what the next update will want, if that is another position."""
@@ -408,13 +414,13 @@ class TrajectoryScheduler:
     def _remember(self) -> None:
         """Keep one weight of the teacher, to notice when somebody else writes it."""
         witness = self._teacher.witness()
-        self._witness = witness, witness._version, witness.detach().clone()
+        self._witness = witness, witness._version, held(witness)[0].detach().clone()
 
     def _check_untouched(self) -> None:
         witness, version, value = self._witness
         # The version costs nothing; the values are compared only if it moved (a DDP broadcast writes equal values).
         if self.last_node and witness._version != version:
-            if not torch.equal(witness.detach(), value):
+            if not torch.equal(held(witness)[0].detach(), value):
                 raise StateError(
                     f"a teacher that somebody else has written since update {self.generator_updates}",
                     expected=f"the weights of position {self.position:g}",

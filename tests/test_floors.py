@@ -16,7 +16,7 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "modules", "weights", "optimizers", "roles"),
+        *("fingerprints", "layouts", "sharding", "states", "ranks", "modules", "weights", "optimizers", "roles"),
         *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
     ],
     [
