@@ -1,0 +1,225 @@
+"""Sharded roles, in real processes: each rank reads and writes its own shards, and sends nothing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from worlds import Score, clone, difference
+
+from disback_plugin.layouts import GRAIN, PIECE
+from disback_plugin.manifest import Recording
+from disback_plugin.sharding import Part, chunk_of
+from disback_plugin.trajectory import DegradationPath
+from disback_plugin.weights import ScoreNetwork
+
+CODECS = ["exact", "bf16", "int8", "int6", "int4"]
+
+
+# -- without processes ------------------------------------------------------------------------------------------------
+
+
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    ranks=st.integers(1, 7),
+    dim=st.integers(0, 2),
+    grain=st.sampled_from([GRAIN, PIECE]),
+)
+def test_the_parts_of_all_ranks_are_the_tensor(shape, ranks, dim, grain):
+    dim, whole = dim % len(shape), torch.arange(torch.Size(shape).numel()).view(shape)
+    found = []
+    for rank in range(ranks):
+        part = chunk_of(whole.shape, rank, ranks, dim)
+        local = torch.full((part.elements,), -1)
+        for cell in part.cells(grain):
+            assert cell.start % grain == 0
+            assert cell.stop % grain == 0 or cell.stop == whole.numel()
+            local[cell.at] = whole.view(-1)[cell.start : cell.stop][cell.keep]
+        found.append(local.view(part.local_shape))
+    assert torch.equal(torch.cat(found, dim), whole)
+
+
+def test_a_part_of_a_large_tensor_is_read_within_pieces_and_little_beside_it():
+    part = Part(torch.Size([3 * PIECE + 5]), 0, PIECE - 7, 2 * PIECE + 9)
+    cells = list(part.cells())
+    assert [(c.start // PIECE, (c.stop - 1) // PIECE) for c in cells] == [(0, 0), (1, 1), (2, 2)]
+    assert sum(c.stop - c.start for c in cells) <= part.elements + 2 * GRAIN
+
+
+# -- with them --------------------------------------------------------------------------------------------------------
+
+
+class Uneven(nn.Module):
+    """What no number of ranks divides: rows, single elements, convolutions, tied weights, buffers, half a piece."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.conv = nn.Conv2d(5, 3, 3)
+        self.wide = nn.Linear(1 << 10, 1100, bias=False)  # more than a piece
+        self.score = Score()
+
+    def forward(self, x):
+        y = self.inner(x) * self.scale
+        y = y + self.conv(y.new_ones(1, 5, 3, 3)).sum() + self.score.left.weight.sum()
+        return y + self.wide(y.new_ones(1, 1 << 10)).sum()
+
+
+def net():
+    torch.manual_seed(3)
+    return Uneven()
+
+
+def moved(state, seed):
+    stream = torch.Generator().manual_seed(seed)
+    made = {
+        n: t + 1e-3 * torch.randn(t.shape, generator=stream).to(t.dtype) if t.is_floating_point() else t + 1
+        for n, t in state.items()
+    }
+    made["score.right.weight"] = made["score.left.weight"]
+    return made
+
+
+def write_path(folder, codec):
+    """Record three nodes of the network without any process group; the path is node by node the same everywhere."""
+    state = clone(ScoreNetwork(net()).state_dict())
+    state["score.right.weight"] = state["score.left.weight"]
+    path = DegradationPath.create(folder, state, Recording(3, 1, codec))
+    for iteration in (1, 2, 3):
+        state = moved(state, iteration)
+        path.append(state, iteration=iteration, exactly={n for n in state if "running" in n or "num" in n})
+    path.finish()
+    return path
+
+
+def shard(module, form="nested"):
+    """Return the module sharded over all ranks in one of the forms that are in use."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    options = {}
+    if form == "replicas":
+        options["mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copies", "shards"))
+    if form == "columns":  # along another dimension, where it divides
+        options["shard_placement_fn"] = lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % 2 == 0 else Shard(0)
+    if form == "wrapped":
+        module.inner[0] = checkpoint_wrapper(module.inner[0])
+    if form != "root":
+        fully_shard(module.inner, **options)
+        mixed = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if form == "bf16" else {}
+        fully_shard(module.conv, **options, **mixed)
+    if form == "kept":
+        options["reshard_after_forward"] = False
+    fully_shard(module, **options)
+    assert CPUOffloadPolicy  # needs an accelerator
+    return torch.compile(module, backend="eager") if form == "wrapped" else module
+
+
+KINDS = ("all_", "broadcast", "gather", "scatter", "reduce", "send", "recv", "isend", "irecv", "barrier")
+
+
+class Counted:
+    """Counts what is sent inside: every operation of a process group goes through one of these."""
+
+    def __enter__(self):
+        from torch.distributed.tensor.debug import CommDebugMode
+
+        self.calls, self._old = [], {}
+        for name in (n for n in dist.distributed_c10d.__all__ if n.startswith(KINDS)):
+            for where in (dist, dist.distributed_c10d):
+                if hasattr(where, name):
+                    self._old[where, name] = function = getattr(where, name)
+                    setattr(where, name, lambda *a, _f=function, _n=name, **k: (self.calls.append(_n), _f(*a, **k))[1])
+        self._debug = CommDebugMode()
+        self._debug.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._debug.__exit__(*error)
+        for (where, name), function in self._old.items():
+            setattr(where, name, function)
+        self.calls += [str(op) for op, n in self._debug.get_comm_counts().items() if n]
+
+
+def whole(role):
+    """Return the whole state on every rank, by torch's own means."""
+    return {
+        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in role.state_dict().items()
+    }
+
+
+def written_shards(folder, forms, codecs):
+    for form, codec in itertools.product(forms, codecs):
+        seen = written_form(f"{folder}/{codec}", form)
+    return seen
+
+
+def written_form(folder, form):
+    module = shard(net(), form)
+    role, path = ScoreNetwork(module), DegradationPath(folder)
+    path.verify()
+    expected = path.part_checksums(role.parts())
+    x = torch.ones(2, 3)
+    objects = [(id(t), t.dtype, t.requires_grad) for _, t in role.named_tensors()]
+    seen = []
+    with torch.no_grad():
+        before = module.eval()(x)  # the root's weights stay gathered after it
+    for position in (3, 1, 0.5, 2, 0):
+        versions = [t._version for _, t in role.named_tensors()]
+        with Counted() as counted:
+            found = role.write(path.source(position))
+        assert counted.calls == [], counted.calls
+        assert all(new._version > old for (_, new), old in zip(role.named_tensors(), versions, strict=True))
+        plain = ScoreNetwork(net())
+        digest = plain.write(path.source(position))
+        odd = difference(whole(role), plain.state_dict())
+        assert odd == [], f"{odd} at {position}"
+        assert role.checksum() == digest == plain.checksum()
+        if position == int(position):
+            assert found == expected[int(position)]
+        with torch.no_grad():
+            after = module(x)
+            error = (after - plain.modules()[""].eval()(x)).abs().max()
+        assert error < (1e-2 if form == "bf16" else 1e-5), f"a forward at {position} saw other weights"
+        seen.append(not torch.equal(after, before))
+    assert seen == [True, True, True, True, False]
+    assert [(id(t), t.dtype, t.requires_grad) for _, t in role.named_tensors()] == objects
+    assert role.fingerprint() == path.manifest.teacher.fingerprint
+    empty = sum(part.elements == 0 for part in role.parts().values())
+    return {"empty": empty, "elements": sum(part.elements for part in role.parts().values())}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paths")
+    for codec in CODECS:
+        write_path(folder / codec, codec)
+    return str(folder)
+
+
+FORMS = ["nested", "root", "kept", "bf16", "wrapped", "columns"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "forms", "codecs"),
+    [(2, FORMS, ["int8"]), (2, ["nested"], CODECS), (3, ["nested"], ["int6", "int8"]), (4, ["replicas"], ["int8"])],
+    ids=["forms", "codecs", "three", "replicas"],
+)
+def test_a_move_writes_each_ranks_shards_without_communication(nursery, paths, ranks, forms, codecs):
+    seen = returned(nursery.play(written_shards, ranks, paths, forms, codecs))
+    assert any(result["empty"] for result in seen), "no rank had an empty shard"
+
+
+def returned(results):
+    """Return what the ranks returned; fail with the trace of the first that raised."""
+    for result in results:
+        assert "error" not in result, result.get("trace", result)
+    return results
