@@ -8,11 +8,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import optimizers
+from disback_plugin import optimizers, ranks
 from disback_plugin.errors import OptionError
 from disback_plugin.handle import Handle
 from disback_plugin.hooks import Adapter, Plugins
 from disback_plugin.recording import Network
+from disback_plugin.rewinding import Stateful
 from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.weights import ScoreNetwork
 
@@ -38,6 +39,7 @@ def attach(
     prefetch: bool | None = None,
     state: Mapping[str, Any] | None = None,
     plugins: Plugins | Sequence[object] = (),
+    restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
 ) -> Handle:
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
 
@@ -70,6 +72,10 @@ def attach(
             taken as it is, s_phi is left alone, and the teacher is written, whatever it holds.
         plugins: Who takes part in the run beside the installed plug-ins: names of installed ones that have to work,
             "no:NAME" for those that shall stay out, and plug-ins themselves (`hooks`).
+        restore: What a recording inside the loop uses up though the generator stands still, and is put back at its end:
+            "schedulers", the learning-rate schedulers of both optimizers, which are found by themselves; objects
+            with `state_dict` and `load_state_dict` of plain numbers, as the ramp of an average, or several:
+            ("schedulers", ramp). () for nothing: warm-ups are then over before the generator moves.
 
     Returns:
         The handle; also a context manager that detaches at its end.
@@ -82,6 +88,7 @@ def attach(
             not installed.
         PluginError: If the named adapter, or a plug-in that `plugins` names, is broken.
         StateError: If `state` is of another run or moment.
+        RankError: If another rank of the process group failed, was given something else, or did not come.
 
         Whatever is raised, no weight was written and no hook is left; but a plug-in that hears of the start of a
         finished path and raises does so when s_phi is s'_N and the teacher s'_0 again.
@@ -125,17 +132,22 @@ def attach(
         "generator_optimizer": generator_optimizer,
         "fake_score_optimizer": fake_score_optimizer,
     }
-    taking_part = Plugins.of(plugins)
-    roles = _roles(trainer, adapter, given, taking_part)
-    handle = Handle(
-        teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
-        fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
-        generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
-        fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
-        schedule=resolve(schedule),
-        prefetch=prefetch,
-        plugins=taking_part,
-    )
+
+    def build() -> Handle:
+        taking_part = Plugins.of(plugins)
+        roles = _roles(trainer, adapter, given, taking_part)
+        return Handle(
+            teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
+            fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
+            generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
+            fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
+            schedule=resolve(schedule),
+            prefetch=prefetch,
+            plugins=taking_part,
+            restore=restore,
+        )
+
+    handle = ranks.on_every_rank(build, "have its roles")
     handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state)
     return handle
 

@@ -72,7 +72,7 @@ def open_or_create(
         path.source(len(path) - 1)
 
     # But each rank decodes for itself: all find the files and the same teacher, or all raise.
-    ranks.on_every_rank(look)
+    ranks.on_every_rank(look, "find the path and the same teacher")
     return path
 
 

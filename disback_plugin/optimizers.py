@@ -19,6 +19,7 @@ __all__ = [
     "Rounds",
     "before_step",
     "has_gradients",
+    "innermost",
     "parameters",
     "scale_gradients",
     "skipped_by_scaler",
@@ -44,7 +45,7 @@ def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Op
         True
     """
     given = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
-    inner = [_inner(optimizer) for optimizer in given]
+    inner = [innermost(optimizer) for optimizer in given]
     wrong = [optimizer for optimizer in inner if not isinstance(optimizer, Optimizer)]
     if wrong or not inner:
         raise RoleError(
@@ -55,10 +56,11 @@ def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Op
     return list(dict.fromkeys(inner))
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper, or what it is given."""
     # AcceleratedOptimizer is a torch Optimizer by class, but has no hook registry of its own.
     wrapped = getattr(optimizer, "optimizer", None)
-    return _inner(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+    return innermost(wrapped) if isinstance(wrapped, Optimizer) else optimizer
 
 
 class Rounds:

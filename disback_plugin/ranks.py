@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from itertools import count
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -80,24 +81,25 @@ def on_rank_zero(action: Callable[[], T], state: State | None = None) -> T:
     return result
 
 
-def on_every_rank(action: Callable[[], T], about: str = "find the path and the same teacher") -> T:
-    """Run `action` on every rank; all raise if it failed on one.
+def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] = MappingProxyType({})) -> T:
+    """Run `action` on every rank; all raise if it failed on one, or if one sees something else than the others.
 
     Args:
         action: What to do, without communication.
         about: What every rank was expected to do, for the error.
+        facts: What this rank sees, as JSON values by name; all have to see the same.
 
     Raises:
-        RankError: On the ranks where it did not fail; it names one where it did.
+        RankError: On the ranks where it did not fail; it names one where it did, or the first that differs from rank 0.
     """
     if not several():
         return action()
     try:
         result = action()
     except Exception as error:
-        _exchange({"failure": _said(error)})
+        _exchange({"failure": _said(error), "facts": dict(facts)})
         raise
-    said = _exchange({"failure": None})
+    said = _exchange({"failure": None, "facts": dict(facts)})
     for rank, answer in enumerate(said):
         if answer["failure"] is not None:
             raise RankError(
@@ -105,24 +107,9 @@ def on_every_rank(action: Callable[[], T], about: str = "find the path and the s
                 expected=f"every rank to {about}",
                 cure=f"see the error of rank {rank}; files have to be in a folder that all ranks share",
             )
-    return result
-
-
-def agree(facts: Mapping[str, Any]) -> None:
-    """Raise on all ranks unless all of them say the same.
-
-    Args:
-        facts: What this rank sees, as JSON values by name.
-
-    Raises:
-        RankError: Names the first rank that differs from rank 0, what it sees, and what rank 0 sees.
-    """
-    if not several():
-        return
-    said = _exchange({"facts": dict(facts)})
-    first = said[0].get("facts", {})
+    first = said[0]["facts"]
     for rank, answer in enumerate(said):
-        other = answer.get("facts", {})
+        other = answer["facts"]
         odd = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
         if odd:
             raise RankError(
@@ -130,6 +117,12 @@ def agree(facts: Mapping[str, Any]) -> None:
                 expected=f"{_listed(odd, first)} as on rank 0",
                 cure="give every rank the same arguments, path and checkpoint, and let all of them step alike",
             )
+    return result
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raise RankError on all ranks unless all of them see the same (`on_every_rank`)."""
+    on_every_rank(lambda: None, "see the same", facts)
 
 
 def _listed(names: list[str], facts: Mapping[str, Any]) -> str:

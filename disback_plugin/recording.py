@@ -70,7 +70,8 @@ class Recorder:
             MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
             PathError: If the path is broken. Then nothing was written.
         """
-        self.network.write(self.path.source(len(self.path) - 1))
+        last = len(self.path) - 1
+        ranks.on_every_rank(lambda: self.network.write(self.path.source(last)), "read the last node")
         self.watch()
 
     def watch(self) -> None:
@@ -219,7 +220,7 @@ def _record_in_loop(
     path: DegradationPath, network: ScoreNetwork, step: Callable[[], object], plugins: Plugins
 ) -> DegradationPath:
     if path.complete:
-        network.write(path.source(len(path) - 1))
+        ranks.on_every_rank(lambda: network.write(path.source(len(path) - 1)), "read the last node")
         return path
     recorder = Recorder(path, network, plugins=plugins)
     recorder.start()

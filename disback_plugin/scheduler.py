@@ -9,23 +9,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from math import ceil, floor
+from contextlib import contextmanager
+from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
-import torch
-
 from disback_plugin import kernels
-from disback_plugin.errors import DisbackError, PathError, StateError
+from disback_plugin.errors import PathError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.masking import MaskedSamples, on_main_process
 from disback_plugin.plan import Plan, length
-from disback_plugin.prefetch import Ahead
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Target, resolve
-from disback_plugin.sharding import held
+from disback_plugin.teacher import WalkingTeacher
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -47,6 +43,8 @@ class TrajectoryScheduler:
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
         prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
             then a move is a copy. None: where the teacher is on another device than the host.
+        together: Whether all ranks of the process group walk: then they agree at each move, or all of them stop. None:
+            where the teacher is sharded; `attach` does so always.
         plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
 
     Raises:
@@ -56,7 +54,7 @@ class TrajectoryScheduler:
         PluginError: If a plug-in that `plugins` asks for by name is broken.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from torch import nn
         >>> from disback_plugin.recording import record
         >>> from disback_plugin.schedules import Fixed
@@ -85,31 +83,26 @@ class TrajectoryScheduler:
         *,
         schedule: Schedule | str = "auto",
         prefetch: bool | None = None,
+        together: bool | None = None,
         plugins: Plugins | Sequence[object] = (),
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
         self.path = path
         self.schedule = resolve(schedule)
-        self._teacher = ScoreNetwork.of(teacher, role="teacher")
+        network = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
         self._plugins = Plugins.of(plugins)
         self.generator_updates = 0
         self.started = False
-        self._target = Target(0.0)
         self._told = 0.0  # the position that the plug-ins know of
-        self._swap_ms = 0.0  # of the last move, on the host
         self._away = False
-        self._failed = False
         self._masked = MaskedSamples(plugins=self._plugins)
-        self._parts = self._teacher.parts()
-        self._expected: list[str] | None = None  # what a node's part decodes to, if this process holds a part only
-        wanted = self._teacher.witness().device.type != "cpu" if prefetch is None else prefetch
-        self._ahead = Ahead(self._teacher) if wanted else None
         if self.path is not None:
-            self._check(self.path)
+            self._check(self.path, network)
         self._plan = Plan(self.schedule, self.last_node)
-        self._remember()
+        self._teacher = WalkingTeacher(network, self.path, prefetch=prefetch, together=together)
+        self._teacher.warn_if_swallowed()
 
     # -- where we are -------------------------------------------------------------------------------------------------
 
@@ -121,12 +114,12 @@ class TrajectoryScheduler:
     @property
     def position(self) -> float:
         """Where the teacher stands, in [0, N]; 0.0 is the teacher itself."""
-        return self._target.position
+        return self._teacher.position
 
     @property
     def gradient_factor(self) -> float:
         """Factor on the gradient of the coming generator update, in [0, 1]."""
-        return self._target.gradient
+        return self._plan.target.gradient if self.started else 1.0
 
     @property
     def done(self) -> bool:
@@ -157,7 +150,8 @@ class TrajectoryScheduler:
             last = self.path.nodes[-1]
             # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
-                self._fake_score.write(self.path.source(self.last_node))
+                fake_score, source = self._fake_score, self.path.source
+                self._teacher.all(lambda: fake_score.write(source(self.last_node)), "read the last node")
         self.started = True
         self._tell()
 
@@ -172,7 +166,7 @@ class TrajectoryScheduler:
             PluginError: If a plug-in that was asked for raised. The step is counted, and the teacher where it belongs.
         """
         self._require_start()
-        self._check_untouched()
+        self._teacher.check_untouched(self.generator_updates)
         plan = self._plan
         before = plan.updates, plan.node_since, plan.target
         self.generator_updates += 1
@@ -180,7 +174,7 @@ class TrajectoryScheduler:
             if not plan.finished:
                 self._walk(signal)
         except BaseException:
-            if self._failed:  # the teacher could not be moved: as if the update had not ended
+            if self._teacher.failed:  # the teacher could not be moved: as if the update had not ended
                 self.generator_updates -= 1
                 plan.updates, plan.node_since, plan.target = before
             raise
@@ -205,7 +199,7 @@ class TrajectoryScheduler:
         @functools.wraps(loss)
         def on_the_path(*args: P.args, **kwargs: P.kwargs) -> R:
             self._require_start()
-            self._check_untouched()
+            self._teacher.check_untouched(self.generator_updates)
             return inner(*args, **kwargs)
 
         return on_the_path
@@ -216,25 +210,19 @@ class TrajectoryScheduler:
         if not self.position or self._away:
             yield
             return
-        self._write(0.0)
+        self._teacher.go_to(0.0)
         self._away = True
         try:
             yield
         finally:
             self._away = False
-            self._place()
+            self._place(together=False)  # one rank may have looked at the teacher on its own
             self._tell()
 
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
-        if self.path is not None and self.last_node:
-            with self._timed():
-                self._teacher.write(self.path.original())
+        self._teacher.put_back()
         self._plan.stop()
-        self._target = Target(0.0)
-        self._remember()
-        if self._ahead is not None:
-            self._ahead.close()
         self._tell()
         self._masked.report()
 
@@ -269,41 +257,24 @@ class TrajectoryScheduler:
         self._plan.node_since = state["node_since"]
         self._masked.steps = self.generator_updates
         if self.path is not None and self.last_node:
-            if not self._away:
-                self._target = Target(-1.0)  # whatever the trainer's checkpoint held, it is written anew
             if self.started:
-                self._place()
+                self._place(anew=True)  # whatever the trainer's checkpoint held
             else:
-                self._write(0.0)
+                self._teacher.go_to(0.0)
         self._tell()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _check(self, path: DegradationPath) -> None:
+    def _check(self, path: DegradationPath, teacher: ScoreNetwork) -> None:
         if not path.complete:
             raise PathError(
                 f"an unfinished path ({path!r})", expected="a complete one", cure="record it to its end first"
             )
         if self._fake_score is not None:
-            self._teacher.check_same_layout(self._fake_score)
-        path.bind(self._teacher.whole())
-        if self._parts is not None:
-            self._expected = path.part_checksums(self._parts)
+            teacher.check_same_layout(self._fake_score)
+        path.bind(teacher.whole())
         if self.last_node:
             self.schedule.check(self.last_node)
-            self._warn_if_swallowed(path)
-
-    def _warn_if_swallowed(self, path: DegradationPath) -> None:
-        """A teacher in half precision may round the steps between nodes away: say so, with the figure."""
-        rounding = self._teacher.rounding(path.source(self.last_node)) / path.nodes[-1].delta_norm
-        if rounding > 0.5:
-            logger.warning(
-                "the teacher's dtype rounds node %d by %.1f times its distance to node %d: keep the teacher in "
-                "float32, or record with a larger learning rate or fewer nodes",
-                self.last_node,
-                rounding,
-                self.last_node - 1,
-            )
 
     def _walk(self, signal: Any) -> None:
         """Go on by one update of the plan, unless a plug-in keeps or ends the node; as planned if it raises."""
@@ -333,74 +304,26 @@ class TrajectoryScheduler:
             values = {
                 "disback/position": position,
                 "disback/node": ceil(position),
-                "disback/swap_ms": self._swap_ms,
+                "disback/swap_ms": self._teacher.swap_ms,
                 "disback/delta_norm": length(norms, previous, position),
             }
             self._plugins.log(values, self.generator_updates)
 
-    def _place(self) -> None:
-        """Bring the teacher to where the plan is."""
+    def _place(self, *, anew: bool = False, together: bool = True) -> None:
+        """Bring the teacher to where the plan is; `anew` writes it though it should be there."""
         if self._away:
             return
-        target = self._plan.target
-        if target.position != self._target.position:
-            self._write(target.position)
+        position = self._plan.target.position
+        if anew or position != self.position:
+            self._teacher.go_to(position, updates=self.generator_updates if together else None)
             logger.debug(
-                "teacher at position %g of %d after %d updates", target.position, self.last_node, self.generator_updates
+                "teacher at position %g of %d after %d updates", position, self.last_node, self.generator_updates
             )
-        self._target = target
-        self._look_ahead()
-
-    def _write(self, position: float) -> None:
-        """Write the weights of a position: a node's own, or a mixture of its two neighbours."""
-        if self.path is None or not self.last_node:
-            return
-        with self._timed():
-            self._move(self.path, position)
-        self._target = self._target._replace(position=position)
-        self._remember()
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._swap_ms = 1e3 * (time.perf_counter() - before)
-
-    def _move(self, path: DegradationPath, position: float) -> None:
-        """Decode a position into the teacher; at a node, compare what was decoded with what was recorded."""
-        self._failed = True  # until it is done: nobody may train on what a failed move has left
-        source = path.source(position)  # raises before anything is written if a file is missing or changed
-        ready = None if self._ahead is None else self._ahead.take(position)
-        if ready is not None:
-            self._compare(path, position, ready.checksum)
-        try:
-            if ready is not None and self._ahead is not None:
-                self._ahead.write(ready)
-            else:
-                self._compare(path, position, self._teacher.write(source))
-        except BaseException:
-            # Changed this very moment, or interrupted. What is mapped cannot be trusted: back to the teacher.
-            self._target = Target(0.0)
-            self._teacher.write(path.original())
-            raise
-        self._failed = False
-
-    def _compare(self, path: DegradationPath, position: float, found: str) -> None:
-        if position == floor(position):
-            index = int(position)
-            path.check_decoded(index, found, None if self._expected is None else self._expected[index])
-
-    def _look_ahead(self) -> None:
-        """Begin to decode what the next update will want, if that is another position."""
-        if self._ahead is None or self.path is None or not self.last_node or self._away:
-            return
-        position = self._plan.at(self._plan.following()).position
-        if position != self.position:
-            with suppress(DisbackError):  # the move itself will say so
-                self._ahead.begin(position, self.path.source(position))
+        if self._teacher.looks_ahead:
+            self._teacher.look_ahead(self._plan.at(self._plan.following()).position)
 
     def _require_start(self) -> None:
-        if self._failed:
+        if self._teacher.failed:
             raise StateError(
                 "a scheduler whose last move failed",
                 expected="a teacher at the right place",
@@ -410,23 +333,6 @@ class TrajectoryScheduler:
             raise StateError(
                 "a scheduler that has not started", expected="a started one", cure="call scheduler.start() first"
             )
-
-    def _remember(self) -> None:
-        """Keep one weight of the teacher, to notice when somebody else writes it."""
-        witness = self._teacher.witness()
-        self._witness = witness, witness._version, held(witness)[0].detach().clone()
-
-    def _check_untouched(self) -> None:
-        witness, version, value = self._witness
-        # The version costs nothing; the values are compared only if it moved (a DDP broadcast writes equal values).
-        if self.last_node and witness._version != version:
-            if not torch.equal(held(witness)[0].detach(), value):
-                raise StateError(
-                    f"a teacher that somebody else has written since update {self.generator_updates}",
-                    expected=f"the weights of position {self.position:g}",
-                    cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it",
-                )
-            self._remember()
 
 
 def check_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: tuple[str, ...]) -> None:

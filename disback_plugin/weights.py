@@ -9,7 +9,9 @@ shards, and nothing is sent.
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -21,10 +23,12 @@ from disback_plugin.fingerprints import Checksum, fingerprint
 from disback_plugin.layouts import Layout, dtype_class, layout_of, pieces, room
 from disback_plugin.modules import find, named_modules, own_tensors, reshard
 from disback_plugin.ranks import on_rank_zero
-from disback_plugin.sharding import Part, add_up, count, held, is_sharded, masked
+from disback_plugin.sharding import Part, add_up, chunk_of, count, held, is_sharded, masked, shard
 from disback_plugin.states import State
 
 __all__ = ["ScoreNetwork", "Source", "fill"]
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -129,6 +133,38 @@ class ScoreNetwork:
             count(total, name, tensor)
         add_up(total, live)
         return total.digest()
+
+    def mark(self) -> str:
+        """Return what tells moments apart, without communication: `checksum`, or that of this process's shards."""
+        live = dict(self.named_tensors())
+        cuts = {where[1:] for tensor in live.values() if (where := shard(tensor)) is not None}
+        if not cuts:
+            return self.checksum()
+        rank, ranks, dim = min(cuts)
+        if len(cuts) > 1 or dim != 0:
+            return ""
+        return f"{self._of_chunk(live, rank, ranks).digest()} of shard {rank} of {ranks}"
+
+    def bears(self, mark: str) -> bool:
+        """Return whether the network holds what it held when `mark` was made, by however many processes; all call."""
+        if not mark:
+            logger.warning("whether the %s holds the weights of the saved moment cannot be told", self.role)
+            return True
+        part = re.fullmatch(r"(\w+) of shard (\d+) of ([1-9]\d*)", mark)
+        if part is None:
+            return self.checksum() == mark
+        live = dict(self.named_tensors())
+        total = self._of_chunk(live, int(part[2]), int(part[3]))
+        add_up(total, live)
+        return total.digest() == part[1]
+
+    def _of_chunk(self, live: Mapping[str, Tensor], rank: int, ranks: int) -> Checksum:
+        """Return the checksum of one of several chunks of each parameter, as far as this process holds it."""
+        total = Checksum()
+        for name, tensor in live.items():
+            cut = isinstance(tensor, nn.Parameter) and tensor.ndim > 0
+            count(total, name, tensor, chunk_of(tensor.shape, rank, ranks) if cut else None)
+        return total
 
     def rounding(self, source: Source) -> float:
         """Return |cast(theta) - theta|, Euclidean: what a write of a source into this network's dtypes rounds away."""

@@ -16,14 +16,26 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "layouts", "sharding", "states", "ranks", "modules", "weights", "optimizers", "roles"),
+        *("fingerprints", "layouts", "sharding", "states", "ranks"),
+        *("modules", "weights", "optimizers", "riding", "rewinding", "roles"),
         *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
-        *("training", "opening", "recording", "schedules", "plan", "prefetch", "scheduler", "inspection", "metrics"),
+        *(
+            "training",
+            "opening",
+            "recording",
+            "schedules",
+            "plan",
+            "prefetch",
+            "teacher",
+            "scheduler",
+            "inspection",
+            "metrics",
+        ),
     ],
-    ["overview", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
+    ["overview", "stages", "handle", "attachment", "injection", "launch", "demo", "cli", "testing"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from worlds import Score, clone, difference
+from worlds import Run, Score, clone, difference
 
+import disback_plugin as disback
 from disback_plugin.layouts import GRAIN, PIECE
 from disback_plugin.manifest import Recording
 from disback_plugin.sharding import Part, chunk_of
@@ -221,5 +223,156 @@ def test_a_move_writes_each_ranks_shards_without_communication(nursery, paths, r
 def returned(results):
     """Return what the ranks returned; fail with the trace of the first that raised."""
     for result in results:
-        assert "error" not in result, result.get("trace", result)
+        assert not (isinstance(result, dict) and "error" in result), result.get("trace", result)
     return results
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+
+class Simple(nn.Module):
+    """A score network without anything that a sum over processes would round differently at the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2))
+
+    def forward(self, x_t, sigma):
+        return self.inner(torch.cat([x_t, sigma.expand(len(x_t), 1)], dim=1))
+
+
+class Sharded(Run):
+    """The run of `worlds`, sharded over all ranks (form "fsdp2"), wrapped in DDP ("ddp"), or as it is ("one").
+
+    Every rank takes its share of one global batch.
+    """
+
+    BATCH = 24
+
+    def __init__(self, form, optimizer="adam"):
+        from torch.distributed.fsdp import fully_shard
+        from torch.nn.parallel import DistributedDataParallel
+        from worlds import OPTIMIZERS
+
+        super().__init__(optimizer=optimizer)
+        torch.manual_seed(1)
+        self.teacher, self.fake_score = Simple(), Simple()
+        self.generator = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.fake_score.load_state_dict(self.teacher.state_dict())
+        self.teacher.eval().requires_grad_(False)
+        if form == "fsdp2":
+            for module in (self.teacher, self.fake_score):
+                fully_shard(module.inner[0])
+                fully_shard(module)
+            fully_shard(self.generator)
+        if form == "ddp":
+            self.fake_score = DistributedDataParallel(self.fake_score)
+            self.generator = DistributedDataParallel(self.generator)
+        self.optimizer_g = OPTIMIZERS[optimizer](self.generator.parameters())
+        self.optimizer_f = OPTIMIZERS[optimizer](self.fake_score.parameters())
+
+    @property
+    def dtype(self):
+        return torch.float32
+
+    def randn(self, *shape):
+        whole = torch.randn(self.BATCH, *shape[1:], generator=self.stream)
+        if not dist.is_initialized():
+            return whole
+        return whole.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def weights_of(module):
+    return {n: t.tolist() for n, t in whole(ScoreNetwork(module)).items()}
+
+
+def trained(form, path, steps, record=4, codec="exact", optimizer="adam", schedule="fixed:2"):
+    run = Sharded(form, optimizer)
+    start = weights_of(run.generator)
+    original = ScoreNetwork(run.teacher).fingerprint()
+    handle = disback.attach(**run.roles(), path=path, record=record, every=2, codec=codec, schedule=schedule)
+    seen = []
+    for _ in range(steps):
+        run.step()
+        seen.append([handle.phase, handle.position, handle.generator_updates])
+        if handle.phase == "recording":
+            assert weights_of(run.generator) == start, "the generator moved while recording"
+            assert not run.optimizer_g.state, "its optimizer has a state"
+    state = handle.state_dict()
+    assert all(type(value) in (int, float, str, bool) for value in state.values())
+    handle.detach()
+    assert ScoreNetwork(run.teacher).fingerprint() == original
+    return {"seen": seen, "generator": weights_of(run.generator), "fake_score": weights_of(run.fake_score)}
+
+
+def distance(a, b):
+    """Largest difference of two runs' weights."""
+    return max(
+        (torch.tensor(a[role][n]) - torch.tensor(b[role][n])).abs().max().item()
+        for role in ("generator", "fake_score")
+        for n in a[role]
+    )
+
+
+@pytest.mark.parametrize("form", ["ddp", "fsdp2"])
+def test_two_processes_end_where_one_with_the_same_batch_does(nursery, tmp_path, form):
+    (one,) = returned(nursery.play(trained, 1, "one", str(tmp_path / "one"), 9))
+    first, second = returned(nursery.play(trained, 2, form, str(tmp_path / form), 9))
+    assert first == second
+    assert first["seen"] == one["seen"]
+    assert [position for _, position, _ in first["seen"]] == [0, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert distance(one, first) < 2e-4
+    path = DegradationPath(tmp_path / form)
+    path.verify()
+    assert path.manifest.generator == DegradationPath(tmp_path / "one").manifest.generator
+
+
+def recorded(form, folder, codec):
+    """Record node after node of the same weights, sharded or not."""
+    module = net() if form == "one" else shard(net(), form)
+    role, state = ScoreNetwork(module), moved(ScoreNetwork(net()).state_dict(), 0)
+    path = DegradationPath.create(folder, role.whole(), Recording(3, 1, codec))
+    for iteration in (1, 2, 3):
+        role.load_state_dict(state)
+        path.append(role.whole(), iteration=iteration, exactly=role.buffers())
+        state = moved(state, iteration)
+    path.finish()
+    return len(path)
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+@pytest.mark.parametrize("codec", ["int8", "exact", "auto"])
+def test_the_files_are_the_same_bit_for_bit_however_many_processes_recorded_them(nursery, tmp_path, codec):
+    recorded("one", tmp_path / "one", codec)
+    known = content(tmp_path / "one")
+    for ranks, form in [(2, "nested"), (2, "columns"), (4, "replicas")] if codec == "int8" else [(2, "nested")]:
+        folder = tmp_path / f"{form}"
+        returned(nursery.play(recorded, ranks, form, str(folder), codec))
+        odd = [name for name, data in content(folder).items() if known[name] != data]
+        assert odd == [], f"{form} on {ranks}"
+
+
+def test_a_path_of_one_number_of_processes_is_used_on_another(nursery, tmp_path):
+    ends = {}
+    for recorders in (4, 1):
+        path = str(tmp_path / f"{recorders}")
+        form = "one" if recorders == 1 else "fsdp2"
+        returned(nursery.play(trained, recorders, form, path, 4))
+        for ranks in (1, 2, 3) if recorders == 4 else (3,):
+            first, *_ = returned(nursery.play(trained, ranks, "one" if ranks == 1 else "fsdp2", path, 5))
+            assert first["seen"][0][:2] == ["backtracking", 1.0]
+            assert first["seen"][-1][:2] == ["done", 0.0]
+            ends[recorders, ranks] = first
+    assert max(distance(ends[4, 1], ends[4, ranks]) for ranks in (2, 3)) < 2e-4
+
+
+def test_every_optimizer_stands_still_while_recording_and_takes_the_scaled_gradient_after(nursery, tmp_path):
+    for optimizer in ("adamw", "adam-foreach", "sgd-momentum"):
+        options = {"record": 2, "codec": "int8", "optimizer": optimizer, "schedule": "ramp:4"}
+        (one,) = returned(nursery.play(trained, 1, "one", str(tmp_path / f"one-{optimizer}"), 7, *options.values()))
+        first, _ = returned(nursery.play(trained, 2, "fsdp2", str(tmp_path / optimizer), 7, *options.values()))
+        assert first["seen"] == one["seen"]
+        assert distance(one, first) < 5e-4, optimizer
