@@ -15,7 +15,7 @@ from math import floor
 import torch
 
 from disback_plugin import ranks
-from disback_plugin.errors import DisbackError, RankError, StateError
+from disback_plugin.errors import DisbackError, StateError
 from disback_plugin.prefetch import Ahead
 from disback_plugin.sharding import held
 from disback_plugin.trajectory import DegradationPath
@@ -124,8 +124,8 @@ class WalkingTeacher:
                 facts = {"path": path.identity, "position": position, "generator_updates": updates}
                 try:
                     ranks.on_every_rank(lambda: self._move(path, position), "move the teacher", facts)
-                except RankError:
-                    self._break_off(path)
+                except Exception:
+                    self._break_off(path)  # all of them, wherever each was
                     raise
             else:
                 self._move(path, position)

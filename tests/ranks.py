@@ -56,6 +56,13 @@ class Nursery:
         self._process.stdout.close()
 
 
+def returned(results):
+    """Return what the ranks returned; fail with the trace of the first that raised."""
+    for result in results:
+        assert not (isinstance(result, dict) and "error" in result), result.get("trace", result)
+    return results
+
+
 def _rank(order, rank):
     import torch
     import torch.distributed as dist

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import returned
 from torch import nn
 from worlds import Run, Score, clone, difference
 
@@ -218,13 +219,6 @@ FORMS = ["nested", "root", "kept", "bf16", "wrapped", "columns"]
 def test_a_move_writes_each_ranks_shards_without_communication(nursery, paths, ranks, forms, codecs):
     seen = returned(nursery.play(written_shards, ranks, paths, forms, codecs))
     assert any(result["empty"] for result in seen), "no rank had an empty shard"
-
-
-def returned(results):
-    """Return what the ranks returned; fail with the trace of the first that raised."""
-    for result in results:
-        assert not (isinstance(result, dict) and "error" in result), result.get("trace", result)
-    return results
 
 
 # -- a whole run ------------------------------------------------------------------------------------------------------
