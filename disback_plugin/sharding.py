@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from disback_plugin.layouts import GRAIN, PIECE, pieces
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Cell", "Part", "add_up", "chunk_of", "count", "gather", "held", "is_sharded", "masked", "shard", "trouble"]
+__all__ = ["Cell", "Part", "add_up", "chunk_of", "count", "cut_of", "gather", "held", "is_sharded", "masked", "trouble"]
 
 
 class Cell(NamedTuple):
@@ -107,8 +108,12 @@ def _stretch(first: int, last: int, total: int, grain: int) -> Iterator[Cell]:
     """Yield the cells of elements [first, last)."""
     for piece in range(first - first % PIECE, last if first < last else 0, PIECE):
         lo, hi = max(piece, first), min(piece + PIECE, last)
-        start, stop = lo - lo % grain, min(-(-hi // grain) * grain, total)
-        yield Cell(start, stop, slice(lo - start, hi - start), slice(lo - first, hi - first))
+        cuts = [lo, hi]
+        if hi - lo > 64 * grain:  # what is complete is decoded in place: the ends apart, so that most of it is
+            cuts = sorted({lo, -(-lo // grain) * grain, hi if hi == total else hi - hi % grain, hi})
+        for a, b in pairwise(cuts):
+            start, stop = a - a % grain, min(-(-b // grain) * grain, total)
+            yield Cell(start, stop, slice(a - start, b - start), slice(a - first, b - first))
 
 
 def chunk_of(shape: torch.Size, rank: int, ranks: int, dim: int = 0) -> Part:
@@ -146,22 +151,26 @@ def held(tensor: Tensor) -> tuple[Tensor, Part]:
         return tensor, Part(tensor.shape)
     with torch.no_grad():
         local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    group = shard(tensor)
-    return local, Part(tensor.shape) if group is None else chunk_of(tensor.shape, *group[1:])
+    cut = cut_of(tensor)
+    return local, Part(tensor.shape) if cut is None else chunk_of(tensor.shape, *cut)
 
 
-def shard(tensor: Tensor) -> tuple[Any, int, int, int] | None:
-    """Return the group that shares a DTensor, the rank in it, how many they are and the dimension; None if all hold all
-    of it.
+def cut_of(tensor: Tensor) -> tuple[int, int, int] | None:
+    """Return this process's rank among those that share a DTensor, how many they are, and the dimension that is cut;
+    None if each of them holds all of it.
     """
-    from torch.distributed.tensor import Shard
+    axis = _axis(tensor)
+    if axis is None:
+        return None
+    mesh, placement = tensor.device_mesh, tensor.placements[axis]  # type: ignore[attr-defined]
+    # A group knows its rank too, but to look it up takes longer than to decode a small tensor.
+    return mesh.get_coordinate()[axis], mesh.size(axis), placement.dim % tensor.ndim
 
-    if is_sharded(tensor):
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if isinstance(placement, Shard):
-                return mesh.get_group(axis), mesh.get_local_rank(axis), mesh.size(axis), placement.dim % tensor.ndim
-    return None
+
+def _axis(tensor: Tensor) -> int | None:
+    """Return the dimension of the mesh over which a tensor is cut."""
+    placements = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]
+    return next((axis for axis, placement in enumerate(placements) if placement.is_shard()), None)
 
 
 def masked(values: Tensor, cell: Cell) -> Tensor:
@@ -175,11 +184,11 @@ def masked(values: Tensor, cell: Cell) -> Tensor:
 
 def gather(tensor: DTensor) -> Tensor | None:
     """Return a whole DTensor on rank 0, and None on the others of its mesh, which call too and send what they hold."""
-    where = shard(tensor)
+    axis, cut = _axis(tensor), cut_of(tensor)
     local, _ = held(tensor)
-    if where is None:
+    if axis is None or cut is None:
         return local if dist.get_rank() == 0 else None
-    group, _, ranks, dim = where
+    group, (_, ranks, dim) = tensor.device_mesh.get_group(axis), cut
     members = dist.get_process_group_ranks(group)
     if 0 not in members:
         return None  # another replica: that of rank 0 sends
@@ -220,10 +229,11 @@ def add_up(total: Checksum, tensors: Mapping[str, Tensor]) -> None:
     """Make one checksum of those of the processes that share the tensors; all call, and send 512 bytes a tensor."""
     groups: dict[int, tuple[Any, torch.device, list[str]]] = {}
     for name in sorted(tensors):
-        where = shard(tensors[name])
-        if where is not None:
-            device = torch.device(tensors[name].device_mesh.device_type)  # type: ignore[attr-defined]
-            groups.setdefault(id(where[0]), (where[0], device, []))[2].append(name)
+        axis = _axis(tensors[name])
+        if axis is not None:
+            mesh = tensors[name].device_mesh  # type: ignore[attr-defined]
+            group, device = mesh.get_group(axis), torch.device(mesh.device_type)
+            groups.setdefault(id(group), (group, device, []))[2].append(name)
     for group, device, names in groups.values():
         sums = torch.stack([total.sums(name) for name in names]).to(device)
         dist.all_reduce(sums, group=group)

@@ -23,7 +23,7 @@ from disback_plugin.fingerprints import Checksum, fingerprint
 from disback_plugin.layouts import Layout, dtype_class, layout_of, pieces, room
 from disback_plugin.modules import find, named_modules, own_tensors, reshard
 from disback_plugin.ranks import on_rank_zero
-from disback_plugin.sharding import Part, add_up, chunk_of, count, held, is_sharded, masked, shard
+from disback_plugin.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded, masked
 from disback_plugin.states import State
 
 __all__ = ["ScoreNetwork", "Source", "fill"]
@@ -137,7 +137,7 @@ class ScoreNetwork:
     def mark(self) -> str:
         """Return what tells moments apart, without communication: `checksum`, or that of this process's shards."""
         live = dict(self.named_tensors())
-        cuts = {where[1:] for tensor in live.values() if (where := shard(tensor)) is not None}
+        cuts = {cut for tensor in live.values() if (cut := cut_of(tensor)) is not None}
         if not cuts:
             return self.checksum()
         rank, ranks, dim = min(cuts)

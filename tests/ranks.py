@@ -80,6 +80,7 @@ def _rank(order, rank):
         )  # fmt: skip
         spec = importlib.util.spec_from_file_location(Path(order["file"]).stem, order["file"])
         module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(Path(order["file"]).parent))
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         result["returned"] = getattr(module, order["function"])(*order["arguments"])

@@ -51,6 +51,8 @@ def test_a_part_of_a_large_tensor_is_read_within_pieces_and_little_beside_it():
     part = Part(torch.Size([3 * PIECE + 5]), 0, PIECE - 7, 2 * PIECE + 9)
     cells = list(part.cells())
     assert [(c.start // PIECE, (c.stop - 1) // PIECE) for c in cells] == [(0, 0), (1, 1), (2, 2)]
+    ragged = list(Part(torch.Size([PIECE]), 0, 7, PIECE - 7).cells())
+    assert [c.complete for c in ragged] == [False, True, False]
     assert sum(c.stop - c.start for c in cells) <= part.elements + 2 * GRAIN
 
 
