@@ -38,7 +38,7 @@ def unwrap(module: nn.Module) -> nn.Module:
             raise RoleError(
                 f"a module sharded by {kind.__name__}",
                 expected="a whole one",
-                cure="attach before sharding; sharded roles are not supported by this version",
+                cure="shard it with torch's fully_shard (FSDP2), or wrap it in DDP: FSDP1 keeps several weights in one",
             )
         attribute = _WRAPPERS.get(kind.__name__)
         if attribute is not None and kind.__module__.partition(".")[0] == "torch":
