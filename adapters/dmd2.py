@@ -12,17 +12,25 @@ What to know of these trainers:
   the fake score, backtracking those of the generator, and the second stage begins at the end of a generator's turn.
 * Each turn sets `requires_grad` of the whole guidance model, the teacher with it (`main/sd_unified_model.py:304-310`),
   so a teacher with `requires_grad` is no sign of anything. No optimizer holds the teacher's parameters.
+* Both learning-rate schedules go on at every step (`main/train_sd.py:383`); a recording would use up most of their 500
+  steps of warm-up, so they are put back after it (`restore=` of `attach`).
 * The teacher is part of the trainer's own checkpoint (`accelerator.save_state`). Under `disback run` it is s'_0 there.
 * `--use_fp16` keeps the SD teacher in bfloat16, which may round the steps between nodes away: that is logged.
-* With a discriminator, its loss trains s_phi while recording too, unlike Eq. 7.
+* With a discriminator (`gan_classifier`, `main/edm/train_edm.py:281`, `cls_on_clean_image`, `main/train_sd.py:400`)
+  its loss trains s_phi while recording too, unlike Eq. 7: that is logged. It is the trainer's own update of
+  s_phi all the same, so the nodes lead to where s_phi really is when the walk begins.
+* What it passed to `Accelerator(log_with=...)` gets the numbers of the walk, under the trainer's own step.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from disback_plugin import Adapter, ScoreNetwork, Watch, hookimpl
+from disback_plugin import Adapter, ScoreNetwork, Trackers, Watch, hookimpl
 from disback_plugin.errors import RoleError
+
+logger = logging.getLogger(f"disback_plugin.{__name__}")
 
 OPTIMIZERS = ("optimizer_generator", "optimizer_guidance")
 
@@ -66,9 +74,16 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             expected="one of the teacher's own layers, since s_phi starts as s'_N and s'_N becomes the first target",
             cure="train the whole fake_unet, without LoRA",
         )
+    if getattr(trainer, "gan_classifier", False) or getattr(trainer, "cls_on_clean_image", False):
+        logger.warning(
+            "the discriminator's loss goes on training the fake score while it is recorded, which Eq. 7 does not have: "
+            "for nodes of the denoising loss alone record without it"
+        )
+    tracked = bool(getattr(getattr(trainer, "accelerator", None), "trackers", None))
     return Adapter(
         teacher=ScoreNetwork(guidance, prefix="real_unet", role="teacher"),
         fake_score=ScoreNetwork(guidance, prefix="fake_unet", role="fake score"),
         generator_optimizer=trainer.optimizer_generator,
         fake_score_optimizer=trainer.optimizer_guidance,
+        plugins={"trackers": lambda: Trackers(trainer.accelerator, step=lambda: int(trainer.step))} if tracked else {},
     )

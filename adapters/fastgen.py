@@ -13,16 +13,18 @@ the student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:4
 `student_update_freq`-th iteration, the fake score at the others (`dmd2.py:448`). The fake score starts as the teacher
 only if a pretrained path is given; `attach` sets it in any case. The checkpoint holds no teacher, but the state of
 callbacks, which is loaded before `on_load_checkpoint_end` (`fastgen/trainer.py:141-152`).
+
+A discriminator reads features of the teacher, and trains neither teacher nor fake score: it keeps seeing s'_0's.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from disback_plugin import Adapter, Handle, Watch, attach, hookimpl
+from disback_plugin import Adapter, Handle, OriginalFeatures, Watch, attach, hookimpl
 from disback_plugin.errors import RoleError
 
 logger = logging.getLogger(f"disback_plugin.{__name__}")
@@ -58,17 +60,34 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             expected="at least 2",
             cure="set model.student_update_freq=5",
         )
-    if trainer.config.gan_loss_weight_gen > 0:
-        logger.warning(
-            "the discriminator sees features of the teacher, which change with its position: set "
-            "model.gan_loss_weight_gen=0 if the adversarial loss jumps at the switches"
+    adversarial = trainer.config.gan_loss_weight_gen > 0
+    if adversarial:
+        logger.info(
+            "the discriminator goes on seeing features of the original teacher, of which a second copy is kept while "
+            "the teacher walks; no:teacher_features lets it see those of the active node instead"
         )
     return Adapter(
         teacher=trainer.teacher,
         fake_score=trainer.fake_score,
         generator_optimizer=trainer.net_optimizer,
         fake_score_optimizer=trainer.fake_score_optimizer,
+        plugins={"teacher_features": lambda: OriginalFeatures(trainer.teacher, features_of)} if adversarial else {},
     )
+
+
+def features_of(active: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Answer a call of the teacher with the score of the active node and the features of the original teacher.
+
+    It is asked for features alone (`dmd2.py:277`, `:307`, `:369`), or for score and features (`dmd2.py:138`,
+    `f_distill.py:146`), which come as a list with the score first (`networks/EDM/network.py:963-970`).
+    """
+    if not kwargs.get("feature_indices"):
+        return active(*args, **kwargs)
+    answer = original(*args, **kwargs)
+    if kwargs.get("return_features_early"):
+        return answer
+    score = active(*args, **{name: value for name, value in kwargs.items() if name != "feature_indices"})
+    return type(answer)([score, *answer[1:]])
 
 
 def callback(path: str, **options: Any) -> Any:

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from disback_plugin import hooks, kernels, losses, metrics, noise, rounds, schedules
     from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
+    from disback_plugin.features import OriginalFeatures
     from disback_plugin.handle import Handle
     from disback_plugin.hooks import Adapter, hookimpl
     from disback_plugin.masking import MaskedSamples
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
+    from disback_plugin.trackers import Trackers
     from disback_plugin.trajectory import DegradationPath
     from disback_plugin.watching import Watch
     from disback_plugin.weights import ScoreNetwork
@@ -32,8 +34,10 @@ __all__ = [
     "DisbackError",
     "Handle",
     "MaskedSamples",
+    "OriginalFeatures",
     "Prediction",
     "ScoreNetwork",
+    "Trackers",
     "TrajectoryScheduler",
     "Watch",
     "attach",
@@ -54,8 +58,10 @@ _HOME = {
     "DisbackError": "errors",
     "Handle": "handle",
     "MaskedSamples": "masking",
+    "OriginalFeatures": "features",
     "Prediction": "scores",
     "ScoreNetwork": "weights",
+    "Trackers": "trackers",
     "TrajectoryScheduler": "scheduler",
     "Watch": "watching",
     "attach": "attachment",

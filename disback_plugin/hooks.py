@@ -189,6 +189,9 @@ class Plugins:
                 self._shelf.drop(other)
         self._resolve()
         if isinstance(answer, Adapter):
+            for lent, make in answer.plugins.items():
+                self._shelf.lend(lent, make)
+            self._resolve()
             return answer
         broken = [self._shelf[each] for each in candidates if self._shelf[each].status == "broken"]
         asked = f"{name or sorted(loaded)}"

@@ -19,8 +19,8 @@ All but `disback_log` are called on every process of a distributed run.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -44,19 +44,21 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class Adapter:
-    """Who plays which role in one live trainer; the four arguments of `attach`.
+    """Who plays which role in one live trainer; the four arguments of `attach`, and what the trainer needs beside.
 
     Attributes:
         teacher: The teacher s_theta.
         fake_score: s_phi.
         generator_optimizer: Whatever steps the generator.
         fake_score_optimizer: Whatever steps s_phi.
+        plugins: What makes plug-ins that take part by themselves, by the name with which "no:NAME" leaves one out.
     """
 
     teacher: ScoreNetwork | nn.Module | Mapping[str, nn.Module]
     fake_score: ScoreNetwork | nn.Module | Mapping[str, nn.Module]
     generator_optimizer: Optimizer | Sequence[Optimizer]
     fake_score_optimizer: Optimizer | Sequence[Optimizer]
+    plugins: Mapping[str, Callable[[], object]] = field(default_factory=dict)
 
 
 class Specs:
@@ -170,6 +172,8 @@ class Specs:
     @hookspec
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
         """Take what a run reports: plain numbers, on the main process, between two steps and at the end.
+
+        `Trackers` takes them to accelerate's. Where nobody listens, moves go to `logging`: INFO at a node, else DEBUG.
 
         Args:
             values: Numbers by name. At each swap: "disback/position" in [0, N]; "disback/node", the node at or above

@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,6 +36,14 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
         """Go back to a state."""
+
+
+class Target(NamedTuple):
+    """Something with a state, the index of the optimizer it is put back with, and whether it writes its rates."""
+
+    stateful: Stateful
+    owner: int
+    scheduled: bool
 
 
 class Rewind:
@@ -98,13 +105,20 @@ class Rewind:
         if self._then is not None:
             return
         self._then = {}
-        for name, (optimizer, stateful) in self._targets().items():
-            state = _encoded(stateful.state_dict())
-            if state is None:
-                logger.warning("%s, which recording advances, cannot be put back: its state is not plain", name)
+        for name, targets in self._targets().items():
+            state = _encoded(targets[0].stateful.state_dict())
+            if state is None or len(targets) > 1:
+                why = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
+                logger.warning("%s is advanced by the recording, and not put back: %s", name, why)
                 continue
-            groups = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
-            self._then[name] = {"state": json.loads(state), "groups": json.loads(_encoded(groups) or "[]")}
+            owner, scheduled = targets[0].owner, targets[0].scheduled
+            groups = self._optimizers[owner].param_groups if scheduled else []
+            kept = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
+            self._then[name] = {
+                "owner": owner,
+                "state": json.loads(state),
+                "groups": json.loads(_encoded(kept) or "[]"),
+            }
         if self._then:
             logger.info("put back after the recording: %s", ", ".join(self._then))
 
@@ -112,60 +126,63 @@ class Rewind:
         """Put the states of one optimizer's schedulers back, or, with None, all; once."""
         if not self._then:
             return
-        for name, (owner, stateful) in self._targets().items():
-            if name in self._then and optimizer in (None, owner):
-                then = self._then.pop(name)
-                stateful.load_state_dict(_merged(stateful.state_dict(), then["state"]))
-                if isinstance(stateful, LRScheduler):
-                    _write_groups(owner, then["groups"])
+        due = [name for name in self._then if optimizer in (None, self._optimizers[self._then[name]["owner"]])]
+        targets = self._targets() if due else {}
+        for name in due:
+            then = self._then.pop(name)
+            for target in targets.get(name, ()):  # none if the trainer has dropped it
+                target.stateful.load_state_dict(_merged(target.stateful.state_dict(), then["state"]))
+                _write_groups(self._optimizers[then["owner"]], then["groups"])
 
     def check(self, state: str) -> None:
-        """Raise unless all that a state wants put back is here, and can be told apart.
+        """Raise unless all that a state wants put back is here.
 
         Raises:
             StateError: If not.
         """
         wanted = json.loads(state) if state else {}
-        missing = sorted(wanted.keys() - self._targets().keys())
-        alike = [name for name in wanted if "#" in name]
-        if missing or alike:
+        here = {name for name, targets in self._targets().items() if len(targets) == 1} if wanted else set()
+        if not wanted.keys() <= here:
             raise StateError(
-                f"a state that puts back {(missing or alike)[0]}",
-                expected=f"one of {sorted(self._targets())}" if missing else "one scheduler of a class and optimizer",
-                cure="build the schedulers before the state is loaded, and pass the same restore= as in the saved run"
-                if missing
-                else "name them: attach(..., restore=(first, second))",
+                f"a state that puts back the {min(wanted.keys() - here)}",
+                expected=f"one of {sorted(here)}",
+                cure="build the schedulers before the state is loaded, and pass the same restore= as in the saved run",
             )
 
     def load(self, state: str) -> None:
         """Go on from a state that was checked."""
         self._then = json.loads(state) if state else None
 
-    def _targets(self) -> dict[str, tuple[Optimizer, Stateful]]:
-        found = list(self._schedulers()) if self._finds else []
-        names: Counter[str] = Counter()
-        targets: dict[str, tuple[Optimizer, Stateful]] = {}
-        for scheduler, optimizer in found:
-            name = f"{type(scheduler).__name__} of optimizer {self._optimizers.index(optimizer)}"
-            names[name] += 1
-            targets[name if names[name] == 1 else f"{name} #{names[name]}"] = optimizer, scheduler
+    def _targets(self) -> dict[str, list[Target]]:
+        """Return what there is to put back, by name; several of one name cannot be told apart in another process."""
+        targets: dict[str, list[Target]] = {}
+        for scheduler in self._schedulers() if self._finds else ():
+            target = self._target(scheduler)
+            targets.setdefault(f"{type(scheduler).__name__} of optimizer {target.owner}", []).append(target)
         for index, item in enumerate(self._objects):
-            owner = optimizers.innermost(getattr(item, "optimizer", None))
-            owner = owner if owner in self._optimizers else self._optimizers[0]
-            targets[f"restore[{index}], {type(item).__name__}"] = owner, item
+            targets[f"{type(item).__name__} at restore[{index}]"] = [self._target(item)]
         return targets
 
-    def _schedulers(self) -> Iterator[tuple[LRScheduler, Optimizer]]:
+    def _target(self, stateful: Stateful) -> Target:
+        owner = self._owner(getattr(stateful, "scheduler", stateful))  # accelerate's wrapper
+        return Target(stateful, owner or 0, scheduled=owner is not None)
+
+    def _owner(self, scheduler: object) -> int | None:
+        optimizer = optimizers.innermost(getattr(scheduler, "optimizer", None))
+        return next((index for index, ours in enumerate(self._optimizers) if ours is optimizer), None)
+
+    def _schedulers(self) -> list[LRScheduler]:
         """Find the schedulers of our optimizers; one that drives others speaks for them."""
         given = {id(inner) for item in self._objects for inner in (item, getattr(item, "scheduler", None))}
-        found = []
-        for item in gc.get_objects():
-            if issubclass(type(item), LRScheduler) and id(item) not in given:  # not isinstance: proxies answer to that
-                optimizer = optimizers.innermost(getattr(item, "optimizer", None))
-                if any(optimizer is ours for ours in self._optimizers):
-                    found.append((item, optimizer))
-        driven = {id(inner) for item, _ in found for inner in getattr(item, "_schedulers", ())}
-        yield from ((item, optimizer) for item, optimizer in found if id(item) not in driven)
+        found = [
+            item
+            for item in gc.get_objects()
+            if issubclass(type(item), LRScheduler)  # not isinstance: a proxy may answer to that
+            and id(item) not in given
+            and self._owner(item) is not None
+        ]
+        driven = {id(inner) for item in found for inner in getattr(item, "_schedulers", ())}
+        return [item for item in found if id(item) not in driven]
 
 
 def _encoded(state: Any) -> str | None:
@@ -194,7 +211,7 @@ def _merged(now: Any, then: Any) -> Any:
 
 
 def _write_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    for group, then in zip(optimizer.param_groups, groups, strict=False):
+    for group, then in zip(optimizer.param_groups[: len(groups)], groups, strict=True):
         for key, value in then.items():
             if isinstance(group[key], Tensor):  # the same tensor: a captured graph reads it
                 group[key].fill_(value)

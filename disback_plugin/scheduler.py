@@ -299,7 +299,10 @@ class TrajectoryScheduler:
             return
         self._told = position
         self._plugins.node_swapped(self, position, previous, self.generator_updates)
-        if self._plugins.listens("disback_log") and on_main_process():
+        listens = self._plugins.listens("disback_log")
+        # A ramp moves at each update: between two nodes that is a detail.
+        level = logging.INFO if position == int(position) else logging.DEBUG
+        if on_main_process() and (listens or logger.isEnabledFor(level)):
             norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
             values = {
                 "disback/position": position,
@@ -307,7 +310,10 @@ class TrajectoryScheduler:
                 "disback/swap_ms": self._teacher.swap_ms,
                 "disback/delta_norm": length(norms, previous, position),
             }
-            self._plugins.log(values, self.generator_updates)
+            if listens:
+                self._plugins.log(values, self.generator_updates)
+            else:
+                logger.log(level, "update %d: %s", self.generator_updates, values)
 
     def _place(self, *, anew: bool = False, together: bool = True) -> None:
         """Bring the teacher to where the plan is; `anew` writes it though it should be there."""
@@ -316,9 +322,6 @@ class TrajectoryScheduler:
         position = self._plan.target.position
         if anew or position != self.position:
             self._teacher.go_to(position, updates=self.generator_updates if together else None)
-            logger.debug(
-                "teacher at position %g of %d after %d updates", position, self.last_node, self.generator_updates
-            )
         if self._teacher.looks_ahead:
             self._teacher.look_ahead(self._plan.at(self._plan.following()).position)
 

@@ -98,20 +98,30 @@ class Shelf:
         self._ready(replace(plugin, status="ready", reason="; ".join(notes), hooks=hooks))
         return True
 
-    def add(self, plugin: object) -> str:
+    def add(self, plugin: object, name: str = "") -> str:
         """Let an object of the script take part, which counts as asked for; return its name.
+
+        One with a name is an adapter's: it takes the place of another of that name, and, if it only listens to numbers,
+        was not asked for.
 
         Raises:
             OptionError: If it is no plug-in.
         """
         require_fit(plugin)
-        name = f"{getattr(plugin, '__name__', type(plugin).__name__)} at {id(plugin):#x}"
+        named, name = bool(name), name or f"{getattr(plugin, '__name__', type(plugin).__name__)} at {id(plugin):#x}"
         if not self.holds(plugin):
             hooks, _, notes = examine(plugin)
+            self.drop(name)
             self._manager.register(plugin, name=name)
-            self.asked.add(name)
+            if not named or set(hooks) != {"disback_log"}:
+                self.asked.add(name)
             self._ready(Plugin(name, status="ready", reason="; ".join(notes), hooks=hooks))
         return name
+
+    def lend(self, name: str, make: Callable[[], object]) -> None:
+        """Let what an adapter makes take part, unless its name is blocked."""
+        if not self._manager.is_blocked(name):
+            self.add(make(), name)
 
     def forget(self, name: str) -> None:
         """Take an object of the script out again."""

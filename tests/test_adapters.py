@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import logging
+import copy
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -99,12 +99,88 @@ def test_a_fastgen_model_that_cannot_have_disback_is_refused_with_the_reason(fas
         disback.attach(model, adapter="fastgen", path=tmp_path)
 
 
-def test_fastgens_discriminator_on_the_teachers_features_is_warned_about(fastgen, tmp_path, caplog):
-    model = fastgen.DMD2Model(gan=0.01)
+def walked(fastgen, tmp_path, plugins=()):
+    """A model with a discriminator, half-way; its original teacher; the handle."""
+    model = fastgen.DMD2Model(gan=0.5)
     model.init_optimizers()
-    with caplog.at_level(logging.WARNING), disback.attach(model, adapter="fastgen", path=tmp_path, record=1, every=1):
-        pass
-    assert "features of the teacher" in caplog.text
+    original = copy.deepcopy(model.teacher)
+    handle = disback.attach(
+        model, adapter="fastgen", path=tmp_path, record=4, every=2, schedule="fixed:3", plugins=plugins
+    )
+    return model, original, handle
+
+
+def test_fastgens_discriminator_sees_the_original_teacher_while_the_score_walks(fastgen, tmp_path):
+    model, original, handle = walked(fastgen, tmp_path)
+    away = 0
+    with handle:
+        for iteration in range(1, 21):
+            model.seen.clear()
+            position = handle.position
+            model.step(iteration)
+            for noised, sigma, features in model.seen:
+                assert torch.equal(features, original(noised, sigma, return_features_early=True)[0]), iteration
+            if position and iteration % 2 == 0:
+                noised, sigma, score = model.score
+                assert not torch.equal(score, original(noised, sigma)), "the score is the active node's"
+                away += 1
+            assert ("forward" in vars(model.teacher)) is (handle.position > 0), "the copy is there only on the walk"
+        assert (away, handle.phase) == (3, "done")
+
+
+def test_fastgens_second_teacher_is_gone_after_detach_on_the_walk(fastgen, tmp_path):
+    model, _, handle = walked(fastgen, tmp_path)
+    plain = model.teacher.forward.__func__
+    for iteration in range(1, 6):
+        model.step(iteration)
+    assert handle.position == 0.0
+    for iteration in range(6, 10):
+        model.step(iteration)
+    assert handle.position == 1.0
+    assert model.teacher.forward is vars(model.teacher)["forward"]
+    handle.detach()
+    assert "forward" not in vars(model.teacher)
+    assert model.teacher.forward.__func__ is plain
+
+
+def test_fastgens_second_teacher_is_there_again_after_a_resume_on_the_walk(fastgen, tmp_path):
+    from disback_adapters.fastgen import callback
+
+    options = {"record": 4, "every": 2, "schedule": "fixed:9"}
+    model = fastgen.DMD2Model(gan=0.5)
+    original = copy.deepcopy(model.teacher)
+    saved = fastgen.Trainer(callback(str(tmp_path), **options)).run(model, 12)
+    resumed = fastgen.DMD2Model(gan=0.5)
+    fastgen.Trainer(callback(str(tmp_path), **options)).run(resumed, 16, saved)
+    assert len(resumed.seen) == 4
+    for noised, sigma, features in resumed.seen:
+        assert torch.equal(features, original(noised, sigma, return_features_early=True)[0])
+    assert "forward" not in vars(resumed.teacher)
+
+
+def test_fastgens_discriminator_sees_the_active_node_if_the_copy_is_blocked(fastgen, tmp_path):
+    model, original, handle = walked(fastgen, tmp_path, plugins=("no:teacher_features",))
+    with handle:
+        for iteration in range(1, 10):
+            model.step(iteration)
+        assert handle.position == 1.0
+        model.seen.clear()
+        model.step(10)
+        noised, sigma, features = model.seen[0]
+        assert not torch.equal(features, original(noised, sigma, return_features_early=True)[0])
+
+
+def test_a_second_teacher_costs_a_run_without_recording_nothing(fastgen):
+    check_adapter("fastgen", made(fastgen, gan=0.5))
+
+
+def test_a_compiled_teacher_whose_features_are_read_is_refused_with_the_way_out(fastgen, tmp_path):
+    model = fastgen.DMD2Model(gan=0.5)
+    model.init_optimizers()
+    model.teacher.compile()
+    with pytest.raises(RoleError, match="no:teacher_features"):
+        disback.attach(model, adapter="fastgen", path=tmp_path / "p")
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_lora_fake_score_of_dmd2_is_refused_with_the_reason(tmp_path):
@@ -179,6 +255,39 @@ def test_the_kit_passes_the_adapters_of_local_variables(adapter):
         return SimpleNamespace(**{name: getattr(run, ours) for name, ours in NAMES[adapter].items()}), run.step
 
     check_adapter(adapter, make)
+
+
+@pytest.fixture
+def edm(monkeypatch):
+    """A maker of DMD2's trainers."""
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    import train_edm
+
+    yield lambda: train_edm.Trainer(SimpleNamespace(gan_alone=False, checkpoint_path=None))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("main", "networks", "train_edm")]:
+        del sys.modules[name]
+
+
+def test_dmd2s_discriminator_that_trains_the_recorded_fake_score_is_mentioned(edm, tmp_path, caplog):
+    trainer = edm()
+    disback.attach(trainer, adapter="dmd2", path=tmp_path / "a", record=1, every=1).detach()
+    assert "Eq. 7" not in caplog.text
+    trainer.gan_classifier = True
+    disback.attach(trainer, adapter="dmd2", path=tmp_path / "b", record=1, every=1).detach()
+    assert "Eq. 7" in caplog.text
+
+
+def test_dmd2s_trackers_get_the_numbers_under_the_trainers_own_step(edm, tmp_path):
+    trainer, told = edm(), []
+    trainer.accelerator.trackers = [SimpleNamespace(log=lambda values, step: told.append((step, values)))]
+    with disback.attach(trainer, adapter="dmd2", path=tmp_path, record=2, every=1, schedule="fixed:2"):
+        for _ in range(10):
+            trainer.train_one_step()
+            trainer.step += 1
+    assert [(step, v["disback/generator_updates"], v["disback/position"]) for step, v in told] == [
+        (2, 0, 1.0),
+        (6, 2, 0.0),
+    ]
 
 
 def test_the_kit_passes_dmd2s_trainer(monkeypatch):

@@ -542,6 +542,62 @@ def test_a_teacher_in_train_mode_may_write_its_running_statistics(tmp_path):
     assert run.teacher.training
 
 
+def test_a_teacher_whose_requires_grad_the_trainer_flips_walks_as_any_other(tmp_path):
+    # DMD2 turns the gradients of its whole guidance model on and off around each generator's turn
+    plain, run = Run(), Run()
+    plain.teacher.requires_grad_(False)
+    options = {"record": 4, "every": 2, "schedule": Fixed(2)}
+    with disback.attach(**plain.roles(), path=tmp_path / "plain", **options):
+        plain.steps(9)
+    run.teacher.requires_grad_(True)
+    with disback.attach(**run.roles(), path=tmp_path / "flipped", **options) as handle:
+        for i in range(9):
+            run.teacher.requires_grad_(i % 3 != 0)
+            run.fake_score.requires_grad_(True)
+            run.fake_step()
+            run.fake_score.requires_grad_(False)
+            run.generator_step()
+            assert all(p.requires_grad is (i % 3 != 0) for p in run.teacher.parameters()), "the flag is the trainer's"
+        assert handle.phase == "done"
+    assert difference(everything(run), everything(plain)) == []
+
+
+def test_accelerates_optimizers_are_held_still_and_counted(tmp_path):
+    from accelerate import Accelerator
+
+    run, plain = Run(optimizer="adamw"), Run(optimizer="adamw")
+    run.optimizer_f, run.optimizer_g = Accelerator(cpu=True).prepare(run.optimizer_f, run.optimizer_g)
+    results = []
+    for each, name in ((run, "a"), (plain, "b")):
+        before = clone(dict(each.generator.state_dict()))
+        with disback.attach(**each.roles(), path=tmp_path / name, record=3, every=1, schedule=Fixed(1)) as handle:
+            each.steps(3)
+            assert difference(dict(each.generator.state_dict()), before) == []
+            each.steps(4)
+            results.append([handle.generator_updates, handle.fake_score_updates, dict(each.generator.state_dict())])
+    assert difference(*results) == []
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 5])
+def test_a_generators_turn_that_comes_first_and_every_so_often_is_held_still_until_the_path_is_there(tmp_path, ratio):
+    # DMD2: the generator's turn is before the fake score's, at step 0 and then at each multiple of the ratio
+    run = Run()
+    before = clone(dict(run.generator.state_dict()))
+    with disback.attach(**run.roles(), path=tmp_path, record=6, every=2, schedule=Fixed(1)) as handle:
+        seen = []
+        for step in range(40):
+            if step % ratio == 0:
+                run.generator_step()
+                seen.append((handle.fake_score_updates, handle.generator_updates, handle.position))
+            run.fake_step()
+            if not handle.generator_updates:
+                assert difference(dict(run.generator.state_dict()), before) == []
+        handed_over = next(i for i, (_, _, position) in enumerate(seen) if position)
+        assert seen[handed_over][0] == -(-6 // ratio) * ratio, "at the first turn after node N"
+        assert [row[1:] for row in seen[handed_over : handed_over + 3]] == [(0, 2.0), (1, 1.0), (2, 0.0)]
+        assert [node.iteration for node in handle.path.nodes] == [2, 4, 6]
+
+
 def test_a_fake_forward_may_wait_for_the_generators_step(tmp_path):
     # fake forward, generator step, fake backward: the hand-over must not cut the waiting graph
     run = Run()

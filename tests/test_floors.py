@@ -18,7 +18,7 @@ FLOORS = [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
         *("fingerprints", "layouts", "sharding", "states", "ranks"),
         *("modules", "weights", "optimizers", "riding", "rewinding", "roles"),
-        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking"),
+        *("hookspecs", "plugins", "shelf", "hooks", "watching", "masking", "trackers"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
@@ -31,6 +31,7 @@ FLOORS = [
             "prefetch",
             "teacher",
             "scheduler",
+            "features",
             "inspection",
             "metrics",
         ),

@@ -24,11 +24,23 @@ class Callback:
 callbacks.Callback = Callback
 
 
+class Network(Net):
+    """fastgen/networks/EDM/network.py:887-970: features of inner layers, alone or as a list with the output first."""
+
+    def forward(self, x, sigma, feature_indices=None, return_features_early=False):
+        features = [self.inner[0](torch.cat([x, sigma.expand(len(x), 1)], dim=1))]
+        if return_features_early:
+            return features
+        output = super().forward(x, sigma)
+        return [output, features] if feature_indices else output
+
+
 class DMD2Model:
     def __init__(self, freq=2, gan=0.0):
         torch.manual_seed(1)
         self.config = SimpleNamespace(student_update_freq=freq, gan_loss_weight_gen=gan)
-        self.net, self.fake_score, self.teacher = Net(), Net(), Net().eval().requires_grad_(False)
+        self.net, self.fake_score, self.teacher = Network(), Network(), Network().eval().requires_grad_(False)
+        self.seen = []  # what the discriminator is given
 
     def init_optimizers(self):  # methods/model.py:533, dmd2.py:462
         self.net_optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-2)
@@ -41,10 +53,22 @@ class DMD2Model:
         self.fake_score.train(not student).requires_grad_(not student)  # dmd2.py:67-78
         noised = (image + sigma * torch.randn_like(image)).detach()
         if not student:
+            if self.config.gan_loss_weight_gen > 0:  # dmd2.py:366-377
+                features = self.teacher(noised, sigma, return_features_early=True, feature_indices={0})
+                self.seen.append((noised, sigma, features[0].detach()))
             return (self.fake_score(noised, sigma) - image.detach()).square().mean()
         with torch.no_grad():
-            difference = self.fake_score(noised, sigma) - self.teacher(noised, sigma)
-        return (difference * image).mean()
+            fake = self.fake_score(noised, sigma)
+        gan = 0.0
+        if self.config.gan_loss_weight_gen > 0:  # dmd2.py:136-146, with the gradient through the teacher
+            perturbed = image + (noised - image).detach()
+            real, features = self.teacher(perturbed, sigma, feature_indices={0})
+            self.seen.append((noised, sigma, features[0].detach()))
+            gan = self.config.gan_loss_weight_gen * features[0].square().mean()
+        else:
+            real = self.teacher(noised, sigma)
+        self.score = noised, sigma, real.detach()
+        return ((fake - real.detach()) * image).mean() + gan
 
     def step(self, iteration):
         student = iteration % self.config.student_update_freq == 0

@@ -1,0 +1,92 @@
+"""The numbers of a run reach accelerate's trackers, or else logging."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from worlds import Run
+
+import disback_plugin as disback
+from disback_plugin.errors import OptionError, PluginError
+
+
+class Memory(GeneralTracker):
+    """What a tracker of one's own has to be, as those of wandb and trackio are."""
+
+    name = "memory"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    @property
+    def tracker(self):
+        return self.rows
+
+    def store_init_configuration(self, values):
+        self.configuration = values
+
+    def log(self, values, step=None, **kwargs):
+        self.rows.append((step, dict(values)))
+
+
+def walk(tmp_path, *plugins):
+    run = Run()
+    options = {"path": tmp_path / "path", "record": 4, "every": 2, "schedule": "fixed:2"}
+    with disback.attach(**run.roles(), **options, plugins=plugins) as handle:
+        run.steps(4 + 4)
+        return [node.delta_norm for node in handle.path.nodes]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboards_event_files_hold_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("run")
+    norms = walk(tmp_path, disback.Trackers(accelerator))
+    accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert set(read) == {f"disback/{n}" for n in ("position", "node", "swap_ms", "delta_norm", "generator_updates")}
+    assert read["disback/position"] == [(0, 1.0), (2, 0.0)]
+    assert read["disback/node"] == [(0, 1.0), (2, 0.0)]
+    assert [value for _, value in read["disback/delta_norm"]] == pytest.approx([norms[0], norms[0]])
+    assert all(value > 0 for _, value in read["disback/swap_ms"])
+
+
+def test_any_tracker_of_accelerate_is_told_under_the_step_of_the_loop(tmp_path):
+    memory, steps = Memory(), iter((100, 200))
+    accelerator = Accelerator(cpu=True, log_with=memory)
+    accelerator.init_trackers("run", config={"lr": 1.0})
+    walk(tmp_path, disback.Trackers(accelerator, step=lambda: next(steps)))
+    assert [(step, row["disback/generator_updates"]) for step, row in memory.rows] == [(100, 0), (200, 2)]
+
+
+def test_an_accelerator_without_trackers_is_refused():
+    with pytest.raises(OptionError, match="init_trackers"):
+        disback.Trackers(Accelerator(cpu=True))
+
+
+def test_a_tracker_that_was_asked_for_and_breaks_raises(tmp_path):
+    class Broken(Memory):
+        def log(self, values, step=None, **kwargs):
+            raise ConnectionError("no network")
+
+    accelerator = Accelerator(cpu=True, log_with=Broken())
+    accelerator.init_trackers("run")
+    with pytest.raises(PluginError, match="no network"):
+        walk(tmp_path, disback.Trackers(accelerator))
+
+
+def test_without_a_listener_the_numbers_are_in_the_log(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="disback_plugin"):
+        walk(tmp_path)
+    told = [record.getMessage() for record in caplog.records if "disback/position" in record.getMessage()]
+    assert len(told) == 2
+    assert told[1].startswith("update 2: {'disback/position': 0.0")
