@@ -16,9 +16,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from disback_plugin.layouts import pieces
 from disback_plugin.manifest import Recording
 from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork, pieces
+from disback_plugin.weights import ScoreNetwork
 
 SD15 = {
     "sample_size": 64,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import optimizers
+from disback_plugin import optimizers, ranks
 from disback_plugin.errors import OptionError
 from disback_plugin.handle import Handle
 from disback_plugin.hooks import Adapter, Plugins
@@ -89,6 +89,7 @@ def attach(
             not installed.
         PluginError: If the named adapter, or a plug-in that `plugins` names, is broken.
         StateError: If `state` is of another run or moment.
+        RankError: If another rank of the process group failed, was given something else, or did not come.
 
         Whatever is raised, no weight was written and no hook is left; but a plug-in that hears of the start of a
         finished path and raises does so when s_phi is s'_N and the teacher s'_0 again.
@@ -132,18 +133,22 @@ def attach(
         "generator_optimizer": generator_optimizer,
         "fake_score_optimizer": fake_score_optimizer,
     }
-    taking_part = Plugins.of(plugins)
-    roles = _roles(trainer, adapter, given, taking_part)
-    handle = Handle(
-        teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
-        fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
-        generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
-        fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
-        schedule=resolve(schedule),
-        prefetch=prefetch,
-        plugins=taking_part,
-        restore=restore,
-    )
+
+    def build() -> Handle:
+        taking_part = Plugins.of(plugins)
+        roles = _roles(trainer, adapter, given, taking_part)
+        return Handle(
+            teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
+            fake_score=ScoreNetwork.of(roles.fake_score, role="fake score"),
+            generator_optimizers=optimizers.unwrap(roles.generator_optimizer, role="generator_optimizer"),
+            fake_score_optimizers=optimizers.unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"),
+            schedule=resolve(schedule),
+            prefetch=prefetch,
+            plugins=taking_part,
+            restore=restore,
+        )
+
+    handle = ranks.on_every_rank(build, "have its roles")
     handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state)
     return handle
 

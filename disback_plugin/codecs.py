@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
+from disback_plugin.layouts import GRAIN, PIECE, pieces, room
 from disback_plugin.packing import pack, packed_sizes, unpack
-from disback_plugin.weights import PIECE, pieces, room
 
 __all__ = ["BLOCK", "CODES", "SMALLEST_FIRST", "Code", "Parts", "check_codec", "code_for", "fault"]
 
@@ -40,7 +40,16 @@ Parts = Mapping[str, Tensor]
 
 
 class Code(Protocol):
-    """A way to store one tensor's difference to its predecessor. Tensors are flat and on the CPU."""
+    """A way to store one tensor's difference to its predecessor. Tensors are flat and on the CPU.
+
+    Attributes:
+        grain: What is decoded at once begins at a multiple of it, and ends at one or at the tensor's end.
+    """
+
+    @property
+    def grain(self) -> int:
+        """See above."""
+        ...
 
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return the parts to store, for a value and its decoded predecessor of the same dtype, shape (n,)."""
@@ -58,6 +67,8 @@ class Code(Protocol):
 @dataclass(frozen=True)
 class Same:
     """A tensor that did not change."""
+
+    grain = GRAIN
 
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return nothing."""
@@ -84,6 +95,11 @@ class Blocks:
 
     levels: int
     packed: bool
+
+    @property
+    def grain(self) -> int:
+        """Blocks are decoded one by one, unless they are compressed together."""
+        return PIECE if self.packed else GRAIN
 
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return the steps, shape (n,), and the scales in bfloat16, shape (ceil(n / BLOCK),)."""
@@ -120,6 +136,8 @@ class Blocks:
 class Rounded:
     """The difference in bfloat16."""
 
+    grain = PIECE
+
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return the compressed difference."""
         return pack((value.float() - previous.float()).bfloat16().view(torch.int16))
@@ -140,6 +158,8 @@ class Exact:
 
     Numbers of one exponent stand together, for their differences are of one size and compress 4 % better for it.
     """
+
+    grain = PIECE
 
     def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
         """Return the compressed difference, its sign in the lowest bit."""

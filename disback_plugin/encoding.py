@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.errors import TrainingError
-from disback_plugin.files import without_aliases
-from disback_plugin.fingerprints import Checksum, checksum
+from disback_plugin.fingerprints import Checksum
+from disback_plugin.layouts import pieces
 from disback_plugin.nodes import Decoded, Delta
 from disback_plugin.probes import Probe, relative_change
-from disback_plugin.weights import pieces
+from disback_plugin.states import State
 
 __all__ = ["BOUND", "Encoded", "encode"]
 
@@ -52,6 +51,7 @@ def encode(
     probe: Probe | None = None,
     *,
     exactly: Collection[str] = (),
+    keep: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Encoded:
     """Encode a network's weights as the node after `previous`.
 
@@ -63,39 +63,60 @@ def encode(
         probe: What evaluates the network that holds `state`. Without a forward seen, weights are compared.
         exactly: Names of tensors that are stored exactly, whatever the codec: running statistics, whose signs matter.
             So are tensors that overlap others in memory, and a whole node that would not be finite once decoded.
+        keep: What is done with a tensor's coded parts to keep them.
 
     Raises:
         TrainingError: If the weights are not finite, or equal those of `previous`.
     """
-    tensors, aliases = without_aliases(state)
-    delta_norm = _distance(tensors, previous)
-    if not 0 < delta_norm < math.inf:
-        raise TrainingError(
-            f"weights that {'did not move' if delta_norm == 0 else 'are not finite'}",
-            expected="a fake score that its optimizer moves by finite amounts",
-            cure="check the fake score's learning rate and loss, and that its dtype does not swallow the steps",
-        )
-    score = _Score(probe, previous)
-    recorded = checksum(state)
-    exactly = {*exactly, *_overlapping(tensors, state)}
+    state, score = State.of(state), _Score(probe, previous)
+    exactly = {*exactly, *state.overlapping()}
     name, _, bound = codec.partition(":")
     allowed = (float(bound) if bound else BOUND) if name == "auto" else math.inf
     for candidate in SMALLEST_FIRST if name == "auto" else (name, "exact"):
-        delta = Delta.encode(candidate, tensors, aliases, previous, exactly=exactly)
+        seen = _Comparison(state)
+        delta = Delta.encode(candidate, state, previous, exactly=exactly, keep=keep, compare=seen)
+        if not 0 < seen.moved < math.inf:
+            raise TrainingError(
+                f"weights that {'did not move' if seen.moved == 0 else 'are not finite'}",
+                expected="a fake score that its optimizer moves by finite amounts",
+                cure="check the fake score's learning rate and loss, and that its dtype does not swallow the steps",
+            )
+        total, recorded, delta_norm = seen.decoded.digest(), seen.recorded.digest(), math.sqrt(seen.moved)
         decoded = Decoded(previous.teacher, (*previous.deltas, delta))
-        distance, total = _distance_and_checksum(tensors, aliases, decoded)
         codec_error = 0.0 if total == recorded else score.change(decoded)
-        result = Encoded(delta, candidate, total, recorded, delta_norm, distance / delta_norm, codec_error)
+        weight_error = math.sqrt(seen.lost) / delta_norm
+        result = Encoded(delta, candidate, total, recorded, delta_norm, weight_error, codec_error)
         error = result.weight_error if codec_error is None else codec_error
         if error <= allowed and math.isfinite(error + result.weight_error):
             return result
     return result  # exact: its errors are 0
 
 
-def _overlapping(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of different tensors that live in one memory, as a slice that is a buffer of its own."""
-    places = Counter(state[name].untyped_storage().data_ptr() for name in tensors if state[name].numel())
-    return {name for name in tensors if state[name].numel() and places[state[name].untyped_storage().data_ptr()] > 1}
+class _Comparison:
+    """What is seen of a state while it is encoded.
+
+    Attributes:
+        recorded: Checksum of the state.
+        decoded: Checksum of what will be decoded.
+        moved: Squared distance to the node before, over all floating and complex tensors.
+        lost: Squared distance of what will be decoded to the state.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._twins: dict[str, list[str]] = {}
+        for alias, first in state.aliases.items():
+            self._twins.setdefault(first, []).append(alias)
+        self.recorded, self.decoded = Checksum(), Checksum()
+        self.moved = self.lost = 0.0
+
+    def __call__(self, name: str, values: Tensor, before: Tensor, decoded: Tensor) -> None:
+        for each in (name, *self._twins.get(name, ())):
+            self.recorded.add(each, values)
+            self.decoded.add(each, decoded)
+        if values.is_floating_point() or values.is_complex():
+            for start, stop in pieces(len(values)):
+                self.moved += _square(values[start:stop], before[start:stop])
+                self.lost += _square(values[start:stop], decoded[start:stop])
 
 
 class _Score:
@@ -119,32 +140,6 @@ class _Score:
             logger.warning("the codec's error in the scores was not measured: %s: %s", type(error).__name__, error)
             self._probe = None
             return None
-
-
-def _distance(tensors: Mapping[str, Tensor], node: Decoded) -> float:
-    """Return the Euclidean distance over all floating and complex tensors."""
-    total = 0.0
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            for start, stop in pieces(tensor.numel()):
-                total += _square(tensor.view(-1)[start:stop], node.read(name, start, stop))
-    return math.sqrt(total)
-
-
-def _distance_and_checksum(
-    tensors: Mapping[str, Tensor], aliases: Mapping[str, str], decoded: Decoded
-) -> tuple[float, str]:
-    """Return the distance to a decoded node, and the node's checksum over every name."""
-    square, total = 0.0, Checksum()
-    for name, tensor in tensors.items():
-        known = (name, *(alias for alias, first in aliases.items() if first == name))
-        for start, stop in pieces(tensor.numel()):
-            values = decoded.read(name, start, stop)
-            for each in known:
-                total.add(each, values)
-            if tensor.is_floating_point() or tensor.is_complex():
-                square += _square(tensor.view(-1)[start:stop], values)
-    return math.sqrt(square), total.digest()
 
 
 def _square(a: Tensor, b: Tensor) -> float:

@@ -13,6 +13,7 @@ __all__ = [
     "OptionError",
     "PathError",
     "PluginError",
+    "RankError",
     "RoleError",
     "StateError",
     "TrainingError",
@@ -73,6 +74,10 @@ class StateError(DisbackError, ValueError):
 
 class TrainingError(DisbackError, RuntimeError):
     """The training loop does something that the method cannot work with."""
+
+
+class RankError(DisbackError, RuntimeError):
+    """Another rank of the same run failed, sees something else, or does not come."""
 
 
 class PluginError(DisbackError, RuntimeError):

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,24 +24,20 @@ __all__ = [
     "digest",
     "is_leftover",
     "map_tensors",
-    "on_every_rank",
-    "on_rank_zero",
     "read_json",
+    "spool",
     "stamp",
     "visible",
-    "without_aliases",
     "write_json",
     "write_tensors",
     "write_text",
 ]
 
-T = TypeVar("T")
-
 LARGEST_JSON = 1 << 26
 # The key of the text in a file's metadata.
 ABOUT = "disback"
-
-_ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
+# Tensors of fewer bytes than this are not worth a file of their own.
+SMALL = 1 << 16
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, about: str) -> dict[str, Any]:
@@ -72,6 +68,28 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
             expected="a safetensors file of a path",
             cure=COPY_AGAIN,
         ) from error
+
+
+def spool(tensor: Tensor, folder: Path) -> Tensor:
+    """Return a tensor of the same values that is mapped from a file without a name, so that it takes no memory.
+
+    Args:
+        tensor: On the CPU and contiguous.
+        folder: On the disk that has room for it.
+
+    Example:
+        >>> spool(torch.arange(3), Path(tempfile.gettempdir()))
+        tensor([0, 1, 2])
+    """
+    if tensor.nbytes < SMALL:
+        return tensor
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+    try:
+        os.close(handle)
+        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    finally:
+        os.unlink(name)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def _require_size(file: Path, size: int | None) -> None:
@@ -170,63 +188,6 @@ def is_leftover(name: str) -> bool:
     return re.fullmatch(r"\..+\.tmp|\.tmp\w{6}", name) is not None
 
 
-def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 only, and return its result on every rank; all raise if it failed there.
-
-    The result travels with the go-ahead, for what a rank reads from disk may be older or newer than what rank 0 saw.
-    Inside an action, which only rank 0 runs, further actions run at once.
-    """
-    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return action()
-    error: Exception | None = None
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        token = _ALONE.set(True)
-        try:
-            outcome[0] = action()
-        except Exception as caught:
-            error = caught
-            outcome[1] = f"{type(error).__name__}: {error}"
-        finally:
-            _ALONE.reset(token)
-    dist.broadcast_object_list(outcome, src=0)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        raise PathError(
-            f"rank 0 failed ({outcome[1]})", expected="the path to be ready", cure="see the error of rank 0"
-        )
-    result: T = outcome[0]
-    return result
-
-
-def on_every_rank(action: Callable[[], None]) -> None:
-    """Run `action` on every rank; all raise if it failed on one.
-
-    Raises:
-        PathError: On the ranks where it did not fail; it names one where it did.
-    """
-    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        action()
-        return
-    error: Exception | None = None
-    try:
-        action()
-    except Exception as caught:
-        error = caught
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    failed = [rank for rank, failure in enumerate(failures) if failure is not None]
-    if failed:
-        raise PathError(
-            f"rank {failed[0]} failed ({failures[failed[0]]})",
-            expected="every rank to find the path and the same teacher",
-            cure=f"see the error of rank {failed[0]}; the folder has to be one that all ranks share",
-        )
-
-
 def _replace(file: Path, write: Callable[[Path], object]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
@@ -252,29 +213,3 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split a state into tensors on the CPU that share no memory and {alias: name} of those that are the same tensor.
-
-    Example:
-        >>> from torch import zeros
-        >>> w = zeros(2)
-        >>> without_aliases({"left": w, "right": w})[1]
-        {'right': 'left'}
-    """
-    unique: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[object, ...], str] = {}
-    storages: set[int] = set()
-    for name, tensor in state.items():
-        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if same in first:
-            aliases[name] = first[same]
-            continue
-        first[same] = name
-        flat = tensor.detach().cpu().contiguous()
-        # Views of one storage, as a slice that is a buffer of its own, are stored apart.
-        unique[name] = flat.clone() if flat.untyped_storage().data_ptr() in storages else flat
-        storages.add(unique[name].untyped_storage().data_ptr())
-    return unique, aliases

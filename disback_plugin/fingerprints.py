@@ -58,6 +58,16 @@ class Checksum:
         """
         self._sums.setdefault((name, piece.dtype), []).append(_sums(piece.detach()))
 
+    def sums(self, name: str) -> Tensor:
+        """Return what was added up for a tensor so far, shape (COLUMNS,): sums of its parts add up to its own."""
+        found = [torch.stack(sums).sum(0) for (known, _), sums in self._sums.items() if known == name]
+        return torch.stack(found).sum(0)
+
+    def replace(self, name: str, sums: Tensor) -> None:
+        """Put other sums in the place of a tensor's: those of all the processes that share it."""
+        for key in [key for key in self._sums if key[0] == name]:
+            self._sums[key] = [sums]
+
     def digest(self) -> str:
         """Return the checksum: 32 hexadecimal digits."""
         totals = [(name, str(dtype), torch.stack(sums).sum(0).tolist()) for (name, dtype), sums in self._sums.items()]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import optimizers
+from disback_plugin import optimizers, ranks
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
 from disback_plugin.hooks import Plugins
@@ -24,6 +24,7 @@ from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler
 from disback_plugin.schedules import Schedule
 from disback_plugin.stages import Stages
+from disback_plugin.states import State
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -226,9 +227,8 @@ class Handle:
             logger.info("%r", self)
 
 
-def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str | None:
-    """Return the fingerprint of what the optimizers step, or None if it is sharded and no rank sees all of it."""
+def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str:
+    """Return the fingerprint of what the optimizers step; all ranks must call if it is sharded."""
     weights = optimizers.parameters(generator_optimizers)
-    if any(hasattr(weight, "to_local") for weight in weights):
-        return None
-    return fingerprint({str(index): weight for index, weight in enumerate(weights)})
+    state = State({str(index): weight for index, weight in enumerate(weights)})
+    return ranks.on_rank_zero(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)

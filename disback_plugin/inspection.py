@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from disback_plugin.cards import percent
+from disback_plugin.layouts import pieces
 from disback_plugin.nodes import Decoded
 from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import pieces
 
 __all__ = ["Row", "inspect", "table"]
 

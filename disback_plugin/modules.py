@@ -6,14 +6,15 @@ names of the plain module, so that a node recorded from one form fits every othe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import RoleError
+from disback_plugin.sharding import held, is_sharded, trouble
 
-__all__ = ["find", "named_modules", "own_tensors", "unwrap"]
+__all__ = ["find", "named_modules", "own_tensors", "reshard", "unwrap"]
 
 # Wrapper class -> attribute that holds the wrapped module. By name: importing torch._dynamo would take a second.
 _WRAPPERS = {
@@ -37,7 +38,7 @@ def unwrap(module: nn.Module) -> nn.Module:
             raise RoleError(
                 f"a module sharded by {kind.__name__}",
                 expected="a whole one",
-                cure="attach before sharding; sharded roles are not supported by this version",
+                cure="shard it with torch's fully_shard (FSDP2), or wrap it in DDP: FSDP1 keeps several weights in one",
             )
         attribute = _WRAPPERS.get(kind.__name__)
         if attribute is not None and kind.__module__.partition(".")[0] == "torch":
@@ -45,8 +46,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def find(root: object, prefix: str, role: str) -> nn.Module:
-    """Return the unwrapped module at a dotted canonical name inside `root`.
+def find(root: object, prefix: str, role: str) -> list[nn.Module]:
+    """Return the unwrapped modules from `root` down to that at a dotted canonical name inside it.
 
     Args:
         root: A module, plain or wrapped.
@@ -61,6 +62,7 @@ def find(root: object, prefix: str, role: str) -> nn.Module:
             f"{type(root).__name__} as the {role}", expected="a torch.nn.Module", cure=f"pass {role}=<module>"
         )
     module = unwrap(root)
+    way = [module]
     for name in filter(None, prefix.split(".")):
         child = module._modules.get(name)
         if child is None:
@@ -70,7 +72,19 @@ def find(root: object, prefix: str, role: str) -> nn.Module:
                 cure="correct the prefix",
             )
         module = unwrap(child)
-    return module
+        way.append(module)
+    return way
+
+
+def reshard(holders: Iterable[nn.Module], roots: Iterable[nn.Module]) -> None:
+    """Let FSDP2 free the parameters that it has gathered for a forward: those of `holders`, and of all inside `roots`.
+
+    A root keeps its own after a forward, and would go on with them though the shards were written.
+    """
+    for module in (*holders, *(inner for root in roots for inner in root.modules())):
+        # By name: to import torch.distributed.fsdp takes half a second.
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 def named_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -99,6 +113,8 @@ def own_tensors(module: nn.Module, prefix: str, role: str) -> Iterator[tuple[str
     for name, tensor in (*module._parameters.items(), *persistent.items()):
         if tensor is not None:
             reason = _unwritable(tensor)
+            if reason is None and is_sharded(tensor):
+                reason = trouble(tensor) or _unwritable(held(tensor)[0])
             if reason:
                 raise RoleError(
                     f"{prefix}{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1]
@@ -107,7 +123,9 @@ def own_tensors(module: nn.Module, prefix: str, role: str) -> Iterator[tuple[str
 
 
 def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
-    """Return what is wrong with a weight and its cure, or None."""
+    """Return what is wrong with a weight and its cure, or None; of a DTensor, with what can be seen from outside."""
+    if hasattr(tensor, "ds_id"):
+        return "is partitioned by DeepSpeed's ZeRO-3", "use ZeRO-2, or shard it with torch's fully_shard (FSDP2)"
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return "is lazy and has no shape yet", "run one forward first"
     if tensor.is_meta:
@@ -120,8 +138,8 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
         return f"is of {tensor.dtype}, which safetensors cannot hold", "use complex64 or two real tensors"
     if tensor.is_inference():
         return "was made in inference mode and cannot be written in place", "build the network outside inference_mode()"
-    if hasattr(tensor, "to_local"):
-        return "is sharded (a DTensor)", "attach before sharding; sharded roles are not supported by this version"
+    if is_sharded(tensor):
+        return None
     narrow = tensor.is_floating_point() and tensor.element_size() < 2
     integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
     plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)

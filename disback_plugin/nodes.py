@@ -7,7 +7,7 @@ node is ever in memory as a whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from disback_plugin.codecs import CODES, code_for, fault
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.files import without_aliases
-from disback_plugin.weights import PIECE, Layout, pieces, room
+from disback_plugin.layouts import GRAIN, PIECE, Layout, pieces, room
+from disback_plugin.states import State
 
 __all__ = ["Between", "Decoded", "Delta", "Entry"]
 
@@ -79,36 +79,46 @@ class Delta:
     def encode(
         cls,
         codec: str,
-        state: Mapping[str, Tensor],
-        aliases: Mapping[str, str],
+        state: State,
         previous: Decoded,
         *,
         exactly: Collection[str] = (),
+        keep: Callable[[Tensor], Tensor] = lambda part: part,
+        compare: Callable[[str, Tensor, Tensor, Tensor], None] | None = None,
     ) -> Delta:
-        """Return the difference of a state to the node before it.
+        """Return the difference of a state to the node before it; one tensor of the state at a time is looked at.
 
         Args:
             codec: A name of `codecs.CODES` for tensors that it can hold.
-            state: All weights by canonical name, tied ones under their first name only.
-            aliases: The other names.
+            state: All weights by canonical name.
             previous: The node before, as it is decoded.
             exactly: Names of tensors that are stored exactly, whatever the codec.
+            keep: What is done with a part to keep it.
+            compare: Called with each tensor's name and, flat, its values, those of the node before, and the decoded.
         """
         entries: dict[str, Entry] = {}
         parts: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            layout = Layout(tensor.dtype, tensor.shape)
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            before = previous.flat(name).to(tensor.dtype)
-            code = code_for("exact" if name in exactly else codec, flat, before)
-            entries[name] = Entry(code, layout)
-            parts |= {f"{name}|{part}": value for part, value in CODES[code].encode(flat, before).items()}
-        return cls(entries, aliases, parts)
+        for name in state.own():
+            flat, before = state.flat(name), previous.flat(name)
+            decoded = before.to(flat.dtype, copy=True)
+            code = code_for("exact" if name in exactly else codec, flat, decoded)
+            entries[name] = Entry(code, Layout(flat.dtype, state.layout[name].shape))
+            made = CODES[code].encode(flat, decoded)
+            parts |= {f"{name}|{part}": keep(value) for part, value in made.items()}
+            if compare is not None:
+                for start, stop in pieces(len(flat)):
+                    CODES[code].decode(made, decoded[start:stop], start, decoded[start:stop])
+                compare(name, flat, before, decoded)
+        return cls(entries, state.aliases, parts)
 
     def layout(self) -> dict[str, Layout]:
         """Return what each tensor is, tied ones under each name."""
         own = {name: entry.layout for name, entry in self.entries.items()}
         return own | {alias: own[name] for alias, name in self.aliases.items()}
+
+    def grain(self, name: str) -> int:
+        """Return at what multiples a tensor's pieces begin and end; of the name under which it is stored."""
+        return self._codes[name][0].grain
 
     def resolve(self, name: str) -> str:
         """Return the name under which a tensor is stored."""
@@ -184,6 +194,11 @@ class Decoded:
             return self.deltas[-1].layout()
         return {name: Layout(tensor.dtype, tensor.shape) for name, tensor in self.teacher.items()}
 
+    def grain(self, name: str) -> int:
+        """Return at what multiples that which is read of a tensor begins and ends."""
+        stored = self.deltas[-1].resolve(name) if self.deltas else name
+        return max((delta.grain(stored) for delta in self.deltas), default=GRAIN)
+
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, a piece of it: the teacher's and all differences up to here."""
         *_, value = self.trace(name, start, stop, out)
@@ -213,7 +228,7 @@ class Decoded:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights, on the CPU; tied ones share memory."""
         names = self.layout()
-        aliases = self.deltas[-1].aliases if self.deltas else without_aliases(self.teacher)[1]
+        aliases = self.deltas[-1].aliases if self.deltas else State(self.teacher).aliases
         own = {name: self.flat(name).view(layout.shape) for name, layout in names.items() if name not in aliases}
         return {name: own[aliases.get(name, name)] for name in names}
 
@@ -242,6 +257,10 @@ class Between:
     def layout(self) -> dict[str, Layout]:
         """Return what each tensor is."""
         return self.node.layout()
+
+    def grain(self, name: str) -> int:
+        """Return at what multiples that which is read of a tensor begins and ends."""
+        return self.node.grain(name)
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return a piece of the mixture."""

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from disback_plugin import files
+from disback_plugin import ranks
 from disback_plugin.errors import PathError
 from disback_plugin.manifest import Manifest, Recording
 from disback_plugin.trajectory import DegradationPath
@@ -61,17 +61,18 @@ def open_or_create(
         return path
 
     # One rank looks and acts; the others must not see the folder half way.
-    state = teacher.state_dict()
-    manifest = files.on_rank_zero(prepare)
+    state = teacher.whole()
+    manifest = ranks.on_rank_zero(prepare, state)
     path = opened[0] if opened else DegradationPath(folder, manifest)
 
     def look() -> None:
-        if not opened:  # the rank that opened it has compared the teacher already
+        # The rank that opened it has compared the teacher already, and the others' parts of a sharded one.
+        if not opened and not state.sharded:
             path.bind(state)
         path.source(len(path) - 1)
 
     # But each rank decodes for itself: all find the files and the same teacher, or all raise.
-    files.on_every_rank(look)
+    ranks.on_every_rank(look, "find the path and the same teacher")
     return path
 
 

@@ -14,7 +14,7 @@ import zstandard
 from torch import Tensor
 
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.weights import PIECE, pieces, room
+from disback_plugin.layouts import PIECE, pieces, room
 
 __all__ = ["pack", "packed_sizes", "unpack"]
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from disback_plugin.fingerprints import Checksum
-from disback_plugin.weights import ScoreNetwork, Source, pieces, room
+from disback_plugin.layouts import room
+from disback_plugin.sharding import Part
+from disback_plugin.weights import ScoreNetwork, Source, fill
 
 __all__ = ["Ahead", "Ready"]
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A decoded position: all weights on the host, and their checksum."""
+    """A decoded position: all weights that this process holds, on the host, and their checksum."""
 
     state: dict[str, Tensor]
     checksum: str
@@ -45,6 +47,7 @@ class Ahead:
 
     def __init__(self, network: ScoreNetwork) -> None:
         self._network = network
+        self._parts = network.parts() or {}
         self._device = network.witness().device
         self._on_gpu = self._device.type == "cuda"
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -79,7 +82,7 @@ class Ahead:
 
     def write(self, ready: Ready) -> None:
         """Copy a decoded position into the network."""
-        self._network.load_state_dict(ready.state, non_blocking=self._on_gpu)
+        self._network.load_parts(ready.state, non_blocking=self._on_gpu)
         if self._on_gpu:
             self._copied = torch.cuda.current_stream(self._device).record_event()
 
@@ -106,10 +109,10 @@ class Ahead:
             total, state = Checksum(), {}
             with torch.no_grad():
                 for name, layout in source.layout().items():
-                    flat = self._room(name, layout.dtype, layout.shape.numel())
-                    for start, stop in pieces(len(flat)):
-                        total.add(name, source.read(name, start, stop, flat[start:stop]))
-                    state[name] = flat.view(layout.shape)
+                    part = self._parts.get(name, Part(layout.shape))
+                    flat = self._room(name, layout.dtype, part.elements)
+                    fill(flat, part, source, name, layout.dtype, total, (name,))
+                    state[name] = flat.view(part.local_shape)
             self._ready = Ready(state, total.digest())
         except Exception as error:
             self._error = error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from disback_plugin import training
+from disback_plugin import ranks, training
 from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Recording
@@ -70,12 +70,14 @@ class Recorder:
             MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
             PathError: If the path is broken. Then nothing was written.
         """
-        self.network.write(self.path.source(len(self.path) - 1))
+        last = len(self.path) - 1
+        ranks.on_every_rank(lambda: self.network.write(self.path.source(last)), "read the last node")
         self.watch()
 
     def watch(self) -> None:
         """Look at the network's forwards from now on, to measure on their inputs what a codec does."""
-        self._probe = self._probe or Probe(self.network)
+        if not self.network.sharded:  # no process could run a copy of it on its own
+            self._probe = self._probe or Probe(self.network)
 
     def close(self) -> None:
         """Look no more."""
@@ -99,9 +101,10 @@ class Recorder:
         iteration = self.iteration + 1
         due = self.path.manifest.recording.due(iteration)
         if due:
+            ranks.agree({"path": self.path.identity, "recording_iteration": iteration})
             training = None if self._training is None else self._training()
             self.path.append(
-                self.network.state_dict(),
+                self.network.whole(),
                 iteration=iteration,
                 probe=self._probe,
                 exactly=self.network.buffers(),
@@ -217,7 +220,7 @@ def _record_in_loop(
     path: DegradationPath, network: ScoreNetwork, step: Callable[[], object], plugins: Plugins
 ) -> DegradationPath:
     if path.complete:
-        network.write(path.source(len(path) - 1))
+        ranks.on_every_rank(lambda: network.write(path.source(len(path) - 1)), "read the last node")
         return path
     recorder = Recorder(path, network, plugins=plugins)
     recorder.start()
@@ -252,6 +255,12 @@ def _record_copy(
     if path.complete:
         return path
     module, *others = teacher.modules().values()
+    if teacher.sharded:
+        raise OptionError(
+            "a sharded teacher for a recording with sample and loss, which trains a copy of it",
+            expected="a module that can be copied",
+            cure="record before sharding, or use fake_score and fake_step",
+        )
     if others:
         raise OptionError(
             f"a teacher of {1 + len(others)} experts for a recording with sample and loss",

@@ -43,6 +43,8 @@ class TrajectoryScheduler:
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
         prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
             then a move is a copy. None: where the teacher is on another device than the host.
+        together: Whether all ranks of the process group walk: then they agree at each move, or all of them stop. None:
+            where the teacher is sharded; `attach` does so always.
         plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
 
     Raises:
@@ -81,6 +83,7 @@ class TrajectoryScheduler:
         *,
         schedule: Schedule | str = "auto",
         prefetch: bool | None = None,
+        together: bool | None = None,
         plugins: Plugins | Sequence[object] = (),
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
@@ -98,7 +101,7 @@ class TrajectoryScheduler:
         if self.path is not None:
             self._check(self.path, network)
         self._plan = Plan(self.schedule, self.last_node)
-        self._teacher = WalkingTeacher(network, self.path, prefetch=prefetch)
+        self._teacher = WalkingTeacher(network, self.path, prefetch=prefetch, together=together)
         self._teacher.warn_if_swallowed()
 
     # -- where we are -------------------------------------------------------------------------------------------------
@@ -147,7 +150,8 @@ class TrajectoryScheduler:
             last = self.path.nodes[-1]
             # Where recording was the trainer's own, s_phi is s'_N already; a write might cut a graph in two.
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
-                self._fake_score.write(self.path.source(self.last_node))
+                fake_score, source = self._fake_score, self.path.source
+                self._teacher.all(lambda: fake_score.write(source(self.last_node)), "read the last node")
         self.started = True
         self._tell()
 
@@ -212,7 +216,7 @@ class TrajectoryScheduler:
             yield
         finally:
             self._away = False
-            self._place()
+            self._place(together=False)  # one rank may have looked at the teacher on its own
             self._tell()
 
     def restore(self) -> None:
@@ -268,7 +272,7 @@ class TrajectoryScheduler:
             )
         if self._fake_score is not None:
             teacher.check_same_layout(self._fake_score)
-        path.bind(teacher.state_dict())
+        path.bind(teacher.whole())
         if self.last_node:
             self.schedule.check(self.last_node)
 
@@ -311,13 +315,13 @@ class TrajectoryScheduler:
             else:
                 logger.log(level, "update %d: %s", self.generator_updates, values)
 
-    def _place(self, *, anew: bool = False) -> None:
+    def _place(self, *, anew: bool = False, together: bool = True) -> None:
         """Bring the teacher to where the plan is; `anew` writes it though it should be there."""
         if self._away:
             return
         position = self._plan.target.position
         if anew or position != self.position:
-            self._teacher.go_to(position)
+            self._teacher.go_to(position, updates=self.generator_updates if together else None)
         if self._teacher.looks_ahead:
             self._teacher.look_ahead(self._plan.at(self._plan.following()).position)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import files
+from disback_plugin import ranks
 from disback_plugin.errors import OptionError, PluginError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Manifest, Recording
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # What a state takes from the scheduler's.
 COUNTS = ("generator_updates", "plan_updates", "node_since")
+# Of a state. What another version wrote is loaded as well: whoever raises this translates in `_check`.
+VERSION = 1
 
 
 class Stages:
@@ -88,7 +91,8 @@ class Stages:
                 self.scheduler.step(signal)
         elif self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
-            self.teacher.write(self.recorder.path.original())
+            original = self.recorder.path.original
+            ranks.on_every_rank(lambda: self.teacher.write(original()), "read node 0")
             self._begin_backtracking()
 
     def close(self) -> None:
@@ -128,6 +132,11 @@ class Stages:
         Raises:
             DisbackError: As `attach` says.
         """
+        where = None if folder is None else str(Path(folder).absolute())
+        ranks.agree(
+            {"path": where, "record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
+            | {"schedule": repr(self.schedule), "resumes": state is not None}
+        )
         try:
             if record == 0 and not isinstance(record, bool):
                 self._begin_without_path(folder)
@@ -171,11 +180,12 @@ class Stages:
             path.verify()
             return path.manifest
 
-        self.path = DegradationPath(folder, files.on_rank_zero(prepare))
+        self.path = DegradationPath(folder, ranks.on_rank_zero(prepare))
         self.check(state)
         if not self.path.manifest.recording.keep_teacher:
-            self.path.bind(self.teacher.state_dict())
-        self.teacher.write(self.path.source(0))
+            self.path.bind(self.teacher.whole())
+        source = self.path.source
+        ranks.on_every_rank(lambda: self.teacher.write(source(0)), "read node 0")
         self.load(state)
 
     def _begin_backtracking(self) -> None:
@@ -195,6 +205,7 @@ class Stages:
             fake_score,
             schedule=self.schedule,
             prefetch=self._prefetch,
+            together=True,
             plugins=self._plugins,
         )
 
@@ -204,7 +215,7 @@ class Stages:
         """Return the state as plain scalars."""
         iteration = None if self.recorder is None else self.recorder.iteration
         return {
-            "version": 1,
+            "version": VERSION,
             "path": "" if self.path is None else self.path.identity,
             "nodes": "" if self.path is None else self.path.digest(iteration),
             "schedule": repr(self.schedule),
@@ -213,7 +224,7 @@ class Stages:
             **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.state_dict())),
             "fake_score_updates": self.fake_score_updates,
             "restore": self._rewind.state,
-            "fake_score": self.fake_score.checksum(),
+            "fake_score": self.fake_score.mark(),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -221,9 +232,20 @@ class Stages:
 
         Raises:
             StateError: If not.
+            RankError: If so, but not on another rank, or if that was given another state.
         """
+        holds = self.fake_score.bears(str(state.get("fake_score", "")))  # all ranks look together
+        counts = {name: state.get(name) for name in ("phase", "recording_iteration", "generator_updates")}
+        ranks.on_every_rank(lambda: self._check(state, holds), "be given the state that fits it", counts)
+
+    def _check(self, state: Mapping[str, Any], holds: bool) -> None:
+        version = state.get("version")
+        if type(version) is int and version > VERSION:
+            raise StateError(
+                f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin"
+            )
         check_state(state, like=self.state_dict(), fixed=("version", "path", "schedule"))
-        if state["fake_score"] != self.fake_score.checksum():
+        if not holds:
             raise StateError(
                 "a fake score whose weights are not those of the saved moment",
                 expected="the trainer's checkpoint in it",

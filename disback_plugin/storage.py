@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from disback_plugin import files
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.files import without_aliases
 from disback_plugin.fingerprints import Checksum, checksum, fingerprint
+from disback_plugin.layouts import Layout, dtype_class, layout_of, pieces
 from disback_plugin.manifest import CONFIG, Manifest, Node, Teacher, is_ours
 from disback_plugin.nodes import Decoded, Delta
-from disback_plugin.weights import Layout, dtype_class, layout_of, pieces
+from disback_plugin.sharding import Part, masked
+from disback_plugin.states import State
 
 __all__ = ["Storage"]
 
@@ -38,13 +40,12 @@ class Storage:
         self._open: dict[str, tuple[Stamp, Any]] = {}
         self._verified: dict[str, Stamp] = {}
 
-    def bind(self, teacher: Mapping[str, Tensor]) -> None:
+    def bind(self, teacher: State) -> None:
         """Keep a copy of node 0, for a path that does not hold it."""
         self._verified.clear()  # nothing could be decoded before
         if self._teacher is None:
-            tensors, aliases = without_aliases(teacher)
-            own = {name: tensor.clone() for name, tensor in tensors.items()}
-            self._teacher = own | {alias: own[name] for alias, name in aliases.items()}
+            own = {name: teacher[name].cpu().clone(memory_format=torch.contiguous_format) for name in teacher.own()}
+            self._teacher = own | {alias: own[name] for alias, name in teacher.aliases.items()}
 
     def node(self, manifest: Manifest, index: int) -> Decoded:
         """Return node `index` >= 0, to be decoded piece by piece.
@@ -141,9 +142,19 @@ class Storage:
             self.check_decoded(manifest, index, total.digest())
         return True
 
-    def check_decoded(self, manifest: Manifest, index: int, found: str) -> None:
-        """Raise PathError unless `found` is the checksum that node `index` was recorded with."""
-        expected = manifest.entries[index].checksum
+    def part_checksums(self, manifest: Manifest, parts: Mapping[str, Part]) -> list[str]:
+        """Return the checksum of what one process holds of each node: only that is read and decoded."""
+        last = self.node(manifest, len(manifest.nodes))
+        totals = [Checksum() for _ in manifest.entries]
+        for name, part in parts.items():
+            for cell in part.cells(last.grain(name)):
+                for total, value in zip(totals, last.trace(name, cell.start, cell.stop), strict=True):
+                    total.add(name, masked(value, cell))
+        return [total.digest() for total in totals]
+
+    def check_decoded(self, manifest: Manifest, index: int, found: str, expected: str | None = None) -> None:
+        """Raise PathError unless `found` is the checksum that node `index` was recorded with, or the one expected."""
+        expected = expected or manifest.entries[index].checksum
         if found != expected:
             raise PathError(
                 f"node {index} of {self.folder} that decodes to checksum {found[:12]}...",

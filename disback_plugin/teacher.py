@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from math import floor
 
 import torch
 
+from disback_plugin import ranks
 from disback_plugin.errors import DisbackError, StateError
 from disback_plugin.prefetch import Ahead
+from disback_plugin.sharding import held
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -31,6 +33,7 @@ class WalkingTeacher:
         network: The teacher, which holds node 0.
         path: A complete path, or None: then the position is always 0.0 and nothing is ever written.
         prefetch: As in `TrajectoryScheduler`.
+        together: As in `TrajectoryScheduler`.
 
     Attributes:
         position: Where it stands, in [0, N].
@@ -60,7 +63,14 @@ class WalkingTeacher:
         True
     """
 
-    def __init__(self, network: ScoreNetwork, path: DegradationPath | None, *, prefetch: bool | None = None) -> None:
+    def __init__(
+        self,
+        network: ScoreNetwork,
+        path: DegradationPath | None,
+        *,
+        prefetch: bool | None = None,
+        together: bool | None = None,
+    ) -> None:
         self.network = network
         self.position = 0.0
         self.failed = False
@@ -68,6 +78,10 @@ class WalkingTeacher:
         self._path = path if path is not None and len(path) > 1 else None
         wanted = network.witness().device.type != "cpu" if prefetch is None else prefetch
         self._ahead = Ahead(network) if wanted else None
+        self._together = network.sharded if together is None else together
+        # Of a node that no process holds as a whole, each compares its part with what it was when all was verified.
+        parts = network.parts()
+        self._expected = None if parts is None or self._path is None else self._path.part_checksums(parts)
         self._remember()
 
     @property
@@ -90,18 +104,40 @@ class WalkingTeacher:
                 last - 1,
             )
 
-    def go_to(self, position: float) -> None:
+    def go_to(self, position: float, *, updates: int | None = None) -> None:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours.
+
+        Args:
+            position: In [0, N].
+            updates: Generator updates so far, for ranks that move together: then all have to come to this position at
+                this update, and all go back to s'_0 and raise if one does not. None moves this rank alone.
 
         Raises:
             PathError: If the path cannot be read, or is not what was recorded. Then `failed` is set.
+            RankError: If that happened to another rank, or it is elsewhere. Then `failed` is set.
         """
-        if self._path is None:
+        path = self._path
+        if path is None:
             return
         with self._timed():
-            self._move(self._path, position)
+            if self._together and updates is not None and ranks.several():
+                facts = {"path": path.identity, "position": position, "generator_updates": updates}
+                try:
+                    ranks.on_every_rank(lambda: self._move(path, position), "move the teacher", facts)
+                except Exception:
+                    self._break_off(path)  # all of them, wherever each was
+                    raise
+            else:
+                self._move(path, position)
         self.position = position
         self._remember()
+
+    def all(self, action: Callable[[], object], about: str) -> None:
+        """Run an action without communication; if ranks move together all raise if it fails on one."""
+        if self._together:
+            ranks.on_every_rank(action, about)
+        else:
+            action()
 
     def put_back(self) -> None:
         """Write s'_0, bit for bit, whatever is there now, and end looking ahead."""
@@ -131,7 +167,7 @@ class WalkingTeacher:
         witness, version, value = self._witness
         # The version costs nothing; the values are compared only if it moved (a DDP broadcast writes equal values).
         if self._path is not None and witness._version != version:
-            if not torch.equal(witness.detach(), value):
+            if not torch.equal(held(witness)[0].detach(), value):
                 raise StateError(
                     f"a teacher that somebody else has written since update {updates}",
                     expected=f"the weights of position {self.position:g}",
@@ -159,15 +195,19 @@ class WalkingTeacher:
                 self._compare(path, position, self.network.write(source))
         except BaseException:
             # Changed this very moment, or interrupted. What is mapped cannot be trusted: back to the teacher.
-            self.position = 0.0
-            self.network.write(path.original())
+            self._break_off(path)
             raise
         self.failed = False
 
+    def _break_off(self, path: DegradationPath) -> None:
+        self.failed, self.position = True, 0.0
+        self.network.write(path.original())
+
     def _compare(self, path: DegradationPath, position: float, found: str) -> None:
         if position == floor(position):
-            path.check_decoded(int(position), found)
+            index = int(position)
+            path.check_decoded(index, found, None if self._expected is None else self._expected[index])
 
     def _remember(self) -> None:
         witness = self.network.witness()
-        self._witness = witness, witness._version, witness.detach().clone()
+        self._witness = witness, witness._version, held(witness)[0].detach().clone()

@@ -24,7 +24,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from disback_plugin import files
+from disback_plugin import files, ranks
 from disback_plugin.cards import card
 from disback_plugin.encoding import encode
 from disback_plugin.errors import OptionError, PathError, TrainingError
@@ -32,6 +32,8 @@ from disback_plugin.fingerprints import checksum, fingerprint
 from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, is_ours, node_file, training_file
 from disback_plugin.nodes import Between
 from disback_plugin.probes import Probe
+from disback_plugin.sharding import Part
+from disback_plugin.states import State
 from disback_plugin.storage import Storage
 from disback_plugin.weights import Source
 
@@ -92,22 +94,28 @@ class DegradationPath(
             PathError: If the folder holds anything, or cannot be written.
             TrainingError: If the teacher holds a NaN.
         """
-        root = Path(folder).absolute()
-        broken = [name for name, tensor in teacher.items() if tensor.is_floating_point() and tensor.isnan().any()]
-        if broken:
-            raise TrainingError(f"NaN in {broken[0]} of the teacher", expected="numbers", cure="load its weights again")
+        root, state = Path(folder).absolute(), State.of(teacher)
+        if state.sharded and not recording.keep_teacher:
+            raise OptionError(
+                "keep_teacher=False and a sharded teacher, of which no rank could keep a copy",
+                expected="a path that holds node 0",
+                cure="leave keep_teacher= away",
+            )
 
         def write() -> Manifest:
+            for name in state.own():
+                if state.layout[name].dtype.is_floating_point and state[name].isnan().any():
+                    raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
             new = [parent for parent in (root, *root.parents) if not parent.exists()]
-            node_0 = Teacher(fingerprint(teacher), checksum(teacher), teacher_id)
+            node_0 = Teacher(fingerprint(state), checksum(state), teacher_id)
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 # Claimed before the first big write: a crash in between leaves a folder that is known to be ours.
                 Manifest(node_0, recording, generator).write(root)
                 path = cls(root)
-                path.complete_node_0(teacher)
+                path.complete_node_0(state)
                 return path.manifest
             except (OSError, PathError) as error:
                 for name in (CONFIG, node_0.file):
@@ -120,9 +128,9 @@ class DegradationPath(
                     cure="pass another path=",
                 ) from error
 
-        path = cls(root, files.on_rank_zero(write))
+        path = cls(root, ranks.on_rank_zero(write, state))
         if not recording.keep_teacher:
-            path._storage.bind(teacher)
+            path._storage.bind(state)
         return path
 
     @classmethod
@@ -215,9 +223,20 @@ class DegradationPath(
         """
         return self._storage.original(self.manifest)
 
-    def check_decoded(self, index: int, found: str) -> None:
-        """Raise PathError unless `found` is the checksum that node `index` was recorded with."""
-        self._storage.check_decoded(self.manifest, index, found)
+    def part_checksums(self, parts: Mapping[str, Part]) -> list[str]:
+        """Return the checksum of what one process holds of each node (`ScoreNetwork.parts`), once all was verified.
+
+        Raises:
+            PathError: If a file is missing or changed.
+        """
+        self._storage.ensure(self.manifest, len(self) - 1)
+        return self._storage.part_checksums(self.manifest, parts)
+
+    def check_decoded(self, index: int, found: str, expected: str | None = None) -> None:
+        """Raise PathError unless `found` is the checksum that node `index` was recorded with; of a part of it, the one
+        expected.
+        """
+        self._storage.check_decoded(self.manifest, index, found, expected)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -251,12 +270,14 @@ class DegradationPath(
 
     def bind(self, state: Mapping[str, Tensor]) -> None:
         """Make sure that `state` is the teacher that this path was recorded from, bit for bit; keep it if the path
-        does not.
+        does not. All ranks must call with a sharded one.
 
         Raises:
             PathError: If it is another one.
         """
-        found, expected = fingerprint(state), self.manifest.teacher.fingerprint
+        whole = State.of(state)
+        found = ranks.on_rank_zero(lambda: fingerprint(whole), whole) if whole.sharded else fingerprint(whole)
+        expected = self.manifest.teacher.fingerprint
         if found != expected:
             raise PathError(
                 f"another teacher (fingerprint {found[:12]}...)",
@@ -265,7 +286,13 @@ class DegradationPath(
                 "or pass another path=",
             )
         if not self.manifest.recording.keep_teacher:
-            self._storage.bind(state)
+            if whole.sharded:
+                raise PathError(
+                    f"a path in {self.folder} without node 0, and a sharded teacher",
+                    expected="a path that holds node 0, of which each rank can read its part",
+                    cure="record with keep_teacher=True, or attach before sharding",
+                )
+            self._storage.bind(whole)
 
     # -- write --------------------------------------------------------------------------------------------------------
 
@@ -274,14 +301,26 @@ class DegradationPath(
         if not self.manifest.teacher_missing:
             return
 
+        state = State.of(teacher)
+
         def write() -> None:
-            tensors, aliases = files.without_aliases(teacher)
+            overlapping, keep = state.overlapping(), self._keep(state)
+            tensors: dict[str, Tensor] = {}
+            for name in state.own():
+                tensor = keep(state[name].cpu().contiguous())
+                tensors[name] = tensor.clone() if name in overlapping else tensor
             file = self.folder / self.manifest.teacher.file
-            entry = files.write_tensors(file, tensors, about=json.dumps(aliases, sort_keys=True))
+            entry = files.write_tensors(file, tensors, about=json.dumps(state.aliases, sort_keys=True))
             self._storage.trust(node_0 := replace(self.manifest.teacher, **entry))
             replace(self.manifest, teacher=node_0).write(self.folder)
 
-        self._on_rank_zero(write)
+        self._on_rank_zero(write, state)
+
+    def _keep(self, state: State) -> Callable[[Tensor], Tensor]:
+        """Return how tensors made of a state are kept until a file is written: those of a network that no process holds
+        as a whole may not fit into memory.
+        """
+        return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
 
     def append(
         self,
@@ -295,7 +334,7 @@ class DegradationPath(
         """Add the next node, coded as the difference to the last one.
 
         Args:
-            state: All weights of s'_i, under canonical names.
+            state: All weights of s'_i, under canonical names. All ranks must call, if there are several.
             iteration: Updates of s' behind it, larger than the last node's.
             probe: What evaluates the network that holds `state`, to measure the codec's error; None: weights only.
             exactly: Names of tensors to be stored exactly, whatever the codec: those of buffers.
@@ -317,9 +356,11 @@ class DegradationPath(
                 cure="append nodes when they are due",
             )
 
+        whole, codec = State.of(state), self.manifest.recording.codec
+
         def write() -> None:
             previous = self._storage.node(self.manifest, index - 1)
-            made = encode(self.manifest.recording.codec, state, previous, probe, exactly=exactly)
+            made = encode(codec, whole, previous, probe, exactly=exactly, keep=self._keep(whole))
             file = self.folder / node_file(index)
             entry = files.write_tensors(file, made.delta.parts, about=made.delta.metadata())
             node = Node(index, iteration, **entry, **made.measured())
@@ -329,7 +370,7 @@ class DegradationPath(
                 files.write_tensors(self.folder / training_file(index), training, about=about)
             replace(self.manifest, nodes=(*self.nodes, node)).write(self.folder)
 
-        self._on_rank_zero(write)
+        self._on_rank_zero(write, whole)
         self.tidy()
 
     def training_state(self) -> dict[str, Tensor] | None:
@@ -369,12 +410,12 @@ class DegradationPath(
         rewound = replace(self.manifest, nodes=kept, complete=complete)
         if rewound != self.manifest:
             self._on_rank_zero(lambda: rewound.write(self.folder))
-            files.on_rank_zero(self._remove_unlisted)
+            ranks.on_rank_zero(self._remove_unlisted)
 
     def tidy(self) -> None:
         """Remove what is older than the last node, or was left behind by a crash before the manifest listed it."""
         if not self.complete:
-            files.on_rank_zero(self._remove_unlisted)
+            ranks.on_rank_zero(self._remove_unlisted)
 
     def _remove_unlisted(self, *, keep_training: bool = True) -> None:
         listed = {entry.file for entry in self.manifest.entries}
@@ -384,7 +425,7 @@ class DegradationPath(
             if files.is_leftover(entry.name) or (is_ours(entry.name) and entry.name not in listed):
                 entry.unlink()
 
-    def _on_rank_zero(self, write: Callable[[], None]) -> None:
+    def _on_rank_zero(self, write: Callable[[], None], state: State | None = None) -> None:
         def then_read() -> Manifest:
             try:
                 write()
@@ -396,7 +437,7 @@ class DegradationPath(
                 ) from error
             return Manifest.read(self.folder)
 
-        self.manifest = files.on_rank_zero(then_read)
+        self.manifest = ranks.on_rank_zero(then_read, state)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the path into another folder, as every hub object does.

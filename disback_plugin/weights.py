@@ -2,37 +2,33 @@
 
 A *role* is the teacher s_theta or the fake score s_phi: a whole module, a sub-module of a wrapped root, or several
 modules (experts). Its weights go by their canonical names (`modules`). A write is in place and all or nothing: every
-key, shape and dtype class is checked before the first copy.
+key, shape and dtype class is checked before the first copy. Of a role sharded by FSDP2 each process writes its own
+shards, and nothing is sent.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.fingerprints import Checksum, checksum, fingerprint
-from disback_plugin.modules import find, named_modules, own_tensors
+from disback_plugin.fingerprints import Checksum, fingerprint
+from disback_plugin.layouts import Layout, dtype_class, layout_of, pieces, room
+from disback_plugin.modules import find, named_modules, own_tensors, reshard
+from disback_plugin.ranks import on_rank_zero
+from disback_plugin.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded, masked
+from disback_plugin.states import State
 
-__all__ = ["PIECE", "Layout", "ScoreNetwork", "Source", "dtype_class", "layout_of", "pieces", "room"]
+__all__ = ["ScoreNetwork", "Source", "fill"]
 
-# Elements that are read, decoded and written at once: large enough that a call's fixed costs vanish, small enough for
-# a processor's cache, and a whole number of every codec's blocks.
-PIECE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a tensor is, apart from its values."""
-
-    dtype: torch.dtype
-    shape: torch.Size
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -42,10 +38,15 @@ class Source(Protocol):
         """Return what each tensor is, by canonical name; tied ones under each name."""
         ...
 
+    def grain(self, name: str) -> int:
+        """Return at what multiples that which is read of a tensor begins and ends: one of GRAIN that divides PIECE."""
+        ...
+
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor in row-major order, on the CPU, shape (stop - start,).
 
-        `start` is a multiple of `PIECE`, and `stop - start` at most that. With `out`, of this shape, the tensor's dtype
+        All are in one piece (`layouts.pieces`); `start` is a multiple of `grain(name)`, and so is `stop`, or it is the
+        tensor's end. With `out`, of this shape, the tensor's dtype
         and in memory of the CPU, the values are written there and `out` is returned; without it, what is returned may
         be overwritten by the next call.
         """
@@ -56,13 +57,13 @@ class ScoreNetwork:
     """The weights of one role, under canonical names.
 
     Args:
-        module: The network, plain or wrapped; or a mapping from names to networks (experts).
+        module: The network, plain, wrapped or sharded; or a mapping from names to networks (experts).
         prefix: Dotted canonical name of the role inside `module`, as "real_unet" inside DMD2's guidance model.
         role: What to call it in errors.
 
     Raises:
         RoleError: If `module` is no module, holds nothing at `prefix`, or has weights that cannot be written in place:
-            on the meta device, quantised, sharded, lazy or made in inference mode.
+            on the meta device, quantised, sharded by DeepSpeed or along two dimensions, lazy or made in inference mode.
 
     Example:
         >>> net = ScoreNetwork(nn.ModuleDict({"real_unet": nn.Linear(2, 1)}), prefix="real_unet")
@@ -75,7 +76,9 @@ class ScoreNetwork:
         # A ModuleDict is a module first: its experts are found under the same names anyway.
         experts = module if isinstance(module, Mapping) and not isinstance(module, nn.Module) else None
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
-        self._roots = {name: find(root, prefix, role) for name, root in roots.items()}
+        found = {name: find(root, prefix, role) for name, root in roots.items()}
+        self._roots = {name: holders[-1] for name, holders in found.items()}
+        self._holders = [holder for holders in found.values() for holder in holders[:-1]]
         if not self.state_dict():
             raise RoleError(
                 f"a {role} without weights ({', '.join(type(root).__name__ for root in self._roots.values())})",
@@ -99,22 +102,69 @@ class ScoreNetwork:
         return dict(self._roots)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield canonical name and live tensor of every parameter and persistent buffer; tied ones under each name."""
+        """Yield canonical name and live tensor of every parameter and persistent buffer; tied ones under each name.
+
+        What FSDP2 has gathered for a forward, and keeps, is let go first: the shards are what counts.
+        """
+        reshard(self._holders, self._roots.values())
         for prefix, root in self._roots.items():
             for name, module in named_modules(root, prefix):
                 yield from own_tensors(module, name, self.role)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return canonical names and detached live tensors: they change when the network does."""
+        """Return canonical names and detached live tensors, DTensors if sharded: they change when the network does."""
         return {name: tensor.detach() for name, tensor in self.named_tensors()}
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of all names, dtypes, shapes and values: 64 hexadecimal digits."""
-        return fingerprint(self.state_dict())
+        """Return the SHA-256 of all names, dtypes, shapes and values: 64 hexadecimal digits.
+
+        Of a sharded role, rank 0 is sent everything, tensor by tensor: all ranks must call.
+        """
+        state = self.whole()
+        return on_rank_zero(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
 
     def checksum(self) -> str:
-        """Return a digest of all values at the speed of memory: another one after an update (`fingerprints`)."""
-        return checksum(self.state_dict())
+        """Return a digest of all values at the speed of memory: another one after an update (`fingerprints`).
+
+        Of a sharded role, the sums of the shards are added up: all ranks must call.
+        """
+        total, live = Checksum(), dict(self.named_tensors())
+        for name, tensor in live.items():
+            count(total, name, tensor)
+        add_up(total, live)
+        return total.digest()
+
+    def mark(self) -> str:
+        """Return what tells moments apart, without communication: `checksum`, or that of this process's shards."""
+        live = dict(self.named_tensors())
+        cuts = {cut for tensor in live.values() if (cut := cut_of(tensor)) is not None}
+        if not cuts:
+            return self.checksum()
+        rank, ranks, dim = min(cuts)
+        if len(cuts) > 1 or dim != 0:
+            return ""
+        return f"{self._of_chunk(live, rank, ranks).digest()} of shard {rank} of {ranks}"
+
+    def bears(self, mark: str) -> bool:
+        """Return whether the network holds what it held when `mark` was made, by however many processes; all call."""
+        if not mark:
+            logger.warning("whether the %s holds the weights of the saved moment cannot be told", self.role)
+            return True
+        part = re.fullmatch(r"(\w+) of shard (\d+) of ([1-9]\d*)", mark)
+        if part is None:
+            return self.checksum() == mark
+        live = dict(self.named_tensors())
+        total = self._of_chunk(live, int(part[2]), int(part[3]))
+        add_up(total, live)
+        return total.digest() == part[1]
+
+    def _of_chunk(self, live: Mapping[str, Tensor], rank: int, ranks: int) -> Checksum:
+        """Return the checksum of one of several chunks of each parameter, as far as this process holds it."""
+        total = Checksum()
+        for name, tensor in live.items():
+            cut = isinstance(tensor, nn.Parameter) and tensor.ndim > 0
+            count(total, name, tensor, chunk_of(tensor.shape, rank, ranks) if cut else None)
+        return total
 
     def rounding(self, source: Source) -> float:
         """Return |cast(theta) - theta|, Euclidean: what a write of a source into this network's dtypes rounds away."""
@@ -123,7 +173,7 @@ class ScoreNetwork:
             given = layout[name].dtype
             if not live.is_floating_point() or torch.finfo(live.dtype).bits >= torch.finfo(given).bits:
                 continue
-            for start, stop in pieces(live.numel()):
+            for start, stop in pieces(layout[name].shape.numel()):
                 values = source.read(name, start, stop)
                 square += float((values.to(live.dtype).double() - values.double()).square().sum())
         return math.sqrt(square)
@@ -135,7 +185,8 @@ class ScoreNetwork:
 
     def storages(self) -> set[int]:
         """Return the addresses of the memory that the weights live in."""
-        return {t.untyped_storage().data_ptr() for t in self.state_dict().values() if t.numel()}
+        local = [held(tensor)[0] for _, tensor in self.named_tensors()]
+        return {tensor.untyped_storage().data_ptr() for tensor in local if tensor.numel()}
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
@@ -154,6 +205,20 @@ class ScoreNetwork:
         """Return the canonical names of what is no parameter: running statistics, filters, counters."""
         return {name for name, tensor in self.named_tensors() if not isinstance(tensor, nn.Parameter)}
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of it only."""
+        return any(is_sharded(tensor) for _, tensor in self.named_tensors())
+
+    def whole(self) -> State:
+        """Return the whole live weights, which rank 0 may read while the others serve it (`ranks.on_rank_zero`)."""
+        return State(dict(self.named_tensors()))
+
+    def parts(self) -> dict[str, Part] | None:
+        """Return what this process holds of each tensor, by canonical name; None if it holds all of it."""
+        parts = {name: held(tensor)[1] for name, tensor in self.named_tensors()}
+        return parts if any(part.stop is not None for part in parts.values()) else None
+
     # -- write --------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
@@ -163,19 +228,37 @@ class ScoreNetwork:
         write between a forward and its backward.
 
         Args:
-            state: One tensor for each canonical name, no more, no less.
+            state: One tensor for each canonical name, no more, no less; whole ones, or sharded as the network is.
             non_blocking: Whether to return before copies from pinned memory to a GPU are done, as `Tensor.copy_` does.
 
         Raises:
             MismatchError: If keys, a shape or a dtype class differ, or tied weights were given two values. Then nothing
                 was written.
         """
-        live, ties = self._writable(layout_of(state))
+        live = dict(self.named_tensors())
+        _check(layout_of(state), layout_of(live), self.role, "the state")
+        given = {name: _part_of(state[name], held(tensor)[1]) for name, tensor in live.items()}
+        self.load_parts(given, non_blocking=non_blocking)
+
+    def load_parts(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
+        """Write what this process holds of a state, whose layout fits, into the network.
+
+        Args:
+            state: By canonical name, what `parts` says of each tensor.
+            non_blocking: As in `load_state_dict`.
+
+        Raises:
+            MismatchError: If tied weights were given two values. Then nothing was written.
+        """
+        live = dict(self.named_tensors())
+        ties = _ties(live)
         for name, twin in ties.items():
             if not torch.equal(state[twin], state[name]):
                 raise _two_values(twin, name, self.role)
+        own = [name for name in live if name not in ties]
         with torch.no_grad():
-            torch._foreach_copy_(list(live.values()), [state[name] for name in live], non_blocking)
+            torch._foreach_copy_([held(live[n])[0] for n in own], [state[n] for n in own], non_blocking)
+            _bump(live[name] for name in own)
 
     def write(self, source: Source) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.
@@ -187,83 +270,80 @@ class ScoreNetwork:
             source: One tensor for each canonical name, no more, no less.
 
         Returns:
-            The checksum of what was read, before any cast, over every name of the source.
+            The checksum of what was read, before any cast, over every name of the source; of the parts that this
+            process holds (`parts`), if it does not hold all.
 
         Raises:
             MismatchError: As `load_state_dict`. Then nothing was written. What `source.read` raises is passed on, and
                 then the network is half written.
         """
         layout, total = source.layout(), Checksum()
-        live, ties = self._writable(layout)
-        names = {name: [name] for name in live}
+        live = dict(self.named_tensors())
+        ties = _ties(live)
+        _check(layout, layout_of(live), self.role, "the state")
+        names = {name: [name] for name in live if name not in ties}
         for name, twin in ties.items():
-            parts = pieces(layout[name].shape.numel())
-            if not all(torch.equal(source.read(name, a, b).clone(), source.read(twin, a, b)) for a, b in parts):
+            cells = list(held(live[twin])[1].cells(source.grain(name)))
+            places = [(cell.start, cell.stop) for cell in cells]
+            if not all(torch.equal(source.read(name, a, b).clone(), source.read(twin, a, b)) for a, b in places):
                 raise _two_values(twin, name, self.role)
             names[twin].append(name)
         with torch.no_grad():
-            for name, tensor in live.items():
-                _write(tensor, source, name, layout[name], total, names[name])
+            for name, known in names.items():
+                _write(live[name], source, name, layout[name], total, known)
+            _bump(live[name] for name in names)
         return total.digest()
-
-    def _writable(self, given: Mapping[str, Layout]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the live tensors, and {name: first name} of the other names of tied ones, after a check that something
-        of this layout fits them.
-        """
-        live = dict(self.named_tensors())
-        ties = _ties(live)
-        _check(given, layout_of(live), self.role, "the state")
-        return {name: tensor for name, tensor in live.items() if name not in ties}, ties
-
-
-def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """Return what each tensor of a state is, apart from its values.
-
-    Example:
-        >>> layout_of({"w": torch.zeros(2)})["w"].shape
-        torch.Size([2])
-    """
-    return {name: Layout(tensor.dtype, tensor.shape) for name, tensor in state.items()}
-
-
-def room(elements: int, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
-    """Return new memory on the host, shape (elements,), whatever default device or inference mode the caller is in.
-
-    Example:
-        >>> room(3, torch.bfloat16).shape
-        torch.Size([3])
-    """
-    with torch.inference_mode(False):
-        return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=pinned)
-
-
-def pieces(elements: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of the pieces of a tensor; an empty one has one, empty, piece.
-
-    Example:
-        >>> list(pieces(PIECE + 1))
-        [(0, 1048576), (1048576, 1048577)]
-    """
-    for start in range(0, max(elements, 1), PIECE):
-        yield start, min(start + PIECE, elements)
 
 
 def _write(live: Tensor, source: Source, name: str, given: Layout, total: Checksum, names: list[str]) -> None:
-    """Write one tensor of a source into a live one."""
-    straight = live.device.type == "cpu" and live.is_contiguous()
-    pinned = live.device.type == "cuda"
-    flat = live.detach().view(-1) if straight else room(live.numel(), given.dtype, pinned=pinned)
-    for start, stop in pieces(live.numel()):
-        piece = flat[start:stop]
-        if piece.dtype == given.dtype:
-            values = source.read(name, start, stop, out=piece)
-        else:
-            values = source.read(name, start, stop)
-            piece.copy_(values)
-        for tied in names:
-            total.add(tied, values)
+    """Write what is held here of one tensor of a source into the live one."""
+    local, part = held(live)
+    straight = local.device.type == "cpu" and local.is_contiguous()
+    pinned = local.device.type == "cuda"
+    flat = local.detach().view(-1) if straight else room(local.numel(), given.dtype, pinned=pinned)
+    fill(flat, part, source, name, given.dtype, total, names)
     if not straight:
-        live.copy_(flat.view(given.shape), non_blocking=pinned)
+        local.copy_(flat.view(local.shape), non_blocking=pinned)
+
+
+def fill(
+    flat: Tensor, part: Part, source: Source, name: str, dtype: torch.dtype, total: Checksum, names: Iterable[str]
+) -> None:
+    """Decode a part of a tensor into memory.
+
+    Args:
+        flat: Where to, on the CPU, shape (elements of the part,), of any dtype.
+        part: What to read.
+        source: What from.
+        name: Of which tensor.
+        dtype: What the source has it in.
+        total: A checksum of what was read, before any cast.
+        names: Under which names it is counted there.
+    """
+    for cell in part.cells(source.grain(name)):
+        piece = flat[cell.at]
+        if cell.complete and piece.dtype == dtype:
+            values = source.read(name, cell.start, cell.stop, out=piece)
+        else:
+            values = source.read(name, cell.start, cell.stop)
+            piece.copy_(values[cell.keep])
+        counted = masked(values, cell)
+        for each in names:
+            total.add(each, counted)
+
+
+def _part_of(given: Tensor, part: Part) -> Tensor:
+    """Return what is held here of a tensor that is whole, or sharded in the same way."""
+    if is_sharded(given):
+        return held(given)[0]
+    return given if part.stop is None else given.narrow(part.dim, part.start, part.stop - part.start)
+
+
+def _bump(tensors: Iterable[Tensor]) -> None:
+    """Let the version counters of DTensors move as well, which know nothing of a write into their memory."""
+    for tensor in tensors:
+        if is_sharded(tensor):
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _ties(live: Mapping[str, Tensor]) -> dict[str, str]:
@@ -303,10 +383,3 @@ def _check(given: Mapping[str, Layout], live: Mapping[str, Layout], role: str, s
                 expected=f"a dtype like {own.dtype} of the {role}",
                 cure="use weights of the same class of dtype",
             )
-
-
-def dtype_class(dtype: torch.dtype) -> str:
-    """Return "floating", "complex", "bool" or "integer": within a class, a write casts."""
-    if dtype.is_floating_point:
-        return "floating"
-    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Nursery
 
 # torch's first call takes seconds; in CI the examples are the same at each run, elsewhere new ones are looked for.
 settings.register_profile(
@@ -36,3 +37,11 @@ def global_random_state():
     before = torch.get_rng_state()
     yield before
     assert torch.equal(torch.get_rng_state(), before), "something drew from the global random generator"
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Where ranks come from: `nursery.play(function, ranks, ...)`."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()

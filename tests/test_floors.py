@@ -16,7 +16,8 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "modules", "weights", "optimizers", "riding", "rewinding", "roles"),
+        *("fingerprints", "layouts", "sharding", "states", "ranks"),
+        *("modules", "weights", "optimizers", "riding", "rewinding", "roles"),
         *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
     ],
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,3 +136,28 @@ def test_two_ranks_walk_together_and_rank_0_writes_the_path(tmp_path, slow):
     path = disback.DegradationPath(tmp_path / "path")
     path.verify()
     assert [node.iteration for node in path.nodes] == [2, 4]
+
+
+README = (HERE.parent / "README.md").read_text()
+SCRIPT = re.search(r"```py\n(.*?)```", README, flags=re.DOTALL).group(1)
+COMMANDS = re.findall(r"^((?:torchrun|accelerate launch) .* train\.py)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_launches_of_the_readme_run_as_they_are_written(tmp_path, command):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    # The very package that is tested, with this interpreter's commands.
+    found = {"PYTHONPATH": str(HERE.parent), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | found | {"OMP_NUM_THREADS": "1"}
+    out = subprocess.run(
+        command.split(), cwd=tmp_path, capture_output=True, text=True, check=False, env=environment, timeout=120
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "disback done" in out.stdout
+    path = disback.DegradationPath(tmp_path / "runs" / "path")
+    path.verify()
+    assert len(path) == 3
+
+
+def test_the_readme_shows_both_launchers():
+    assert {command.split()[0] for command in COMMANDS} == {"torchrun", "accelerate"}

@@ -19,6 +19,7 @@ from disback_plugin.errors import PathError, StateError
 from disback_plugin.fingerprints import checksum, fingerprint
 from disback_plugin.nodes import Decoded, Delta
 from disback_plugin.schedules import Fixed, Ramp
+from disback_plugin.states import State
 from disback_plugin.weights import ScoreNetwork
 
 
@@ -122,8 +123,7 @@ def nan_in_the_middle(folder):
     states[1]["inner.0.weight"] = torch.full_like(states[1]["inner.0.weight"], torch.nan)
     deltas, manifest = [], config(folder)
     for i in (1, 2, 3):
-        tensors, aliases = files.without_aliases(states[i])
-        deltas.append(Delta.encode("exact", tensors, aliases, Decoded(states[0], deltas)))
+        deltas.append(Delta.encode("exact", State(states[i]), Decoded(states[0], deltas)))
         name = f"node-{i:03d}.safetensors"
         about = files.write_tensors(folder / name, deltas[-1].parts, about=deltas[-1].metadata())
         manifest["nodes"][i - 1] |= about | {"checksum": checksum(states[i]), "codec": "exact"}
@@ -336,7 +336,7 @@ def test_every_recorded_position_is_compared_with_its_checksum(folder):
     run, compared = Run(), []
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 1))
     check = scheduler.path.check_decoded
-    scheduler.path.check_decoded = lambda index, found: (compared.append(index), check(index, found))
+    scheduler.path.check_decoded = lambda index, *found: (compared.append(index), check(index, *found))
     scheduler.start()
     for _ in range(3):
         net = ScoreNetwork(Score())

@@ -224,6 +224,12 @@ class FullyShardedDataParallel(nn.Linear):
         super().__init__(1, 1)
 
 
+def _zero_3():
+    net = nn.Linear(2, 2)
+    net.weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
+    return net
+
+
 class ExtraState(nn.Linear):
     def get_extra_state(self):
         return {"scale": 1}
@@ -237,6 +243,7 @@ class ExtraState(nn.Linear):
         (lambda: nn.LazyLinear(2), "lazy"),
         (_inference, "inference mode"),
         (lambda: ExtraState(2, 2), "extra state"),
+        (_zero_3, "ZeRO-3"),
         (lambda: _with_buffer(torch.ones(1).expand(3)), "expanded"),
         (lambda: _with_buffer(torch.ones(2, dtype=torch.float8_e4m3fn)), "quantised"),
         (lambda: _with_buffer(torch.ones(2, dtype=torch.complex128)), "complex128"),
