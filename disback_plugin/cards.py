@@ -18,7 +18,7 @@ def card(manifest: Manifest) -> str:
         teacher=manifest.teacher.id or "unnamed",
         fingerprint=manifest.teacher.fingerprint,
         generator=manifest.generator or "unknown",
-        iterations=manifest.recording.iterations,
+        iterations=manifest.iterations,
         codec=manifest.recording.codec,
         kept=""
         if manifest.recording.keep_teacher

@@ -22,7 +22,7 @@ from disback_plugin.rewinding import Rewind, Stateful
 from disback_plugin.riding import Ride
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler
-from disback_plugin.schedules import Schedule
+from disback_plugin.schedules import Auto, Schedule
 from disback_plugin.stages import Stages
 from disback_plugin.states import State
 from disback_plugin.trajectory import DegradationPath
@@ -122,11 +122,12 @@ class Handle:
 
     def __repr__(self) -> str:
         stages, path = self._stages, self.path
-        recording = None if path is None else path.manifest.recording
-        nodes = "no path" if path is None or recording is None else f"N = {recording.nodes}, {path.folder}"
+        manifest = None if path is None else path.manifest
+        nodes = "no path" if path is None else f"N = {path.manifest.last_node}, {path.folder}"
         recorded = None if stages.recorder is None else stages.recorder.iteration
         if self.scheduler is None:
-            ahead = Plan(stages.schedule, 0 if recording is None else recording.nodes).stages()
+            waits = isinstance(stages.schedule, Auto)
+            ahead = [] if waits else Plan(stages.schedule, 0 if manifest is None else manifest.last_node).stages()
         else:
             ahead = self.scheduler.stages()
         who = cast(
@@ -139,7 +140,7 @@ class Handle:
         return (
             f"<disback {self.phase}: position {self.position:g} ({nodes}), {stages.schedule!r}, "
             f"{self.generator_updates} generator updates, {self.fake_score_updates} fake-score updates>\n"
-            f"{aligned(who)}\n{aligned(agenda(recording, recorded, ahead, self.generator_updates))}"
+            f"{aligned(who)}\n{aligned(agenda(manifest, recorded, ahead, self.generator_updates))}"
         )
 
     # -- the way in and out -------------------------------------------------------------------------------------------

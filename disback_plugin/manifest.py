@@ -44,8 +44,8 @@ class Recording:
         OptionError: If a count is no whole number >= 1, or there is no such codec.
 
     Example:
-        >>> Recording(iterations=25, every=10).due(20), Recording(25, 10).nodes
-        (True, 3)
+        >>> Recording(iterations=25, every=10).nodes
+        3
     """
 
     iterations: int
@@ -70,10 +70,6 @@ class Recording:
     def nodes(self) -> int:
         """N, the index of the last node."""
         return -(-self.iterations // self.every)
-
-    def due(self, iteration: int) -> bool:
-        """Return whether a node is saved after this iteration."""
-        return iteration == self.iterations or (iteration < self.iterations and iteration % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -138,6 +134,8 @@ class Manifest:
         generator: Fingerprint of the initial generator, if known.
         nodes: Nodes 1 ... N, as far as they are recorded.
         complete: Whether node N is among them.
+        fitted: Updates after which s' was seen to be fitted (`fitting`); None if it was not.
+        ended: Updates after which the recording was ended because of that; None if it went on as planned.
     """
 
     teacher: Teacher
@@ -145,6 +143,27 @@ class Manifest:
     generator: str | None = None
     nodes: tuple[Node, ...] = field(default=())
     complete: bool = False
+    fitted: int | None = None
+    ended: int | None = None
+
+    @property
+    def iterations(self) -> int:
+        """Updates of s' in all."""
+        return self.ended or self.recording.iterations
+
+    @property
+    def last_node(self) -> int:
+        """N, the index of the last node."""
+        return -(-self.iterations // self.recording.every)
+
+    def due(self, iteration: int) -> bool:
+        """Return whether a node is saved after this iteration.
+
+        Example:
+            >>> Manifest(Teacher("", ""), Recording(25, 10), ended=12).due(12)
+            True
+        """
+        return iteration == self.iterations or (iteration < self.iterations and iteration % self.recording.every == 0)
 
     @property
     def entries(self) -> tuple[Teacher | Node, ...]:
@@ -195,11 +214,15 @@ class Manifest:
         if not all(0 < node.delta_norm < math.inf for node in nodes):
             return "a node at no distance from the one before"
         iterations = [node.iteration for node in nodes]
-        due = [min((i + 1) * self.recording.every, self.recording.iterations) for i in range(len(nodes))]
+        if any(
+            count is not None and not 1 <= count <= self.recording.iterations for count in (self.fitted, self.ended)
+        ):
+            return f"a recording that was fitted after {self.fitted} updates and ended after {self.ended}"
+        due = [min((i + 1) * self.recording.every, self.iterations) for i in range(len(nodes))]
         if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
             return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
-        if len(nodes) > self.recording.nodes or (self.complete and nodes and len(nodes) != self.recording.nodes):
-            return f"{len(nodes)} of {self.recording.nodes} nodes, complete: {self.complete},"
+        if len(nodes) > self.last_node or (self.complete and nodes and len(nodes) != self.last_node):
+            return f"{len(nodes)} of {self.last_node} nodes, complete: {self.complete},"
         if (nodes or self.complete) and self.teacher_missing:
             return "nodes without a teacher"
         if teacher.sha256 and not self.recording.keep_teacher:
@@ -214,6 +237,8 @@ class Manifest:
             generator=_of_type(content["generator"]["fingerprint"], str | None),
             nodes=tuple(_typed(Node, node) for node in _of_type(content["nodes"], list)),
             complete=_of_type(content["complete"], bool),
+            fitted=_of_type(content.get("fitted"), int | None),
+            ended=_of_type(content.get("ended"), int | None),
         )
 
     def write(self, folder: Path) -> None:

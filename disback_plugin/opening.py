@@ -56,7 +56,7 @@ def open_or_create(
         path.tidy()
         path.verify()
         # A crash may have come between the last node and the mark that it was the last.
-        if not path.complete and len(path) - 1 == recording.nodes:
+        if not path.complete and len(path) - 1 == path.manifest.last_node:
             path.finish()
         return path
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers
-from disback_plugin.manifest import Recording
+from disback_plugin.manifest import Manifest
 from disback_plugin.schedules import Target
 from disback_plugin.weights import ScoreNetwork
 
@@ -46,32 +46,37 @@ def _describe(network: ScoreNetwork) -> str:
 
 
 def agenda(
-    recording: Recording | None, recorded: int | None, stages: Sequence[tuple[int, Target]], updates: int
+    manifest: Manifest | None, recorded: int | None, stages: Sequence[tuple[int, Target]], updates: int
 ) -> list[tuple[str, str, str]]:
     """Return a row for each thing that happens: "->" at where the run is, when, and what.
 
     Args:
-        recording: The recording's plan; None if there is none.
+        manifest: The path's; None if there is none.
         recorded: Fake-score updates recorded so far; None once recording is over.
-        stages: Generator updates, and what the walk aims at from there on.
+        stages: Generator updates, and what the walk aims at from there on; none if the recording has to say.
         updates: Generator updates so far.
 
     Example:
-        >>> for row in agenda(Recording(4, 2), None, [(0, Target(1.0)), (30, Target(0.0))], 7):
+        >>> from disback_plugin.manifest import Recording, Teacher
+        >>> recorded = Manifest(Teacher("", ""), Recording(4, 2))
+        >>> for row in agenda(recorded, None, [(0, Target(1.0)), (30, Target(0.0))], 7):
         ...     print(row)
         ('', 'recorded', "4 fake-score updates, nodes s'_1 to s'_2")
         ('->', 'generator update 0', 'teacher at position 1')
         ('', 'generator update 30', 'teacher at position 0: itself, for good')
     """
     rows: list[tuple[str, str, str]] = []
-    if recording is not None:
-        nodes = f"nodes s'_1 to s'_{recording.nodes}"
+    if manifest is not None:
+        nodes = f"nodes s'_1 to s'_{manifest.last_node}"
         if recorded is None:
-            rows.append(("", "recorded", f"{recording.iterations} fake-score updates, {nodes}"))
+            rows.append(("", "recorded", f"{manifest.iterations} fake-score updates, {nodes}"))
         else:
-            due = recording.iterations if recorded >= recording.iterations else _next_due(recording, recorded)
-            what = f"{recorded} of {recording.iterations} fake-score updates, {nodes}, the next one at {due}"
+            due = min(manifest.iterations, (recorded // manifest.recording.every + 1) * manifest.recording.every)
+            most = "" if stages else "at most "
+            what = f"{recorded} of {most}{manifest.iterations} fake-score updates, {nodes}, the next one at {due}"
             rows.append(("->", "recording", what))
+    if not stages:
+        rows.append(("", "then", "back along the path, in as many generator updates as s_phi needed to be fitted"))
     now = None if recorded is not None else max((start for start, _ in stages if start <= updates), default=None)
     last = len(stages) - 1
     for index, (start, target) in enumerate(stages):
@@ -81,10 +86,6 @@ def agenda(
             continue
         rows.append(("->" if start == now else "", f"generator update {start}", _aim(target, index == last)))
     return rows
-
-
-def _next_due(recording: Recording, recorded: int) -> int:
-    return min(recording.iterations, (recorded // recording.every + 1) * recording.every)
 
 
 def _aim(target: Target, last: bool) -> str:

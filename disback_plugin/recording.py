@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from disback_plugin import ranks, training
 from disback_plugin.errors import OptionError, TrainingError
+from disback_plugin.fitting import EVERY, Fit
 from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Recording
 from disback_plugin.opening import open_or_create
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 # at most about 20, and no public trainer updates the generator more often than the fake score.
 PATIENCE = 100
 
+# Fewer updates are no recording, however soon s' is fitted: a warm start of ten is worth its price (EVIDENCE.md).
+LEAST = 10
+
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
 
 
@@ -47,7 +51,11 @@ class Recorder:
         network: s', the network that is fitted.
         training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
             None where the trainer's own checkpoint holds that.
+        until_fitted: Whether to end as soon as the network is fitted (`fitting`), after ten updates or later.
         plugins: Who hears of the nodes.
+
+    Attributes:
+        fit: What the gradients say of the fit.
     """
 
     def __init__(
@@ -56,9 +64,11 @@ class Recorder:
         network: ScoreNetwork,
         *,
         training: Callable[[], dict[str, Tensor]] | None = None,
+        until_fitted: bool = False,
         plugins: Plugins | Sequence[object] = (),
     ) -> None:
         self.path, self.network, self._training = path, network, training
+        self.fit, self._until_fitted = Fit(network), until_fitted
         self._plugins = Plugins.of(plugins)
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
         self._probe: Probe | None = None
@@ -88,7 +98,7 @@ class Recorder:
     @property
     def done(self) -> bool:
         """Whether node N is saved."""
-        return self.iteration >= self.path.manifest.recording.iterations
+        return self.iteration >= self.path.manifest.iterations
 
     def update(self) -> None:
         """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
@@ -99,7 +109,8 @@ class Recorder:
         if self.done:
             return
         iteration = self.iteration + 1
-        due = self.path.manifest.recording.due(iteration)
+        self._look(iteration)
+        due = self.path.manifest.due(iteration)
         if due:
             ranks.agree({"path": self.path.identity, "recording_iteration": iteration})
             training = None if self._training is None else self._training()
@@ -117,6 +128,19 @@ class Recorder:
             self._plugins.node_recorded(self.path, self.path.nodes[-1])
         if self.done:
             self._plugins.path_completed(self.path)
+
+    def _look(self, iteration: int) -> None:
+        """See whether the network is fitted, and perhaps let the recording end for that."""
+        self.fit.look()
+        known = self.path.manifest
+        if iteration % EVERY or known.ended is not None:
+            return
+        fitted = known.fitted
+        if fitted is None and ranks.on_rank_zero(self.fit.updates) is not None:
+            fitted = iteration
+        ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
+        if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
+            self.path.note(fitted=fitted, ended=ended)
 
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
@@ -270,13 +294,18 @@ def _record_copy(
     student_score = copy.deepcopy(module).requires_grad_(True)
     optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
     network = ScoreNetwork(student_score, role="recorded copy")
-    recorder = Recorder(path, network, training=lambda: training.capture(network, optimizer), plugins=plugins)
+
+    def capture() -> dict[str, Tensor]:
+        return training.capture(network, optimizer) | {"fit": recorder.fit.state()}
+
+    recorder = Recorder(path, network, training=capture, plugins=plugins)
     saved = path.training_state()
     if saved is None:
         recorder.start()
     with closing(recorder), _private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
             training.restore(saved, network, optimizer)
+            recorder.fit.load(saved["fit"])
             recorder.watch()
         while not recorder.done:
             optimizer.zero_grad()
@@ -288,7 +317,7 @@ def _record_copy(
 
 
 def _progress(recorder: Recorder) -> tqdm[NoReturn]:
-    total = recorder.path.manifest.recording.iterations
+    total = recorder.path.manifest.iterations
     return tqdm(desc="recording", total=total, initial=recorder.iteration, disable=None)
 
 

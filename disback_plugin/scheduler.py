@@ -20,7 +20,7 @@ from disback_plugin.hooks import Plugins
 from disback_plugin.masking import MaskedSamples, on_main_process
 from disback_plugin.plan import Plan, length
 from disback_plugin.recording import Network
-from disback_plugin.schedules import Schedule, Target, resolve
+from disback_plugin.schedules import Auto, Schedule, Target, resolve
 from disback_plugin.teacher import WalkingTeacher
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -100,7 +100,7 @@ class TrajectoryScheduler:
         self._masked = MaskedSamples(plugins=self._plugins)
         if self.path is not None:
             self._check(self.path, network)
-        self._plan = Plan(self.schedule, self.last_node)
+        self._plan = Plan(self._settled(), self.last_node)
         self._teacher = WalkingTeacher(network, self.path, prefetch=prefetch, together=together)
         self._teacher.warn_if_swallowed()
 
@@ -275,6 +275,22 @@ class TrajectoryScheduler:
         path.bind(teacher.whole())
         if self.last_node:
             self.schedule.check(self.last_node)
+
+    def _settled(self) -> Schedule:
+        """Return the schedule; `Auto` asks the recording first."""
+        if self.path is None or not self.last_node or not isinstance(self.schedule, Auto):
+            return self.schedule
+        manifest = self.path.manifest
+        settled = Auto(manifest.fitted or manifest.iterations)
+        logger.info(
+            "auto: s_phi was %s %d updates; from its last node the teacher walks back in %d, and the gradient grows to "
+            "its full size in %d",
+            "fitted after" if manifest.fitted else "not yet fitted after",
+            settled.fitted,
+            settled.fitted,
+            settled.horizon(self.last_node),
+        )
+        return settled
 
     def _walk(self, signal: Any) -> None:
         """Go on by one update of the plan, unless a plug-in keeps or ends the node; as planned if it raises."""

@@ -7,9 +7,12 @@ generator's gradient.
 | schedule            | position after u updates              | factor on the gradient          | source            |
 |---------------------|---------------------------------------|---------------------------------|-------------------|
 | `Fixed(b, c, ...)`  | N - 1 for b, N - 2 for c, ..., then 0 | 1                               | Algorithm 2, B.2  |
+| `Auto(F)`           | 0.9 N (1 - u / F)+                    | 1 - 0.9 (1 - u / 3F)+           | ours              |
 | `Ramp(K)`           | 0.9 N (1 - u / K)+                    | 1 - position / N (`amplitude`)  | ours              |
 | `WarmStart()`       | 0                                     | 1                               | control           |
 | `GradientRamp(K)`   | 0                                     | 1 - 0.99 (1 - u / K)+           | control           |
+
+F is what the recording says: the updates after which s' was fitted (`fitting`). "auto" ends the recording there.
 
 All of them start s_phi from s'_N, except that `GradientRamp` needs no path at all.
 """
@@ -23,7 +26,19 @@ from typing import ClassVar, NamedTuple, Protocol
 from disback_plugin.errors import OptionError
 from disback_plugin.recipes import Recipe, names, recipe
 
-__all__ = ["Fixed", "GradientRamp", "Ramp", "Recipe", "Schedule", "Target", "WarmStart", "parse", "recipe", "resolve"]
+__all__ = [
+    "Auto",
+    "Fixed",
+    "GradientRamp",
+    "Ramp",
+    "Recipe",
+    "Schedule",
+    "Target",
+    "WarmStart",
+    "parse",
+    "recipe",
+    "resolve",
+]
 
 
 class Target(NamedTuple):
@@ -167,6 +182,48 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Auto:
+    """No setting: the recording says how long the descent is, and ends as soon as it has said so.
+
+    The time that s' takes to fit the student's samples, F updates, is the time in which s_phi follows a change of the
+    student, at this network, learning rate and batch. The teacher walks straight back in F generator updates; the
+    gradient, shrunk at first, is whole after 3F, which gives s_phi time to catch up. A student that begins near the
+    data is fitted at once, and the descent is as short. Both numbers were found on a few small problems
+    (`benchmarks/EVIDENCE.md`, which says where it does not help).
+
+    Args:
+        fitted: F >= 1; None leaves it to the path's recording. Without a path nothing is done.
+
+    Raises:
+        OptionError: If fitted < 1.
+
+    Example:
+        >>> Auto(20)(10, 1), Auto(20)(60, 1)
+        (Target(position=0.45, gradient=0.25), Target(position=0.0, gradient=1.0))
+    """
+
+    fitted: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fitted is not None and self.fitted < 1:
+            raise OptionError(repr(self), expected="updates >= 1", cure="leave it to the recording: Auto()")
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target of update `updates`."""
+        if not nodes or self.fitted is None:
+            return Target(0.0)
+        position, shrunk = (0.9 * max(1 - updates / end, 0.0) for end in (self.fitted, 3 * self.fitted))
+        return Target(position * nodes, 1 - shrunk)
+
+    def horizon(self, nodes: int) -> int:
+        """Return the update from which on the teacher stands still and the gradient is whole."""
+        return 3 * self.fitted if nodes and self.fitted is not None else 0
+
+    def check(self, nodes: int) -> None:
+        """Fits every path."""
+
+
+@dataclass(frozen=True)
 class WarmStart:
     """No descent: s_phi starts from s'_N, the teacher stays the teacher. The control that every path has to beat.
 
@@ -251,7 +308,6 @@ def parse(text: str) -> Schedule:
     Args:
         text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", the name of
             one of the paper's settings (`recipes`), which is Fixed and fits the path of its own recording, or "auto".
-            "auto" is the warm start for now: the one that cost least where it did not help.
 
     Raises:
         OptionError: If the text names none of them.
@@ -266,7 +322,9 @@ def parse(text: str) -> Schedule:
     try:
         numbers = [int(number) for number in arguments.split(",") if arguments]
         match name, numbers:
-            case (("auto" | "warm"), []):
+            case ("auto", []):
+                return Auto()
+            case ("warm", []):
                 return WarmStart()
             case (("ramp" | "plain-ramp"), ([] | [_])):
                 return Ramp(*numbers[:1], amplitude=name == "ramp")

@@ -18,7 +18,7 @@ from disback_plugin.opening import open_or_create
 from disback_plugin.recording import Recorder
 from disback_plugin.rewinding import Rewind
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
-from disback_plugin.schedules import Schedule
+from disback_plugin.schedules import Auto, Schedule
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -170,7 +170,7 @@ class Stages:
         if self.path.complete:
             self._begin_backtracking()
             return
-        self.recorder = Recorder(self.path, self.fake_score, plugins=self._plugins)
+        self.recorder = self._new_recorder(self.path)
         self.recorder.start()
 
     def _continue(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
@@ -198,6 +198,10 @@ class Stages:
             if scheduler.started:  # though a plug-in raised when it heard of it
                 self.scheduler, self.recorder = scheduler, None
 
+    def _new_recorder(self, path: DegradationPath) -> Recorder:
+        until_fitted = isinstance(self.schedule, Auto)
+        return Recorder(path, self.fake_score, until_fitted=until_fitted, plugins=self._plugins)
+
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
         return TrajectoryScheduler(
             self.path,
@@ -223,6 +227,7 @@ class Stages:
             "recording_iteration": 0 if iteration is None else iteration,
             **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.state_dict())),
             "fake_score_updates": self.fake_score_updates,
+            "fit": "" if self.recorder is None else self.recorder.fit.text(),
             "restore": self._rewind.state,
             "fake_score": self.fake_score.mark(),
         }
@@ -266,20 +271,21 @@ class Stages:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state that was checked: counters are set, and the teacher is written from the path."""
         if state["phase"] == "recording":
-            self._resume_recording(int(state["recording_iteration"]))
+            self._resume_recording(int(state["recording_iteration"]), state["fit"])
         else:
             self._resume_backtracking(state)
         self.fake_score_updates = int(state["fake_score_updates"])
         self._rewind.load(state["restore"])
 
-    def _resume_recording(self, iteration: int) -> None:
+    def _resume_recording(self, iteration: int, fit: str) -> None:
         assert self.path is not None
         if self.scheduler is not None:
             self.scheduler.restore()
             self.scheduler = None
         if self.recorder is not None:
             self.recorder.close()
-        self.recorder = Recorder(self.path, self.fake_score, plugins=self._plugins)
+        self.recorder = self._new_recorder(self.path)
+        self.recorder.fit.load_text(fit)
         self.recorder.rewind(iteration)
 
     def _resume_backtracking(self, state: Mapping[str, Any]) -> None:

@@ -251,7 +251,7 @@ class DegradationPath(
     @property
     def identity(self) -> str:
         """Digest of what was, or is being, recorded: teacher, generator and plan, but not how far it got."""
-        recorded = asdict(replace(self.manifest, nodes=(), complete=False))
+        recorded = asdict(replace(self.manifest, nodes=(), complete=False, fitted=None, ended=None))
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 
@@ -392,6 +392,10 @@ class DegradationPath(
             )
         return tensors
 
+    def note(self, *, fitted: int, ended: int | None) -> None:
+        """Write down after how many updates s' was fitted, and where the recording ends because of that, if it does."""
+        self._on_rank_zero(lambda: replace(self.manifest, fitted=fitted, ended=ended).write(self.folder))
+
     def finish(self) -> None:
         """Mark the recording as complete and write the model card."""
 
@@ -406,7 +410,7 @@ class DegradationPath(
     def rewind(self, iteration: int) -> None:
         """Forget the nodes after `iteration`, to record them again from a training state saved there."""
         kept = tuple(node for node in self.nodes if node.iteration <= iteration)
-        complete = self.complete and iteration >= self.manifest.recording.iterations
+        complete = self.complete and iteration >= self.manifest.iterations
         rewound = replace(self.manifest, nodes=kept, complete=complete)
         if rewound != self.manifest:
             self._on_rank_zero(lambda: rewound.write(self.folder))

@@ -240,6 +240,7 @@ def golden(folder):
 
 GOLDEN = {
     "version": 1,
+    "fit": "",
     "schedule": "Fixed(3)",
     "phase": "backtracking",
     "recording_iteration": 0,

@@ -1,0 +1,133 @@
+"""When a recording has done its work: s' is fitted once its gradients in a row no longer point the same way.
+
+While s' is far from the student's score, the gradients of two updates in a row agree, whatever the batch: their cosine
+is near 1. Once s' fits as well as its learning rate allows, what is left is noise and the optimizer's own oscillation:
+0 or below. The cosine knows no unit: not that of the loss, nor clipping, nor a GradScaler's scale. And the updates that
+it takes are the time that s_phi needs to follow a change of the student, at this network, rate and batch: the natural
+clock of a descent (`schedules.Auto`).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from disback_plugin.sharding import held
+from disback_plugin.weights import ScoreNetwork
+
+__all__ = ["EVERY", "Fit", "fitted_after"]
+
+# Numbers of a gradient that are kept for the next: a cosine is then right to about 0.02.
+SAMPLE = 4096
+# The verdict is asked for every so many updates: the only time that a number is read from the device.
+EVERY = 5
+# A mean cosine below this is no agreement.
+AGREEMENT = 0.1
+
+
+def fitted_after(cosines: Sequence[float]) -> int | None:
+    """Return after how many updates a network was fitted; None if it is not yet.
+
+    That is the first multiple of five at which the last quarter of the cosines, four at least, is below 0.1 on average.
+
+    Args:
+        cosines: Between the gradients of updates 1 and 2, 2 and 3, ...; what is not finite counts for nothing.
+
+    Example:
+        >>> fitted_after([0.9] * 10 + [-0.3] * 10), fitted_after([0.9] * 100)
+        (15, None)
+    """
+    for updates in range(EVERY, len(cosines) + 2, EVERY):
+        last = [c for c in cosines[: updates - 1][-max(EVERY - 1, updates // 4) :] if math.isfinite(c)]
+        if len(last) >= EVERY - 1 and sum(last) / len(last) < AGREEMENT:
+            return updates
+    return None
+
+
+class Fit:
+    """The cosines of one network's gradients, from samples of them on the device.
+
+    Args:
+        network: The network; `look` is called after each of its updates, while the gradients are still there. Of a
+            sharded one each rank sees its own part.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> fit = Fit(ScoreNetwork(net))
+        >>> for _ in range(3):
+        ...     net.weight.grad, net.bias.grad = torch.ones(1, 2), torch.zeros(1)
+        ...     fit.look()
+        >>> fit.cosines()
+        [1.0, 1.0]
+    """
+
+    def __init__(self, network: ScoreNetwork) -> None:
+        self._network = network
+        self._sample: Tensor | None = None
+        self._seen: list[float] = []
+        self._pending: list[Tensor] = []
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Compare the gradients with the last ones; reads nothing from the device."""
+        sample = self._take()
+        if sample is None:
+            return
+        if self._sample is not None:
+            self._pending.append(torch.nn.functional.cosine_similarity(sample, self._sample.to(sample), dim=0))
+        self._sample = sample
+
+    def cosines(self) -> list[float]:
+        """Return the cosines so far, read from the device."""
+        if self._pending:
+            self._seen += [float(value) for value in torch.stack(self._pending).tolist()]
+            self._pending.clear()
+        return self._seen
+
+    def updates(self) -> int | None:
+        """Return after how many updates the network was fitted (`fitted_after`); None if it is not yet.
+
+        Example:
+            >>> Fit(ScoreNetwork(nn.Linear(2, 1))).updates() is None
+            True
+        """
+        return fitted_after(self.cosines())
+
+    def state(self) -> Tensor:
+        """Return all that is needed to go on, as one row of float32 on the CPU."""
+        cosines = torch.tensor([float(len(self.cosines())), *self.cosines()], dtype=torch.float32)
+        return cosines if self._sample is None else torch.cat([cosines, self._sample.cpu()])
+
+    def load(self, state: Tensor) -> None:
+        """Go on from a `state`."""
+        end = 1 + int(state[0])
+        self._pending.clear()
+        self._seen = state[1:end].tolist()
+        self._sample = state[end:].clone() if len(state) > end else None
+
+    def text(self) -> str:
+        """Return the state as text."""
+        return base64.b64encode(self.state().numpy().tobytes()).decode()
+
+    def load_text(self, text: str) -> None:
+        """Go on from a `text`."""
+        self.load(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32))
+
+    def _take(self) -> Tensor | None:
+        """Return every k-th number of the gradient, parameter after parameter; None if there is no gradient."""
+        weights = [tensor for _, tensor in self._network.named_tensors() if isinstance(tensor, nn.Parameter)]
+        if all(weight.grad is None for weight in weights):
+            return None
+        local = [(held(weight)[0], None if weight.grad is None else held(weight.grad)[0]) for weight in weights]
+        stride = max(-(-sum(weight.numel() for weight, _ in local) // SAMPLE), 1)
+        parts, offset = [], 0
+        for weight, gradient in local:
+            first, offset = -offset % stride, offset + weight.numel()
+            if first < weight.numel():
+                part = (weight if gradient is None else gradient).reshape(-1)[first::stride].float()
+                parts.append(torch.zeros_like(part) if gradient is None else part)
+        return torch.cat([part.to(parts[0].device) for part in parts])
