@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ def all_of(run, handle):
 
 
 def mortal(folder, delay):
-    """Train to the end with a checkpoint after each second step, unless killed after `delay` seconds of training."""
+    """Train to the end with a checkpoint after each second step, unless killed after `delay` seconds of training.
+
+    Returns the seconds of training.
+    """
     torch.set_num_threads(1)
     run, file, done = Run(), Path(folder, "checkpoint.pt"), 0
     if file.exists():
@@ -56,22 +60,23 @@ def mortal(folder, delay):
         killer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
         killer.daemon = True
         killer.start()
+    start = time.perf_counter()
     for step in range(done + 1, STEPS + 1):
         run.step()
         if step % 2 == 0:
             saved = {"trainer": run.checkpoint(), "disback": handle.state_dict(), "done": step}
             torch.save(saved, f"{file}.new")
             os.replace(f"{file}.new", file)
-    end = all_of(run, handle)
+    end, seconds = all_of(run, handle), time.perf_counter() - start
     if delay is not None:
         killer.cancel()
     torch.save(end, folder + "/end.pt")
-    return done
+    return seconds
 
 
 def killed_and_resumed(nursery, folder, kills, luck):
     (folder / "whole").mkdir()
-    returned(nursery.play(mortal, 1, str(folder / "whole"), None))
+    (seconds,) = returned(nursery.play(mortal, 1, str(folder / "whole"), None))
     expected = torch.load(folder / "whole" / "end.pt", weights_only=True)
     seen, at, number = 0, set(), 0
     while seen < kills:
@@ -79,7 +84,7 @@ def killed_and_resumed(nursery, folder, kills, luck):
         here = folder / f"{number}"
         here.mkdir()
         while True:
-            (result,) = nursery.play(mortal, 1, str(here), luck.random() * 0.25 if seen < kills else None)
+            (result,) = nursery.play(mortal, 1, str(here), luck.random() * seconds if seen < kills else None)
             if not isinstance(result, dict):
                 break
             assert result["status"] == -signal.SIGKILL, result

@@ -286,7 +286,9 @@ def trained(form, path, steps, record=4, codec="exact", optimizer="adam", schedu
     run = Sharded(form, optimizer)
     start = weights_of(run.generator)
     original = ScoreNetwork(run.teacher).fingerprint()
-    handle = disback.attach(**run.roles(), path=path, record=record, every=2, codec=codec, schedule=schedule)
+    ahead = schedule.startswith("ramp")  # decoded in a thread, shard by shard
+    plan = {"record": record, "every": 2, "codec": codec, "schedule": schedule, "prefetch": ahead}
+    handle = disback.attach(**run.roles(), path=path, **plan)
     seen = []
     for _ in range(steps):
         run.step()
@@ -441,4 +443,4 @@ def test_digits_end_where_one_process_with_the_same_batch_ends(nursery, tmp_path
             # Sixteen steps of Adam at 1e-3, without momentum: rounding decides the sign where a gradient is nothing.
             square = sum((ends[form][role][name] - value).square().sum() for name, value in weights.items())
             size = sum(value.square().sum() for value in weights.values())
-            assert square.sqrt() <= 1e-3 * size.sqrt(), f"{role} of {form}: {far}"
+            assert square.sqrt() <= 1e-5 * size.sqrt(), f"{role} of {form}: {far}"
