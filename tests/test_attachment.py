@@ -33,7 +33,7 @@ def test_while_recording_the_generator_and_its_optimizer_do_not_move_by_a_bit(tm
     run = Run(optimizer=optimizer)
     run.steps(2)  # an optimizer that already has a state
     before = clone([dict(run.generator.state_dict()), run.optimizer_g.state_dict()])
-    with disback.attach(**run.roles(), path=tmp_path, record=5, every=2) as handle:
+    with disback.attach(**run.roles(), path=tmp_path, record=5, every=2, schedule="warm") as handle:
         for _ in range(5):
             assert handle.phase == "recording"
             run.step()
@@ -230,7 +230,7 @@ def test_several_optimizers_in_any_order_are_one_update_and_all_are_held_still(t
     roles = run.roles() | {"generator_optimizer": [*optimizers, optimizers[0]]}
     before = clone(dict(run.generator.state_dict()))
     late = 2 if len(order(0)) == 1 else 1  # a round of one of the two ends when the next begins
-    with disback.attach(**roles, path=tmp_path, record=2, every=1) as handle:
+    with disback.attach(**roles, path=tmp_path, record=2, every=1, schedule="warm") as handle:
         for i in range(5):
             run.fake_step()
             run.generator.zero_grad()
@@ -246,7 +246,7 @@ def test_a_discriminators_optimizer_may_step_when_it_likes(tmp_path):
     run, discriminator = Run(), nn.Linear(2, 1)
     adversary = torch.optim.Adam(discriminator.parameters())
     roles = run.roles() | {"fake_score_optimizer": [run.optimizer_f, adversary]}
-    with disback.attach(**roles, path=tmp_path, record=2, every=1) as handle:
+    with disback.attach(**roles, path=tmp_path, record=2, every=1, schedule="warm") as handle:
         run.steps(3)
         discriminator(torch.ones(1, 2)).sum().backward()
         adversary.step()
@@ -791,7 +791,7 @@ def test_a_node_that_could_not_be_written_is_due_again(tmp_path, monkeypatch):
     from disback_plugin import files
 
     run = Run()
-    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2) as handle:
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule="warm") as handle:
         run.steps(1)
         with monkeypatch.context() as patch:
             patch.setattr(files, "write_tensors", lambda *_, **__: 1 / 0)

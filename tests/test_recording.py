@@ -258,7 +258,7 @@ def test_a_crash_between_the_last_node_and_its_mark_is_mended(tmp_path, monkeypa
             record_in_loop(run, tmp_path)
     assert not disback.DegradationPath(tmp_path).complete
     again = Run()
-    with disback.attach(**again.roles(), path=tmp_path, record=6, every=2, codec="exact") as handle:
+    with disback.attach(**again.roles(), path=tmp_path, record=6, every=2, codec="exact", schedule="warm") as handle:
         again.step()
         assert (handle.phase, handle.path.complete) == ("done", True)
 
@@ -291,7 +291,7 @@ def test_what_record_returns_can_be_passed_as_a_path(tmp_path):
     path = record_in_loop(run, tmp_path / "path")
     for form in (path, path.folder, str(path.folder)):
         assert disback.TrajectoryScheduler(form, run.teacher).last_node == 3
-    with disback.attach(**Run().roles(), path=path, record=6, every=2) as handle:
+    with disback.attach(**Run().roles(), path=path, record=6, every=2, schedule="warm") as handle:
         assert handle.phase == "done"
 
 

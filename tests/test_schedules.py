@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disback_plugin.errors import OptionError
-from disback_plugin.schedules import Fixed, GradientRamp, Ramp, Target, WarmStart, parse
+from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Target, WarmStart, parse
 
 counts = st.integers(1, 60)
 schedules = st.one_of(
     st.lists(counts, min_size=1, max_size=4).map(lambda b: Fixed(*b)),
     st.builds(Ramp, counts, start=st.floats(0.1, 1), amplitude=st.booleans()),
     st.just(WarmStart()),
+    st.builds(Auto, st.none() | counts),
     st.builds(GradientRamp, counts, depth=st.floats(0, 1)),
 )
 
@@ -57,7 +58,7 @@ def test_a_ramp_needs_no_nodes_between():
 
 
 def test_a_path_with_only_the_teacher_leaves_every_path_schedule_idle():
-    for schedule in (Fixed(5), Ramp(5), WarmStart()):
+    for schedule in (Fixed(5), Ramp(5), WarmStart(), Auto(5)):
         assert schedule(0, 0) == Target(0.0, 1.0)
         assert schedule.horizon(0) == 0
 
@@ -69,7 +70,14 @@ def test_budgets_that_have_no_node_are_refused():
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda: Fixed(), lambda: Fixed(0), lambda: Ramp(0), lambda: Ramp(start=1.5), lambda: GradientRamp(depth=2)],
+    [
+        lambda: Fixed(),
+        lambda: Fixed(0),
+        lambda: Ramp(0),
+        lambda: Ramp(start=1.5),
+        lambda: GradientRamp(depth=2),
+        lambda: Auto(0),
+    ],
 )
 def test_numbers_out_of_their_domain_are_refused(wrong):
     with pytest.raises(OptionError):
@@ -79,7 +87,7 @@ def test_numbers_out_of_their_domain_are_refused(wrong):
 @pytest.mark.parametrize(
     ("text", "schedule"),
     [
-        ("auto", WarmStart()),
+        ("auto", Auto()),
         ("warm", WarmStart()),
         ("ramp", Ramp(100)),
         ("ramp:7", Ramp(7)),

@@ -238,7 +238,7 @@ def test_a_damaged_or_hostile_path_is_one_named_error_and_reaches_no_weight(fold
 
 def test_the_undamaged_path_is_fine(folder):
     disback.DegradationPath(folder).verify()
-    with disback.attach(**Run().roles(), path=folder, record=6, every=2) as handle:
+    with disback.attach(**Run().roles(), path=folder, record=6, every=2, schedule="warm") as handle:
         assert handle.phase == "done"
 
 

@@ -1,0 +1,231 @@
+"""When a recording has done its work, and what `auto` makes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from worlds import Run, clone, difference
+
+import disback_plugin as disback
+from disback_plugin.fitting import SAMPLE, Fit, fitted_after
+from disback_plugin.schedules import Auto
+from disback_plugin.weights import ScoreNetwork
+
+numbers = st.floats(-1, 1) | st.just(math.nan)
+
+
+@given(st.lists(numbers, max_size=80))
+def test_the_verdict_stays_whatever_comes_later(cosines):
+    first = fitted_after(cosines)
+    for more in (cosines + [1.0] * 30, cosines + [-1.0] * 7):
+        assert first is None or fitted_after(more) == first
+
+
+@given(length=st.integers(0, 120), agreeing=st.floats(0.11, 1))
+def test_gradients_that_agree_are_no_fit_however_long(length, agreeing):
+    assert fitted_after([agreeing] * length) is None
+
+
+@given(st.integers(0, 60))
+def test_a_fit_is_seen_soon_after_the_gradients_stop_agreeing(agreeing):
+    cosines = [0.9] * agreeing + [-0.4] * 100
+    assert agreeing <= fitted_after(cosines) <= 1.5 * agreeing + 10
+
+
+def test_gradients_that_are_not_finite_count_for_nothing():
+    assert fitted_after([math.nan] * 40) is None
+    assert fitted_after([math.nan, -0.5, -0.5, -0.5, -0.5]) is None
+    assert fitted_after([math.nan] + [-0.5] * 8) == 10
+
+
+def gradients(net, seed):
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+    return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+
+def test_a_small_network_is_looked_at_whole():
+    net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    fit = Fit(ScoreNetwork(net))
+    before = None
+    expected = []
+    for seed in range(4):
+        now = gradients(net, seed)
+        fit.look()
+        if before is not None:
+            expected.append(torch.cosine_similarity(now, before, dim=0).item())
+        before = now
+    assert fit.cosines() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sample_of_a_large_networks_gradient_knows_its_cosine():
+    net = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 301, bias=False), nn.Linear(301, 7))
+    fit = Fit(ScoreNetwork(net))
+    gradients(net, 0)
+    fit.look()
+    first = [parameter.grad.clone() for parameter in net.parameters()]
+    gradients(net, 1)
+    for parameter, old in zip(net.parameters(), first, strict=True):
+        parameter.grad.mul_(0.5).add_(old)  # a true cosine of 1 / sqrt(1.25)
+    fit.look()
+    assert fit.cosines() == pytest.approx([0.894], abs=0.03)
+    assert len(fit.state()) <= SAMPLE + 2
+
+
+def test_the_scale_of_a_loss_changes_nothing():
+    net = nn.Linear(40, 40)
+    found = []
+    for scale in (1.0, 65_536.0):
+        fit = Fit(ScoreNetwork(net))
+        for seed in range(3):
+            gradients(net, seed)
+            net.weight.grad.mul_(scale)
+            net.bias.grad.mul_(scale)
+            fit.look()
+        found.append(fit.cosines())
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_a_look_goes_on_from_its_text():
+    net = nn.Linear(4, 4)
+    whole, interrupted = Fit(ScoreNetwork(net)), Fit(ScoreNetwork(net))
+    for seed in range(6):
+        gradients(net, seed)
+        whole.look()
+        interrupted.look()
+        text = json.loads(json.dumps(interrupted.text()))
+        interrupted = Fit(ScoreNetwork(net))
+        interrupted.load_text(text)
+    assert interrupted.cosines() == whole.cosines()
+
+
+def test_a_parameter_that_never_has_a_gradient_does_not_matter():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[0].requires_grad_(False)
+    fit = Fit(ScoreNetwork(net))
+    for _ in range(2):
+        net[1].weight.grad, net[1].bias.grad = torch.ones(3, 3), torch.ones(3)
+        fit.look()
+    assert fit.cosines() == pytest.approx([1.0])
+
+
+# -- auto -------------------------------------------------------------------------------------------------------------
+
+
+def attached(run, folder, **options):
+    return disback.attach(**run.roles(), path=folder, **({"record": 60, "every": 20} | options))
+
+
+def test_auto_ends_the_recording_when_s_phi_is_fitted_and_walks_back_as_fast(tmp_path):
+    run = Run(seed=1)
+    before = clone(dict(run.teacher.state_dict()))
+    with attached(run, tmp_path) as handle:
+        rounds = 0
+        while handle.phase == "recording":
+            assert "at most 60" in repr(handle)
+            run.step()
+            rounds += 1
+        manifest = handle.path.manifest
+        assert 10 <= rounds == manifest.ended < 60
+        assert manifest.fitted <= manifest.ended
+        assert handle.path.nodes[-1].iteration == manifest.ended
+        walked = Auto(manifest.fitted)
+        for update in range(3 * manifest.fitted):
+            target = walked(update, len(handle.path) - 1)
+            assert (handle.position, handle.scheduler.gradient_factor) == target
+            run.step()
+        assert (handle.phase, handle.position) == ("done", 0.0)
+        assert difference(dict(run.teacher.state_dict()), before) == []
+    handle.path.verify()
+
+
+def test_auto_says_in_one_line_what_it_decided_and_why(tmp_path, caplog):
+    caplog.set_level("INFO", logger="disback_plugin")
+    run = Run(seed=1)
+    with attached(run, tmp_path) as handle:
+        while handle.phase == "recording":
+            run.step()
+    (line,) = [message for message in caplog.messages if message.startswith("auto: ")]
+    assert f"fitted after {handle.path.manifest.fitted} updates" in line
+
+
+def test_another_schedule_records_to_the_end_and_notes_the_fit_all_the_same(tmp_path):
+    run = Run(seed=1)
+    with attached(run, tmp_path, schedule="warm") as handle:
+        run.steps(60)
+        assert handle.phase == "done"
+    assert handle.path.manifest.ended is None
+    assert [node.iteration for node in handle.path.nodes] == [20, 40, 60]
+    again = Run(seed=1)
+    with attached(again, tmp_path / "auto") as other:
+        again.steps(60)
+    assert handle.path.manifest.fitted == other.path.manifest.fitted
+
+
+def test_a_recording_too_short_to_fit_is_walked_back_in_its_own_length(tmp_path):
+    run = Run(seed=1)
+    with attached(run, tmp_path, record=3, every=3) as handle:
+        run.steps(3)
+        assert handle.path.manifest.fitted is None
+        assert handle.scheduler.stages()[-1][0] == 9
+
+
+def test_auto_without_a_path_changes_nothing(tmp_path):
+    plain, attached_run = Run(), Run()
+    plain.steps(5)
+    with disback.attach(**attached_run.roles(), record=0, schedule="auto"):
+        attached_run.steps(5)
+    assert difference(attached_run.checkpoint(), plain.checkpoint()) == []
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 9, 12, 14, 15, 20, 30])
+def test_a_run_that_was_stopped_anywhere_decides_as_one_that_was_not(tmp_path, stop):
+    whole = Run(seed=1)
+    with attached(whole, tmp_path / "whole") as handle:
+        whole.steps(40)
+        decided = handle.path.manifest
+        ended = (handle.position, handle.generator_updates)
+    run = Run(seed=1)
+    handle = attached(run, tmp_path / "path")
+    run.steps(stop)
+    state, checkpoint = json.loads(json.dumps(handle.state_dict())), copy.deepcopy(run.checkpoint())
+    run.steps(7)  # lost
+    for hook in (run.optimizer_g, run.optimizer_f):  # the process is gone, without a detach
+        hook._optimizer_step_pre_hooks.clear()
+    again = Run(seed=1)
+    with attached(again, tmp_path / "path") as handle:
+        again.load(checkpoint)
+        handle.load_state_dict(state)
+        again.steps(40 - stop)
+        assert (handle.position, handle.generator_updates) == ended
+        found = handle.path.manifest
+        assert (found.fitted, found.ended, found.nodes) == (decided.fitted, decided.ended, decided.nodes)
+    assert difference(again.checkpoint(), whole.checkpoint()) == []
+
+
+def test_a_fake_step_that_clears_its_gradients_leaves_no_verdict(tmp_path):
+    run = Run()
+
+    def step():
+        run.fake_step()
+        run.optimizer_f.zero_grad(set_to_none=True)
+
+    path = disback.record(run.teacher, run.fake_score, step, path=tmp_path, iterations=30, every=30)
+    assert path.manifest.fitted is None
+
+
+def test_a_standalone_recording_notes_the_fit(tmp_path):
+    run = Run(seed=1)
+    path = disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=40, every=20)
+    assert path.manifest.fitted in range(5, 41, 5)
+    scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score)
+    scheduler.start()
+    assert scheduler.stages()[-1][0] == 3 * path.manifest.fitted
