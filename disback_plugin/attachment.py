@@ -43,8 +43,8 @@ def attach(
 ) -> Handle:
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
 
-    With a new `path` the first `record` updates of the fake score record it, while the generator is held still; then
-    backtracking starts by itself. A finished path in the folder is reused, an unfinished one resumed, any other
+    With a new `path` the first updates of the fake score record it, `record` of them or, under "auto", fewer, while the
+    generator is held still; then backtracking starts by itself. A finished path in the folder is reused, an unfinished one resumed, any other
     refused.
 
     To resume, attach when the trainer is built, load its checkpoint, and give `load_state_dict` the saved state. A
@@ -59,8 +59,9 @@ def attach(
         generator_optimizer: Whatever steps the generator, all of it: one optimizer or several, plain or accelerate's.
         fake_score_optimizer: Whatever steps s_phi. It may step more, as a discriminator, but nothing of the generator.
         path: Folder of the path; None only with record=0.
-        record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. 0 changes nothing in a run, bit for
-            bit, unless the schedule scales gradients without a path.
+        record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. The default schedule ends them as
+            soon as s_phi is fitted. 0 changes nothing in a run, bit for bit, unless the schedule scales gradients
+            without a path.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
         codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
             `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.

@@ -151,7 +151,8 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     state = "complete" if path.complete else "unfinished"
     print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
-    print(f"teacher {about['teacher']}\n")
+    fitted = "not seen to be fitted" if about["fitted"] is None else f"s_phi fitted after {about['fitted']}"
+    print(f"{about['iterations']} iterations, {fitted}; teacher {about['teacher']}\n")
     print(table(rows))
 
 
