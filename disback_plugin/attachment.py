@@ -44,8 +44,8 @@ def attach(
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
 
     With a new `path` the first updates of the fake score record it, `record` of them or, under "auto", fewer, while the
-    generator is held still; then backtracking starts by itself. A finished path in the folder is reused, an unfinished one resumed, any other
-    refused.
+    generator is held still; then backtracking starts by itself. A finished path in the folder is reused, an unfinished
+    one resumed, any other refused.
 
     To resume, attach when the trainer is built, load its checkpoint, and give `load_state_dict` the saved state. A
     trainer that loads its checkpoint while it is built is attached after that, with `state`.
