@@ -1,4 +1,4 @@
-"""Where FSDP1 keeps a weight: of all weights of a unit, flattened one after another, each process holds an equal stretch.
+"""Where FSDP1 keeps a weight: of all weights of a unit, flattened side by side, each process holds an equal stretch.
 
 With `use_orig_params=True` a parameter goes on as that part of itself that falls into this process's stretch: flat, and
 often empty. What it is as a whole is known to its unit alone (`torch.distributed.fsdp.FullyShardedDataParallel`), which
@@ -47,7 +47,7 @@ class Stretch:
     rank: int
     ranks: int
     group: Any = None
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
     unit: Any = None
     trouble: tuple[str, str] | None = None
 
@@ -159,7 +159,7 @@ def _learn(unit: Any) -> None:
             handle.rank,
             handle.world_size if handle.uses_sharded_strategy else 1,
             handle.process_group,
-            handle.device,
+            str(handle.device),
             weakref.ref(unit),
             trouble,
         )

@@ -1,7 +1,8 @@
 """What one process holds of a tensor that several share: FSDP's shards, read and written without communication.
 
 `torch.distributed.fsdp.fully_shard` makes each parameter a DTensor: it is cut along one dimension into as many chunks
-as there are processes, the last ones smaller or empty, and perhaps repeated over a second dimension of the mesh (HSDP). FSDP1 cuts where it likes (`flattening`).
+as there are processes, the last ones smaller or empty, and perhaps repeated over a second dimension of the mesh (HSDP).
+FSDP1 cuts a flattened unit wherever its equal stretches end (`flattening`).
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def _sharers(tensor: Tensor) -> tuple[Any, torch.device, list[Part]] | None:
     """Return the group that shares a tensor, where it sends from, and what each of it holds; None if each holds all."""
     stretch, axis = _stretch_held(tensor), _axis(tensor)
     if stretch is not None:
-        return stretch.group, stretch.device, [_part(stretch, rank) for rank in range(stretch.ranks)]
+        return stretch.group, torch.device(stretch.device), [_part(stretch, rank) for rank in range(stretch.ranks)]
     if axis is None:
         return None
     mesh, (_, ranks, dim) = tensor.device_mesh, cut_of(tensor) or (0, 1, 0)  # type: ignore[attr-defined]

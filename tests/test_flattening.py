@@ -126,15 +126,15 @@ def recorded(form, folder):
 
 
 def test_the_files_are_those_of_one_process_bit_for_bit(nursery, tmp_path):
-    for ranks, form in ((1, "whole"), (2, "nested"), (2, "root"), (4, "replicas")):
+    for ranks, form in ((1, "whole"), (2, "root"), (4, "replicas")):
         returned(nursery.play(recorded, ranks, form, str(tmp_path / form)))
     known = content(tmp_path / "whole")
-    for form in ("nested", "root", "replicas"):
+    for form in ("root", "replicas"):
         odd = [name for name, data in content(tmp_path / form).items() if known[name] != data]
         assert odd == [], form
 
 
-# -- a whole run, as DMD2's: teacher and fake score inside one root -----------------------------------------------------
+# -- a whole run, as DMD2's: teacher and fake score inside one root ----------------------------------------------------
 
 
 class Guidance(nn.Module):
@@ -219,7 +219,7 @@ def test_a_run_inside_one_root_ends_where_one_process_does(nursery, tmp_path, fo
         DegradationPath(tmp_path / optimizer).verify()
 
 
-# -- refused ------------------------------------------------------------------------------------------------------------
+# -- refused -----------------------------------------------------------------------------------------------------------
 
 
 def refused():
