@@ -41,7 +41,7 @@ class OriginalFeatures:
     """
 
     def __init__(self, teacher: nn.Module, forward: Callable[..., Any]) -> None:
-        sharded = any(hasattr(parameter, "to_local") for parameter in teacher.parameters())
+        sharded = ScoreNetwork.of(teacher, role="teacher").sharded
         if sharded or getattr(teacher, "_compiled_call_impl", None) is not None:
             raise RoleError(
                 f"a {'sharded' if sharded else 'compiled'} teacher whose features a discriminator reads",

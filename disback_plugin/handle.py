@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from disback_plugin import optimizers, ranks
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
+from disback_plugin.flattening import locate
 from disback_plugin.hooks import Plugins
 from disback_plugin.overview import agenda, aligned, cast
 from disback_plugin.plan import Plan
@@ -54,6 +55,7 @@ class Handle:
         restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
     ) -> None:
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
+        locate(optimizers.parameters(generator_optimizers))
         self._generator_optimizers = generator_optimizers
         # Others, as a discriminator's, may step when they like.
         weights = {id(tensor) for _, tensor in fake_score.named_tensors()}

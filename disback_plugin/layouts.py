@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from disback_plugin.flattening import shape_of
+
 __all__ = ["GRAIN", "PIECE", "Layout", "dtype_class", "layout_of", "pieces", "room"]
 
 # Elements that are read, decoded and written at once: large enough that a call's fixed costs vanish, small enough for
@@ -33,7 +35,7 @@ def layout_of(state: Mapping[str, Tensor]) -> dict[str, Layout]:
         >>> layout_of({"w": torch.zeros(2)})["w"].shape
         torch.Size([2])
     """
-    return {name: Layout(tensor.dtype, tensor.shape) for name, tensor in state.items()}
+    return {name: Layout(tensor.dtype, shape_of(tensor)) for name, tensor in state.items()}
 
 
 def room(elements: int, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:

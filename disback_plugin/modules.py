@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import RoleError
+from disback_plugin.flattening import flattened, free, locate
 from disback_plugin.sharding import held, is_sharded, trouble
 
 __all__ = ["find", "named_modules", "own_tensors", "reshard", "unwrap"]
@@ -22,11 +23,12 @@ _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the plain module inside DDP, DataParallel, `torch.compile` and checkpoint wrappers, however nested.
+    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile` and checkpoint wrappers, however nested.
 
     Example:
         >>> plain = nn.Linear(1, 1)
@@ -34,11 +36,12 @@ def unwrap(module: nn.Module) -> nn.Module:
         True
     """
     for kind in type(module).__mro__:
-        if kind.__name__ == "FullyShardedDataParallel":
+        if kind.__name__ == "FullyShardedDataParallel" and not module._use_orig_params:
             raise RoleError(
-                f"a module sharded by {kind.__name__}",
-                expected="a whole one",
-                cure="shard it with torch's fully_shard (FSDP2), or wrap it in DDP: FSDP1 keeps several weights in one",
+                f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without their names",
+                expected="weights that have names",
+                cure="wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or shard it with "
+                "torch's fully_shard (FSDP2)",
             )
         attribute = _WRAPPERS.get(kind.__name__)
         if attribute is not None and kind.__module__.partition(".")[0] == "torch":
@@ -109,11 +112,15 @@ def own_tensors(module: nn.Module, prefix: str, role: str) -> Iterator[tuple[str
             expected="weights that are tensors only",
             cure="use a network whose state_dict() holds nothing but tensors",
         )
+    # What FSDP1 has gathered for a forward, and keeps, is let go: the shards are what counts.
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    locate(parameters)
+    free(parameters)
     persistent = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
     for name, tensor in (*module._parameters.items(), *persistent.items()):
         if tensor is not None:
             reason = _unwritable(tensor)
-            if reason is None and is_sharded(tensor):
+            if reason is None and (is_sharded(tensor) or flattened(tensor)):
                 reason = trouble(tensor) or _unwritable(held(tensor)[0])
             if reason:
                 raise RoleError(
@@ -124,6 +131,8 @@ def own_tensors(module: nn.Module, prefix: str, role: str) -> Iterator[tuple[str
 
 def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
     """Return what is wrong with a weight and its cure, or None; of a DTensor, with what can be seen from outside."""
+    if getattr(tensor, "_is_flat_param", False):
+        return "is several weights in one, without their names", "wrap it with use_orig_params=True"
     if hasattr(tensor, "ds_id"):
         return "is partitioned by DeepSpeed's ZeRO-3", "use ZeRO-2, or shard it with torch's fully_shard (FSDP2)"
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from disback_plugin.errors import RoleError
+from disback_plugin.flattening import trains
 
 __all__ = [
     "Rounds",
@@ -126,8 +127,8 @@ def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def has_gradients(optimizer: Optimizer) -> bool:
-    """Return whether a step would change anything. Stops at the first gradient found."""
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    """Return whether a step would change anything, perhaps on other processes. Stops at the first gradient found."""
+    return any(trains(p) for group in optimizer.param_groups for p in group["params"])
 
 
 def take_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:

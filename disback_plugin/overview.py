@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers
+from disback_plugin.flattening import shape_of
 from disback_plugin.manifest import Manifest
 from disback_plugin.schedules import Target
 from disback_plugin.weights import ScoreNetwork
@@ -26,7 +27,7 @@ def cast(
     walks: bool,
 ) -> list[tuple[str, str, str]]:
     """Return a row for each network: its name, what it is, and its role; `walks` says whether there is a path."""
-    weights = sum(parameter.numel() for parameter in optimizers.parameters(generator_optimizers))
+    weights = sum(shape_of(parameter).numel() for parameter in optimizers.parameters(generator_optimizers))
     steppers = [", ".join(type(o).__name__ for o in group) for group in (generator_optimizers, fake_score_optimizers)]
     real, fake, still = (
         ("walks the path, ", "ends the recording as s'_N, ", "held still while recording, ") if walks else ("", "", "")
@@ -42,7 +43,7 @@ def _describe(network: ScoreNetwork) -> str:
     tensors = [tensor for _, tensor in network.named_tensors()]
     kinds = sorted({type(module).__name__ for module in network.modules().values()})
     held = sorted({f"{str(t.dtype).removeprefix('torch.')}, {t.device}" for t in tensors if t.is_floating_point()})
-    return f"{' + '.join(kinds)}, {sum(tensor.numel() for tensor in tensors):,} weights, {' and '.join(held)}"
+    return f"{' + '.join(kinds)}, {sum(shape_of(tensor).numel() for tensor in tensors):,} weights, {' and '.join(held)}"
 
 
 def agenda(

@@ -1,7 +1,8 @@
-"""What one process holds of a tensor that several share: FSDP2's shards, read and written without communication.
+"""What one process holds of a tensor that several share: FSDP's shards, read and written without communication.
 
 `torch.distributed.fsdp.fully_shard` makes each parameter a DTensor: it is cut along one dimension into as many chunks
 as there are processes, the last ones smaller or empty, and perhaps repeated over a second dimension of the mesh (HSDP).
+FSDP1 cuts a flattened unit wherever its equal stretches end (`flattening`).
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from disback_plugin.fingerprints import Checksum
+from disback_plugin.flattening import Stretch, flattened, shape_of, stretch_of
 from disback_plugin.layouts import GRAIN, PIECE, pieces
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 __all__ = ["Cell", "Part", "add_up", "chunk_of", "count", "cut_of", "gather", "held", "is_sharded", "masked", "trouble"]
 
@@ -129,12 +128,27 @@ def chunk_of(shape: torch.Size, rank: int, ranks: int, dim: int = 0) -> Part:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor: cut, or repeated, over processes."""
-    return bool(hasattr(tensor, "to_local"))
+    """Return whether a tensor is a DTensor, cut or repeated over processes, or what FSDP1 has left of one."""
+    return hasattr(tensor, "to_local") or _stretch_held(tensor) is not None
+
+
+def _stretch_held(tensor: Tensor) -> Stretch | None:
+    """Return where FSDP1 keeps a tensor of which no process holds all."""
+    stretch = stretch_of(tensor)
+    return None if stretch is None or stretch.ranks == 1 else stretch
 
 
 def trouble(tensor: Tensor) -> tuple[str, str] | None:
-    """Return why a DTensor cannot be written shard by shard, and the cure; None if it can."""
+    """Return why what is sharded cannot be written shard by shard, and the cure; None if it can."""
+    stretch = _stretch_held(tensor)
+    if stretch is not None:
+        start, stop = stretch.held_by(stretch.rank)
+        if stretch.trouble is None and tensor.numel() != stop - start:
+            return "is not in shards now", "use it outside forwards and outside FSDP.summon_full_params"
+        return stretch.trouble
+    if not hasattr(tensor, "to_local"):
+        unknown = flattened(tensor) and stretch_of(tensor) is None
+        return ("is in an FSDP1 unit that cannot be found", "keep the wrapped module alive") if unknown else None
     from torch.distributed.tensor import Replicate, Shard
 
     placements = [p for p in tensor.placements if type(p) is not Replicate]  # type: ignore[attr-defined]
@@ -146,18 +160,26 @@ def trouble(tensor: Tensor) -> tuple[str, str] | None:
 
 
 def held(tensor: Tensor) -> tuple[Tensor, Part]:
-    """Return the memory of this process and what it holds of the tensor. A plain tensor is held as a whole."""
-    if not is_sharded(tensor):
-        return tensor, Part(tensor.shape)
+    """Return the memory of this process and what it holds of the tensor. A plain tensor is held as a whole.
+
+    Of what FSDP1 has flattened that is a part of the flat tensor.
+    """
+    if not hasattr(tensor, "to_local"):
+        stretch = _stretch_held(tensor)
+        return tensor, Part(tensor.shape) if stretch is None else _part(stretch, stretch.rank)
     with torch.no_grad():
-        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        local: Tensor = tensor.to_local()
     cut = cut_of(tensor)
     return local, Part(tensor.shape) if cut is None else chunk_of(tensor.shape, *cut)
 
 
+def _part(stretch: Stretch, rank: int) -> Part:
+    return Part(torch.Size([stretch.shape.numel()]), 0, *stretch.held_by(rank))
+
+
 def cut_of(tensor: Tensor) -> tuple[int, int, int] | None:
     """Return this process's rank among those that share a DTensor, how many they are, and the dimension that is cut;
-    None if each of them holds all of it.
+    None if each of them holds all of it, or FSDP1 has cut it anywhere.
     """
     axis = _axis(tensor)
     if axis is None:
@@ -169,7 +191,7 @@ def cut_of(tensor: Tensor) -> tuple[int, int, int] | None:
 
 def _axis(tensor: Tensor) -> int | None:
     """Return the dimension of the mesh over which a tensor is cut."""
-    placements = tensor.placements if is_sharded(tensor) else ()  # type: ignore[attr-defined]
+    placements = getattr(tensor, "placements", ())
     return next((axis for axis, placement in enumerate(placements) if placement.is_shard()), None)
 
 
@@ -182,29 +204,40 @@ def masked(values: Tensor, cell: Cell) -> Tensor:
     return own
 
 
-def gather(tensor: DTensor) -> Tensor | None:
-    """Return a whole DTensor on rank 0, and None on the others of its mesh, which call too and send what they hold."""
-    axis, cut = _axis(tensor), cut_of(tensor)
+def _sharers(tensor: Tensor) -> tuple[Any, torch.device, list[Part]] | None:
+    """Return the group that shares a tensor, where it sends from, and what each of it holds; None if each holds all."""
+    stretch, axis = _stretch_held(tensor), _axis(tensor)
+    if stretch is not None:
+        return stretch.group, torch.device(stretch.device), [_part(stretch, rank) for rank in range(stretch.ranks)]
+    if axis is None:
+        return None
+    mesh, (_, ranks, dim) = tensor.device_mesh, cut_of(tensor) or (0, 1, 0)  # type: ignore[attr-defined]
+    parts = [chunk_of(tensor.shape, rank, ranks, dim) for rank in range(ranks)]
+    return mesh.get_group(axis), torch.device(mesh.device_type), parts
+
+
+def gather(tensor: Tensor) -> Tensor | None:
+    """Return a whole tensor on rank 0, and None on the others that share it, which call too and send what they hold."""
+    sharers = _sharers(tensor)
     local, _ = held(tensor)
-    if axis is None or cut is None:
+    if sharers is None:
         return local if dist.get_rank() == 0 else None
-    group, (_, ranks, dim) = tensor.device_mesh.get_group(axis), cut
+    group, device, parts = sharers
     members = dist.get_process_group_ranks(group)
     if 0 not in members:
         return None  # another replica: that of rank 0 sends
     # Offloaded shards are on the host, where the group may have no way to send them.
-    own = local.detach().to(tensor.device_mesh.device_type)
-    rows = chunk_of(tensor.shape, 0, ranks, dim).elements
-    sent = own.new_zeros(rows)
+    own = local.detach().to(device)
+    sent = own.new_zeros(max(part.elements for part in parts))
     sent[: own.numel()] = own.reshape(-1)
     receiver = dist.get_rank() == 0
-    chunks = [torch.empty_like(sent) for _ in range(ranks)] if receiver else None
+    chunks = [torch.empty_like(sent) for _ in parts] if receiver else None
     into = None if chunks is None else [chunk.view(torch.uint8) for chunk in chunks]
     dist.gather(sent.view(torch.uint8), into, dst=0, group=group)
     if chunks is None:
         return None
-    parts = [chunk_of(tensor.shape, r, ranks, dim) for r in range(ranks)]
-    return torch.cat([c[: p.elements].view(p.local_shape) for c, p in zip(chunks, parts, strict=True)], dim)
+    pairs = zip(chunks, parts, strict=True)
+    return torch.cat([c[: p.elements].view(p.local_shape) for c, p in pairs], parts[0].dim).view(shape_of(tensor))
 
 
 def count(total: Checksum, name: str, tensor: Tensor, wanted: Part | None = None) -> None:
@@ -215,8 +248,10 @@ def count(total: Checksum, name: str, tensor: Tensor, wanted: Part | None = None
         return
     flat = local.detach().reshape(-1)
     total.add(name, flat.new_zeros(0))
-    inner = prod(part.shape[1:])
-    first, last = (0, part.shape.numel()) if wanted is None else (wanted.start * inner, (wanted.stop or 0) * inner)
+    first, last = 0, part.shape.numel()
+    if wanted is not None:
+        inner = prod(wanted.shape[1:])
+        first, last = wanted.start * inner, (wanted.stop or 0) * inner
     for cell in part.cells():
         values = flat.new_zeros(cell.stop - cell.start)
         values[cell.keep] = flat[cell.at]
@@ -229,10 +264,9 @@ def add_up(total: Checksum, tensors: Mapping[str, Tensor]) -> None:
     """Make one checksum of those of the processes that share the tensors; all call, and send 512 bytes a tensor."""
     groups: dict[int, tuple[Any, torch.device, list[str]]] = {}
     for name in sorted(tensors):
-        axis = _axis(tensors[name])
-        if axis is not None:
-            mesh = tensors[name].device_mesh  # type: ignore[attr-defined]
-            group, device = mesh.get_group(axis), torch.device(mesh.device_type)
+        sharers = _sharers(tensors[name])
+        if sharers is not None:
+            group, device, _ = sharers
             groups.setdefault(id(group), (group, device, []))[2].append(name)
     for group, device, names in groups.values():
         sums = torch.stack([total.sums(name) for name in names]).to(device)

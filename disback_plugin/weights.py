@@ -2,7 +2,7 @@
 
 A *role* is the teacher s_theta or the fake score s_phi: a whole module, a sub-module of a wrapped root, or several
 modules (experts). Its weights go by their canonical names (`modules`). A write is in place and all or nothing: every
-key, shape and dtype class is checked before the first copy. Of a role sharded by FSDP2 each process writes its own
+key, shape and dtype class is checked before the first copy. Of a role sharded by FSDP each process writes its own
 shards, and nothing is sent.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import Checksum, fingerprint
+from disback_plugin.flattening import address, detached, shape_of, stretch_of
 from disback_plugin.layouts import Layout, dtype_class, layout_of, pieces, room
 from disback_plugin.modules import find, named_modules, own_tensors, reshard
 from disback_plugin.ranks import on_rank_zero
@@ -63,7 +64,8 @@ class ScoreNetwork:
 
     Raises:
         RoleError: If `module` is no module, holds nothing at `prefix`, or has weights that cannot be written in place:
-            on the meta device, quantised, sharded by DeepSpeed or along two dimensions, lazy or made in inference mode.
+            on the meta device, quantised, sharded by DeepSpeed, along two dimensions or by FSDP1 without
+            `use_orig_params=True`, lazy or made in inference mode.
 
     Example:
         >>> net = ScoreNetwork(nn.ModuleDict({"real_unet": nn.Linear(2, 1)}), prefix="real_unet")
@@ -104,7 +106,7 @@ class ScoreNetwork:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield canonical name and live tensor of every parameter and persistent buffer; tied ones under each name.
 
-        What FSDP2 has gathered for a forward, and keeps, is let go first: the shards are what counts.
+        What FSDP has gathered for a forward, and keeps, is let go first: the shards are what counts.
         """
         reshard(self._holders, self._roots.values())
         for prefix, root in self._roots.items():
@@ -112,8 +114,11 @@ class ScoreNetwork:
                 yield from own_tensors(module, name, self.role)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return canonical names and detached live tensors, DTensors if sharded: they change when the network does."""
-        return {name: tensor.detach() for name, tensor in self.named_tensors()}
+        """Return canonical names and detached live tensors, which change when the network does.
+
+        If sharded they are DTensors; under FSDP1 flat, and what this process holds (`whole` has all).
+        """
+        return {name: detached(tensor) for name, tensor in self.named_tensors()}
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all names, dtypes, shapes and values: 64 hexadecimal digits.
@@ -137,6 +142,8 @@ class ScoreNetwork:
     def mark(self) -> str:
         """Return what tells moments apart, without communication: `checksum`, or that of this process's shards."""
         live = dict(self.named_tensors())
+        if any(held(tensor)[1].stop is not None and cut_of(tensor) is None for tensor in live.values()):
+            return ""  # cut by FSDP1, at places that other processes, or other numbers of them, could not tell
         cuts = {cut for tensor in live.values() if (cut := cut_of(tensor)) is not None}
         if not cuts:
             return self.checksum()
@@ -163,7 +170,7 @@ class ScoreNetwork:
         total = Checksum()
         for name, tensor in live.items():
             cut = isinstance(tensor, nn.Parameter) and tensor.ndim > 0
-            count(total, name, tensor, chunk_of(tensor.shape, rank, ranks) if cut else None)
+            count(total, name, tensor, chunk_of(shape_of(tensor), rank, ranks) if cut else None)
         return total
 
     def rounding(self, source: Source) -> float:
@@ -186,7 +193,7 @@ class ScoreNetwork:
     def storages(self) -> set[int]:
         """Return the addresses of the memory that the weights live in."""
         local = [held(tensor)[0] for _, tensor in self.named_tensors()]
-        return {tensor.untyped_storage().data_ptr() for tensor in local if tensor.numel()}
+        return {address(tensor) for tensor in local if tensor.numel()}
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
@@ -207,8 +214,8 @@ class ScoreNetwork:
 
     @property
     def sharded(self) -> bool:
-        """Whether this process holds a part of it only."""
-        return any(is_sharded(tensor) for _, tensor in self.named_tensors())
+        """Whether this process holds a part of it only, or what FSDP1 treats so: no process can run a copy."""
+        return any(is_sharded(t) or stretch_of(t) is not None for _, t in self.named_tensors())
 
     def whole(self) -> State:
         """Return the whole live weights, which rank 0 may read while the others serve it (`ranks.on_rank_zero`)."""
@@ -336,7 +343,8 @@ def _part_of(given: Tensor, part: Part) -> Tensor:
     """Return what is held here of a tensor that is whole, or sharded in the same way."""
     if is_sharded(given):
         return held(given)[0]
-    return given if part.stop is None else given.narrow(part.dim, part.start, part.stop - part.start)
+    whole = given.reshape(part.shape)  # flat, if that is how it is cut
+    return whole if part.stop is None else whole.narrow(part.dim, part.start, part.stop - part.start)
 
 
 def _bump(tensors: Iterable[Tensor]) -> None:

@@ -16,7 +16,7 @@ FLOORS = [
     ["errors", "noise", "scores"],
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "layouts", "sharding", "states", "ranks"),
+        *("fingerprints", "flattening", "layouts", "sharding", "states", "ranks"),
         *("modules", "weights", "optimizers", "riding", "rewinding", "roles"),
         *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
     ],

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -217,13 +215,6 @@ def _with_buffer(buffer):
     return net
 
 
-class FullyShardedDataParallel(nn.Linear):
-    """By name, as torch's own; the real one needs a process group."""
-
-    def __init__(self):
-        super().__init__(1, 1)
-
-
 def _zero_3():
     net = nn.Linear(2, 2)
     net.weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
@@ -248,7 +239,6 @@ class ExtraState(nn.Linear):
         (lambda: _with_buffer(torch.ones(2, dtype=torch.float8_e4m3fn)), "quantised"),
         (lambda: _with_buffer(torch.ones(2, dtype=torch.complex128)), "complex128"),
         (lambda: _with_buffer(torch.eye(2).to_sparse()), "stored as"),
-        (lambda: FullyShardedDataParallel(), "sharded by FullyShardedDataParallel"),
         (lambda: nn.ReLU(), "without weights"),
         (lambda: "unet", "str as the teacher"),
         (lambda: None, "NoneType as the teacher"),
@@ -281,13 +271,3 @@ def test_naming_a_role_does_not_rename_the_callers_object():
     mine = ScoreNetwork(nn.Linear(1, 1), role="mine")
     assert ScoreNetwork.of(mine, role="teacher").role == "teacher"
     assert mine.role == "mine"
-
-
-def test_the_real_fsdp_is_refused(process_group):
-    from torch.distributed import fsdp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of one rank, and of being the older of two
-        sharded = fsdp.FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=True)
-    with pytest.raises(RoleError, match="sharded by FullyShardedDataParallel"):
-        ScoreNetwork(sharded)
