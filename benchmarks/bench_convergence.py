@@ -34,7 +34,7 @@ from statistics import median
 import convergence_tables as tables
 import pytest
 import torch
-from convergence_worlds import P_MEAN, P_STD, State, World, denoising, seeded, students, world
+from convergence_worlds import P_MEAN, P_STD, RECIPES, State, World, denoising, seeded, students, world
 from torch import Tensor
 from tqdm import tqdm
 
@@ -373,6 +373,7 @@ def main() -> None:
 
 @pytest.mark.slow
 def bench_a_small_regime_runs_to_its_table_and_is_not_run_twice(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "planar", (100, 2e-3, 64))
     monkeypatch.setitem(REGIMES, "gauss teacher", Regime("gauss10-2d", "teacher", 10.0, 60))
     study("gauss teacher", tmp_path)
     (file,) = tmp_path.glob("*.json")
