@@ -273,28 +273,31 @@ def hurry(folder: Path, regimes: dict) -> str:
     rows, means = goals(results, regimes), over_all(results)
     controls = ", ".join(f"{method} {means[method][5]:.2f}" for method in CONTROLS)
     reached, missed, unknown = (
-        f"{len(found)} ({', '.join(dict.fromkeys(what.split(':')[0] for what in found)) or 'none'})"
-        for found in ([what for what, _, known in rows if known is verdict] for verdict in (True, False, None))
+        f"{len(found)} ({'; '.join(dict.fromkeys(what.split(':')[0] for what in found)) or 'none'})"
+        for found in ([what for what, _, known in rows if known is wanted] for wanted in (True, False, None))
     )
-    equal = {name: result.equal_compute(OURS) for name, result in results.items()}
-    helped, harmed = (
-        ", ".join(
-            f"{name} ({median(values):.2f}, {sum(value < 1 for value in values)} of {len(values)} seeds better)"
-            for name, values in equal.items()
-            if test(median(values))
-        )
-        for test in (lambda value: value <= 0.95, lambda value: value > 1.05)
-    )
+    told = {1: [], -1: [], 0: []}
+    for name, result in results.items():
+        equal = result.equal_compute(OURS)
+        better = sum(value < 1 for value in equal)
+        told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} seeds better)")
+    better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
     return (
         f"1. Over {len(results)} of {len(regimes)} small regimes `auto` ends, at equal compute, at {means[OURS][5]:.2f} "
         f"of Diff-Instruct's distance in the geometric mean ({controls}), and is {means[OURS][0]:.2f} times as fast in "
         f"updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's final distance.\n"
         f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached, {unknown} not "
         "measured yet; the first table has each.\n"
-        f"3. At equal compute its distance was 0.95 or less in {helped or 'no regime'}, and above 1.05 in "
-        f"{harmed or 'no regime'}; elsewhere it made little difference, so try it beside a run without, and on a student "
-        "near its data expect nothing."
+        f"3. At equal compute it was better beyond chance (sign test, 5 %) in {better}; worse beyond chance in {worse}; "
+        f"and could not be told from Diff-Instruct in {alike}."
     )
+
+
+def verdict(better: int, seeds: int) -> int:
+    """1 if so many seeds are better beyond chance, -1 if so many are worse, by a two-sided sign test at 5 %; else 0."""
+    rarer = max(better, seeds - better)
+    chance = 2 * sum(math.comb(seeds, k) for k in range(rarer, seeds + 1)) / 2**seeds
+    return 0 if chance >= 0.05 else 1 if 2 * better > seeds else -1
 
 
 VERDICTS = {True: "reached", False: "**missed**", None: "not measured"}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from bench_convergence import BASELINE, METHODS, RECORDING, TRAINING, Distillation, Method, Regime, SingleAuto
-from convergence_tables import Result, at, crossing
+from convergence_tables import Result, at, crossing, verdict
 from convergence_worlds import P_MEAN, P_STD, denoising, seeded, world
 
 import disback_plugin as disback
@@ -147,3 +147,10 @@ def test_a_run_that_is_not_finite_has_diverged_and_stalled():
 def test_curves_are_read_between_evaluations():
     assert crossing([0, 20], [4.0, 2.0], 3.0) == 10.0
     assert at([0, 20], [4.0, 2.0], 10.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("better", "seeds", "expected"), [(8, 10, 0), (9, 10, 1), (1, 10, -1), (2, 10, 0), (14, 20, 0), (15, 20, 1)]
+)
+def test_better_is_said_only_of_more_seeds_than_chance_gives(better, seeds, expected):
+    assert verdict(better, seeds) == expected
