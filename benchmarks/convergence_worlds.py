@@ -1,0 +1,207 @@
+"""The worlds of `bench_convergence`: data, networks, teachers and students far from them.
+
+| world       | data                                       | network                    | distance                     |
+|-------------|--------------------------------------------|----------------------------|------------------------------|
+| digits-mlp  | scikit-learn's digits, 8 x 8, in [-1, 1]   | the demonstration's MLP    | Frechet, 20 components       |
+| digits-conv | the same                                   | the demonstration's U-Net  | the same                     |
+| gauss10-2d  | ten Gaussians at random in [-5, 5]^2       | an MLP, width 64, depth 3  | sliced 2-Wasserstein squared |
+| ring-2d     | eight Gaussians on a ring of radius 4      | the same                   | the same                     |
+
+Networks have an ensemble axis (`disback_plugin.demo.networks`): one module holds E members that do not see each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from disback_plugin.demo import digits
+from disback_plugin.demo.layers import Linear, MLPBlock, waves
+from disback_plugin.demo.networks import NETWORKS
+from disback_plugin.metrics import frechet_distance
+
+State = dict[str, Tensor]
+
+WORLDS = ("digits-mlp", "digits-conv", "gauss10-2d", "ring-2d")
+# EDM's distribution of ln(sigma) (arXiv 2206.00364, Table 1).
+P_MEAN, P_STD = -1.2, 1.2
+# Seeds of the teachers: every choice was made on the first five, every number shown is of the others.
+TEACHERS = {"tuning": range(5), "shown": range(5, 10)}
+# Updates, rate and batch of a teacher's training.
+RECIPES = {"mlp": (6_000, 2e-3, 256), "conv": (2_500, 4e-3, 128), "planar": (5_000, 2e-3, 256)}
+# A far student is the teacher after so many updates on other data.
+FAR = (600, 2e-3, 128)
+
+
+class PlanarMLP(nn.Module):
+    """The demonstration's MLP for points of the plane."""
+
+    def __init__(self, members: int, generator: torch.Generator, width: int = 64, depth: int = 3) -> None:
+        super().__init__()
+        self.first = Linear(members, 2, width, generator)
+        self.blocks = nn.ModuleList(MLPBlock(members, width, generator) for _ in range(depth))
+        self.last = Linear(members, width, 2, generator)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        h, e = self.first(x), waves(c_noise)
+        for block in self.blocks:
+            h = block(h, e)
+        return self.last(F.silu(h))
+
+
+class Denoiser(nn.Module):
+    """EDM's preconditioning, as in the demonstration, with sigma_data of the world."""
+
+    def __init__(self, body: nn.Module, sigma_data: float) -> None:
+        super().__init__()
+        self.body, self.sigma_data = body, sigma_data
+
+    def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
+        """Predict x_0, shape (E, B, d), from x_t of that shape and sigma, which broadcasts against (E, B)."""
+        d = self.sigma_data
+        sigma = sigma.expand(x_t.shape[:2])
+        s = (sigma**2 + d**2).sqrt()
+        # The first term first: in that order SiD's gradients are added, to the last bit.
+        kept = (d / s)[..., None] ** 2 * x_t
+        return kept + (sigma * d / s)[..., None] * self.body(x_t / s[..., None], sigma.log() / 4)
+
+
+class World:
+    """Data and the kind of network that learns them; `distance` says how far samples are from the data."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kind = "planar" if name.endswith("2d") else name.split("-")[1]
+        self.data = mixture(name) if self.kind == "planar" else digits.load()
+        self.sigma_data = float(self.data.std()) if self.kind == "planar" else 0.75
+        self.size = self.data.shape[1]
+        if self.kind != "planar":
+            self._features = digits.principal_components(self.data)
+            self._real = self._features(self.data)
+
+    def build(self, members: int) -> Denoiser:
+        """Return E denoisers whose weights are still to be loaded."""
+        body = {**NETWORKS, "planar": PlanarMLP}[self.kind](members, torch.Generator())
+        return Denoiser(body, self.sigma_data).requires_grad_(False)
+
+    def random(self, seeds: Sequence[int]) -> State:
+        """Return random weights, each member's from its own seed, whatever the company."""
+        alone = self.build(1).state_dict()
+        states = [{name: first_weight(name, w, stream) for name, w in alone.items()} for stream in map(seeded, seeds)]
+        return {name: torch.cat([state[name] for state in states]) for name in alone}
+
+    def distance(self, x: Tensor) -> list[float]:
+        """Return each member's distance from the data, for samples of shape (E, n, d); inf if one is not finite."""
+        far = self._frechet if self.kind != "planar" else self._wasserstein
+        return [far(samples) if bool(samples.isfinite().all()) else math.inf for samples in x]
+
+    def _frechet(self, samples: Tensor) -> float:
+        return frechet_distance(self._features(samples), self._real)
+
+    def _wasserstein(self, samples: Tensor) -> float:
+        # Not `metrics.sliced_wasserstein`: the square, at fixed quantiles, is what was measured from the start.
+        directions = torch.randn(self.size, 64, generator=seeded(5))
+        directions = directions / directions.norm(dim=0)
+        q = (torch.arange(256) + 0.5) / 256
+        ours, real = (torch.quantile(points @ directions, q, dim=0) for points in (samples, self.data))
+        return float((ours - real).square().mean())
+
+
+world = cache(World)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mixture(name: str) -> Tensor:
+    """Return 4,000 points of a mixture of Gaussians with standard deviation 0.3."""
+    stream = seeded(0)
+    if name == "ring-2d":
+        angles = torch.arange(8) * 2 * math.pi / 8
+        centres = 4 * torch.stack([angles.cos(), angles.sin()], 1)
+    else:
+        centres = torch.rand(10, 2, generator=stream) * 10 - 5
+    return centres[torch.randint(len(centres), (4_000,), generator=stream)] + 0.3 * torch.randn(
+        4_000, 2, generator=stream
+    )
+
+
+def first_weight(name: str, weight: Tensor, stream: torch.Generator) -> Tensor:
+    """N(0, gain^2 / fan-in), and zero for a bias; shape (1, ...)."""
+    if name.endswith("bias"):
+        return torch.zeros_like(weight)
+    gain = 0.5 if ".outer." in name else 1.0
+    return torch.randn(weight.shape, generator=stream) * gain / math.sqrt(math.prod(weight.shape[2:]))
+
+
+def denoising(network: Denoiser, x_0: Tensor, eps: Tensor, log_sigma: Tensor) -> Tensor:
+    """EDM's loss of each member, shape (E,); `log_sigma` are unit Gaussian numbers of shape (E, B)."""
+    sigma, d = (P_MEAN + P_STD * log_sigma).exp()[..., None], network.sigma_data
+    output = network(x_0 + sigma * eps, sigma[..., 0])
+    return (((sigma**2 + d**2) / (sigma * d) ** 2) * (output - x_0) ** 2).mean((1, 2))
+
+
+def fit(world: World, start: State, seeds: Sequence[int], data: Tensor, recipe: tuple[int, float, int]) -> State:
+    """Train denoisers on data by Adam with a cosine schedule; returns the average of their weights."""
+    updates, rate, batch = recipe
+    streams = [seeded(1_000 + seed) for seed in seeds]
+    network = world.build(len(seeds)).requires_grad_(True)
+    network.load_state_dict(start)
+    weights = list(network.parameters())
+    average = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.Adam(weights, lr=rate, betas=(0.9, 0.99))
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1, (k + 1) / 100) * (1 + math.cos(math.pi * k / updates)) / 2
+    )
+    for update in range(updates):
+        x_0 = torch.stack([data[torch.randint(len(data), (batch,), generator=stream)] for stream in streams])
+        log_sigma = torch.stack([torch.randn(batch, generator=stream) for stream in streams])
+        eps = torch.stack([torch.randn(batch, world.size, generator=stream) for stream in streams])
+        optimizer.zero_grad()
+        denoising(network, x_0, eps, log_sigma).sum().backward()
+        optimizer.step()
+        falling.step()
+        torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - (0.999 if update > 500 else 0.99))
+    return dict(zip(network.state_dict(), average, strict=True))
+
+
+def teachers(world: World, part: str, folder: Path) -> State:
+    """Return the five teachers of a part, "tuning" or "shown"; trained once, then read from the folder."""
+    file = folder / f"{world.name}-{part}.safetensors"
+    if not file.exists():
+        seeds = TEACHERS[part]
+        save_file(fit(world, world.random(seeds), seeds, world.data, RECIPES[world.kind]), file)
+    return load_file(file)
+
+
+def students(world: World, kind: str, part: str, seeds: Sequence[int], folder: Path) -> State:
+    """Return the students before distillation, one a seed: "scratch", "teacher", or a far one (`other_data`)."""
+    if kind == "scratch":
+        return world.random([10_000 + seed for seed in seeds])
+    file = folder / f"{world.name}-{part}-{kind}.safetensors"
+    if kind != "teacher" and not file.exists():
+        start = teachers(world, part, folder)
+        save_file(fit(world, start, range(len(TEACHERS[part])), other_data(world, kind), FAR), file)
+    state = teachers(world, part, folder) if kind == "teacher" else load_file(file)
+    return {name: weight[[seed % len(weight) for seed in seeds]] for name, weight in state.items()}
+
+
+def other_data(world: World, kind: str) -> Tensor:
+    """Return what a far student learns to make: negatives, rolled images, only ones, or a small cloud elsewhere."""
+    if kind == "inverted":
+        return -world.data
+    if kind == "rolled":
+        return world.data.view(-1, 8, 8).roll((4, 4), (1, 2)).reshape(-1, 64)
+    if kind == "one class":
+        from sklearn.datasets import load_digits
+
+        return world.data[torch.from_numpy(load_digits().target) == 1]
+    return world.data * 0.3 + torch.tensor([12.0, 0.0])
