@@ -58,7 +58,7 @@ class Stretch:
         return start, stop
 
 
-# By parameter. Nothing is left on the parameter itself, which may be pickled.
+# By parameter. Nothing is left on the parameter itself, which may be copied whole.
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
