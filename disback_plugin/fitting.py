@@ -61,7 +61,7 @@ class Fit:
         >>> for _ in range(3):
         ...     net.weight.grad, net.bias.grad = torch.ones(1, 2), torch.zeros(1)
         ...     fit.look()
-        >>> fit.cosines()
+        >>> [round(cosine, 3) for cosine in fit.cosines()]
         [1.0, 1.0]
     """
 

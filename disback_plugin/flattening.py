@@ -144,8 +144,8 @@ def _learn(unit: Any) -> None:
     if handle is None or not handle._use_orig_params:
         return
     flat = handle.flat_param
-    starts = accumulate(flat._numels_with_padding, initial=0)
-    offsets = [start for start, padding in zip(starts, flat._is_padding_mask, strict=False) if not padding]
+    starts = list(accumulate(flat._numels_with_padding, initial=0))[:-1]
+    offsets = [start for start, padding in zip(starts, flat._is_padding_mask, strict=True) if not padding]
     for index, (parameter, shape, offset) in enumerate(zip(flat._params, flat._shapes, offsets, strict=True)):
         trouble = None
         if not flat._contiguities[index]:
