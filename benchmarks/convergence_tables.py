@@ -283,7 +283,7 @@ def hurry(folder: Path, regimes: dict) -> str:
         told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} better)")
     better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
     return (
-        f"1. Over {len(results)} of {len(regimes)} small regimes `auto` ends, at equal compute, at {means[OURS][5]:.2f} "
+        f"1. Over {len(results)} of {len(regimes)} regimes `auto` ends, at equal compute, at {means[OURS][5]:.2f} "
         f"of Diff-Instruct's distance in the geometric mean ({controls}), and is {means[OURS][0]:.2f} times as fast "
         f"in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's final distance.\n"
         f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached, {unknown} not "
