@@ -280,16 +280,16 @@ def hurry(folder: Path, regimes: dict) -> str:
     for name, result in results.items():
         equal = result.equal_compute(OURS)
         better = sum(value < 1 for value in equal)
-        told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} seeds better)")
+        told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} better)")
     better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
     return (
-        f"1. In {len(results)} of {len(regimes)} small regimes, at equal compute, `auto` ends at {means[OURS][5]:.2f} "
+        f"1. Over {len(results)} of {len(regimes)} regimes `auto` ends, at equal compute, at {means[OURS][5]:.2f} "
         f"of Diff-Instruct's distance in the geometric mean ({controls}), and is {means[OURS][0]:.2f} times as fast "
         f"in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's final distance.\n"
         f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached, {unknown} not "
         "measured yet; the first table has each.\n"
-        f"3. At equal compute it was better beyond chance (sign test, 5 %) in {better}; worse in {worse}; "
-        f"and could not be told from Diff-Instruct in {alike}."
+        f"3. At equal compute more seeds than chance gives (sign test, 5 %) were better in {better}, worse in {worse}; "
+        f"it could not be told from Diff-Instruct in {alike}."
     )
 
 
