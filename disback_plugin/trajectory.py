@@ -251,7 +251,8 @@ class DegradationPath(
     @property
     def identity(self) -> str:
         """Digest of what was, or is being, recorded: teacher, generator and plan, but not how far it got."""
-        recorded = asdict(replace(self.manifest, nodes=(), complete=False, fitted=None, ended=None))
+        recorded = asdict(replace(self.manifest, nodes=(), complete=False))
+        del recorded["fitted"], recorded["ended"]
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 

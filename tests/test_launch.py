@@ -238,12 +238,18 @@ def test_a_script_that_ends_before_training_says_so(tmp_path):
 # -- in this process --------------------------------------------------------------------------------------------------
 
 
+def forget_trainers():
+    """Stand-ins of different tests share module names: one that is half there pickles classes of another."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("training", "networks", "main")]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def _trainers(monkeypatch):
     monkeypatch.syspath_prepend(str(TRAINERS))
+    forget_trainers()
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("training", "networks", "main")]:
-        del sys.modules[name]
+    forget_trainers()
 
 
 @pytest.mark.usefixtures("_trainers")

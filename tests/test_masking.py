@@ -77,7 +77,7 @@ def test_a_resumed_run_goes_on_with_its_own_count_of_updates(listener):
 
 def test_detaching_is_an_end(listener, tmp_path):
     run = Run()
-    with disback.attach(**run.roles(), path=tmp_path, record=1, every=1) as handle:
+    with disback.attach(**run.roles(), path=tmp_path, record=1, every=1, schedule="warm") as handle:
         run.steps(2)
         handle.scheduler.wrap(some_loss)(broken=3)
     assert listener.heard == [(1, {"disback/masked_samples": 3})]
