@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_step import Loop
-from bench_swap import Peak
+from bench_swap import Peak, network
 from ranks import Nursery, returned
 from test_sharding import Counted
 
@@ -34,28 +34,20 @@ from disback_plugin.weights import ScoreNetwork
 ROUNDS = 5
 RANKS = (1, 2, 4)
 
-
-def network():
-    """A U-Net of Stable Diffusion 1.5's shape and a sixth of its size."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        net = UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=192, attention_head_dim=8, block_out_channels=(128, 256, 512, 512),
-            norm_num_groups=16,
-        )  # fmt: skip
-    net.to_empty(device="cpu")
-    stream = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.normal_(0, 0.02, generator=stream)
-    return net.requires_grad_(False)
+# Of Stable Diffusion 1.5's shape and a sixth of its size.
+SMALL = {
+    "sample_size": 64,
+    "cross_attention_dim": 192,
+    "attention_head_dim": 8,
+    "block_out_channels": (128, 256, 512, 512),
+    "norm_num_groups": 16,
+}
 
 
 @pytest.fixture(scope="module")
 def folder():
     with tempfile.TemporaryDirectory() as place:
-        state = {name: t.clone() for name, t in ScoreNetwork(network()).state_dict().items()}
+        state = {name: t.clone() for name, t in ScoreNetwork(network(SMALL)).state_dict().items()}
         path = DegradationPath.create(Path(place, "path"), state, Recording(2, 1))
         stream = torch.Generator().manual_seed(1)
         for iteration in (1, 2):
@@ -94,7 +86,7 @@ def moves(folder):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    net = network()
+    net = network(SMALL)
     for block in (*net.down_blocks, net.mid_block, *net.up_blocks):
         fully_shard(block)
     fully_shard(net)

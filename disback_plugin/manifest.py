@@ -6,7 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -154,7 +154,7 @@ class Manifest:
     @property
     def last_node(self) -> int:
         """N, the index of the last node."""
-        return -(-self.iterations // self.recording.every)
+        return replace(self.recording, iterations=self.iterations).nodes
 
     def due(self, iteration: int) -> bool:
         """Return whether a node is saved after this iteration.

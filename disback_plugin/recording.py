@@ -131,9 +131,12 @@ class Recorder:
 
     def _look(self, iteration: int) -> None:
         """See whether the network is fitted, and perhaps let the recording end for that."""
-        self.fit.look()
         known = self.path.manifest
-        if iteration % EVERY or known.ended is not None:
+        if known.ended is not None:
+            return
+        if known.fitted is None:  # after that nothing more is asked of the gradients
+            self.fit.look()
+        if iteration % EVERY:
             return
         fitted = known.fitted
         if fitted is None and ranks.on_rank_zero(self.fit.updates) is not None:
