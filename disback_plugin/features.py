@@ -54,7 +54,7 @@ class OriginalFeatures:
 
     @hookimpl
     def disback_after_node_swapped(self, scheduler: TrajectoryScheduler, position: float) -> None:
-        """Lend s'_0 while the teacher holds another position."""
+        """Lend s'_0 while the teacher holds another `position`; `scheduler` has the path it is read from."""
         if position and self._copy is None:
             self._begin(scheduler)
         elif not position and self._copy is not None:

@@ -37,9 +37,33 @@ logger = logging.getLogger(__name__)
 class Handle:
     """What `attach` returns: where the run is, its state for a checkpoint, and the way out.
 
+    Args:
+        teacher: s_theta.
+        fake_score: s_phi.
+        generator_optimizers: Those that step the generator.
+        fake_score_optimizers: Those that step s_phi; others are left alone.
+        schedule: As in `attach`, resolved.
+        prefetch: As in `attach`.
+        plugins: As in `attach`.
+        restore: As in `attach`.
+
     Attributes:
         signal: What a plug-in that decides when to leave a node is told (`disback_should_advance`), as a measure of
             convergence; the loop may set it whenever it knows better.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from disback_plugin import attach
+        >>> teacher, fake, generator = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> opt_f, opt_g = (torch.optim.Adam(net.parameters()) for net in (fake, generator))
+        >>> roles = dict(teacher=teacher, fake_score=fake, generator_optimizer=opt_g, fake_score_optimizer=opt_f)
+        >>> handle = attach(**roles, path=tempfile.mkdtemp(), record=100)
+        >>> handle.phase, handle.position, handle.generator_updates
+        ('recording', 0.0, 0)
+        >>> state = handle.state_dict()  # plain scalars, for the trainer's checkpoint
+        >>> handle.load_state_dict(state)
+        >>> handle.detach()
     """
 
     def __init__(

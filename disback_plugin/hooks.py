@@ -224,17 +224,18 @@ class Plugins:
         return "", refusal
 
     def node_recorded(self, path: DegradationPath, node: Node) -> None:
-        """Call `disback_after_node_recorded`."""
+        """Call `disback_after_node_recorded(path, node)`."""
         self._call_all("disback_after_node_recorded", (path, node))
 
     def path_completed(self, path: DegradationPath) -> None:
-        """Call `disback_after_path_completed`."""
+        """Call `disback_after_path_completed(path)`."""
         self._call_all("disback_after_path_completed", (path,))
 
     def should_advance(
         self, scheduler: TrajectoryScheduler, position: float, updates_in_node: int, signal: Any
     ) -> bool | None:
-        """Return the first answer to `disback_should_advance`; None if nobody has one.
+        """Return the first answer to `disback_should_advance(scheduler, position, updates_in_node, signal)`; None if
+        nobody has one.
 
         In a distributed run every rank is asked, and the first rank's answer holds for all, so that they cannot part. A
         plug-in that raises on one of them is left out on all. Where no plug-in has this hook, nothing is exchanged.
@@ -262,11 +263,11 @@ class Plugins:
         return leave
 
     def node_swapped(self, scheduler: TrajectoryScheduler, position: float, previous: float, update: int) -> None:
-        """Call `disback_after_node_swapped`."""
+        """Call `disback_after_node_swapped(scheduler, position, previous, update)`."""
         self._call_all("disback_after_node_swapped", (scheduler, position, previous, update))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Call `disback_log`, which is for the main process only: the caller sees to that."""
+        """Call `disback_log(values, step)`, which is for the main process only: the caller sees to that."""
         self._call_all("disback_log", (values, step))
 
     def listens(self, hook: str) -> bool:
@@ -330,6 +331,14 @@ def find_adapter(trainer: object, name: str | None = None) -> Adapter:
         OptionError: If there is no adapter of this name.
         RoleError: If no adapter understands the trainer.
         PluginError: If the named one is broken.
+
+    Example:
+        >>> from disback_plugin.errors import RoleError
+        >>> try:
+        ...     find_adapter(object())
+        ... except RoleError as error:
+        ...     print(type(error).__name__)
+        RoleError
     """
     return Plugins().adapter(trainer, name)
 

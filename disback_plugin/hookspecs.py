@@ -52,6 +52,16 @@ class Adapter:
         generator_optimizer: Whatever steps the generator.
         fake_score_optimizer: Whatever steps s_phi.
         plugins: What makes plug-ins that take part by themselves, by the name with which "no:NAME" leaves one out.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def roles_of(trainer):
+        ...     return Adapter(
+        ...         trainer.real_unet, trainer.fake_unet, trainer.optimizer_generator, trainer.optimizer_fake
+        ...     )
+        >>> names = ("real_unet", "fake_unet", "optimizer_generator", "optimizer_fake")
+        >>> roles_of(SimpleNamespace(**{name: name for name in names})).fake_score
+        'fake_unet'
     """
 
     teacher: ScoreNetwork | nn.Module | Mapping[str, nn.Module]

@@ -130,8 +130,21 @@ def vsd(
 ) -> Tensor:
     """Variational score distillation (ProlificDreamer, arXiv 2305.16213, Eq. 9): dL/dx = w (eps_theta - eps_phi) / B.
 
-    It is `diff_instruct` with the weight w sigma / alpha. Arguments, value and errors are those of `diff_instruct`;
-    the authors' weight is sigma^2.
+    It is `diff_instruct` with the weight w sigma / alpha; value and errors are the same.
+
+    Args:
+        x: Generated sample that carries the graph, shape (B, ...).
+        real: Output of the teacher, shape of x.
+        fake: Output of s_phi, shape of x.
+        x_t: Not needed, as in `diff_instruct`.
+        eps: Not needed, as in `diff_instruct`.
+        alpha: Signal scale alpha_t > 0, broadcast against x.
+        sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
+        prediction: What both networks predict.
+        weight: w_t, broadcast against x; the authors' is sigma^2.
+        guidance: CFG scale on the teacher, as in `diff_instruct`.
+        nonfinite: What becomes of samples with NaN or infinity, as in `diff_instruct`.
+        skipped: Where to count those, as in `diff_instruct`.
 
     Example:
         >>> import torch

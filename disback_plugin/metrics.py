@@ -155,6 +155,11 @@ class ModeCoverage(NamedTuple):
         modes: Share of the modes that a near sample belongs to.
         near: Share of the samples that are near their mode ("high-quality samples").
         distance: Total variation between the modes' shares of the near samples and their weights; 1 if none is near.
+
+    Example:
+        >>> found = mode_coverage(torch.zeros(3, 2), torch.tensor([[0.0, 0.0], [9.0, 9.0]]), radius=1.0)
+        >>> found.modes, found.near, found.distance
+        (0.5, 1.0, 0.5)
     """
 
     modes: float

@@ -27,7 +27,15 @@ __all__ = ["Discrete", "Karras", "NoiseSchedule", "RectifiedFlow", "add_noise", 
 
 
 class NoiseSchedule(Protocol):
-    """A function from a time t, shape (B,), to alpha_t and sigma_t, each of shape (B,)."""
+    """A function from a time t, shape (B,), to alpha_t and sigma_t, each of shape (B,).
+
+    Example:
+        >>> def cosine(t: Tensor) -> tuple[Tensor, Tensor]:
+        ...     return (t * torch.pi / 2).cos(), (t * torch.pi / 2).sin()
+        >>> schedule: NoiseSchedule = cosine
+        >>> [round(scale.item(), 3) for scale in schedule(torch.tensor([0.5]))]
+        [0.707, 0.707]
+    """
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t."""

@@ -30,6 +30,14 @@ class Draw(NamedTuple):
         eps: Unit Gaussian noise, shape (B, ...).
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
+
+    Example:
+        >>> x = torch.zeros(2, 3)
+        >>> drawn = Draw(
+        ...     t=torch.tensor([0.5, 2.0]), eps=torch.ones(2, 3), alpha=1.0, sigma=torch.tensor([[0.5], [2.0]])
+        ... )
+        >>> (drawn.alpha * x + drawn.sigma * drawn.eps)[:, 0]
+        tensor([0.5000, 2.0000])
     """
 
     t: Tensor

@@ -47,6 +47,10 @@ class Target(NamedTuple):
     Attributes:
         position: Where the teacher stands, in [0, N]; 0.0 is the teacher s'_0 itself.
         gradient: Factor on the generator's gradient, in [0, 1].
+
+    Example:
+        >>> Target(2.0)
+        Target(position=2.0, gradient=1.0)
     """
 
     position: float
@@ -59,6 +63,23 @@ class Schedule(Protocol):
     Its repr goes into saved states, so that a run is not resumed under another schedule: make it a frozen dataclass.
     One that stands on nodes, each for a while, says so with a class attribute `discrete = True`: then a plug-in may
     keep or end a node (`hookspecs.Specs.disback_should_advance`).
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class Halves:
+        ...     every: int
+        ...
+        ...     def __call__(self, updates: int, nodes: int) -> Target:
+        ...         return Target(nodes / 2 ** (1 + updates // self.every) if updates < self.horizon(nodes) else 0.0)
+        ...
+        ...     def horizon(self, nodes: int) -> int:
+        ...         return 4 * self.every
+        ...
+        ...     def check(self, nodes: int) -> None:
+        ...         pass
+        >>> halves: Schedule = Halves(10)
+        >>> [halves(updates, 4).position for updates in (0, 10, 20, 30, 40)]
+        [2.0, 1.0, 0.5, 0.25, 0.0]
     """
 
     def __call__(self, updates: int, nodes: int) -> Target:
@@ -66,7 +87,7 @@ class Schedule(Protocol):
         ...
 
     def horizon(self, nodes: int) -> int:
-        """Return the number of updates from which on the target is Target(0, 1)."""
+        """Return the updates after which the target is Target(0, 1), on a path that ends at node `nodes`."""
         ...
 
     def check(self, nodes: int) -> None:
@@ -109,11 +130,13 @@ class Fixed:
         return Target(float(max(nodes - 1 - passed, 0)))
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still."""
+        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
         return max(self._ends(nodes), default=0)
 
     def check(self, nodes: int) -> None:
-        """Raise OptionError if there are more budgets than nodes to stand on, or the recipe is of another path."""
+        """Raise OptionError if there are more budgets than nodes to stand on below node `nodes`, or the recipe is of
+        another path.
+        """
         if self.of is not None and nodes != recipe(self.of).nodes:
             wanted = recipe(self.of)
             raise OptionError(
@@ -174,11 +197,11 @@ class Ramp:
         return Target(left * nodes, 1 - left if self.amplitude else 1.0)
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still."""
+        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
         return self.updates if nodes else 0
 
     def check(self, nodes: int) -> None:
-        """Fits every path."""
+        """Fits every path, whatever its last node `nodes`."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +239,11 @@ class Auto:
         return Target(position * nodes, 1 - shrunk)
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still and the gradient is whole."""
+        """Return the update from which on the teacher stands still and the gradient is whole, with `nodes` >= 1."""
         return 3 * self.fitted if nodes and self.fitted is not None else 0
 
     def check(self, nodes: int) -> None:
-        """Fits every path."""
+        """Fits every path, whatever its last node `nodes`."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +260,11 @@ class WarmStart:
         return Target(0.0)
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still."""
+        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
         return 0
 
     def check(self, nodes: int) -> None:
-        """Fits every path."""
+        """Fits every path, whatever its last node `nodes`."""
 
 
 @dataclass(frozen=True)
@@ -273,11 +296,11 @@ class GradientRamp:
         return Target(0.0, 1 - self.depth * max(1 - updates / self.updates, 0.0))
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still."""
+        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
         return self.updates
 
     def check(self, nodes: int) -> None:
-        """Fits every path, and none."""
+        """Fits every path, whatever its last node `nodes`, and none."""
 
 
 def resolve(schedule: Schedule | str) -> Schedule:

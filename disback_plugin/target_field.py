@@ -26,7 +26,16 @@ _CHUNK_BYTES = 16 * 2**20  # of float64 copies at a time, whatever the number of
 
 
 class Mismatch(TypedDict):
-    """What `mismatch_degree` returns."""
+    """What `mismatch_degree` returns.
+
+    Attributes:
+        total: The weighted mean of `per_sigma`.
+        per_sigma: d(sigma) at each noise scale, per data unit.
+
+    Example:
+        >>> Mismatch(total=1.5, per_sigma=[2.0, 1.0])["total"]
+        1.5
+    """
 
     total: float
     per_sigma: list[float]

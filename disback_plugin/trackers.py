@@ -43,7 +43,7 @@ class Trackers:
 
     @hookimpl
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
-        """Send numbers to each tracker; on the main process, as the host calls it there only."""
+        """Send `values` to each tracker, at `step` generator updates; the host calls it on the main process only."""
         at = step if self._step is None else self._step()
         for tracker in self._accelerator.trackers:
             tracker.log({**values, "disback/generator_updates": step}, step=at)

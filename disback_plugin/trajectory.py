@@ -394,7 +394,9 @@ class DegradationPath(
         return tensors
 
     def note(self, *, fitted: int, ended: int | None) -> None:
-        """Write down after how many updates s' was fitted, and where the recording ends because of that, if it does."""
+        """Write down after how many updates s' was `fitted`, and at which update the recording ends because of that
+        (`ended`), if it does.
+        """
         self._on_rank_zero(lambda: replace(self.manifest, fitted=fitted, ended=ended).write(self.folder))
 
     def finish(self) -> None:

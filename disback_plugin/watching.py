@@ -124,7 +124,7 @@ class Watch:
         )
 
     def missed(self, found: str) -> RoleError:
-        """Return the error that says what was missed, and which version was expected."""
+        """Return the error that says what was missed (`found`, in words), and which version was expected."""
         return RoleError(
             f"{found}",
             expected=f"the names of {self.knows}, which this adapter was written for",
