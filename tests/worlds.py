@@ -139,3 +139,17 @@ def difference(a, b):
     if isinstance(a, list):
         return [f"{i}/{name}" for i, pair in enumerate(zip(a, b, strict=True)) for name in difference(*pair)]
     return [] if a == b else ["."]
+
+
+def everything(run):
+    """All that a run consists of, the teacher included."""
+    return run.checkpoint() | {"teacher": clone(dict(run.teacher.state_dict()))}
+
+
+def hooks(run):
+    """How many hooks there are on its optimizers."""
+    return [
+        len(registry)
+        for optimizer in (run.optimizer_g, run.optimizer_f)
+        for registry in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    ]
