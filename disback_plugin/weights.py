@@ -132,7 +132,7 @@ class ScoreNetwork:
     @property
     def is_running(self) -> bool:
         """Whether a forward of the modules would be the role's at this moment."""
-        return self.adapter is None or all(lora.active(root) == [self.adapter] for root in self._roots.values())
+        return self.adapter is None or all(lora.runs_under(root, self.adapter) for root in self._roots.values())
 
     # -- read ---------------------------------------------------------------------------------------------------------
 
