@@ -78,9 +78,10 @@ def identity(root: nn.Module, adapter: str, role: str) -> str:
 
 def _found(root: nn.Module, adapter: str, role: str) -> list[tuple[str, Any]]:
     """Return the layers that have an adapter, after a check that its matrices are all that it is."""
-    found = [(name, layer) for name, layer in _named_layers(root) if adapter in getattr(layer, "r", ())]
+    loras = [(name, layer) for name, layer in _named_layers(root) if MATRICES[0] in layer.adapter_layer_names]
+    found = [(name, layer) for name, layer in loras if adapter in layer.r]
     if not found:
-        names = sorted({name for layer in _layers(root) for name in getattr(layer, "r", ())})
+        names = sorted({name for _, layer in loras for name in layer.r})
         raise RoleError(
             f"no LoRA adapter {adapter!r} in {type(root).__name__}, which has {names}",
             expected=f"the {role} there",
@@ -285,7 +286,7 @@ def check_pair(teacher: str | None, fake_score: str | None) -> None:
         found = "one role that is a LoRA adapter and one that is a whole network"
         raise MismatchError(found, expected="two adapters on one base, or two networks", cure=cure)
     raise MismatchError(
-        "two adapters on different bases, or of different scale (lora_alpha / r, or / sqrt(r) with use_rslora)",
-        expected="one base, and one lora_alpha, r and use_rslora",
+        "two adapters on different bases, of different targets or scales (lora_alpha / r, with use_rslora / sqrt(r))",
+        expected="one base, and one set of target_modules, lora_alpha, r and use_rslora",
         cure=cure,
     )

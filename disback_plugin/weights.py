@@ -419,14 +419,15 @@ def _check(given: Mapping[str, Layout], live: Mapping[str, Layout], role: str, s
         raise MismatchError(
             f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
             expected=f"the {len(live)} keys of the {role}, no more and no less",
-            cure="use two networks of one architecture (LoRA layers and added heads must not be in the role)",
+            cure="use two networks of one architecture (added heads must not be in the role), or of LoRA two adapters "
+            "of one base: lora.add_teacher(model, like=...)",
         )
     for name, own in live.items():
         if given[name].shape != own.shape:
             raise MismatchError(
                 f"{name} of shape {tuple(given[name].shape)} in {source}",
                 expected=f"{tuple(own.shape)} as in the {role}",
-                cure="use two networks of one configuration",
+                cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
             )
         if dtype_class(given[name].dtype) != dtype_class(own.dtype):
             raise MismatchError(
