@@ -242,9 +242,9 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
         (False, 'fake')
     """
     root = unwrap(model)
-    if adapter is not None and not any(adapter in getattr(layer, "r", ()) for layer in _layers(root)):
-        _found(root, adapter, "network")  # raises
     before = _state(root)
+    if adapter is not None and not any(adapter in getattr(layer, "r", ()) for layer, _, _ in before):
+        _found(root, adapter, "network")  # raises
     try:
         _restore([(layer, active if adapter is None else [adapter], adapter is None) for layer, active, _ in before])
         if _active(root) != ([] if adapter is None else [adapter]):

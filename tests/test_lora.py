@@ -52,11 +52,7 @@ def adapted(*names, wrapped=False, like=None, base=None, **options):
 
 
 def inject(model, name, **options):
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's own, about a second adapter
-        peft.inject_adapter_in_model(config(**options), model, name)
+    peft.inject_adapter_in_model(config(**options), model, name)
 
 
 class Under:
