@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import checksum
+from disback_plugin.flattening import flattened
 from disback_plugin.modules import named_modules, own_tensors, unwrap
 from disback_plugin.sharding import is_sharded
 
@@ -110,7 +111,7 @@ def base_checksum(model: nn.Module) -> str:
         for own, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in of_adapters:
                 state[f"{name}{own}".replace("base_layer.", "")] = parameter
-    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p)), None)
+    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p) or flattened(p)), None)
     if odd is not None:
         raise RoleError(
             f"{odd} of the base, which is sharded or on the meta device",

@@ -12,6 +12,8 @@ from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from ranks import returned
+from test_flattening import fsdp1
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from worlds import Run, clone, difference
@@ -402,6 +404,32 @@ def test_record_0_changes_nothing_bit_for_bit():
     with disback.attach(**attached.roles(), path=None, record=0):
         attached.steps(6)
     assert difference(attached.checkpoint(), plain.checkpoint()) == []
+
+
+# -- on two ranks -----------------------------------------------------------------------------------------------------
+
+
+def on_a_rank(folder):
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    run = LoraRun()
+    model = DistributedDataParallel(run.model)
+    roles = {name: ScoreNetwork(model, adapter=key) for name, key in (("teacher", "teacher"), ("fake_score", "fake"))}
+    with disback.attach(**run.roles() | roles, path=folder, record=4, every=2, schedule="ramp:3") as handle:
+        run.steps(8)
+    said = [handle.phase, run.adapter("teacher").fingerprint(), run.adapter("fake").fingerprint()]
+    for cut in (fully_shard, fsdp1):
+        with pytest.raises(RoleError) as caught:
+            ScoreNetwork(cut(adapted("fake")), adapter="fake")
+        said.append(caught.value.expected)
+    return said
+
+
+def test_ranks_with_one_base_each_walk_together_and_a_base_cut_by_fsdp_is_refused(nursery, tmp_path):
+    first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
+    assert first == second
+    assert (first[0], set(first[3:])) == ("done", {"a base that is whole on each process, as it is frozen"})
 
 
 # -- compiled ---------------------------------------------------------------------------------------------------------
