@@ -38,8 +38,16 @@ MATRICES = ("lora_A", "lora_B")
 
 
 def _layers(root: nn.Module) -> Iterator[Any]:
-    """Yield the layers that have adapters."""
-    yield from (m for m in root.modules() if hasattr(type(m), "adapter_layer_names") and "base_layer" in m._modules)
+    """Yield the layers that have adapters, whose own modules are not looked into."""
+    waiting: list[nn.Module | None] = [root]
+    while waiting:
+        module = waiting.pop()
+        if module is None:
+            continue
+        if hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules:
+            yield module
+        else:
+            waiting.extend(module._modules.values())
 
 
 def _named_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -265,9 +273,9 @@ def _state(root: nn.Module) -> list[tuple[Any, Any, bool]]:
 
 
 def _restore(state: list[tuple[Any, Any, bool]]) -> None:
-    # Not by the layers' own set_adapter, which changes what requires gradients, and takes 20 times as long.
+    # Not by the layers' own set_adapter, which changes what requires gradients, and takes thirty times as long.
     for layer, names, disabled in state:
-        layer._active_adapter, layer._disable_adapters = names, disabled
+        vars(layer).update(_active_adapter=names, _disable_adapters=disabled)
 
 
 def check_pair(teacher: str | None, fake_score: str | None) -> None:
