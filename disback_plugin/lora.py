@@ -123,7 +123,7 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
     if adapter is not None and not any(adapter in getattr(layer, "r", ()) for layer, _, _ in before):
         _found(root, adapter, "network")  # raises
     try:
-        restore([(layer, active if adapter is None else [adapter], adapter is None) for layer, active, _ in before])
+        restore([(layer, names if adapter is None else [adapter], adapter is None) for layer, names, _ in before])
         if active(root) != ([] if adapter is None else [adapter]):
             raise RoleError(
                 "a version of peft whose layers do not keep their active adapter in _active_adapter",
@@ -190,7 +190,7 @@ def _trouble(root: nn.Module, adapter: str, found: list[Any]) -> tuple[str, str]
     """Return what is wrong with an adapter and its cure, or None."""
     extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
     odd = sorted(name for name in extra if any(adapter in getattr(layer, name, ()) for layer in found))
-    variants = {type(layer.lora_variant[adapter]).__name__ for layer in found if adapter in layer.lora_variant}
+    variants = {type(v[adapter]).__name__ for v in (getattr(x, "lora_variant", {}) for x in found) if adapter in v}
     if any(layer.merged for layer in found):
         return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
     if odd or variants:

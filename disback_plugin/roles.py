@@ -57,11 +57,7 @@ def check_roles(
     base = {id(weight) for weight in (*teacher.base(), *fake_score.base()) if weight.requires_grad}
     of_base = base & (of_generator | trained)
     wrong = [
-        (
-            of_base,
-            "an optimizer that steps the base of the adapters",
-            "a base that stands still",
-        ),
+        (of_base, "an optimizer that steps the base of the adapters", "a base that stands still"),
         (
             of_generator & of_teacher.keys(),
             "a generator_optimizer that steps the teacher",
