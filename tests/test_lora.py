@@ -182,6 +182,19 @@ def test_gradients_of_two_adapters_on_one_base_go_to_their_own():
         }
 
 
+def test_a_checkpointed_forward_has_its_gradients_if_backward_is_called_inside():
+    from torch.utils.checkpoint import checkpoint
+
+    model, gradients = adapted("fake", init_lora_weights=False), []
+    for run in (model, lambda *args: checkpoint(model, *args, use_reentrant=False)):
+        model.zero_grad()
+        with lora.under(model, "teacher"), lora.under(model, "fake"):  # as a loop that was elsewhere before
+            run(X_T, SIGMA).square().sum().backward()
+        gradients.append(clone({n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert gradients[0]
+    assert difference(*gradients) == []
+
+
 # -- the tensors of an adapter ----------------------------------------------------------------------------------------
 
 
