@@ -9,21 +9,33 @@ case.
 | `Karras`        | [0, 1]           | 1                      | (a + t (b - a))^rho, from sigma_min to _max |
 | `Discrete`      | 0, 1, ..., T - 1 | sqrt(alphas_cumprod_t) | sqrt(1 - alphas_cumprod_t)                 |
 | `RectifiedFlow` | [0, 1]           | 1 - t                  | t                                          |
+
+`from_diffusers` reads the schedule that a scheduler of diffusers, or its config, was trained under.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
 
-__all__ = ["Discrete", "Karras", "NoiseSchedule", "RectifiedFlow", "add_noise", "expand", "lognormal_sigma"]
+__all__ = [
+    "Discrete",
+    "Karras",
+    "NoiseSchedule",
+    "RectifiedFlow",
+    "add_noise",
+    "built",
+    "expand",
+    "from_diffusers",
+    "lognormal_sigma",
+]
 
 
 class NoiseSchedule(Protocol):
@@ -106,11 +118,39 @@ class Discrete:
             )
         object.__setattr__(self, "alphas_cumprod", tuple(values))
 
+    @classmethod
+    def from_diffusers(cls, scheduler: object) -> Discrete:
+        """Return the schedule of a diffusers scheduler with `alphas_cumprod`: DDPM, DDIM, LCM, PNDM, Euler, DPM-Solver.
+
+        In float32 `add_noise` with it equals the scheduler's own bit for bit, where that preserves the variance; one
+        that adds sigma eps alone (Euler) divides by sqrt(1 + sigma^2) before the network sees it, and comes to this.
+
+        Args:
+            scheduler: The scheduler, or what its `scheduler_config.json` holds, as a mapping.
+
+        Raises:
+            OptionError: If it has no such schedule; `noise.from_diffusers` also takes flow matching.
+
+        Example:
+            >>> from diffusers import DDIMScheduler
+            >>> len(Discrete.from_diffusers(DDIMScheduler(rescale_betas_zero_snr=True)).alphas_cumprod)
+            1000
+        """
+        schedule = from_diffusers(scheduler)
+        if isinstance(schedule, cls):
+            return schedule
+        raise OptionError(
+            "a flow-matching scheduler for a discrete schedule",
+            expected="one with alphas_cumprod",
+            cure="call noise.from_diffusers(scheduler), which returns a RectifiedFlow",
+        )
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t in float32 for integer times t in {0, ..., T - 1}, shape (B,)."""
-        # The square roots are taken in float64: 1 - alpha_t^2 cancels at small t.
+        # The difference is taken in float64: 1 - alpha_t^2 cancels at small t. Rounded before the square root it is the
+        # float32 difference of float32 values, so that diffusers' own arithmetic is met bit for bit.
         alpha_bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=t.device)[t]
-        return alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        return alpha_bar.float().sqrt(), (1 - alpha_bar).float().sqrt()
 
 
 @dataclass(frozen=True)
@@ -125,6 +165,69 @@ class RectifiedFlow:
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t = 1 - t and sigma_t = t for times t in [0, 1], shape (B,)."""
         return 1 - t, t
+
+
+def from_diffusers(scheduler: object) -> Discrete | RectifiedFlow:
+    """Return the noise schedule that a network under a diffusers scheduler was trained with.
+
+    What a scheduler changes for sampling alone (spacing, Karras sigmas, `shift`, dynamic shifting) changes which times
+    are visited, not what x_t is at a time, and is left out: under flow matching sigma_t = t whatever the shift.
+
+    Args:
+        scheduler: The scheduler, or what its `scheduler_config.json` holds, as a mapping.
+
+    Returns:
+        A `Discrete`, or a `RectifiedFlow`, whose t is the scheduler's timestep / num_train_timesteps.
+
+    Raises:
+        OptionError: If it is neither (EDM, consistency models, TrigFlow ...), or a config of no known class.
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> from_diffusers(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        RectifiedFlow()
+    """
+    scheduler = built(scheduler)
+    name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
+    flow = any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
+    reason = None
+    if name.startswith("EDM") or config.get("timestep_type") == "continuous":
+        reason = f"{name}, which also scales what goes into the network and comes out of it"
+    elif config.get("invert_sigmas"):
+        reason = f"{name} with invert_sigmas=True, whose time runs from noise to data"
+    if reason:
+        raise OptionError(
+            reason,
+            expected="a schedule alone",
+            cure="give the network as a function of x_t and sigma that does this scaling, under "
+            "noise.Karras(sigma_min, sigma_max, rho) with Prediction.X0, or noise.RectifiedFlow() with t = sigma",
+        )
+    if flow or config.get("use_flow_sigmas"):
+        return RectifiedFlow()
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None:
+        raise OptionError(
+            f"{name}, which has no alphas_cumprod and is not of flow matching",
+            expected="a scheduler of a DDPM or of a flow-matching model",
+            cure="pass the scheduler of the teacher's own repository, or make a noise.Karras or RectifiedFlow",
+        )
+    return Discrete(alphas_cumprod)
+
+
+def built(scheduler: object) -> Any:
+    """Return a scheduler, built by diffusers if only its config was given."""
+    if not isinstance(scheduler, Mapping):
+        return scheduler
+    import diffusers
+
+    kind = getattr(diffusers, str(scheduler.get("_class_name")), None)
+    if kind is None or not hasattr(kind, "from_config"):
+        raise OptionError(
+            f"a scheduler's config with _class_name={scheduler.get('_class_name')!r}",
+            expected="the name of a scheduler of diffusers",
+            cure="pass the scheduler itself, or all that scheduler_config.json holds",
+        )
+    return kind.from_config(dict(scheduler))
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from disback_plugin.errors import OptionError
+from disback_plugin.noise import RectifiedFlow, built, from_diffusers
+
 __all__ = ["Prediction", "coefficients", "convert", "mixture", "ratio", "target"]
 
 
@@ -38,6 +41,41 @@ class Prediction(str, Enum):
     V = "v"
     FLOW = "flow"
     SCORE = "score"
+
+    @classmethod
+    def from_diffusers(cls, scheduler: object) -> Prediction:
+        """Return what a network under a diffusers scheduler predicts.
+
+        Args:
+            scheduler: The scheduler, or what its `scheduler_config.json` holds, as a mapping.
+
+        Raises:
+            OptionError: If its prediction is unknown, or means another thing than it says (`noise.from_diffusers`).
+
+        Example:
+            >>> from diffusers import DDPMScheduler
+            >>> Prediction.from_diffusers(DDPMScheduler(prediction_type="v_prediction"))
+            <Prediction.V: 'v'>
+        """
+        scheduler = built(scheduler)
+        flows = isinstance(from_diffusers(scheduler), RectifiedFlow)
+        config = dict(getattr(scheduler, "config", {}))
+        found = config.get("prediction_type", "flow_prediction" if flows else None)
+        if found not in _OF_DIFFUSERS or (found == "flow_prediction" and not flows):
+            raise OptionError(
+                f"prediction_type={found!r} of {type(scheduler).__name__}",
+                expected=f"one of {', '.join(_OF_DIFFUSERS)}, and flow_prediction under flow matching",
+                cure="pass the scheduler that the network was trained with, or name the Prediction yourself",
+            )
+        return _OF_DIFFUSERS[found]
+
+
+_OF_DIFFUSERS = {
+    "epsilon": Prediction.EPS,
+    "sample": Prediction.X0,
+    "v_prediction": Prediction.V,
+    "flow_prediction": Prediction.FLOW,
+}
 
 
 def mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
