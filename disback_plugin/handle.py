@@ -23,7 +23,7 @@ from disback_plugin.rewinding import Rewind, Stateful
 from disback_plugin.riding import Ride
 from disback_plugin.roles import check_roles
 from disback_plugin.scheduler import TrajectoryScheduler
-from disback_plugin.schedules import Auto, Schedule
+from disback_plugin.schedules import Schedule, Settling
 from disback_plugin.stages import Stages
 from disback_plugin.states import State
 from disback_plugin.trajectory import DegradationPath
@@ -128,7 +128,7 @@ class Handle:
         nodes = "no path" if path is None else f"N = {path.manifest.last_node}, {path.folder}"
         recorded = None if stages.recorder is None else stages.recorder.iteration
         if self.scheduler is None:
-            waits = isinstance(stages.schedule, Auto)
+            waits = isinstance(stages.schedule, Settling)
             ahead = [] if waits else Plan(stages.schedule, 0 if manifest is None else manifest.last_node).stages()
         else:
             ahead = self.scheduler.stages()

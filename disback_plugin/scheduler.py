@@ -20,7 +20,7 @@ from disback_plugin.hooks import Plugins
 from disback_plugin.masking import MaskedSamples, on_main_process
 from disback_plugin.plan import Plan, length
 from disback_plugin.recording import Network
-from disback_plugin.schedules import Auto, Schedule, Target, resolve
+from disback_plugin.schedules import Schedule, Settling, Target, resolve
 from disback_plugin.teacher import WalkingTeacher
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -28,6 +28,9 @@ from disback_plugin.weights import ScoreNetwork
 __all__ = ["TrajectoryScheduler"]
 
 logger = logging.getLogger(__name__)
+
+# A braked walk goes on at every fourth update.
+BRAKED = 4
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +49,9 @@ class TrajectoryScheduler:
         together: Whether all ranks of the process group walk: then they agree at each move, or all of them stop. None:
             where the teacher is sharded; `attach` does so always.
         plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
+
+    Attributes:
+        behind: Whether s_phi is behind the student, for a schedule that then waits (`Adaptive`); `attach` sets it.
 
     Raises:
         PathError: If the path is unfinished, or the teacher is not its node 0.
@@ -95,6 +101,7 @@ class TrajectoryScheduler:
         self._plugins = Plugins.of(plugins)
         self.generator_updates = 0
         self.started = False
+        self.behind = False
         self._told = 0.0  # the position that the plug-ins know of
         self._away = False
         self._masked = MaskedSamples(plugins=self._plugins)
@@ -125,6 +132,11 @@ class TrajectoryScheduler:
     def done(self) -> bool:
         """Whether the teacher is back at s'_0 for good, and the gradient unchanged."""
         return self.started and self._plan.finished
+
+    @property
+    def horizon(self) -> int:
+        """Generator updates of the whole walk, as planned."""
+        return self._plan.horizon
 
     @property
     def updates_in_node(self) -> int:
@@ -171,7 +183,7 @@ class TrajectoryScheduler:
         before = plan.updates, plan.node_since, plan.target
         self.generator_updates += 1
         try:
-            if not plan.finished:
+            if not (plan.finished or (self._waits and self.generator_updates % BRAKED)):
                 self._walk(signal)
         except BaseException:
             if self._teacher.failed:  # the teacher could not be moved: as if the update had not ended
@@ -219,6 +231,17 @@ class TrajectoryScheduler:
             self._place(together=False)  # one rank may have looked at the teacher on its own
             self._tell()
 
+    def let_go(self) -> None:
+        """End the walk here: the teacher is s'_0 and the gradient whole, as if it had come to its end.
+
+        Raises:
+            StateError: Before `start`.
+        """
+        self._require_start()
+        self._plan.go_to(self._plan.horizon, now=self.generator_updates)
+        self._place()
+        self._tell()
+
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
         self._teacher.put_back()
@@ -265,6 +288,10 @@ class TrajectoryScheduler:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _waits(self) -> bool:
+        return self.behind and bool(getattr(self.schedule, "braked", False))
+
     def _check(self, path: DegradationPath, teacher: ScoreNetwork) -> None:
         if not path.complete:
             raise PathError(
@@ -277,18 +304,21 @@ class TrajectoryScheduler:
             self.schedule.check(self.last_node)
 
     def _settled(self) -> Schedule:
-        """Return the schedule; `Auto` asks the recording first."""
-        if self.path is None or not self.last_node or not isinstance(self.schedule, Auto):
+        """Return the schedule, settled by what the recording says if it wants to be."""
+        if self.path is None or not self.last_node or not isinstance(self.schedule, Settling):
             return self.schedule
         manifest = self.path.manifest
-        settled = Auto(manifest.fitted or manifest.iterations)
+        fitted = manifest.fitted or manifest.iterations
+        settled = self.schedule.settle(fitted)
+        plan = Plan(settled, self.last_node)
         logger.info(
-            "auto: s_phi was %s %d updates; from its last node the teacher walks back in %d, and the gradient grows to "
+            "%s: s_phi was %s %d updates; from its last node the teacher walks back in %d, and the gradient grows to "
             "its full size in %d",
+            type(settled).__name__.lower(),
             "fitted after" if manifest.fitted else "not yet fitted after",
-            settled.fitted,
-            settled.fitted,
-            settled.horizon(self.last_node),
+            fitted,
+            next(updates for updates, target in plan.stages() if target.position == 0),
+            plan.horizon,
         )
         return settled
 

@@ -25,6 +25,7 @@ FLOORS = [
         *(
             "training",
             "fitting",
+            "monitoring",
             "opening",
             "recording",
             "recipes",
