@@ -36,7 +36,10 @@ FLOORS = [
         ),
         *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
-    ["overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo", "cli", "testing"],
+    [
+        *("overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
+        *("building", "commands", "cli", "testing"),
+    ],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 
