@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from disback_plugin.hooks import Adapter, hookimpl
     from disback_plugin.masking import MaskedSamples
     from disback_plugin.recording import record
+    from disback_plugin.runlog import RunLog
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
     from disback_plugin.trackers import Trackers
@@ -36,6 +37,7 @@ __all__ = [
     "MaskedSamples",
     "OriginalFeatures",
     "Prediction",
+    "RunLog",
     "ScoreNetwork",
     "Trackers",
     "TrajectoryScheduler",
@@ -60,6 +62,7 @@ _HOME = {
     "MaskedSamples": "masking",
     "OriginalFeatures": "features",
     "Prediction": "scores",
+    "RunLog": "runlog",
     "ScoreNetwork": "weights",
     "Trackers": "trackers",
     "TrajectoryScheduler": "scheduler",

@@ -102,7 +102,7 @@ class TrajectoryScheduler:
         self.generator_updates = 0
         self.started = False
         self.behind = False
-        self._told = 0.0  # the position that the plug-ins know of
+        self._told, self._told_gradient = 0.0, 1.0  # what the plug-ins know of
         self._away = False
         self._masked = MaskedSamples(plugins=self._plugins)
         if self.path is not None:
@@ -339,27 +339,25 @@ class TrajectoryScheduler:
         return self._plugins.should_advance(self, self._plan.target.position, self.updates_in_node, signal)
 
     def _tell(self) -> None:
-        """Call the plug-ins if the teacher holds another position than they know of."""
+        """Call the plug-ins if the teacher holds another position than they know of, or the gradient's factor moved."""
         position, previous = self.position, self._told
-        if position == previous or self._away:
+        gradient, moved = self.gradient_factor, position != previous
+        if self._away or (not moved and gradient == self._told_gradient):
             return
-        self._told = position
-        self._plugins.node_swapped(self, position, previous, self.generator_updates)
-        listens = self._plugins.listens("disback_log")
-        # A ramp moves at each update: between two nodes that is a detail.
-        level = logging.INFO if position == int(position) else logging.DEBUG
-        if on_main_process() and (listens or logger.isEnabledFor(level)):
+        self._told, self._told_gradient = position, gradient
+        values = {"disback/position": position, "disback/node": ceil(position), "disback/gradient": gradient}
+        if moved:
+            self._plugins.node_swapped(self, position, previous, self.generator_updates)
             norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
-            values = {
-                "disback/position": position,
-                "disback/node": ceil(position),
-                "disback/swap_ms": self._teacher.swap_ms,
-                "disback/delta_norm": length(norms, previous, position),
-            }
-            if listens:
-                self._plugins.log(values, self.generator_updates)
-            else:
-                logger.log(level, "update %d: %s", self.generator_updates, values)
+            values["disback/swap_ms"] = self._teacher.swap_ms
+            values["disback/delta_norm"] = length(norms, previous, position)
+        if not on_main_process():
+            return
+        self._plugins.log(values, self.generator_updates)
+        if moved and not self._plugins.listens("disback_log"):
+            # A ramp moves at each update: between two nodes that is a detail.
+            level = logging.INFO if position == int(position) else logging.DEBUG
+            logger.log(level, "update %d: %s", self.generator_updates, values)
 
     def _place(self, *, anew: bool = False, together: bool = True) -> None:
         """Bring the teacher to where the plan is; `anew` writes it though it should be there."""

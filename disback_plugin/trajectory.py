@@ -256,6 +256,11 @@ class DegradationPath(
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 
+    def about(self) -> dict[str, Any]:
+        """Return what tells this path from others, for a log: its folder, identity, and the networks' fingerprints."""
+        names = {"folder": str(self.folder), "path": self.identity}
+        return names | {"teacher": self.manifest.teacher.fingerprint, "generator": self.manifest.generator}
+
     def digest(self, iteration: int | None = None) -> str:
         """Return a digest of the nodes recorded up to an iteration, or of all: of what is in them."""
         nodes = [n.sha256 for n in self.nodes if iteration is None or n.iteration <= iteration]

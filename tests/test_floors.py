@@ -18,7 +18,7 @@ FLOORS = [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
         *("fingerprints", "flattening", "layouts", "sharding", "states", "ranks"),
         *("modules", "weights", "optimizers", "riding", "rewinding", "roles"),
-        *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
+        *("hookspecs", "plugins", "runlog", "history", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
@@ -37,7 +37,10 @@ FLOORS = [
         ),
         *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
-    ["overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo", "cli", "testing"],
+    [
+        *("overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
+        *("building", "commands", "cli", "testing"),
+    ],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 

@@ -53,7 +53,9 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert set(read) == {f"disback/{n}" for n in ("position", "node", "swap_ms", "delta_norm", "generator_updates")}
+    assert set(read) == {
+        f"disback/{n}" for n in ("position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates")
+    }
     assert read["disback/position"] == [(0, 1.0), (2, 0.0)]
     assert read["disback/node"] == [(0, 1.0), (2, 0.0)]
     assert [value for _, value in read["disback/delta_norm"]] == pytest.approx([norms[0], norms[0]])
