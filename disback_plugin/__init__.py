@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from disback_plugin.handle import Handle
     from disback_plugin.hooks import Adapter, hookimpl
     from disback_plugin.masking import MaskedSamples
+    from disback_plugin.outlook import preflight
     from disback_plugin.recording import record
     from disback_plugin.runlog import RunLog
     from disback_plugin.scheduler import TrajectoryScheduler
@@ -49,6 +50,7 @@ __all__ = [
     "losses",
     "metrics",
     "noise",
+    "preflight",
     "record",
     "rounds",
     "schedules",
@@ -69,6 +71,7 @@ _HOME = {
     "Watch": "watching",
     "attach": "attachment",
     "hookimpl": "hooks",
+    "preflight": "outlook",
     "record": "recording",
 }
 

@@ -31,6 +31,8 @@ FLOORS = [
             "recipes",
             "schedules",
             "plan",
+            "borrowing",
+            "outlook",
             "prefetch",
             "teacher",
             "scheduler",

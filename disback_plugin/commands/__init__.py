@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "Commands", "command", "json_option"]
 COMMANDS = (
     "demo",
     "run",
+    "preflight",
     "record",
     "inspect",
     "plugins",
