@@ -1,11 +1,15 @@
 """Does it converge faster, and where? Regimes x methods x seeds, from the same random numbers, paired.
 
     python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; without a regime: all of them, for hours
+    python benchmarks/bench_convergence.py REGIME... --out DIR --own   # and each method at its own best rate
     python benchmarks/bench_convergence.py --table DIR             # what is in DIR, as tables, into EVIDENCE.md
+    python benchmarks/bench_convergence.py --figures DIR           # and as pictures, beside the results
     pytest -m slow benchmarks/bench_convergence.py                 # one tiny regime
 
 In each regime the rate is Diff-Instruct's best of three, found on tuning seeds and teachers, and the same for every
-method; what is shown are other seeds and other teachers.
+method; with --own each method's own best of the three is found likewise, and those with another one than
+Diff-Instruct's run at it too. What is shown are other seeds and other teachers. A regime's result grows by one part
+after the other (`PARTS`), and what is there is not done again.
 
 | method        | recording       | teacher                           | generator's gradient      |
 |---------------|-----------------|-----------------------------------|---------------------------|
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +45,7 @@ from tqdm import tqdm
 
 from disback_plugin.fitting import EVERY, SAMPLE, fitted_after
 from disback_plugin.recording import LEAST
-from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Target, WarmStart
+from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Settling, Target, WarmStart
 
 RATES = (5e-4, 1e-3, 2e-3)
 EMA = 0.99
@@ -62,6 +67,17 @@ class Method:
     nodes: int = 1
 
 
+@dataclass(frozen=True)
+class SingleAuto(Auto):
+    """`Auto` in single precision, as the results in EVIDENCE.md were computed: Adam makes a difference of 1e-7 grow."""
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        position, shrunk = (
+            0.9 * (1 - updates / torch.tensor(float(end))).clamp(min=0) for end in (self.fitted, 3 * self.fitted)
+        )
+        return Target(nodes * float(position), float(1 - shrunk))
+
+
 BASELINE = Method("diff-instruct", WarmStart())
 METHODS = (
     BASELINE,
@@ -69,7 +85,7 @@ METHODS = (
     Method("grad-ramp", GradientRamp(100)),
     Method("plain-ramp", Ramp(50, amplitude=False), 25),
     Method("fixed", Fixed(20, 60, 60), 50, nodes=4),
-    Method("auto", Auto(), None),
+    Method("auto", SingleAuto(), None),
 )
 
 
@@ -111,17 +127,6 @@ REGIMES = {
     "mlp scratch dmd": Regime("digits-mlp", "scratch", 80.0, 300, "dmd"),
     "mlp scratch sid": Regime("digits-mlp", "scratch", 80.0, 300, "sid"),
 }
-
-
-@dataclass(frozen=True)
-class SingleAuto(Auto):
-    """`Auto` in single precision, as the results in EVIDENCE.md were computed: Adam makes a difference of 1e-7 grow."""
-
-    def __call__(self, updates: int, nodes: int) -> Target:
-        position, shrunk = (
-            0.9 * (1 - updates / torch.tensor(float(end))).clamp(min=0) for end in (self.fitted, 3 * self.fitted)
-        )
-        return Target(nodes * float(position), float(1 - shrunk))
 
 
 class Adam:
@@ -190,6 +195,8 @@ class Distillation:
         self._z = self._noise(EVALUATION, SAMPLES, world.size)
         self.recorded = [0] * len(self.methods)
         self.fitted = [0] * len(self.methods)
+        # Of those that are recorded until they are fitted: the mean of the first cosines.
+        self.agreement = [math.nan] * len(self.methods)
 
     def record(self) -> None:
         """Algorithm 1: s_phi is fitted to the standing generator, each member for as long as its method says."""
@@ -210,6 +217,17 @@ class Distillation:
                     if self.fitted[member] and done >= LEAST:
                         planned[member] = done
         self.recorded = planned
+        self.agreement = [sum(c[:EVERY]) / EVERY if len(c) >= EVERY else math.nan for c in columns]
+
+    @torch.no_grad()
+    def excess(self) -> list[float]:
+        """Each member's excess loss of the teacher over s_phi on the student's samples (`outlook.Outlook`)."""
+        stream, shape = seeded(77), (256, self.world.size)
+        z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (shape, shape[:1], shape))
+        z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))
+        x_0 = self._generate(z)
+        ours, fitted = (denoising(network, x_0, eps, log_sigma) for network in (self.target, self.fake))
+        return (ours / fitted - 1).tolist()
 
     def train(self, updates: int, tick: Callable[[], object] = lambda: None) -> dict[str, list]:
         """Algorithm 2; returns distances at every evaluation: of the generator's average, and of itself."""
@@ -217,7 +235,9 @@ class Distillation:
             [weight.detach().clone() for weight in network.parameters()] for network in (self.target, self.fake)
         )
         schedules = [
-            SingleAuto(self.fitted[i] or self.recorded[i]) if isinstance(method.schedule, Auto) else method.schedule
+            method.schedule.settle(self.fitted[i] or self.recorded[i])
+            if isinstance(method.schedule, Settling)
+            else method.schedule
             for i, method in enumerate(self.methods)
         ]
         everyone = torch.ones(len(self.methods))
@@ -321,7 +341,8 @@ def distil(regime, methods, rates, part, folder, title):
     student = students(place, regime.student, part, seeds, folder)
     runs = Distillation(place, regime, methods, rates, seeds, bank, student)
     runs.record()
-    with tqdm(total=regime.updates, desc=title, unit="update") as bar:
+    excess = runs.excess()
+    with tqdm(total=regime.updates, desc=title, unit="update", leave=False) as bar:
         found = runs.train(regime.updates, bar.update)
     result = {}
     for i, method in enumerate(methods):
@@ -332,43 +353,98 @@ def distil(regime, methods, rates, part, folder, title):
             "ema": [values[mine] for values in found["ema"]],
             "raw": [values[mine] for values in found["raw"]],
             "recorded": [*zip(runs.recorded[mine], fitted, strict=True)],
+            "excess": excess[mine],
+            "agreement": runs.agreement[mine],
         }
     return result
 
 
-def study(name: str, folder: Path) -> None:
-    """Find the rate on the tuning part, run the shown part, and write one JSON; a regime that has one is skipped."""
-    file, regime = folder / tables.file_name(name), REGIMES[name]
-    if file.exists():
-        return
-    candidates = [replace(BASELINE, name=f"{rate:g}") for rate in RATES]
-    tuned = distil(regime, candidates, RATES, "tuning", folder, f"{name}: rate")
-    score = {rate: median(map(tables.final, tables.curves(tuned[f"{rate:g}"]["ema"]))) for rate in RATES}
-    rate = min(score, key=score.get)
-    runs = distil(regime, METHODS, [rate] * len(METHODS), "shown", folder, name)
-    recorded = {method: run.pop("recorded") for method, run in runs.items()}
-    content = {"name": name, "rate": rate, "tuning": {f"{r:g}": v for r, v in score.items()}}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content | {"R": {"auto": recorded["auto"]}, "runs": runs}))
-    partial.rename(file)
+def tuned(name, methods, folder):
+    """The methods' final distances at each rate: medians over the tuning seeds."""
+    pairs = [(method, rate) for method in methods for rate in RATES]
+    candidates = [replace(method, name=f"{method.name} {rate:g}") for method, rate in pairs]
+    runs = distil(REGIMES[name], candidates, [rate for _, rate in pairs], "tuning", folder, f"{name}: rates")
+    scores = {}
+    for (method, rate), candidate in zip(pairs, candidates, strict=True):
+        curves = tables.curves(runs[candidate.name]["ema"])
+        scores.setdefault(method.name, {})[f"{rate:g}"] = median(map(tables.final, curves))
+    return scores
+
+
+def best(scores):
+    return float(min(scores, key=lambda rate: scores[rate] if math.isfinite(scores[rate]) else math.inf))
+
+
+def part_rate(name, folder, content):
+    """Diff-Instruct's best rate."""
+    scores = tuned(name, [BASELINE], folder)[BASELINE.name]
+    return {"name": name, "rate": best(scores), "tuning": scores}
+
+
+def part_runs(name, folder, content):
+    """All methods at that rate."""
+    runs = distil(REGIMES[name], METHODS, [content["rate"]] * len(METHODS), "shown", folder, name)
+    recorded, _ = [run.pop("recorded") for run in runs.values()][-1], [run.pop("agreement") for run in runs.values()]
+    signs = [run.pop("excess") for run in runs.values()][-1]
+    return {"R": {"auto": recorded}, "runs": runs, "excess": signs}
+
+
+def part_own_rates(name, folder, content):
+    """Each other method's best rate."""
+    scores = tuned(name, METHODS[1:], folder)
+    return {"own_tuning": scores, "own_rates": {method: best(score) for method, score in scores.items()}}
+
+
+def part_own_runs(name, folder, content):
+    """Those methods again whose best rate is another one."""
+    others = [(m, r) for m in METHODS[1:] if (r := content["own_rates"][m.name]) != content["rate"]]
+    if not others:
+        return {"own_runs": {}}
+    runs = distil(REGIMES[name], [m for m, _ in others], [r for _, r in others], "shown", folder, f"{name}: own rates")
+    return {"own_runs": runs}
+
+
+# Parts of a result, by a name that it has once the part is done.
+PARTS = {"rate": part_rate, "runs": part_runs}
+OWN = {"own_rates": part_own_rates, "own_runs": part_own_runs}
+
+
+def study(name: str, folder: Path, own: bool = False) -> None:
+    """Do what of a regime's parts is not done yet; its JSON is written after each."""
+    file = folder / tables.file_name(name)
+    content = json.loads(file.read_text()) if file.exists() else {}
+    for key, part in (PARTS | OWN if own else PARTS).items():
+        if key not in content:
+            content |= part(name, folder, content)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(content))
+            partial.rename(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of: {', '.join(REGIMES)}")
     parser.add_argument("--out", type=Path, help="where teachers and results go")
+    parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
     parser.add_argument("--table", type=Path, help="where results are: their tables go into EVIDENCE.md")
+    parser.add_argument("--figures", type=Path, help="where results are: pictures are written beside them")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.regimes if name not in REGIMES]
-    if unknown or (arguments.out is None) == (arguments.table is None):
-        parser.error(f"no regime {unknown[0]!r}" if unknown else "one of --out and --table")
+    if unknown or sum(folder is not None for folder in (arguments.out, arguments.table, arguments.figures)) != 1:
+        parser.error(f"no regime {unknown[0]!r}" if unknown else "one of --out, --table and --figures")
+    torch.set_num_threads(1)
     if arguments.table:
         tables.write(arguments.table, REGIMES)
-        return
-    torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in arguments.regimes or REGIMES:
-        study(name, arguments.out)
+    elif arguments.figures:
+        from convergence_figures import draw
+
+        draw(arguments.figures, REGIMES, METHODS, Distillation)
+    else:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tqdm(arguments.regimes or REGIMES, unit="regime") as bar:
+            for name in bar:
+                bar.set_description(name)
+                study(name, arguments.out, arguments.own)
 
 
 @pytest.mark.slow
@@ -380,6 +456,9 @@ def bench_a_small_regime_runs_to_its_table_and_is_not_run_twice(tmp_path, monkey
     before = file.stat()
     study("gauss teacher", tmp_path)
     assert file.stat() == before
+    study("gauss teacher", tmp_path, own=True)
+    content = json.loads(file.read_text())
+    assert content["own_runs"].keys() == {m for m, r in content["own_rates"].items() if r != content["rate"]}
     text = tables.text(tmp_path, REGIMES)
     assert all(method.name in text for method in METHODS)
     assert "not measured" in text
