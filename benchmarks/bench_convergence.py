@@ -2,6 +2,7 @@
 
     python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; without a regime: all of them, for hours
     python benchmarks/bench_convergence.py REGIME... --out DIR --own   # and each method at its own best rate
+    python benchmarks/bench_convergence.py REGIME... --out DIR --halves    # and warm start and path of auto alone
     python benchmarks/bench_convergence.py --table DIR             # what is in DIR, as tables, into EVIDENCE.md
     python benchmarks/bench_convergence.py --figures DIR           # and as pictures, beside the results
     pytest -m slow benchmarks/bench_convergence.py                 # one tiny regime
@@ -59,12 +60,16 @@ TRAINING, RECORDING, EVALUATION = 1, 2, 3
 
 @dataclass(frozen=True)
 class Method:
-    """What is added to Diff-Instruct: a recording (None: until s' is fitted) and a schedule on a path of N nodes."""
+    """What is added to Diff-Instruct: a recording (None: until s' is fitted) and a schedule on a path of N nodes.
+
+    Without `warm`, s_phi and its optimizer begin at the teacher all the same.
+    """
 
     name: str
     schedule: Schedule
     record: int | None = 0
     nodes: int = 1
+    warm: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ METHODS = (
     Method("fixed", Fixed(20, 60, 60), 50, nodes=4),
     Method("auto", SingleAuto(), None),
 )
+# The two halves of auto, alone (the paper's Table 3), and where they were looked at.
+HALVES = (Method("warm start only", WarmStart(), None), Method("path only", SingleAuto(), None, warm=False))
+ABLATED = ("mlp scratch", "conv teacher 20", "conv rolled", "gauss far")
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,12 @@ class Adam:
             second.add_((g * g - second) * (0.001 * along(moving, weight)))
             denominator = (second / along(corrected, weight)).sqrt() + 1e-8
             weight.sub_(g / denominator * along(self.rates * moving, weight))
+
+    def forget(self, members: Tensor) -> None:
+        """Begin anew with the members for which it is 1."""
+        self.updates *= 1 - members
+        for second in self.second:
+            second *= 1 - along(members, second)
 
 
 def along(members: Tensor, weight: Tensor) -> Tensor:
@@ -234,6 +248,11 @@ class Distillation:
         origin, end = (
             [weight.detach().clone() for weight in network.parameters()] for network in (self.target, self.fake)
         )
+        cold = torch.tensor([float(not method.warm) for method in self.methods])
+        with torch.no_grad():
+            for weight, start in zip(self.fake.parameters(), origin, strict=True):
+                weight.lerp_(start, along(cold, weight))
+        self._fake_adam.forget(cold)
         schedules = [
             method.schedule.settle(self.fitted[i] or self.recorded[i])
             if isinstance(method.schedule, Settling)
@@ -404,16 +423,24 @@ def part_own_runs(name, folder, content):
     return {"own_runs": runs}
 
 
+def part_halves(name, folder, content):
+    """The warm start alone and the path alone, at Diff-Instruct's rate."""
+    if name not in ABLATED:
+        return {"halves": {}}
+    return {"halves": distil(REGIMES[name], HALVES, [content["rate"]] * 2, "shown", folder, f"{name}: halves")}
+
+
 # Parts of a result, by a name that it has once the part is done.
 PARTS = {"rate": part_rate, "runs": part_runs}
 OWN = {"own_rates": part_own_rates, "own_runs": part_own_runs}
+HALF = {"halves": part_halves}
 
 
-def study(name: str, folder: Path, own: bool = False) -> None:
+def study(name: str, folder: Path, *, own: bool = False, halves: bool = False) -> None:
     """Do what of a regime's parts is not done yet; its JSON is written after each."""
     file = folder / tables.file_name(name)
-    content = json.loads(file.read_text()) if file.exists() else {}
-    for key, part in (PARTS | OWN if own else PARTS).items():
+    for key, part in (PARTS | (OWN if own else {}) | (HALF if halves else {})).items():
+        content = json.loads(file.read_text()) if file.exists() else {}
         if key not in content:
             content |= part(name, folder, content)
             partial = file.with_suffix(".partial")
@@ -426,6 +453,7 @@ def main() -> None:
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of: {', '.join(REGIMES)}")
     parser.add_argument("--out", type=Path, help="where teachers and results go")
     parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
+    parser.add_argument("--halves", action="store_true", help=f"with --out: auto's halves ({', '.join(ABLATED)})")
     parser.add_argument("--table", type=Path, help="where results are: their tables go into EVIDENCE.md")
     parser.add_argument("--figures", type=Path, help="where results are: pictures are written beside them")
     arguments = parser.parse_args()
@@ -444,7 +472,7 @@ def main() -> None:
         with tqdm(arguments.regimes or REGIMES, unit="regime") as bar:
             for name in bar:
                 bar.set_description(name)
-                study(name, arguments.out, arguments.own)
+                study(name, arguments.out, own=arguments.own, halves=arguments.halves)
 
 
 @pytest.mark.slow

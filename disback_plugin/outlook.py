@@ -35,7 +35,7 @@ BATCHES = 8
 NEAR = 1.0
 # Regimes of benchmarks/EVIDENCE.md, and the least and the greatest of auto's final distances there at equal compute,
 # over those of the trainer alone: medians over seeds. A table there has the sentence beside each regime.
-MEASURED = {"near": (4, 0.97, 1.11), "far": (13, 0.81, 1.14)}
+MEASURED = {"near": (4, 0.97, 1.10), "far": (13, 0.81, 1.13)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def advice(excess_loss: float | None) -> str:
     Example:
         >>> print(advice(0.4))
         Expect little either way: in the 4 regimes measured with an excess loss below 1, as here, auto ended at equal \
-compute at 0.97 to 1.11 times the trainer's own distance. Nothing that a recording shows says where in between.
+compute at 0.97 to 1.10 times the trainer's own distance. Nothing that a recording shows says where in between.
     """
     near = excess_loss is not None and excess_loss < NEAR
     if excess_loss is None:
