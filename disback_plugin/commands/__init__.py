@@ -16,6 +16,8 @@ COMMANDS = (
     "demo",
     "run",
     "record",
+    "report",
+    "plot",
     "inspect",
     "plugins",
 )
