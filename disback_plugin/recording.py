@@ -30,7 +30,7 @@ from disback_plugin.roles import check_apart
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["PATIENCE", "Network", "Recorder", "record"]
+__all__ = ["PATIENCE", "Network", "Recorder", "record", "updated"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Recorder:
         self._plugins = Plugins.of(plugins)
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
         self._told = 0  # cosines that the plug-ins know of
+        self._losses: list[tuple[int, Tensor]] = []
         self._probe: Probe | None = None
 
     def start(self) -> None:
@@ -102,8 +103,11 @@ class Recorder:
         """Whether node N is saved."""
         return self.iteration >= self.path.manifest.iterations
 
-    def update(self) -> None:
+    def update(self, loss: object = None) -> None:
         """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
+
+        Args:
+            loss: Of this update, to be logged; what is no tensor of one element is nothing.
 
         Raises:
             PluginError: If a plug-in that was asked for raised. The node is saved.
@@ -111,6 +115,7 @@ class Recorder:
         if self.done:
             return
         iteration = self.iteration + 1
+        self._keep(loss, iteration)
         self._look(iteration)
         due = self.path.manifest.due(iteration)
         if due:
@@ -126,6 +131,8 @@ class Recorder:
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
         self.iteration = iteration  # only now: a node that could not be written is due again
         self._finish_if_done()
+        if self.done or iteration % EVERY == 0:
+            self._tell_losses()
         if due:
             self._plugins.node_recorded(self.path, self.path.nodes[-1])
         if self.done:
@@ -147,6 +154,18 @@ class Recorder:
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
             self.path.note(fitted=fitted, ended=ended)
+
+    def _keep(self, loss: object, iteration: int) -> None:
+        if isinstance(loss, Tensor) and loss.numel() == 1 and on_main_process():
+            self._losses.append((iteration, loss.detach().reshape(())))
+
+    def _tell_losses(self) -> None:
+        """Report the losses that were kept: one read of the device for several."""
+        if self._losses:
+            iterations, losses = zip(*self._losses, strict=True)
+            self._losses.clear()
+            for iteration, loss in zip(iterations, torch.stack(losses).tolist(), strict=True):
+                self._plugins.log({"disback/recording": iteration, "disback/loss": loss}, 0)
 
     def resume(self, fit: Tensor) -> None:
         """Go on with the fit of an earlier process, whose weights the caller has restored."""
@@ -204,7 +223,8 @@ def record(
         teacher: The teacher s_theta. Never changed.
         fake_score: s_phi, of the teacher's architecture. It is set to the teacher (or to the last node of an unfinished
             path), trained by `fake_step`, and left at s'_N.
-        fake_step: Does one update of s_phi on samples of the initial generator, optimizer step included.
+        fake_step: Does one update of s_phi on samples of the initial generator, optimizer step included. If it returns
+            the loss, a tensor of one element, that is logged.
         path: Folder for the nodes.
         iterations: Updates of s' in all, >= 1; 200 in the paper.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
@@ -285,23 +305,29 @@ def _record_in_loop(
     recorder = Recorder(path, network, plugins=plugins)
     recorder.start()
     begin_log(recorder)
-    idle = 0
     with closing(recorder), _progress(recorder) as bar:
         while not recorder.done:
-            before = _versions(network)
-            step()
-            # A GradScaler may skip a step; what did not write a parameter is no update.
-            idle = 0 if _versions(network) != before else idle + 1
-            if idle > PATIENCE:
-                raise TrainingError(
-                    f"{idle} calls of fake_step() in a row that did not write to the fake score",
-                    expected="one optimizer step of the fake score's parameters a call",
-                    cure="pass the very module that fake_step trains, and call optimizer.step() in it",
-                )
-            if not idle:
-                recorder.update()
-                bar.update()
+            recorder.update(updated(network, step))
+            bar.update()
     return path
+
+
+def updated(network: ScoreNetwork, step: Callable[[], object]) -> object:
+    """Call `step` until it has written a parameter, and return what it returned; a GradScaler may skip some.
+
+    Raises:
+        TrainingError: If it goes on without.
+    """
+    before = _versions(network)
+    for _ in range(PATIENCE + 1):
+        returned = step()
+        if _versions(network) != before:
+            return returned
+    raise TrainingError(
+        f"{PATIENCE + 1} calls of fake_step() in a row that did not write to the fake score",
+        expected="one optimizer step of the fake score's parameters a call",
+        cure="pass the very module that fake_step trains, and call optimizer.step() in it",
+    )
 
 
 def _record_copy(
@@ -347,9 +373,10 @@ def _record_copy(
             recorder.resume(saved["fit"])
         while not recorder.done:
             optimizer.zero_grad()
-            loss(student_score, sample()).backward()  # type: ignore[no-untyped-call]
+            value = loss(student_score, sample())
+            value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            recorder.update()
+            recorder.update(value)
             bar.update()
     return path
 

@@ -30,7 +30,8 @@ def test_the_demo_writes_what_it_says_and_prints_one_json_object(short, tmp_path
     assert cli.main(["demo", "--seeds", "2", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "convergence.png", "path", "result.json", "samples.png",
+        "convergence.png", "diff-instruct.log.jsonl", "disback.log.jsonl", "grad-ramp.log.jsonl", "path", "result.json",
+        "samples", "samples.png", "warm.log.jsonl",
     ]  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["seeds"] == 2

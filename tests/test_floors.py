@@ -41,7 +41,7 @@ FLOORS = [
     ],
     [
         *("overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
-        *("building", "commands", "cli", "testing"),
+        *("building", "panels", "plots", "report", "commands", "cli", "testing"),
     ],
 ]
 ORDER = [module for floor in FLOORS for module in floor]

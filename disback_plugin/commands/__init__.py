@@ -17,6 +17,8 @@ COMMANDS = (
     "run",
     "preflight",
     "record",
+    "report",
+    "plot",
     "inspect",
     "plugins",
 )

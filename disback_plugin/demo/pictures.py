@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from disback_plugin.demo.study import Run
 
-__all__ = ["convergence", "samples", "table"]
+__all__ = ["convergence", "grid", "samples", "table"]
 
 # Distinguishable without colour vision (Okabe and Ito).
 COLOURS = {"diff-instruct": "#555555", "warm": "#E69F00", "grad-ramp": "#56B4E9", "disback": "#D55E00"}
@@ -37,6 +39,25 @@ def convergence(runs: dict[str, Run], thresholds: tuple[float, ...], file: Path)
     figure.savefig(file, dpi=150)
 
 
+def grid(batch: Tensor, file: Path, *, rows: int = 6) -> None:
+    """Write images as one PNG, pixel by pixel.
+
+    Args:
+        batch: Images in [-1, 1], shape (n, 64), n >= rows^2.
+        file: Where to.
+        rows: Images in a row and a column.
+    """
+    from matplotlib.image import imsave
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    imsave(file, _framed(batch, rows), cmap="gray", vmin=-1, vmax=1)
+
+
+def _framed(batch: Tensor, rows: int) -> NDArray[Any]:
+    framed = F.pad(batch[: rows**2].reshape(rows, rows, 8, 8), (1, 1, 1, 1), value=-1.0)
+    return framed.permute(0, 2, 1, 3).reshape(rows * 10, rows * 10).clamp(-1, 1).numpy()
+
+
 def samples(images: dict[str, Tensor], file: Path, *, rows: int = 6) -> None:
     """Draw samples of each source side by side.
 
@@ -49,9 +70,7 @@ def samples(images: dict[str, Tensor], file: Path, *, rows: int = 6) -> None:
 
     figure = Figure(figsize=(3 * len(images), 3.3), layout="constrained")
     for axes, (title, batch) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
-        framed = F.pad(batch[: rows**2].reshape(rows, rows, 8, 8), (1, 1, 1, 1), value=-1.0)
-        grid = framed.permute(0, 2, 1, 3).reshape(rows * 10, rows * 10)
-        axes.imshow(grid.clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(_framed(batch, rows), cmap="gray", vmin=-1, vmax=1)
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
     figure.savefig(file, dpi=150)

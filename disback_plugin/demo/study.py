@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 import disback_plugin as disback
-from disback_plugin.demo import digits
+from disback_plugin.demo import digits, pictures
 from disback_plugin.demo.networks import PIXELS
 from disback_plugin.demo.trainer import Settings, Streams, Trainer, generate
-from disback_plugin.metrics import frechet_distance
+from disback_plugin.metrics import frechet_distance, mismatch_degree
 from disback_plugin.schedules import GradientRamp, Ramp, Schedule, WarmStart
+from disback_plugin.scores import Prediction
 
 __all__ = ["RUNS", "Plan", "Run", "Study", "plan", "summarise"]
 
@@ -40,6 +41,9 @@ RUNS = ("diff-instruct", "warm", "grad-ramp", "disback")
 # and a fake-score forward and a backward (4), the generator's two more forwards, its own and its backward (5).
 COST_OF_UPDATE = 9
 COST_OF_RECORDING = 4
+
+# Noise scales of the mismatch degree: below them its target says more of its own samples than of their distribution.
+MISMATCH_SIGMAS = (1.0, 2.0, 4.0)
 
 # Purposes of a seed's noise streams; the trainer's own is 1.
 _RECORDING, _EVALUATION = 2, 3
@@ -118,7 +122,8 @@ class Study:
     Args:
         plan: The regime.
         seeds: One seed a member.
-        folder: Where the path goes, as `folder/path`; a path of an earlier study there is replaced.
+        folder: Where the path goes, as `folder/path`, a log of each run, `folder/NAME.log.jsonl`, and their samples on
+            the way, `folder/samples/`; a path and logs of an earlier study there are replaced.
         progress: Called with the name of the run after each of its updates.
     """
 
@@ -135,6 +140,8 @@ class Study:
         """Record the path, then distil four times; returns the runs by name."""
         if disback.DegradationPath.exists(self.folder / "path"):
             shutil.rmtree(self.folder / "path")
+        for name in RUNS:
+            self._log_of(name).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as control:
             return {
                 "diff-instruct": self.distil("diff-instruct"),
@@ -154,9 +161,11 @@ class Study:
         started = time.perf_counter()
         trainer = Trainer(self.plan.settings, self.seeds)
         if path is not None:
-            self._record(trainer, path)
+            self._record(trainer, path, self._log_of(name))
         if schedule is None:
-            run = self._train(name, trainer)
+            log = disback.RunLog(self._log_of(name))
+            log.begin(name, settings=asdict(self.plan.settings))
+            run = self._train(name, trainer, log.log)
         else:
             with disback.attach(
                 teacher=trainer.teacher,
@@ -167,13 +176,17 @@ class Study:
                 record=0 if path is None else self.plan.record,
                 every=self.plan.every,
                 schedule=schedule,
-            ):
-                run = self._train(name, trainer)
+                log=self._log_of(name),
+            ) as handle:
+                run = self._train(name, trainer, lambda values, update: handle.log(values))
         run.recorded = 0 if path is None else self.plan.record
         run.seconds = time.perf_counter() - started
         return run
 
-    def _record(self, trainer: Trainer, path: Path) -> None:
+    def _log_of(self, name: str) -> Path:
+        return self.folder / f"{name}.log.jsonl"
+
+    def _record(self, trainer: Trainer, path: Path, log: Path) -> None:
         """Algorithm 1 before the loop: cheaper than inside it, where the generator's gradients are computed in vain."""
         training = trainer.streams
         trainer.streams = Streams(self.seeds, _RECORDING)  # so that all runs train on the same noise
@@ -185,25 +198,63 @@ class Study:
             iterations=self.plan.record,
             every=self.plan.every,
             codec=self.plan.codec,
+            log=log,
         )
         trainer.streams = training
 
-    def _train(self, name: str, trainer: Trainer) -> Run:
+    def _train(self, name: str, trainer: Trainer, log: Callable[[dict[str, Any], int], None]) -> Run:
         from timm.utils.model_ema import ModelEmaV3
 
         average = ModelEmaV3(trainer.generator, decay=self.plan.ema)
         run = Run(name, 0, [], [], [], torch.empty(0))
+        losses: list[tuple[Tensor, Tensor]] = []
         for update in range(self.plan.settings.updates + 1):
             if update:
-                trainer.step()
+                losses.append(trainer.step())
                 average.update(trainer.generator)
                 self.progress(name)
             if update % self.plan.evaluate_every == 0:
                 run.updates.append(update)
                 run.ema.append(self._distances(average.module))
                 run.raw.append(self._distances(trainer.generator))
+                log(self._notes(run, trainer, average.module, losses), update)
+                losses.clear()
         run.samples = self.generate(average.module)[0, :64]
         return run
+
+    @torch.no_grad()
+    def _notes(
+        self, run: Run, trainer: Trainer, average: torch.nn.Module, losses: list[tuple[Tensor, Tensor]]
+    ) -> dict[str, Any]:
+        """Return what is logged of an evaluation: medians over the seeds, mean losses since the last, and samples."""
+        notes: dict[str, Any] = {
+            "distance": median(run.ema[-1]),
+            "distance of the raw weights": median(run.raw[-1]),
+            "mismatch of the target": self._mismatch(trainer),
+        }
+        if losses:
+            fake_score, generator = torch.tensor(losses).mean(dim=0).tolist()
+            notes |= {"loss of s_phi": fake_score, "loss of the generator": generator}
+        shown = self.plan.evaluate_every * max(self.plan.settings.updates // (5 * self.plan.evaluate_every), 1)
+        if run.updates[-1] % shown == 0:
+            file = self.folder / "samples" / f"{run.name}-{run.updates[-1]:05d}.png"
+            pictures.grid(self.generate(average)[0], file)
+            notes["samples"] = file
+        return notes
+
+    def _mismatch(self, trainer: Trainer) -> float:
+        """Return how far the teacher, where it stands, is from the first seed's student (Eq. 9), in units of eps."""
+        x, members = self.generate(trainer.generator)[0], trainer.members
+
+        def target(x_t: Tensor, sigma: Tensor) -> Tensor:
+            output: Tensor = trainer.teacher(x_t.expand(members, *x_t.shape), sigma[:, 0])
+            return output[0]
+
+        half, sigmas = len(x) // 2, MISMATCH_SIGMAS
+        found = mismatch_degree(
+            target, x[:half][:100], x[half:], sigmas, include_source=False, prediction=Prediction.X0, weights=sigmas
+        )
+        return found["total"]
 
     @torch.no_grad()
     def generate(self, generator: torch.nn.Module) -> Tensor:

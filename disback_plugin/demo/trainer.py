@@ -79,12 +79,11 @@ class Trainer:
         self.generator_optimizer = self._adam(self.generator)
         self.fake_score_optimizer = self._adam(self.fake_score)
 
-    def step(self) -> None:
-        """One update of the fake score, then one of the generator."""
-        self.fake_step()
-        self.generator_step()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One update of the fake score, then one of the generator; returns the losses before them."""
+        return self.fake_step(), self.generator_step()
 
-    def fake_step(self) -> None:
+    def fake_step(self) -> Tensor:
         """One update of s_phi on samples of the generator, Eq. 5 with the weight of EDM."""
         with torch.no_grad():
             x_0 = self.sample()
@@ -92,9 +91,9 @@ class Trainer:
         output = self.fake_score(x_t, sigma[..., 0])
         weight = losses.edm_weight(sigma, sigma_data=SIGMA_DATA)
         loss = kernels.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
-        self._update(self.fake_score_optimizer, loss)
+        return self._update(self.fake_score_optimizer, loss)
 
-    def generator_step(self) -> None:
+    def generator_step(self) -> Tensor:
         """One update of the generator, Eq. 8 in the weighting of Diff-Instruct's authors."""
         x = self.sample()
         x_t, eps, sigma = self._noisy(x.detach())
@@ -106,7 +105,7 @@ class Trainer:
         loss = kernels.diff_instruct(
             x, real, fake, x_t=x_t, eps=eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=sigma**2
         )
-        self._update(self.generator_optimizer, loss)
+        return self._update(self.generator_optimizer, loss)
 
     def sample(self) -> Tensor:
         """Return generated samples x = G(z), shape (E, B, 64)."""
@@ -117,11 +116,12 @@ class Trainer:
         eps = self.streams.randn(*x_0.shape[1:])
         return add_noise(x_0, eps, alpha=1.0, sigma=sigma), eps, sigma
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         optimizer.zero_grad()
         # The losses are means over all members; each member shall have the gradient it would have alone.
         torch.autograd.backward(self.members * loss)
         optimizer.step()
+        return loss.detach()
 
     def _adam(self, network: Denoiser) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), lr=self.settings.rate, betas=(0.0, 0.999))
