@@ -8,9 +8,9 @@
     pytest -m slow benchmarks/bench_convergence.py                 # one tiny regime
 
 In each regime the rate is Diff-Instruct's best of three, found on tuning seeds and teachers, and the same for every
-method; with --own each method's own best of the three is found likewise, and those with another one than
-Diff-Instruct's run at it too. What is shown are other seeds and other teachers. A regime's result grows by one part
-after the other (`PARTS`), and what is there is not done again.
+method; with --own each method's own best of the three is found likewise, on more seeds if two are close, and those with
+another one than Diff-Instruct's run at it too. What is shown are other seeds and other teachers. A regime's result
+grows by one part after the other (`PARTS`), and what is there is not done again.
 
 | method        | recording       | teacher                           | generator's gradient      |
 |---------------|-----------------|-----------------------------------|---------------------------|
@@ -49,6 +49,8 @@ from disback_plugin.recording import LEAST
 from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Settling, Target, WarmStart
 
 RATES = (5e-4, 1e-3, 2e-3)
+# Within so much of the best score a rate may be the better one: three seeds do not tell.
+CLOSE = 1.1
 EMA = 0.99
 SAMPLES = 1_000
 EVALUATE_EVERY = 20
@@ -111,9 +113,12 @@ class Regime:
     def batch(self) -> int:
         return 32 if self.world == "digits-conv" else 64
 
-    def seeds(self, part: str) -> list[int]:
+    def seeds(self, part: str, *, more: bool = False) -> list[int]:
+        """Return the seeds of a part; `more`: those of the tuning that close calls are decided on."""
         planar = self.world.endswith("2d")
-        return list(range(100, 110 if planar else 103)) if part == "tuning" else list(range(20 if planar else 10))
+        if part == "shown":
+            return list(range(20 if planar else 10))
+        return list(range(100, 110 if planar else 103)) if not more else list(range(103, 110))
 
 
 REGIMES = {
@@ -353,9 +358,9 @@ def sid(x, eps, sigma, target, fake, weights, alpha=1.2):
 LOSSES = {"diff-instruct": score_difference, "dmd": dmd, "sid": sid}
 
 
-def distil(regime, methods, rates, part, folder, title):
+def distil(regime, methods, rates, part, folder, title, *, more=False):
     """Run the methods of one regime; returns each method's curves and what its recordings were."""
-    place, seeds = world(regime.world), regime.seeds(part)
+    place, seeds = world(regime.world), regime.seeds(part, more=more)
     bank = students(place, "teacher", part, seeds, folder)
     student = students(place, regime.student, part, seeds, folder)
     runs = Distillation(place, regime, methods, rates, seeds, bank, student)
@@ -378,25 +383,29 @@ def distil(regime, methods, rates, part, folder, title):
     return result
 
 
-def tuned(name, methods, folder):
-    """The methods' final distances at each rate: medians over the tuning seeds."""
-    pairs = [(method, rate) for method in methods for rate in RATES]
+def tuned(name, pairs, folder, *, more=False):
+    """Each pair's final distance, of each tuning seed, by method and rate."""
     candidates = [replace(method, name=f"{method.name} {rate:g}") for method, rate in pairs]
-    runs = distil(REGIMES[name], candidates, [rate for _, rate in pairs], "tuning", folder, f"{name}: rates")
-    scores = {}
+    rates, title = [rate for _, rate in pairs], f"{name}: rates"
+    runs = distil(REGIMES[name], candidates, rates, "tuning", folder, title, more=more)
+    finals = {}
     for (method, rate), candidate in zip(pairs, candidates, strict=True):
-        curves = tables.curves(runs[candidate.name]["ema"])
-        scores.setdefault(method.name, {})[f"{rate:g}"] = median(map(tables.final, curves))
-    return scores
+        found = [tables.final(curve) for curve in tables.curves(runs[candidate.name]["ema"])]
+        finals.setdefault(method.name, {})[f"{rate:g}"] = found
+    return finals
+
+
+def medians(finals):
+    return {rate: median(x if math.isfinite(x) else math.inf for x in found) for rate, found in finals.items()}
 
 
 def best(scores):
-    return float(min(scores, key=lambda rate: scores[rate] if math.isfinite(scores[rate]) else math.inf))
+    return float(min(scores, key=scores.get))
 
 
 def part_rate(name, folder, content):
     """Diff-Instruct's best rate."""
-    scores = tuned(name, [BASELINE], folder)[BASELINE.name]
+    scores = medians(tuned(name, [(BASELINE, rate) for rate in RATES], folder)[BASELINE.name])
     return {"name": name, "rate": best(scores), "tuning": scores}
 
 
@@ -409,9 +418,21 @@ def part_runs(name, folder, content):
 
 
 def part_own_rates(name, folder, content):
-    """Each other method's best rate."""
-    scores = tuned(name, METHODS[1:], folder)
+    """Each other method's best rate: of three seeds, and of ten where it is a close call."""
+    finals = tuned(name, [(method, rate) for method in METHODS[1:] for rate in RATES], folder)
+    if len(REGIMES[name].seeds("tuning")) < 10:
+        close = [(m, r) for m in METHODS[1:] for r in close_rates(medians(finals[m.name]))]
+        if close:
+            for method, found in tuned(name, close, folder, more=True).items():
+                finals[method] = {rate: finals[method][rate] + more for rate, more in found.items()}
+    scores = {method: medians(found) for method, found in finals.items()}
     return {"own_tuning": scores, "own_rates": {method: best(score) for method, score in scores.items()}}
+
+
+def close_rates(scores):
+    """The rates within a tenth of the best, if there are several."""
+    found = [float(rate) for rate, score in scores.items() if score <= CLOSE * min(scores.values())]
+    return found if len(found) > 1 else []
 
 
 def part_own_runs(name, folder, content):
