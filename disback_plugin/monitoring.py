@@ -76,8 +76,8 @@ class Monitor:
 
     @property
     def due(self) -> bool:
-        """Whether a window is at its end, and not read yet."""
-        return self._sums is not None and self._count >= self.window
+        """Whether a window is at its end, and not read yet; on all ranks alike, whatever each has of the gradients."""
+        return self._count >= self.window
 
     @torch.no_grad()
     def look(self) -> None:
@@ -103,8 +103,7 @@ class Monitor:
 
     def read(self) -> list[float]:
         """Return the window's numbers from the device: sum of the cosines, their number, sum of the squared norms."""
-        assert self._sums is not None
-        return [float(number) for number in self._sums.tolist()]
+        return [0.0] * 3 if self._sums is None else [float(number) for number in self._sums.tolist()]
 
     def judge(self, window: list[float]) -> None:
         """Draw the signs from what `read` returned, here or on rank 0, and begin a new window."""
@@ -125,9 +124,8 @@ class Monitor:
         """Return the state as text, empty if there is none yet."""
         if not self._count and not self._first:
             return ""
-        sums = [0.0] * 3 if self._sums is None else self._sums.tolist()
         signs = self.behind + 2 * self.stalled + 4 * self.diverged
-        counts = torch.tensor([self._count, self._agreed, signs, self._first, *sums], dtype=torch.float32)
+        counts = torch.tensor([self._count, self._agreed, signs, self._first, *self.read()], dtype=torch.float32)
         sample = counts[:0] if self._sample is None else self._sample.cpu()
         return base64.b64encode(torch.cat([counts, sample]).numpy().tobytes()).decode()
 

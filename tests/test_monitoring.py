@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import returned
 from torch import nn
 from worlds import Run, clone, difference
 
@@ -238,3 +240,38 @@ def test_a_damaged_text_in_the_state_of_a_walk_changes_nothing(tmp_path, text):
         with pytest.raises(StateError, match="to mend it, pass an unedited state"):
             handle.load_state_dict(state | {"fit": text})
         assert handle.state_dict() == state
+
+
+def loud(form, folder, who):
+    """Some ranks' parts of the gradients grow in the walk; returns when this rank let go, and how often it said so."""
+    from test_sharding import Sharded
+    from torch import distributed as dist
+
+    run, warned = Sharded(form), []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage()) if record.levelname == "WARNING" else None
+    logging.getLogger("disback_plugin").addHandler(handler)
+    original = ScoreNetwork(run.teacher).fingerprint()
+    with disback.attach(**run.roles(), path=folder, record=4, every=4) as handle:
+        growth = [1.0]
+        run.optimizer_f.register_step_pre_hook(
+            lambda *_: [p.grad.mul_(growth[0]) for p in run.fake_score.parameters() if p.grad is not None] and None
+        )
+        for step in range(16):
+            growth[0] = 1e4 if step >= 9 and dist.get_rank() in who else 1.0
+            run.step()
+            if handle.phase == "done":
+                break
+        ended = [step, handle.phase, handle.position, ScoreNetwork(run.teacher).fingerprint() == original]
+        return {"ended": ended, "warned": len([w for w in warned if "thirtyfold" in w])}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("form", "who"), [("fsdp2", [0, 1]), ("fsdp2", [0]), ("fsdp2", [1]), ("ddp", [0, 1])])
+def test_all_ranks_let_go_at_the_same_update_as_rank_0_sees_it(nursery, tmp_path, form, who):
+    first, second = returned(nursery.play(loud, 2, form, str(tmp_path / "path"), who))
+    assert first["ended"] == second["ended"]
+    if 0 in who:
+        assert first["ended"][1:] == ["done", 0.0, True]
+        assert first["ended"][0] < 15
+    assert [first["warned"], second["warned"]] == ([1, 0] if 0 in who else [0, 0])
