@@ -42,7 +42,7 @@ def draw(folder, regimes, methods, distillation) -> None:
 
 
 def save(folder, name, figure) -> None:
-    figure.savefig(folder / f"{name}.png", dpi=110)
+    figure.savefig(folder / f"{name}.png", dpi=70)
     print(folder / f"{name}.png")
 
 

@@ -182,7 +182,8 @@ class Specs:
                 "disback/swap_ms", host milliseconds of its write, and "disback/delta_norm", how far it went along the
                 path, in weight space. While recording, now and then: "disback/recording", an update of s_phi;
                 "disback/agreement", the cosine of its gradient and the one before (`fitting`), and where it is known
-                "disback/loss". What the loop gives to `Handle.log`. Every 50 updates: "disback/masked_samples", how
+                "disback/loss". Once, 1.0: "disback/stalled" or "disback/diverged", of a run that goes wrong in the walk
+                (`monitoring`). What the loop gives to `Handle.log`. Every 50 updates: "disback/masked_samples", how
                 many samples the losses left out on this process since the last report, because they were not finite;
                 0 too (`masking.MaskedSamples`).
             step: Generator updates so far.

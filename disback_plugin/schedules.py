@@ -249,8 +249,8 @@ class Adaptive(Auto):
     """`Auto` in a closed loop: an update counts a quarter while s_phi is behind the student.
 
     s_phi is behind if its gradients at updates in a row agree, as before it was fitted (`monitoring`). Then the descent
-    takes four times as long at most. No better than `Auto` where it was tried (`benchmarks/EVIDENCE.md`); for students
-    that move faster than s_phi follows. By hand, without `attach`, set `scheduler.behind`.
+    takes four times as long at most. Not better than `Auto` where it was tried, on one problem worse
+    (`benchmarks/EVIDENCE.md`). By hand, without `attach`, set `scheduler.behind`.
 
     Args:
         fitted: As in `Auto`.
