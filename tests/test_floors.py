@@ -30,6 +30,7 @@ FLOORS = [
             "recipes",
             "schedules",
             "plan",
+            "overview",
             "prefetch",
             "teacher",
             "scheduler",
@@ -37,7 +38,7 @@ FLOORS = [
         *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
     [
-        *("overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
+        *("stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
         *("building", "panels", "plots", "report", "commands", "cli", "testing"),
     ],
 ]
