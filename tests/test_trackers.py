@@ -74,7 +74,7 @@ def test_any_tracker_of_accelerate_is_told_under_the_step_of_the_loop(tmp_path):
 
 
 class Service(ModuleType):
-    """What accelerate asks of the packages wandb and trackio: `init(project=...)`, whose answer has `log`, and a config.
+    """What accelerate asks of wandb and trackio: `init(project=...)`, whose answer has `log`, and a config.
 
     As wandb does, it takes no step that is earlier than one before.
     """
