@@ -46,7 +46,7 @@ def test_a_run_writes_what_it_is_beside_its_path(logged):
     assert (first["begin"], first["update"], first["recording"], first["resumed"]) == ("attach", 0, 0, False)
     manifest = handle.path.manifest
     assert (first["teacher"], first["generator"]) == (manifest.teacher.fingerprint, manifest.generator)
-    assert first["settings"]["schedule"] == "Ramp(updates=4, amplitude=True)"
+    assert first["settings"]["schedule"] == repr(disback.schedules.Ramp(4))
     assert (first["settings"]["record"], first["settings"]["codec"]) == (10, "int8")
     assert first["networks"]["teacher"].startswith("Score, ")
     assert first["optimizers"] == dict.fromkeys(("generator", "fake score"), "Adam, learning rate 0.01")

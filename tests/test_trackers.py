@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from itertools import count
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,7 @@ from accelerate.tracking import GeneralTracker
 from worlds import Run
 
 import disback_plugin as disback
+from disback_plugin import history
 from disback_plugin.errors import OptionError, PluginError
 
 
@@ -56,9 +58,11 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert set(read) == {
-        f"disback/{n}" for n in ("position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates")
-    }
+    names = ("position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates", "recording", "agreement")
+    assert set(read) == {f"disback/{name}" for name in names}
+    logged = history.read(tmp_path / "path.log.jsonl").curves(recording=True)["agreement"]
+    assert [value for _, value in read["disback/recording"]] == [x for x, _ in logged] == [2, 3, 4]
+    assert [value for _, value in read["disback/agreement"]] == pytest.approx([y for _, y in logged])
     assert read["disback/position"] == [(0, 1.0), (2, 0.0)]
     assert read["disback/node"] == [(0, 1.0), (2, 0.0)]
     assert [value for _, value in read["disback/delta_norm"]] == pytest.approx([norms[0], norms[0]])
@@ -66,11 +70,12 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
 
 
 def test_any_tracker_of_accelerate_is_told_under_the_step_of_the_loop(tmp_path):
-    memory, steps = Memory(), iter((100, 200))
+    memory, steps = Memory(), count(100)
     accelerator = Accelerator(cpu=True, log_with=memory)
     accelerator.init_trackers("run", config={"lr": 1.0})
     walk(tmp_path, disback.Trackers(accelerator, step=lambda: next(steps)))
-    assert [(step, row["disback/generator_updates"]) for step, row in memory.rows] == [(100, 0), (200, 2)]
+    moves = [(step, row["disback/generator_updates"]) for step, row in memory.rows if "disback/position" in row]
+    assert moves == [(103, 0), (104, 2)], "after the three cosines of the recording"
 
 
 class Service(ModuleType):
