@@ -12,12 +12,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers, ranks
+from disback_plugin.cards import aligned
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
 from disback_plugin.flattening import locate
 from disback_plugin.hooks import Plugins
 from disback_plugin.masking import on_main_process
-from disback_plugin.overview import agenda, aligned, cast, described
+from disback_plugin.overview import agenda, cast, described
 from disback_plugin.plan import Plan
 from disback_plugin.recording import PATIENCE
 from disback_plugin.rewinding import Rewind, Stateful

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers
+from disback_plugin.cards import ROWS
 from disback_plugin.flattening import shape_of
 from disback_plugin.manifest import Manifest
 from disback_plugin.schedules import Target
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["agenda", "aligned", "cast", "described"]
-
-# A longer agenda is shown by its beginning and end.
-ROWS = 12
+__all__ = ["agenda", "cast", "described"]
 
 
 def cast(
@@ -114,10 +112,3 @@ def agenda(
 def _aim(target: Target, last: bool) -> str:
     where = "teacher at position 0: itself, for good" if last else f"teacher at position {target.position:.4g}"
     return where if target.gradient == 1 else f"{where}, the generator's gradient times {target.gradient:.4g}"
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows as lines of columns, indented."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line}".rstrip() for line in lines)

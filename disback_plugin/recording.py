@@ -133,6 +133,8 @@ class Recorder:
         self._finish_if_done()
         if self.done or iteration % EVERY == 0:
             self._tell_losses()
+        if self.done:
+            self._tell()
         if due:
             self._plugins.node_recorded(self.path, self.path.nodes[-1])
         if self.done:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, tostring
 
+from tqdm.auto import tqdm
+
 from disback_plugin.history import History
 from disback_plugin.panels import MEASURED, Panel, compare, panels
 from disback_plugin.plots import COLOURS, DASHES, svg
@@ -37,7 +39,7 @@ def page(runs: Sequence[History]) -> str:
     _overview(main, runs)
     _comparison(main, runs)
     section = ""
-    for number, panel in enumerate(panels(runs)):
+    for number, panel in enumerate(tqdm(panels(runs), desc="drawing", unit="panel", leave=False, disable=None)):
         if panel.section != section:
             if section == MEASURED:
                 _samples(main, runs)
@@ -70,7 +72,7 @@ def _head(html: Element, runs: Sequence[History]) -> None:
     _say(head, "style", (Path(__file__).parent / "report.css").read_text(encoding="utf-8"))
 
 
-def _number(parent: Element, tag: str, value: float | None, form: str = ".5g") -> None:
+def _number(parent: Element, tag: str, value: float | None, form: str = ".4g") -> None:
     """Add a cell that shows a number shortly, and holds it in full."""
     cell = SubElement(parent, tag)
     if value is None:
@@ -79,14 +81,10 @@ def _number(parent: Element, tag: str, value: float | None, form: str = ".5g") -
     SubElement(cell, "data", value=repr(value)).text = f"{value:,}" if isinstance(value, int) else format(value, form)
 
 
-def _table(parent: Element, head: Iterable[str], caption: str = "") -> Element:
+def _table(parent: Element, head: Iterable[str], label: str) -> Element:
     """Add a table, which scrolls in its own box if it is too wide, and return its body."""
-    box = SubElement(
-        parent, "div", {"class": "wide", "tabindex": "0", "role": "region", "aria-label": caption or "table"}
-    )
+    box = SubElement(parent, "div", {"class": "wide", "tabindex": "0", "role": "region", "aria-label": label})
     table = SubElement(box, "table")
-    if caption:
-        _say(table, "caption", caption)
     row = SubElement(SubElement(table, "thead"), "tr")
     for name in head:
         _say(row, "th", name).set("scope", "col")
@@ -115,7 +113,7 @@ def _legend(parent: Element, runs: Sequence[History]) -> None:
 
 def _overview(parent: Element, runs: Sequence[History]) -> None:
     _say(parent, "h2", "In short")
-    body = _table(parent, ("", *(run.name for run in runs)))
+    body = _table(parent, ("", *(run.name for run in runs)), "in short")
     facts = [_facts(run) for run in runs]
     for name in facts[0]:
         row = SubElement(body, "tr")
@@ -161,7 +159,9 @@ def _comparison(parent: Element, runs: Sequence[History]) -> None:
     for measure in dict.fromkeys(row["measure"] for row in rows):
         _say(parent, "h3", str(measure))
         of_it = [row for row in rows if row["measure"] == measure]
-        body = _table(parent, ("run", "last", "ratio", f"updates to {of_it[0]['threshold']:.4g}", "ratio"))
+        body = _table(
+            parent, ("run", "last", "ratio", f"updates to {of_it[0]['threshold']:.4g}", "ratio"), str(measure)
+        )
         for row in of_it:
             line = SubElement(body, "tr")
             _say(line, "th", str(row["run"])).set("scope", "row")

@@ -15,9 +15,11 @@ from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import kernels
+from disback_plugin.cards import aligned
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.masking import MaskedSamples, on_main_process
+from disback_plugin.overview import agenda
 from disback_plugin.plan import Plan, length
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Settling, Target, resolve
@@ -146,6 +148,15 @@ class TrajectoryScheduler:
     def stages(self) -> list[tuple[int, Target]]:
         """Return what happens when: generator updates, and what the walk aims at from there on (`Plan.ahead`)."""
         return self._plan.ahead(self.generator_updates)
+
+    def __repr__(self) -> str:
+        nodes = "no path" if self.path is None else f"N = {self.last_node}, {self.path.folder}"
+        state = "done" if self.done else "started" if self.started else "not started"
+        rows = agenda(None if self.path is None else self.path.manifest, None, self.stages(), self.generator_updates)
+        return (
+            f"<TrajectoryScheduler {state}: position {self.position:g} ({nodes}), {self._plan.schedule!r}, "
+            f"{self.generator_updates} generator updates>\n{aligned(rows)}"
+        )
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +306,7 @@ class TrajectoryScheduler:
     def _check(self, path: DegradationPath, teacher: ScoreNetwork) -> None:
         if not path.complete:
             raise PathError(
-                f"an unfinished path ({path!r})", expected="a complete one", cure="record it to its end first"
+                f"an unfinished path ({path})", expected="a complete one", cure="record it to its end first"
             )
         if self._fake_score is not None:
             teacher.check_same_layout(self._fake_score)

@@ -33,6 +33,7 @@ FLOORS = [
             "plan",
             "borrowing",
             "outlook",
+            "overview",
             "prefetch",
             "teacher",
             "scheduler",
@@ -40,7 +41,7 @@ FLOORS = [
         *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
     [
-        *("overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
+        *("stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
         *("building", "panels", "plots", "report", "commands", "cli", "testing"),
     ],
 ]

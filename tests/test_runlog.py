@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import returned
+from test_sharding import Sharded
 from worlds import Run, difference
 
 import disback_plugin as disback
@@ -44,7 +46,7 @@ def test_a_run_writes_what_it_is_beside_its_path(logged):
     assert (first["begin"], first["update"], first["recording"], first["resumed"]) == ("attach", 0, 0, False)
     manifest = handle.path.manifest
     assert (first["teacher"], first["generator"]) == (manifest.teacher.fingerprint, manifest.generator)
-    assert first["settings"]["schedule"] == "Ramp(updates=4, amplitude=True)"
+    assert first["settings"]["schedule"] == repr(disback.schedules.Ramp(4))
     assert (first["settings"]["record"], first["settings"]["codec"]) == (10, "int8")
     assert first["networks"]["teacher"].startswith("Score, ")
     assert first["optimizers"] == dict.fromkeys(("generator", "fake score"), "Adam, learning rate 0.01")
@@ -274,3 +276,22 @@ def test_any_lines_at_all_read_as_a_history_whose_updates_only_grow(lines):
     for recording in (False, True):
         for curve in history.curves(recording=recording).values():
             assert [at for at, _ in curve] == sorted({at for at, _ in curve})
+
+
+def on_each_rank(folder):
+    run = Sharded("fsdp2")
+    with disback.attach(**run.roles(), path=f"{folder}/path", **OPTIONS) as handle:
+        for _ in range(14):
+            run.step()
+            handle.log({"loss": torch.tensor(1.0)})
+        return handle.generator_updates
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_ranks_of_a_sharded_run_leave_one_log(nursery, tmp_path):
+    assert returned(nursery.play(on_each_rank, 2, str(tmp_path))) == [4, 4]
+    history = read(tmp_path / "path.log.jsonl")
+    assert len(history.begun) == 1
+    assert history.curves()["loss"] == [(update, 1.0) for update in range(5)]
+    assert len(lines_of(history.file)) == len(history.lines) + 1
+    assert [node["index"] for node in history.nodes()] == [1, 2]

@@ -21,6 +21,7 @@ COMMANDS = (
     "plot",
     "inspect",
     "plugins",
+    "bench",
 )
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns has no public name

@@ -25,7 +25,13 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side (%(default)s)"
     )
     demo.add_argument(
-        "--student", choices=("scratch", "teacher"), default="scratch", help="the student's first weights (%(default)s)"
+        "--student",
+        choices=("scratch", "teacher", "far"),
+        default="scratch",
+        help="the student's first weights: random, the teacher's, or of a network trained on negatives (%(default)s)",
+    )
+    demo.add_argument(
+        "--loss", choices=("diff-instruct", "dmd", "sid"), default="diff-instruct", help="of the student (%(default)s)"
     )
     demo.add_argument(
         "--network", choices=("mlp", "conv"), default="mlp", help="of teacher, fake score and student (%(default)s)"
@@ -41,7 +47,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         help="folder for pictures, path and result.json (%(default)s)",
     )
     json_option(demo)
-    demo.set_defaults(run=run)
+    demo.set_defaults(
+        run=run, interrupted="{out} holds the logs so far, for disback report; the same command begins anew"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,15 +65,17 @@ def run(options: argparse.Namespace) -> None:
         seeds=options.seeds,
         student=options.student,
         network=options.network,
+        loss=options.loss,
         schedule=options.schedule,
         out=options.out,
     )
     if options.json:
         print(json.dumps(result))
         return
-    regime = f"{result['network']} network, student from {result['student']}, {result['seeds']} seeds"
+    regime = f"{result['loss']}, {result['network']} network, student {result['student']}, {result['seeds']} seeds"
     print(f"\n{regime}; DisBack: {result['record']} recording iterations, {result['schedule']}")
     print("distances of the averaged generators to the digits, medians over the seeds\n")
     print(table(result))
     print(f"\n{CAVEAT}")
     print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")
+    print(f"disback report {options.out}  # makes a page of it")

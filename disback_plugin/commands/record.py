@@ -44,7 +44,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--learning-rate", type=float, metavar="R", help="of Adam, in a recording with sample and loss (1e-5)"
     )
     json_option(record, "a table of the nodes")
-    record.set_defaults(run=run)
+    record.set_defaults(
+        run=run, code_of_users=True, interrupted="the same command goes on from the last node that is in {path}"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["convergence", "grid", "samples", "table"]
 
 # Distinguishable without colour vision (Okabe and Ito).
-COLOURS = {"diff-instruct": "#555555", "warm": "#E69F00", "grad-ramp": "#56B4E9", "disback": "#D55E00"}
+COLOURS = {"warm": "#E69F00", "grad-ramp": "#56B4E9", "disback": "#D55E00"}
+BASELINE = "#555555"
 
 
 def convergence(runs: dict[str, Run], thresholds: tuple[float, ...], file: Path) -> None:
@@ -27,10 +28,9 @@ def convergence(runs: dict[str, Run], thresholds: tuple[float, ...], file: Path)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, run in runs.items():
-        axes.plot(run.updates, [median(v) for v in run.ema], color=COLOURS[name], label=name, linewidth=2)
-        axes.fill_between(
-            run.updates, [min(v) for v in run.ema], [max(v) for v in run.ema], color=COLOURS[name], alpha=0.12
-        )
+        colour = COLOURS.get(name, BASELINE)
+        axes.plot(run.updates, [median(v) for v in run.ema], color=colour, label=name, linewidth=2)
+        axes.fill_between(run.updates, [min(v) for v in run.ema], [max(v) for v in run.ema], color=colour, alpha=0.12)
     for threshold in thresholds:
         axes.axhline(threshold, color="black", linewidth=0.6, linestyle=":")
     axes.set(xlabel="generator updates", ylabel="Fréchet distance (20 principal components)", yscale="log")
@@ -86,7 +86,8 @@ def table(result: dict[str, Any]) -> str:
         rows.append([name, *reached, f"{result['final'][name]:.2f}", f"{result['final_raw'][name]:.2f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines += ["", "Diff-Instruct over DisBack, median [min, max] over the seeds:"]
+    baseline = next(iter(result["runs"]))
+    lines += ["", f"{baseline} over disback, median [min, max] over the seeds:"]
     lines += [
         f"  to {n}:  updates {_ratio(result['ratio_updates'][n])}   compute {_ratio(result['ratio_compute'][n])}"
         for n in names
