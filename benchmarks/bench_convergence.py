@@ -1,11 +1,16 @@
 """Does it converge faster, and where? Regimes x methods x seeds, from the same random numbers, paired.
 
     python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; without a regime: all of them, for hours
+    python benchmarks/bench_convergence.py REGIME... --out DIR --own   # and each method at its own best rate
+    python benchmarks/bench_convergence.py REGIME... --out DIR --halves    # and warm start and path of auto alone
     python benchmarks/bench_convergence.py --table DIR             # what is in DIR, as tables, into EVIDENCE.md
+    python benchmarks/bench_convergence.py --figures DIR           # and as pictures, beside the results
     pytest -m slow benchmarks/bench_convergence.py                 # one tiny regime
 
 In each regime the rate is Diff-Instruct's best of three, found on tuning seeds and teachers, and the same for every
-method; what is shown are other seeds and other teachers.
+method; with --own each method's own best of the three is found likewise, on more seeds if two are close, and those with
+another one than Diff-Instruct's run at it too. What is shown are other seeds and other teachers. A regime's result
+grows by one part after the other (`PARTS`), and what is there is not done again.
 
 | method        | recording       | teacher                           | generator's gradient      |
 |---------------|-----------------|-----------------------------------|---------------------------|
@@ -26,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,9 +46,11 @@ from tqdm import tqdm
 
 from disback_plugin.fitting import EVERY, SAMPLE, fitted_after
 from disback_plugin.recording import LEAST
-from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Target, WarmStart
+from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Settling, Target, WarmStart
 
 RATES = (5e-4, 1e-3, 2e-3)
+# Within so much of the best score a rate may be the better one: three seeds do not tell.
+CLOSE = 1.1
 EMA = 0.99
 SAMPLES = 1_000
 EVALUATE_EVERY = 20
@@ -54,12 +62,27 @@ TRAINING, RECORDING, EVALUATION = 1, 2, 3
 
 @dataclass(frozen=True)
 class Method:
-    """What is added to Diff-Instruct: a recording (None: until s' is fitted) and a schedule on a path of N nodes."""
+    """What is added to Diff-Instruct: a recording (None: until s' is fitted) and a schedule on a path of N nodes.
+
+    Without `warm`, s_phi and its optimizer begin at the teacher all the same.
+    """
 
     name: str
     schedule: Schedule
     record: int | None = 0
     nodes: int = 1
+    warm: bool = True
+
+
+@dataclass(frozen=True)
+class SingleAuto(Auto):
+    """`Auto` in single precision, as the results in EVIDENCE.md were computed: Adam makes a difference of 1e-7 grow."""
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        position, shrunk = (
+            0.9 * (1 - updates / torch.tensor(float(end))).clamp(min=0) for end in (self.fitted, 3 * self.fitted)
+        )
+        return Target(nodes * float(position), float(1 - shrunk))
 
 
 BASELINE = Method("diff-instruct", WarmStart())
@@ -69,8 +92,11 @@ METHODS = (
     Method("grad-ramp", GradientRamp(100)),
     Method("plain-ramp", Ramp(50, amplitude=False), 25),
     Method("fixed", Fixed(20, 60, 60), 50, nodes=4),
-    Method("auto", Auto(), None),
+    Method("auto", SingleAuto(), None),
 )
+# The two halves of auto, alone (the paper's Table 3), and where they were looked at.
+HALVES = (Method("warm start only", WarmStart(), None), Method("path only", SingleAuto(), None, warm=False))
+ABLATED = ("mlp scratch", "conv teacher 20", "conv rolled", "gauss far")
 
 
 @dataclass(frozen=True)
@@ -87,9 +113,12 @@ class Regime:
     def batch(self) -> int:
         return 32 if self.world == "digits-conv" else 64
 
-    def seeds(self, part: str) -> list[int]:
+    def seeds(self, part: str, *, more: bool = False) -> list[int]:
+        """Return the seeds of a part; `more`: those of the tuning that close calls are decided on."""
         planar = self.world.endswith("2d")
-        return list(range(100, 110 if planar else 103)) if part == "tuning" else list(range(20 if planar else 10))
+        if part == "shown":
+            return list(range(20 if planar else 10))
+        return list(range(100, 110 if planar else 103)) if not more else list(range(103, 110))
 
 
 REGIMES = {
@@ -113,17 +142,6 @@ REGIMES = {
 }
 
 
-@dataclass(frozen=True)
-class SingleAuto(Auto):
-    """`Auto` in single precision, as the results in EVIDENCE.md were computed: Adam makes a difference of 1e-7 grow."""
-
-    def __call__(self, updates: int, nodes: int) -> Target:
-        position, shrunk = (
-            0.9 * (1 - updates / torch.tensor(float(end))).clamp(min=0) for end in (self.fitted, 3 * self.fitted)
-        )
-        return Target(nodes * float(position), float(1 - shrunk))
-
-
 class Adam:
     """Adam without momentum, betas (0, 0.999), whose members have rates of their own and may stand still."""
 
@@ -141,6 +159,12 @@ class Adam:
             second.add_((g * g - second) * (0.001 * along(moving, weight)))
             denominator = (second / along(corrected, weight)).sqrt() + 1e-8
             weight.sub_(g / denominator * along(self.rates * moving, weight))
+
+    def forget(self, members: Tensor) -> None:
+        """Begin anew with the members for which it is 1."""
+        self.updates *= 1 - members
+        for second in self.second:
+            second *= 1 - along(members, second)
 
 
 def along(members: Tensor, weight: Tensor) -> Tensor:
@@ -190,6 +214,8 @@ class Distillation:
         self._z = self._noise(EVALUATION, SAMPLES, world.size)
         self.recorded = [0] * len(self.methods)
         self.fitted = [0] * len(self.methods)
+        # Of those that are recorded until they are fitted: the mean of the first cosines.
+        self.agreement = [math.nan] * len(self.methods)
 
     def record(self) -> None:
         """Algorithm 1: s_phi is fitted to the standing generator, each member for as long as its method says."""
@@ -210,14 +236,32 @@ class Distillation:
                     if self.fitted[member] and done >= LEAST:
                         planned[member] = done
         self.recorded = planned
+        self.agreement = [sum(c[:EVERY]) / EVERY if len(c) >= EVERY else math.nan for c in columns]
+
+    @torch.no_grad()
+    def excess(self) -> list[float]:
+        """Each member's excess loss of the teacher over s_phi on the student's samples (`outlook.Outlook`)."""
+        stream, shape = seeded(77), (256, self.world.size)
+        z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (shape, shape[:1], shape))
+        z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))
+        x_0 = self._generate(z)
+        ours, fitted = (denoising(network, x_0, eps, log_sigma) for network in (self.target, self.fake))
+        return (ours / fitted - 1).tolist()
 
     def train(self, updates: int, tick: Callable[[], object] = lambda: None) -> dict[str, list]:
         """Algorithm 2; returns distances at every evaluation: of the generator's average, and of itself."""
         origin, end = (
             [weight.detach().clone() for weight in network.parameters()] for network in (self.target, self.fake)
         )
+        cold = torch.tensor([float(not method.warm) for method in self.methods])
+        with torch.no_grad():
+            for weight, start in zip(self.fake.parameters(), origin, strict=True):
+                weight.lerp_(start, along(cold, weight))
+        self._fake_adam.forget(cold)
         schedules = [
-            SingleAuto(self.fitted[i] or self.recorded[i]) if isinstance(method.schedule, Auto) else method.schedule
+            method.schedule.settle(self.fitted[i] or self.recorded[i])
+            if isinstance(method.schedule, Settling)
+            else method.schedule
             for i, method in enumerate(self.methods)
         ]
         everyone = torch.ones(len(self.methods))
@@ -314,14 +358,15 @@ def sid(x, eps, sigma, target, fake, weights, alpha=1.2):
 LOSSES = {"diff-instruct": score_difference, "dmd": dmd, "sid": sid}
 
 
-def distil(regime, methods, rates, part, folder, title):
+def distil(regime, methods, rates, part, folder, title, *, more=False):
     """Run the methods of one regime; returns each method's curves and what its recordings were."""
-    place, seeds = world(regime.world), regime.seeds(part)
+    place, seeds = world(regime.world), regime.seeds(part, more=more)
     bank = students(place, "teacher", part, seeds, folder)
     student = students(place, regime.student, part, seeds, folder)
     runs = Distillation(place, regime, methods, rates, seeds, bank, student)
     runs.record()
-    with tqdm(total=regime.updates, desc=title, unit="update") as bar:
+    excess = runs.excess()
+    with tqdm(total=regime.updates, desc=title, unit="update", leave=False) as bar:
         found = runs.train(regime.updates, bar.update)
     result = {}
     for i, method in enumerate(methods):
@@ -332,43 +377,123 @@ def distil(regime, methods, rates, part, folder, title):
             "ema": [values[mine] for values in found["ema"]],
             "raw": [values[mine] for values in found["raw"]],
             "recorded": [*zip(runs.recorded[mine], fitted, strict=True)],
+            "excess": excess[mine],
+            "agreement": runs.agreement[mine],
         }
     return result
 
 
-def study(name: str, folder: Path) -> None:
-    """Find the rate on the tuning part, run the shown part, and write one JSON; a regime that has one is skipped."""
-    file, regime = folder / tables.file_name(name), REGIMES[name]
-    if file.exists():
-        return
-    candidates = [replace(BASELINE, name=f"{rate:g}") for rate in RATES]
-    tuned = distil(regime, candidates, RATES, "tuning", folder, f"{name}: rate")
-    score = {rate: median(map(tables.final, tables.curves(tuned[f"{rate:g}"]["ema"]))) for rate in RATES}
-    rate = min(score, key=score.get)
-    runs = distil(regime, METHODS, [rate] * len(METHODS), "shown", folder, name)
-    recorded = {method: run.pop("recorded") for method, run in runs.items()}
-    content = {"name": name, "rate": rate, "tuning": {f"{r:g}": v for r, v in score.items()}}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content | {"R": {"auto": recorded["auto"]}, "runs": runs}))
-    partial.rename(file)
+def tuned(name, pairs, folder, *, more=False):
+    """Each pair's final distance, of each tuning seed, by method and rate."""
+    candidates = [replace(method, name=f"{method.name} {rate:g}") for method, rate in pairs]
+    rates, title = [rate for _, rate in pairs], f"{name}: rates"
+    runs = distil(REGIMES[name], candidates, rates, "tuning", folder, title, more=more)
+    finals = {}
+    for (method, rate), candidate in zip(pairs, candidates, strict=True):
+        found = [tables.final(curve) for curve in tables.curves(runs[candidate.name]["ema"])]
+        finals.setdefault(method.name, {})[f"{rate:g}"] = found
+    return finals
+
+
+def medians(finals):
+    return {rate: median(x if math.isfinite(x) else math.inf for x in found) for rate, found in finals.items()}
+
+
+def best(scores):
+    return float(min(scores, key=scores.get))
+
+
+def part_rate(name, folder, content):
+    """Diff-Instruct's best rate."""
+    scores = medians(tuned(name, [(BASELINE, rate) for rate in RATES], folder)[BASELINE.name])
+    return {"name": name, "rate": best(scores), "tuning": scores}
+
+
+def part_runs(name, folder, content):
+    """All methods at that rate."""
+    runs = distil(REGIMES[name], METHODS, [content["rate"]] * len(METHODS), "shown", folder, name)
+    recorded, _ = [run.pop("recorded") for run in runs.values()][-1], [run.pop("agreement") for run in runs.values()]
+    signs = [run.pop("excess") for run in runs.values()][-1]
+    return {"R": {"auto": recorded}, "runs": runs, "excess": signs}
+
+
+def part_own_rates(name, folder, content):
+    """Each other method's best rate: of three seeds, and of ten where it is a close call."""
+    finals = tuned(name, [(method, rate) for method in METHODS[1:] for rate in RATES], folder)
+    if len(REGIMES[name].seeds("tuning")) < 10:
+        close = [(m, r) for m in METHODS[1:] for r in close_rates(medians(finals[m.name]))]
+        if close:
+            for method, found in tuned(name, close, folder, more=True).items():
+                finals[method] = {rate: finals[method][rate] + more for rate, more in found.items()}
+    scores = {method: medians(found) for method, found in finals.items()}
+    return {"own_tuning": scores, "own_rates": {method: best(score) for method, score in scores.items()}}
+
+
+def close_rates(scores):
+    """The rates within a tenth of the best, if there are several."""
+    found = [float(rate) for rate, score in scores.items() if score <= CLOSE * min(scores.values())]
+    return found if len(found) > 1 else []
+
+
+def part_own_runs(name, folder, content):
+    """Those methods again whose best rate is another one."""
+    others = [(m, r) for m in METHODS[1:] if (r := content["own_rates"][m.name]) != content["rate"]]
+    if not others:
+        return {"own_runs": {}}
+    runs = distil(REGIMES[name], [m for m, _ in others], [r for _, r in others], "shown", folder, f"{name}: own rates")
+    return {"own_runs": runs}
+
+
+def part_halves(name, folder, content):
+    """The warm start alone and the path alone, at Diff-Instruct's rate."""
+    if name not in ABLATED:
+        return {"halves": {}}
+    return {"halves": distil(REGIMES[name], HALVES, [content["rate"]] * 2, "shown", folder, f"{name}: halves")}
+
+
+# Parts of a result, by a name that it has once the part is done.
+PARTS = {"rate": part_rate, "runs": part_runs}
+OWN = {"own_rates": part_own_rates, "own_runs": part_own_runs}
+HALF = {"halves": part_halves}
+
+
+def study(name: str, folder: Path, *, own: bool = False, halves: bool = False) -> None:
+    """Do what of a regime's parts is not done yet; its JSON is written after each."""
+    file = folder / tables.file_name(name)
+    for key, part in (PARTS | (OWN if own else {}) | (HALF if halves else {})).items():
+        content = json.loads(file.read_text()) if file.exists() else {}
+        if key not in content:
+            content |= part(name, folder, content)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(content))
+            partial.rename(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of: {', '.join(REGIMES)}")
     parser.add_argument("--out", type=Path, help="where teachers and results go")
+    parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
+    parser.add_argument("--halves", action="store_true", help=f"with --out: auto's halves ({', '.join(ABLATED)})")
     parser.add_argument("--table", type=Path, help="where results are: their tables go into EVIDENCE.md")
+    parser.add_argument("--figures", type=Path, help="where results are: pictures are written beside them")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.regimes if name not in REGIMES]
-    if unknown or (arguments.out is None) == (arguments.table is None):
-        parser.error(f"no regime {unknown[0]!r}" if unknown else "one of --out and --table")
+    if unknown or sum(folder is not None for folder in (arguments.out, arguments.table, arguments.figures)) != 1:
+        parser.error(f"no regime {unknown[0]!r}" if unknown else "one of --out, --table and --figures")
+    torch.set_num_threads(1)
     if arguments.table:
         tables.write(arguments.table, REGIMES)
-        return
-    torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in arguments.regimes or REGIMES:
-        study(name, arguments.out)
+    elif arguments.figures:
+        from convergence_figures import draw
+
+        draw(arguments.figures, REGIMES, METHODS, Distillation)
+    else:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tqdm(arguments.regimes or REGIMES, unit="regime") as bar:
+            for name in bar:
+                bar.set_description(name)
+                study(name, arguments.out, own=arguments.own, halves=arguments.halves)
 
 
 @pytest.mark.slow
@@ -380,6 +505,9 @@ def bench_a_small_regime_runs_to_its_table_and_is_not_run_twice(tmp_path, monkey
     before = file.stat()
     study("gauss teacher", tmp_path)
     assert file.stat() == before
+    study("gauss teacher", tmp_path, own=True)
+    content = json.loads(file.read_text())
+    assert content["own_runs"].keys() == {m for m, r in content["own_rates"].items() if r != content["rate"]}
     text = tables.text(tmp_path, REGIMES)
     assert all(method.name in text for method in METHODS)
     assert "not measured" in text

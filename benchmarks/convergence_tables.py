@@ -1,7 +1,10 @@
 """From the results of `bench_convergence` to the tables of EVIDENCE.md, and to which goals are reached.
 
 A result is a JSON: `runs[method]` has `updates` (n,), `ema` and `raw` (n, seeds), and `R["auto"]` has, of each seed,
-how long it was recorded and after how many updates s' was fitted. All ratios are to Diff-Instruct with the same seed.
+how long it was recorded and after how many updates s' was fitted; `own_runs` has the methods whose own best rate is
+another one than Diff-Instruct's. All ratios are to Diff-Instruct with the same seed, at its best rate.
+
+A run goes by its label: the method, and its rate where that is its own.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import math
 import re
 from pathlib import Path
 from statistics import geometric_mean, median
+
+from disback_plugin.outlook import MEASURED, NEAR, advice
 
 BASELINE, OURS = "diff-instruct", "auto"
 CONTROLS = ("fixed", "plain-ramp", "warm", "grad-ramp")
@@ -43,19 +48,27 @@ class Result:
     """One regime's runs, seed by seed."""
 
     def __init__(self, content: dict, loss: str) -> None:
-        self.rate, runs = content["rate"], content["runs"]
+        self.rate, runs = content["rate"], dict(content["runs"])
+        self.fitted = {OURS: content["R"][OURS]}
+        self.excess = median(content["excess"]) if "excess" in content else None
+        # Of each method the label of its run at its own best rate.
+        self.own, self.best = "own_rates" in content, {method: method for method in runs}
+        for method, run in content.get("own_runs", {}).items():
+            self.best[method] = label = f"{method}, {content['own_rates'][method]:g}"
+            runs[label] = run
+            if method == OURS:
+                self.fitted[label] = run["recorded"]
         self.updates = runs[BASELINE]["updates"]
-        self.ema = {method: curves(run["ema"]) for method, run in runs.items()}
-        self.raw = {method: curves(run["raw"]) for method, run in runs.items()}
+        self.ema = {label: curves(run["ema"]) for label, run in runs.items()}
+        self.raw = {label: curves(run["raw"]) for label, run in runs.items()}
         self.seeds = len(self.ema[BASELINE])
-        self.fitted = content["R"][OURS]
         self._round = COST_OF_ROUND.get(loss, 9)
         self.finals = [final(curve) for curve in self.ema[BASELINE]]
         self.thresholds = [factor * median(self.finals) for factor in THRESHOLDS]
 
-    def head_start(self, method: str, seed: int) -> float:
+    def head_start(self, label: str, seed: int) -> float:
         """What the recording costs, in generator updates."""
-        recorded = self.fitted[seed][0] if method == OURS else RECORDED[method]
+        recorded = self.fitted[label][seed][0] if label in self.fitted else RECORDED[label.partition(",")[0]]
         return COST_OF_RECORDING * recorded / self._round
 
     def speed(self, method: str, threshold: float, seed: int, compute: bool = False) -> float | None:
@@ -124,12 +137,13 @@ def read(folder: Path, regimes: dict) -> dict[str, Result]:
 
 def of_regime(name: str, result: Result) -> list[str]:
     """The table of one regime."""
-    recorded, fitted = ([pair[i] for pair in result.fitted] for i in (0, 1))
+    recorded, fitted = ([pair[i] for pair in result.fitted[OURS]] for i in (0, 1))
+    how = "--out DIR --own" if result.own else "--out DIR"
     near = ", ".join(f"{threshold:.3g}" for threshold in result.thresholds)
     lines = [
         f"### {name}",
         "",
-        f"`python benchmarks/bench_convergence.py '{name}' --out DIR`. Rate {result.rate:g}, {result.updates[-1]} "
+        f"`python benchmarks/bench_convergence.py '{name}' {how}`. Rate {result.rate:g}, {result.updates[-1]} "
         f"updates, {result.seeds} seeds. Diff-Instruct ends at {median(result.finals):.3g}; thresholds {near}. "
         f"auto recorded {median(recorded):g} [{min(recorded)}, {max(recorded)}], fitted after {median(fitted):g} "
         f"[{min(fitted)}, {max(fitted)}].",
@@ -137,7 +151,8 @@ def of_regime(name: str, result: Result) -> list[str]:
         "| method | updates, compute to 2x | to 1.3x | final | final at equal compute | better | stalled | raw final |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in result.ema:
+    order = {method: i for i, method in enumerate((BASELINE, *RECORDED, OURS))}
+    for method in sorted(result.ema, key=lambda label: order[label.partition(",")[0]]):
         speeds = [
             " ".join(number(result.median_speed(method, threshold, compute)) for compute in (False, True))
             for threshold in result.thresholds
@@ -163,17 +178,20 @@ def spread(values: list[float]) -> str:
 
 
 def over_all(results: dict[str, Result]) -> dict[str, list[float]]:
-    """Of each method the geometric means over regimes: updates to 2x, to 1.3x, compute to the same, final distances."""
+    """Of each method the geometric means over regimes: updates to 2x, to 1.3x, compute to the same, final distances.
+
+    Each at its own best rate where that was looked for.
+    """
     means = {}
     for method in (BASELINE, *CONTROLS, OURS):
         columns = [
-            [r.median_speed(method, r.thresholds[i], compute) for r in results.values()]
+            [r.median_speed(r.best[method], r.thresholds[i], compute) for r in results.values()]
             for compute in (False, True)
             for i in range(len(THRESHOLDS))
         ]
-        columns.append([median(r.last(method, r.ema)) for r in results.values()])
-        columns.append([median(r.equal_compute(method)) for r in results.values()])
-        columns.append([median(r.last(method, r.raw)) for r in results.values()])
+        columns.append([median(r.last(r.best[method], r.ema)) for r in results.values()])
+        columns.append([median(r.equal_compute(r.best[method])) for r in results.values()])
+        columns.append([median(r.last(r.best[method], r.raw)) for r in results.values()])
         known = [[value for value in column if value is not None] for column in columns]
         means[method] = [geometric_mean(column) if column else math.nan for column in known]
     return means
@@ -209,33 +227,76 @@ def goals(results: dict[str, Result], regimes: dict) -> list[tuple[str, str, boo
 
 
 def _prototype(r: Result) -> tuple[str, bool]:
-    updates, compute = (r.median_speed(OURS, 2.0, c) or 0.0 for c in (False, True))
+    updates, compute = (r.median_speed(r.best[OURS], 2.0, c) or 0.0 for c in (False, True))
     return f"{updates:.2f}, {compute:.2f}", updates >= 1.38 and compute >= 1.21
 
 
 def _gradient_ramp(r: Result) -> tuple[str, bool]:
-    ours, ramp = (median(r.last(method, r.ema)) for method in (OURS, "grad-ramp"))
+    ours, ramp = (median(r.last(r.best[method], r.ema)) for method in (OURS, "grad-ramp"))
     return f"{ours:.3f}, grad-ramp {ramp:.3f}", ours <= ramp
 
 
 def _teacher_unet(r: Result) -> tuple[str, bool]:
-    equal = r.equal_compute(OURS)
+    equal = r.equal_compute(r.best[OURS])
     better = sum(value < 1 for value in equal)
     return f"{median(equal):.3f}, {better}/{r.seeds}", median(equal) <= 0.95 and better >= 0.8 * r.seeds
 
 
 def _far(r: Result) -> tuple[str, bool]:
-    last = median(r.last(OURS, r.ema))
-    plain, ours = r.stalled(BASELINE), r.stalled(OURS)
+    last = median(r.last(r.best[OURS], r.ema))
+    plain, ours = r.stalled(BASELINE), r.stalled(r.best[OURS])
     both = sum(a and b for a, b in zip(plain, ours, strict=True))
     return f"{last:.3f}, stalled: {sum(plain)}, with auto {sum(ours)}, both {both}", last <= 0.90 and not both
 
 
 def _harmless(r: Result) -> tuple[str, bool]:
-    speeds = [value for threshold in r.thresholds if (value := r.median_speed(OURS, threshold)) is not None]
-    last = median(r.last(OURS, r.ema))
-    shown = f"{', '.join(f'{value:.2f}' for value in speeds)}; {last:.3f}; {r.diverged(OURS)} diverged"
-    return shown, min(speeds, default=1.0) >= 0.95 and last <= 1.05 and not r.diverged(OURS)
+    ours = r.best[OURS]
+    speeds = [value for threshold in r.thresholds if (value := r.median_speed(ours, threshold)) is not None]
+    last = median(r.last(ours, r.ema))
+    shown = f"{', '.join(f'{value:.2f}' for value in speeds)}; {last:.3f}; {r.diverged(ours)} diverged"
+    return shown, min(speeds, default=1.0) >= 0.95 and last <= 1.05 and not r.diverged(ours)
+
+
+def foretold(results: dict[str, Result]) -> list[str]:
+    """The preflight's sentence beside what was measured, regime by regime."""
+    known = {name: r for name, r in results.items() if r.excess is not None}
+    lines = [
+        "### What the preflight says, and what was measured",
+        "",
+        "Its sentence is one of two, by the excess loss of the recording (median over seeds); it is true where the "
+        "measured ratio, auto's final distance at equal compute and Diff-Instruct's rate, is in its range.",
+        "",
+        *(f"* {kind}: {advice(excess)}" for kind, excess in (("near", 0.0), ("far", NEAR))),
+        "",
+        "| regime | excess loss | F | sentence | its range | measured | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, r in known.items():
+        kind = "near" if r.excess < NEAR else "far"
+        _, low, high = MEASURED[kind]
+        found = median(r.equal_compute(OURS))
+        fitted = median(pair[1] for pair in r.fitted[OURS])
+        true = "true" if low <= round(found, 2) <= high else "**false**"
+        lines.append(
+            f"| {name} | {r.excess:.2f} | {fitted:g} | {kind} | {low:.2f} to {high:.2f} | {found:.2f} | {true} |"
+        )
+    if len(known) > 4:
+        lines += ["", _signs(known)]
+    return [*lines, ""]
+
+
+def _signs(known: dict[str, Result]) -> str:
+    """Whether a sign of the recording orders the regimes by their gain."""
+    from scipy.stats import spearmanr
+
+    outcome = [median(r.equal_compute(OURS)) for r in known.values()]
+    signs = {
+        "the excess loss": [r.excess for r in known.values()],
+        "F": [median(pair[1] for pair in r.fitted[OURS]) for r in known.values()],
+    }
+    found = {sign: spearmanr(values, outcome) for sign, values in signs.items()}
+    told = ", ".join(f"{sign} {f.statistic:+.2f} (p = {f.pvalue:.2f})" for sign, f in found.items())
+    return f"Rank correlation with the measured ratio over these {len(known)} regimes: {told}."
 
 
 def text(folder: Path, regimes: dict) -> str:
@@ -248,10 +309,10 @@ def text(folder: Path, regimes: dict) -> str:
     counts = [sum(row[2] is verdict for row in rows) for verdict in (True, False)]
     means = over_all(results)
     lines = [
-        f"Of {len(rows)} goals {counts[0]} are reached and {counts[1]} missed; {len(rows) - sum(counts)} are not "
-        "measured yet. Until all regimes are, the geometric means are of those that are.",
+        f"Of {len(rows)} goals {counts[0]} are reached and {counts[1]} missed. Not measured: "
+        f"{', '.join(missing) or 'nothing'}; the geometric means are of what is.",
         "",
-        f"Regimes not measured yet: {', '.join(missing) or 'none'}.",
+        f"Each method is at its own best rate in {owned(results)}; in the others all are at Diff-Instruct's.",
         "",
         "| goal | auto | |",
         "|---|---|---|",
@@ -264,7 +325,12 @@ def text(folder: Path, regimes: dict) -> str:
         *(f"| {method} | {' | '.join(f'{value:.3f}' for value in row)} |" for method, row in means.items()),
         "",
     ]
+    lines += foretold(results)
     return "\n".join([*lines, *(line for name, result in results.items() for line in of_regime(name, result))])
+
+
+def owned(results: dict[str, Result]) -> str:
+    return ", ".join(name for name, r in results.items() if r.own) or "no regime"
 
 
 def hurry(folder: Path, regimes: dict) -> str:
@@ -278,16 +344,17 @@ def hurry(folder: Path, regimes: dict) -> str:
     )
     told = {1: [], -1: [], 0: []}
     for name, result in results.items():
-        equal = result.equal_compute(OURS)
+        equal = result.equal_compute(result.best[OURS])
         better = sum(value < 1 for value in equal)
         told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} better)")
     better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
+    unknown = "" if unknown.startswith("0") else f", {unknown} not measured yet"
     return (
         f"1. Over {len(results)} of {len(regimes)} regimes `auto` ends, at equal compute, at {means[OURS][5]:.2f} "
         f"of Diff-Instruct's distance in the geometric mean ({controls}), and is {means[OURS][0]:.2f} times as fast "
         f"in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's final distance.\n"
-        f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached, {unknown} not "
-        "measured yet; the first table has each.\n"
+        f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached{unknown}; the first "
+        "table has each.\n"
         f"3. At equal compute more seeds than chance gives (sign test, 5 %) were better in {better}, worse in {worse}; "
         f"it could not be told from Diff-Instruct in {alike}."
     )

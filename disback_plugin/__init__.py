@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from disback_plugin.handle import Handle
     from disback_plugin.hooks import Adapter, hookimpl
     from disback_plugin.masking import MaskedSamples
+    from disback_plugin.outlook import preflight
     from disback_plugin.recording import record
+    from disback_plugin.runlog import RunLog
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
     from disback_plugin.trackers import Trackers
@@ -36,6 +38,7 @@ __all__ = [
     "MaskedSamples",
     "OriginalFeatures",
     "Prediction",
+    "RunLog",
     "ScoreNetwork",
     "Trackers",
     "TrajectoryScheduler",
@@ -49,6 +52,7 @@ __all__ = [
     "metrics",
     "noise",
     "pipelines",
+    "preflight",
     "record",
     "rounds",
     "schedules",
@@ -62,12 +66,14 @@ _HOME = {
     "MaskedSamples": "masking",
     "OriginalFeatures": "features",
     "Prediction": "scores",
+    "RunLog": "runlog",
     "ScoreNetwork": "weights",
     "Trackers": "trackers",
     "TrajectoryScheduler": "scheduler",
     "Watch": "watching",
     "attach": "attachment",
     "hookimpl": "hooks",
+    "preflight": "outlook",
     "record": "recording",
 }
 

@@ -40,6 +40,7 @@ def attach(
     state: Mapping[str, Any] | None = None,
     plugins: Plugins | Sequence[object] = (),
     restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
+    log: str | os.PathLike[str] | None = None,
 ) -> Handle:
     """Add DisBack to a training loop; returns a handle whose `detach()` takes it out again without a trace.
 
@@ -78,6 +79,8 @@ def attach(
             "schedulers", the learning-rate schedulers of both optimizers, which are found by themselves; objects
             with `state_dict` and `load_state_dict` of plain numbers, as the ramp of an average, or several:
             ("schedulers", ramp). () for nothing: warm-ups are then over before the generator moves.
+        log: File of the run's log, which `disback report` reads and `Handle.log` adds to; lines are added to it. None:
+            beside the path, as "PATH.log.jsonl", and none without a path. `plugins=("no:run_log",)` leaves it out.
 
     Returns:
         The handle; also a context manager that detaches at its end.
@@ -150,7 +153,7 @@ def attach(
         )
 
     handle = ranks.on_every_rank(build, "have its roles")
-    handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state)
+    handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state, log=log)
     return handle
 
 

@@ -10,16 +10,18 @@ clock of a descent (`schedules.Auto`).
 from __future__ import annotations
 
 import base64
+import binascii
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from disback_plugin.errors import StateError
 from disback_plugin.sharding import held
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["EVERY", "Fit", "fitted_after"]
+__all__ = ["AGREEMENT", "EVERY", "Fit", "fitted_after", "means", "sampled", "unpack"]
 
 # Numbers of a gradient that are kept for the next: a cosine is then right to about 0.02.
 SAMPLE = 4096
@@ -41,11 +43,22 @@ def fitted_after(cosines: Sequence[float]) -> int | None:
         >>> fitted_after([0.9] * 10 + [-0.3] * 10), fitted_after([0.9] * 100)
         (15, None)
     """
+    return next((updates for updates, mean in means(cosines) if mean < AGREEMENT), None)
+
+
+def means(cosines: Sequence[float]) -> list[tuple[int, float]]:
+    """Return, at each multiple of five updates, the mean of the last quarter of the cosines, four at least.
+
+    Example:
+        >>> means([1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0])
+        [(5, 0.75), (10, 0.0)]
+    """
+    found = []
     for updates in range(EVERY, len(cosines) + 2, EVERY):
         last = [c for c in cosines[: updates - 1][-max(EVERY - 1, updates // 4) :] if math.isfinite(c)]
-        if len(last) >= EVERY - 1 and sum(last) / len(last) < AGREEMENT:
-            return updates
-    return None
+        if len(last) >= EVERY - 1:
+            found.append((updates, sum(last) / len(last)))
+    return found
 
 
 class Fit:
@@ -74,10 +87,11 @@ class Fit:
     @torch.no_grad()
     def look(self) -> None:
         """Compare the gradients with the last ones; reads nothing from the device."""
-        sample = self._take()
+        sample = sampled(self._network)
         if sample is None:
             return
-        if self._sample is not None:
+        # On another number of ranks than the saved run's, each sees another part.
+        if self._sample is not None and len(self._sample) == len(sample):
             self._pending.append(torch.nn.functional.cosine_similarity(sample, self._sample.to(sample), dim=0))
         self._sample = sample
 
@@ -103,7 +117,12 @@ class Fit:
         return cosines if self._sample is None else torch.cat([cosines, self._sample.cpu()])
 
     def load(self, state: Tensor) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`.
+
+        Raises:
+            StateError: If it is none. Then nothing changes.
+        """
+        _check(state)
         end = 1 + int(state[0])
         self._pending.clear()
         self._seen = state[1:end].tolist()
@@ -114,20 +133,68 @@ class Fit:
         return base64.b64encode(self.state().numpy().tobytes()).decode()
 
     def load_text(self, text: str) -> None:
-        """Go on from a `text`."""
-        self.load(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32))
+        """Go on from a `text`.
 
-    def _take(self) -> Tensor | None:
-        """Return every k-th number of the gradient, parameter after parameter; None if there is no gradient."""
-        weights = [tensor for _, tensor in self._network.named_tensors() if isinstance(tensor, nn.Parameter)]
-        if all(weight.grad is None for weight in weights):
-            return None
-        local = [(held(weight)[0], None if weight.grad is None else held(weight.grad)[0]) for weight in weights]
-        stride = max(-(-sum(weight.numel() for weight, _ in local) // SAMPLE), 1)
-        parts, offset = [], 0
-        for weight, gradient in local:
-            first, offset = -offset % stride, offset + weight.numel()
-            if first < weight.numel():
-                part = (weight if gradient is None else gradient).reshape(-1)[first::stride].float()
-                parts.append(torch.zeros_like(part) if gradient is None else part)
-        return torch.cat([part.to(parts[0].device) for part in parts])
+        Raises:
+            StateError: If it is damaged. Then nothing changes.
+        """
+        self.load(unpack(text))
+
+    @staticmethod
+    def check(text: str) -> None:
+        """Raise StateError unless a `text` can be gone on from."""
+        _check(unpack(text))
+
+
+def unpack(text: str) -> Tensor:
+    """Return the row of float32 that a text holds.
+
+    Raises:
+        StateError: If it holds none.
+
+    Example:
+        >>> unpack("AACAPwAAAEA=")
+        tensor([1., 2.])
+    """
+    try:
+        row = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _damaged("that does not read") from error
+    if not row or len(row) % 4:
+        raise _damaged(f"of {len(row)} bytes")
+    return torch.frombuffer(bytearray(row), dtype=torch.float32)
+
+
+def _check(state: Tensor) -> None:
+    count = float(state[0]) if state.ndim == 1 and len(state) else math.nan
+    if not (count >= 0 and count == int(count) and count < len(state)):
+        raise _damaged(f"of {count:g} cosines in {state.numel()} numbers")
+    if (state[1 : 1 + int(count)].abs() > 1.001).any():
+        raise _damaged("with cosines above 1")
+
+
+def _damaged(how: str) -> StateError:
+    return StateError(f"a fit {how}", expected="the text that a state was saved with", cure="pass an unedited state")
+
+
+def sampled(network: ScoreNetwork) -> Tensor | None:
+    """Return every k-th number of a network's gradient, parameter after parameter; None if there is no gradient.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> net.weight.grad = torch.tensor([[1.0, 2.0]])
+        >>> sampled(ScoreNetwork(net))
+        tensor([1., 2., 0.])
+    """
+    weights = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
+    if all(weight.grad is None for weight in weights):
+        return None
+    local = [(held(weight)[0], None if weight.grad is None else held(weight.grad)[0]) for weight in weights]
+    stride = max(-(-sum(weight.numel() for weight, _ in local) // SAMPLE), 1)
+    parts, offset = [], 0
+    for weight, gradient in local:
+        first, offset = -offset % stride, offset + weight.numel()
+        if first < weight.numel():
+            part = (weight if gradient is None else gradient).reshape(-1)[first::stride].float()
+            parts.append(torch.zeros_like(part) if gradient is None else part)
+    return torch.cat([part.to(parts[0].device) for part in parts])

@@ -12,18 +12,21 @@ from typing import Any
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers, ranks
+from disback_plugin.cards import aligned
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.fingerprints import fingerprint
 from disback_plugin.flattening import locate
 from disback_plugin.hooks import Plugins
-from disback_plugin.overview import agenda, aligned, cast
+from disback_plugin.masking import on_main_process
+from disback_plugin.overview import agenda, cast, described
 from disback_plugin.plan import Plan
 from disback_plugin.recording import PATIENCE
 from disback_plugin.rewinding import Rewind, Stateful
 from disback_plugin.riding import Ride
 from disback_plugin.roles import check_roles
+from disback_plugin.runlog import RunLog, numbers_and_pictures
 from disback_plugin.scheduler import TrajectoryScheduler
-from disback_plugin.schedules import Auto, Schedule
+from disback_plugin.schedules import Schedule, Settling
 from disback_plugin.stages import Stages
 from disback_plugin.states import State
 from disback_plugin.trajectory import DegradationPath
@@ -86,12 +89,14 @@ class Handle:
         self._fake_score_optimizers = [
             o for o in fake_score_optimizers if weights & {id(p) for p in optimizers.parameters([o])}
         ]
+        self._plugins = Plugins.of(plugins)
+        self._log: RunLog | None = None
         self._stages = Stages(
             teacher,
             fake_score,
             schedule=schedule,
             prefetch=prefetch,
-            plugins=Plugins.of(plugins),
+            plugins=self._plugins,
             rewind=Rewind(restore, generator_optimizers, self._fake_score_optimizers),
         )
         self._ride = Ride(
@@ -152,7 +157,7 @@ class Handle:
         nodes = "no path" if path is None else f"N = {path.manifest.last_node}, {path.folder}"
         recorded = None if stages.recorder is None else stages.recorder.iteration
         if self.scheduler is None:
-            waits = isinstance(stages.schedule, Auto)
+            waits = isinstance(stages.schedule, Settling)
             ahead = [] if waits else Plan(stages.schedule, 0 if manifest is None else manifest.last_node).stages()
         else:
             ahead = self.scheduler.stages()
@@ -171,18 +176,29 @@ class Handle:
 
     # -- the way in and out -------------------------------------------------------------------------------------------
 
-    def begin(self, path: str | os.PathLike[str] | None, *, state: Mapping[str, Any] | None, **recording: Any) -> None:
+    def begin(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        state: Mapping[str, Any] | None,
+        log: str | os.PathLike[str] | None = None,
+        **recording: Any,
+    ) -> None:
         """Open or begin the path, go to where the run stands, and install the hooks. `attach` calls it, once.
 
         Args:
             path: As in `attach`.
             state: As in `attach`.
+            log: As in `attach`.
             recording: `record`, `every`, `codec` and `keep_teacher`, as in `attach`.
 
         Raises:
             DisbackError: As `attach` says. Then no hook is left.
         """
+        if on_main_process():
+            self._log = self._plugins.keep_log(log, path)
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
+        self._begin_log(recording, resumed=state is not None)
         self._announce()
         self._ride.begin()
 
@@ -225,7 +241,57 @@ class Handle:
         if not self._ride:
             raise StateError("a detached handle", expected="an attached one", cure="call attach() again")
         self._stages.check(state)
+        if self._log is not None:
+            recording = int(state["recording_iteration"]) if state["phase"] == "recording" else None
+            self._log.resume(update=int(state["generator_updates"]), recording=recording)
         self._stages.load(state)
+
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Add numbers and pictures of the loop's own to the run's log, under the present update; numbers also go to
+        `disback_log`, as "disback/NAME".
+
+        `disback report` draws each of them. Of names that begin with "distance" or "mismatch", the lower the better,
+        it compares runs. Any rank may call it, the first one writes.
+
+        Args:
+            values: By name: numbers, tensors of one element, or the `pathlib.Path` of a PNG file. A tensor is read,
+                which waits for its device: log now and then, not at each update.
+
+        Raises:
+            OptionError: If a name is taken, or a value is something else.
+
+        Example:
+            >>> def after_a_while(handle: Handle, loss: Any) -> None:
+            ...     handle.log({"loss": loss, "distance": 3.2, "samples": Path("samples/000100.png")})
+        """
+        if not on_main_process():
+            return
+        numbers, pictures = numbers_and_pictures(values)
+        recorder = self._stages.recorder
+        now: dict[str, float] = {} if recorder is None else {"disback/recording": recorder.iteration}
+        if numbers:
+            told = {f"disback/{name.removeprefix('disback/')}": value for name, value in numbers.items()}
+            self._plugins.log(now | told, self.generator_updates)
+        if pictures and self._log is not None:
+            at = None if recorder is None else recorder.iteration
+            self._log.log(pictures, self.generator_updates, recording=at)
+
+    def _begin_log(self, recording: Mapping[str, Any], *, resumed: bool) -> None:
+        if self._log is None:
+            return
+        stages, recorder = self._stages, self._stages.recorder
+        at = None if recorder is None else recorder.iteration
+        self._log.begin(
+            "attach",
+            update=self.generator_updates,
+            recording=at,
+            resumed=resumed or bool(at),
+            **({} if self.path is None else self.path.about()),
+            settings={"schedule": repr(stages.schedule), **recording},
+            **described(stages.teacher, stages.fake_score, self._generator_optimizers, self._fake_score_optimizers),
+        )
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

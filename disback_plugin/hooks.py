@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.hookspecs import ARGUMENTS, Adapter, hookimpl
 from disback_plugin.plugins import ADAPTERS, HOOKS, Plugin
+from disback_plugin.runlog import NAME, RunLog
 from disback_plugin.shelf import Shelf, require_fit
 
 if TYPE_CHECKING:
@@ -271,8 +272,22 @@ class Plugins:
         self._call_all("disback_log", (values, step))
 
     def listens(self, hook: str) -> bool:
-        """Return whether some plug-in implements a hook."""
-        return bool(self._calls_of(hook))
+        """Return whether some plug-in implements a hook; the run's own log does not count."""
+        return any(name != NAME for name, _ in self._calls_of(hook))
+
+    def keep_log(self, file: str | os.PathLike[str] | None, path: str | os.PathLike[str] | None) -> RunLog | None:
+        """Let the log of a run take part from now on; return it, or None if "no:run_log" keeps it out.
+
+        Args:
+            file: The file; None: beside the path, and without a path no log.
+            path: The folder of the path, if there is one.
+        """
+        if file is None and path is None:
+            return None
+        log = RunLog(file) if file is not None else RunLog.beside(str(path))
+        lent = self._shelf.lend(NAME, lambda: log)
+        self._resolve()
+        return log if lent else None
 
     # -- calls --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@
 | `disback_after_path_completed`  | it saved s'_N                                     | everyone             |
 | `disback_should_advance`        | Algorithm 2, after a generator update on a node   | until one answers    |
 | `disback_after_node_swapped`    | the teacher holds another position                | everyone             |
-| `disback_log`                   | at each swap, and when masked samples are read    | everyone             |
+| `disback_log`                   | at each swap, and whenever a number is known      | everyone             |
 
 A plug-in is a module, or an object, with functions of these names marked `@hookimpl`. It may take fewer arguments than
 the hook has, by name; one with a default is never passed. `hookimpl(tryfirst=True)` and `trylast=True` order plug-ins,
@@ -187,11 +187,15 @@ class Specs:
         `Trackers` takes them to accelerate's. Where nobody listens, moves go to `logging`: INFO at a node, else DEBUG.
 
         Args:
-            values: Numbers by name. At each swap: "disback/position" in [0, N]; "disback/node", the node at or above
-                it; "disback/swap_ms", host milliseconds of its write; "disback/delta_norm", how far the teacher went
-                along the path, in weight space. Every 50 updates: "disback/masked_samples", how many samples the
-                losses left out on this process since the last report, because they were not finite; 0 too
-                (`masking.MaskedSamples`).
+            values: Numbers by name. Where the walk is: "disback/position" in [0, N]; "disback/node", the node at or
+                above it; "disback/gradient", the factor on the generator's gradient; and, if the teacher moved,
+                "disback/swap_ms", host milliseconds of its write, and "disback/delta_norm", how far it went along the
+                path, in weight space. While recording, now and then: "disback/recording", an update of s_phi;
+                "disback/agreement", the cosine of its gradient and the one before (`fitting`), and where it is known
+                "disback/loss". Once, 1.0: "disback/stalled" or "disback/diverged", of a run that goes wrong in the walk
+                (`monitoring`). What the loop gives to `Handle.log`. Every 50 updates: "disback/masked_samples", how
+                many samples the losses left out on this process since the last report, because they were not finite;
+                0 too (`masking.MaskedSamples`).
             step: Generator updates so far.
 
         Example:

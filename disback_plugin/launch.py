@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with accelerate_loop: the script's variable, as teacher=unet_teacher, fake_score=self.critic, or one of "
         "the optimizers, generator_optimizer=opt; of its own name unless given",
     )
+    parser.set_defaults(
+        code_of_users=True,
+        interrupted="what was recorded is in {path}: the same command goes on from its last node, or, with the "
+        "trainer's own flag for that, from the trainer's last checkpoint",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="Python file; it runs as __main__")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
 
@@ -97,6 +102,11 @@ def _role(text: str) -> tuple[str, str]:
 def exit_code(command: Callable[[argparse.Namespace], int | None], options: argparse.Namespace) -> int:
     """Run a command and return its exit code: its own, or 0 fine, 1 the path or the run is broken, 2 wrong use, 130
     interrupted; and say why.
+
+    Args:
+        command: Does the work.
+        options: With `debug`; and perhaps `interrupted`, what to say after Ctrl-C of what is left behind, a format of
+            the other options, and `code_of_users`, whose own errors shall show where they come from.
     """
     try:
         code = command(options)
@@ -105,8 +115,14 @@ def exit_code(command: Callable[[argparse.Namespace], int | None], options: argp
             raise
         print(f"disback: {error}", file=sys.stderr)
         return 2 if isinstance(error, (OptionError, RoleError)) else 1
+    except OSError as error:
+        if options.debug or getattr(options, "code_of_users", False):
+            raise
+        print(f"disback: {error}; --debug shows where", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("disback: interrupted", file=sys.stderr)
+        left = getattr(options, "interrupted", "").format(**vars(options))
+        print(f"disback: interrupted{left and '; '}{left}", file=sys.stderr)
         return 130
     return code or 0
 

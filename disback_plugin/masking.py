@@ -96,9 +96,8 @@ class MaskedSamples:
         self._counts.clear()
         if not on_main_process():
             return masked
-        if self._plugins.listens("disback_log"):
-            self._plugins.log({"disback/masked_samples": masked}, self.steps)
-        elif masked:
+        self._plugins.log({"disback/masked_samples": masked}, self.steps)
+        if masked and not self._plugins.listens("disback_log"):
             logger.warning(
                 "%d samples were not finite and had no gradient, up to update %d: look at the outputs of teacher and "
                 "fake score, and at their dtype",

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from disback_plugin import optimizers
+from disback_plugin.cards import ROWS
 from disback_plugin.flattening import shape_of
 from disback_plugin.manifest import Manifest
 from disback_plugin.schedules import Target
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["agenda", "aligned", "cast"]
-
-# A longer agenda is shown by its beginning and end.
-ROWS = 12
+__all__ = ["agenda", "cast", "described"]
 
 
 def cast(
@@ -37,6 +35,28 @@ def cast(
         ("fake score", _describe(fake_score), f"s_phi: {fake}trained by {steppers[1]}"),
         ("generator", f"{weights:,} weights", f"{still}trained by {steppers[0]}"),
     ]
+
+
+def described(
+    teacher: ScoreNetwork,
+    fake_score: ScoreNetwork,
+    generator_optimizers: Sequence[Optimizer],
+    fake_score_optimizers: Sequence[Optimizer],
+) -> dict[str, dict[str, str]]:
+    """Return what the networks and their optimizers are, as plain text, for a log."""
+    roles = cast(teacher, fake_score, generator_optimizers, fake_score_optimizers, walks=False)
+    steppers = {"generator": generator_optimizers, "fake score": fake_score_optimizers}
+    return {
+        "networks": {name: what for name, what, _ in roles},
+        "optimizers": {
+            name: "; ".join(_with_rates(optimizer) for optimizer in group) for name, group in steppers.items()
+        },
+    }
+
+
+def _with_rates(optimizer: Optimizer) -> str:
+    rates = dict.fromkeys(f"{float(group['lr']):g}" for group in optimizer.param_groups if "lr" in group)
+    return f"{type(optimizer).__name__}, learning rate {' and '.join(rates) or 'of its own'}"
 
 
 def _describe(network: ScoreNetwork) -> str:
@@ -93,10 +113,3 @@ def agenda(
 def _aim(target: Target, last: bool) -> str:
     where = "teacher at position 0: itself, for good" if last else f"teacher at position {target.position:.4g}"
     return where if target.gradient == 1 else f"{where}, the generator's gradient times {target.gradient:.4g}"
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows as lines of columns, indented."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line}".rstrip() for line in lines)

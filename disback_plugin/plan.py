@@ -136,6 +136,8 @@ class Plan:
             [(1, 1.0), (4, 0.0)]
         """
         moved = now - self.updates
+        if self.finished and now < self.horizon:  # somebody let go
+            return [(self.node_since, self.target)]
         if self.finished:  # and stood still since; without a plug-in it came to an end on time
             moved = self.node_since - self.horizon if self._discrete and self.horizon else 0
         if not moved:

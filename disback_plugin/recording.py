@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,14 @@ from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.fitting import EVERY, Fit
 from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Recording
+from disback_plugin.masking import on_main_process
 from disback_plugin.opening import open_or_create
 from disback_plugin.probes import Probe
 from disback_plugin.roles import check_apart
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["PATIENCE", "Network", "Recorder", "record"]
+__all__ = ["PATIENCE", "Network", "Recorder", "record", "updated"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Recorder:
         self.fit, self._until_fitted = Fit(network), until_fitted
         self._plugins = Plugins.of(plugins)
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
+        self._told = 0  # cosines that the plug-ins know of
+        self._losses: list[tuple[int, Tensor]] = []
         self._probe: Probe | None = None
 
     def start(self) -> None:
@@ -100,8 +103,11 @@ class Recorder:
         """Whether node N is saved."""
         return self.iteration >= self.path.manifest.iterations
 
-    def update(self) -> None:
+    def update(self, loss: object = None) -> None:
         """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
+
+        Args:
+            loss: Of this update, to be logged; what is no tensor of one element is nothing.
 
         Raises:
             PluginError: If a plug-in that was asked for raised. The node is saved.
@@ -109,6 +115,7 @@ class Recorder:
         if self.done:
             return
         iteration = self.iteration + 1
+        self._keep(loss, iteration)
         self._look(iteration)
         due = self.path.manifest.due(iteration)
         if due:
@@ -124,6 +131,10 @@ class Recorder:
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
         self.iteration = iteration  # only now: a node that could not be written is due again
         self._finish_if_done()
+        if self.done or iteration % EVERY == 0:
+            self._tell_losses()
+        if self.done:
+            self._tell()
         if due:
             self._plugins.node_recorded(self.path, self.path.nodes[-1])
         if self.done:
@@ -139,16 +150,44 @@ class Recorder:
         if iteration % EVERY:
             return
         fitted = known.fitted
-        if fitted is None and ranks.on_rank_zero(self.fit.updates) is not None:
-            fitted = iteration
+        if fitted is None:
+            fitted = iteration if ranks.on_rank_zero(self.fit.updates) is not None else None
+            self._tell()
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
             self.path.note(fitted=fitted, ended=ended)
 
+    def _keep(self, loss: object, iteration: int) -> None:
+        if isinstance(loss, Tensor) and loss.numel() == 1 and on_main_process():
+            self._losses.append((iteration, loss.detach().reshape(())))
+
+    def _tell_losses(self) -> None:
+        """Report the losses that were kept: one read of the device for several."""
+        if self._losses:
+            iterations, losses = zip(*self._losses, strict=True)
+            self._losses.clear()
+            for iteration, loss in zip(iterations, torch.stack(losses).tolist(), strict=True):
+                self._plugins.log({"disback/recording": iteration, "disback/loss": loss}, 0)
+
+    def resume(self, fit: Tensor) -> None:
+        """Go on with the fit of an earlier process, whose weights the caller has restored."""
+        self.fit.load(fit)
+        self._told = len(self.fit.cosines())
+        self.watch()
+
+    def _tell(self) -> None:
+        """Report the cosines that have just been read from the device."""
+        if not on_main_process():
+            return
+        cosines = self.fit.cosines()
+        for i in range(self._told, len(cosines)):  # the first is between updates 1 and 2
+            self._plugins.log({"disback/recording": i + 2, "disback/agreement": cosines[i]}, 0)
+        self._told = len(cosines)
+
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
         self.path.rewind(iteration)
-        self.iteration = iteration
+        self.iteration, self._told = iteration, len(self.fit.cosines())
         self.watch()
         self._finish_if_done()
 
@@ -174,6 +213,7 @@ def record(
     learning_rate: float = 1e-5,
     seed: int = 0,
     plugins: Plugins | Sequence[object] = (),
+    log: str | os.PathLike[str] | None = None,
 ) -> DegradationPath:
     """Algorithm 1. A finished path in the folder is reused, an unfinished one resumed, anything else refused.
 
@@ -185,7 +225,8 @@ def record(
         teacher: The teacher s_theta. Never changed.
         fake_score: s_phi, of the teacher's architecture. It is set to the teacher (or to the last node of an unfinished
             path), trained by `fake_step`, and left at s'_N.
-        fake_step: Does one update of s_phi on samples of the initial generator, optimizer step included.
+        fake_step: Does one update of s_phi on samples of the initial generator, optimizer step included. If it returns
+            the loss, a tensor of one element, that is logged.
         path: Folder for the nodes.
         iterations: Updates of s' in all, >= 1; 200 in the paper.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
@@ -200,6 +241,7 @@ def record(
             their own: the global random state is the same before and after.
         plugins: Who hears of the nodes: names of installed plug-ins, "no:NAME" for those that shall not, and plug-ins
             themselves (`hooks`).
+        log: File of the run's log (`runlog`); None: beside the path, as "PATH.log.jsonl".
 
     Returns:
         The complete path.
@@ -223,14 +265,23 @@ def record(
     target = ScoreNetwork.of(teacher, role="teacher")
     folder, plan = Path(path), Recording(iterations, every, codec, keep_teacher)
     listening = Plugins.of(plugins)
+    settings = {"iterations": iterations, "every": every, "codec": codec, "keep_teacher": keep_teacher}
+
+    def begin_log(recorder: Recorder, **more: Any) -> None:
+        """Begin the log, now that nothing is refused any more."""
+        kept = listening.keep_log(log, folder) if on_main_process() else None
+        if kept is not None:
+            at = recorder.iteration
+            kept.begin("record", recording=at, resumed=at > 0, **recorder.path.about(), settings=settings | more)
+
     if fake_score is not None and fake_step is not None and sample is None and loss is None:
         network = ScoreNetwork.of(fake_score, role="fake score")
         check_apart(target, network)
         opened = open_or_create(folder, target, plan)
-        return _record_in_loop(opened, network, fake_step, listening)
+        return _record_in_loop(opened, network, fake_step, listening, begin_log)
     if fake_score is None and fake_step is None and sample is not None and loss is not None:
         opened = open_or_create(folder, target, plan)
-        return _record_copy(opened, target, sample, loss, learning_rate, seed, listening)
+        return _record_copy(opened, target, sample, loss, learning_rate, seed, listening, begin_log)
     given = [
         name
         for name, value in {"fake_score": fake_score, "fake_step": fake_step, "sample": sample, "loss": loss}.items()
@@ -244,30 +295,41 @@ def record(
 
 
 def _record_in_loop(
-    path: DegradationPath, network: ScoreNetwork, step: Callable[[], object], plugins: Plugins
+    path: DegradationPath,
+    network: ScoreNetwork,
+    step: Callable[[], object],
+    plugins: Plugins,
+    begin_log: Callable[..., None],
 ) -> DegradationPath:
     if path.complete:
         ranks.on_every_rank(lambda: network.write(path.source(len(path) - 1)), "read the last node")
         return path
     recorder = Recorder(path, network, plugins=plugins)
     recorder.start()
-    idle = 0
+    begin_log(recorder)
     with closing(recorder), _progress(recorder) as bar:
         while not recorder.done:
-            before = _versions(network)
-            step()
-            # A GradScaler may skip a step; what did not write a parameter is no update.
-            idle = 0 if _versions(network) != before else idle + 1
-            if idle > PATIENCE:
-                raise TrainingError(
-                    f"{idle} calls of fake_step() in a row that did not write to the fake score",
-                    expected="one optimizer step of the fake score's parameters a call",
-                    cure="pass the very module that fake_step trains, and call optimizer.step() in it",
-                )
-            if not idle:
-                recorder.update()
-                bar.update()
+            recorder.update(updated(network, step))
+            bar.update()
     return path
+
+
+def updated(network: ScoreNetwork, step: Callable[[], object]) -> object:
+    """Call `step` until it has written a parameter, and return what it returned; a GradScaler may skip some.
+
+    Raises:
+        TrainingError: If it goes on without.
+    """
+    before = _versions(network)
+    for _ in range(PATIENCE + 1):
+        returned = step()
+        if _versions(network) != before:
+            return returned
+    raise TrainingError(
+        f"{PATIENCE + 1} calls of fake_step() in a row that did not write to the fake score",
+        expected="one optimizer step of the fake score's parameters a call",
+        cure="pass the very module that fake_step trains, and call optimizer.step() in it",
+    )
 
 
 def _record_copy(
@@ -278,6 +340,7 @@ def _record_copy(
     learning_rate: float,
     seed: int,
     plugins: Plugins,
+    begin_log: Callable[..., None],
 ) -> DegradationPath:
     if path.complete:
         return path
@@ -311,16 +374,17 @@ def _record_copy(
     saved = path.training_state()
     if saved is None:
         recorder.start()
+    begin_log(recorder, learning_rate=learning_rate, seed=seed)
     with closing(recorder), _private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
             training.restore(saved, network, optimizer)
-            recorder.fit.load(saved["fit"])
-            recorder.watch()
+            recorder.resume(saved["fit"])
         while not recorder.done:
             optimizer.zero_grad()
-            loss(student_score, sample()).backward()  # type: ignore[no-untyped-call]
+            value = loss(student_score, sample())
+            value.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            recorder.update()
+            recorder.update(value)
             bar.update()
     return path
 

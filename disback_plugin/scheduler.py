@@ -15,12 +15,14 @@ from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import kernels
+from disback_plugin.cards import aligned
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.masking import MaskedSamples, on_main_process
+from disback_plugin.overview import agenda
 from disback_plugin.plan import Plan, length
 from disback_plugin.recording import Network
-from disback_plugin.schedules import Auto, Schedule, Target, resolve
+from disback_plugin.schedules import Schedule, Settling, Target, resolve
 from disback_plugin.teacher import WalkingTeacher
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -28,6 +30,9 @@ from disback_plugin.weights import ScoreNetwork
 __all__ = ["TrajectoryScheduler"]
 
 logger = logging.getLogger(__name__)
+
+# A braked walk goes on at every fourth update.
+BRAKED = 4
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +51,9 @@ class TrajectoryScheduler:
         together: Whether all ranks of the process group walk: then they agree at each move, or all of them stop. None:
             where the teacher is sharded; `attach` does so always.
         plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
+
+    Attributes:
+        behind: Whether s_phi is behind the student, for a schedule that then waits (`Adaptive`); `attach` sets it.
 
     Raises:
         PathError: If the path is unfinished, or the teacher is not its node 0.
@@ -95,7 +103,8 @@ class TrajectoryScheduler:
         self._plugins = Plugins.of(plugins)
         self.generator_updates = 0
         self.started = False
-        self._told = 0.0  # the position that the plug-ins know of
+        self.behind = False
+        self._told, self._told_gradient = 0.0, 1.0  # what the plug-ins know of
         self._away = False
         self._masked = MaskedSamples(plugins=self._plugins)
         if self.path is not None:
@@ -127,6 +136,11 @@ class TrajectoryScheduler:
         return self.started and self._plan.finished
 
     @property
+    def horizon(self) -> int:
+        """Generator updates of the whole walk, as planned."""
+        return self._plan.horizon
+
+    @property
     def updates_in_node(self) -> int:
         """Generator updates since the walk came to its present node."""
         return self.generator_updates - self._plan.node_since
@@ -134,6 +148,15 @@ class TrajectoryScheduler:
     def stages(self) -> list[tuple[int, Target]]:
         """Return what happens when: generator updates, and what the walk aims at from there on (`Plan.ahead`)."""
         return self._plan.ahead(self.generator_updates)
+
+    def __repr__(self) -> str:
+        nodes = "no path" if self.path is None else f"N = {self.last_node}, {self.path.folder}"
+        state = "done" if self.done else "started" if self.started else "not started"
+        rows = agenda(None if self.path is None else self.path.manifest, None, self.stages(), self.generator_updates)
+        return (
+            f"<TrajectoryScheduler {state}: position {self.position:g} ({nodes}), {self._plan.schedule!r}, "
+            f"{self.generator_updates} generator updates>\n{aligned(rows)}"
+        )
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -171,7 +194,7 @@ class TrajectoryScheduler:
         before = plan.updates, plan.node_since, plan.target
         self.generator_updates += 1
         try:
-            if not plan.finished:
+            if not (plan.finished or (self._waits and self.generator_updates % BRAKED)):
                 self._walk(signal)
         except BaseException:
             if self._teacher.failed:  # the teacher could not be moved: as if the update had not ended
@@ -219,6 +242,17 @@ class TrajectoryScheduler:
             self._place(together=False)  # one rank may have looked at the teacher on its own
             self._tell()
 
+    def let_go(self) -> None:
+        """End the walk here: the teacher is s'_0 and the gradient whole, as if it had come to its end.
+
+        Raises:
+            StateError: Before `start`.
+        """
+        self._require_start()
+        self._plan.go_to(self._plan.horizon, now=self.generator_updates)
+        self._place()
+        self._tell()
+
     def restore(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
         self._teacher.put_back()
@@ -265,10 +299,14 @@ class TrajectoryScheduler:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _waits(self) -> bool:
+        return self.behind and bool(getattr(self.schedule, "braked", False))
+
     def _check(self, path: DegradationPath, teacher: ScoreNetwork) -> None:
         if not path.complete:
             raise PathError(
-                f"an unfinished path ({path!r})", expected="a complete one", cure="record it to its end first"
+                f"an unfinished path ({path})", expected="a complete one", cure="record it to its end first"
             )
         if self._fake_score is not None:
             teacher.check_same_layout(self._fake_score)
@@ -277,18 +315,21 @@ class TrajectoryScheduler:
             self.schedule.check(self.last_node)
 
     def _settled(self) -> Schedule:
-        """Return the schedule; `Auto` asks the recording first."""
-        if self.path is None or not self.last_node or not isinstance(self.schedule, Auto):
+        """Return the schedule, settled by what the recording says if it wants to be."""
+        if self.path is None or not self.last_node or not isinstance(self.schedule, Settling):
             return self.schedule
         manifest = self.path.manifest
-        settled = Auto(manifest.fitted or manifest.iterations)
+        fitted = manifest.fitted or manifest.iterations
+        settled = self.schedule.settle(fitted)
+        plan = Plan(settled, self.last_node)
         logger.info(
-            "auto: s_phi was %s %d updates; from its last node the teacher walks back in %d, and the gradient grows to "
+            "%s: s_phi was %s %d updates; from its last node the teacher walks back in %d, and the gradient grows to "
             "its full size in %d",
+            type(settled).__name__.lower(),
             "fitted after" if manifest.fitted else "not yet fitted after",
-            settled.fitted,
-            settled.fitted,
-            settled.horizon(self.last_node),
+            fitted,
+            next(updates for updates, target in plan.stages() if target.position == 0),
+            plan.horizon,
         )
         return settled
 
@@ -309,27 +350,25 @@ class TrajectoryScheduler:
         return self._plugins.should_advance(self, self._plan.target.position, self.updates_in_node, signal)
 
     def _tell(self) -> None:
-        """Call the plug-ins if the teacher holds another position than they know of."""
+        """Call the plug-ins if the teacher holds another position than they know of, or the gradient's factor moved."""
         position, previous = self.position, self._told
-        if position == previous or self._away:
+        gradient, moved = self.gradient_factor, position != previous
+        if self._away or (not moved and gradient == self._told_gradient):
             return
-        self._told = position
-        self._plugins.node_swapped(self, position, previous, self.generator_updates)
-        listens = self._plugins.listens("disback_log")
-        # A ramp moves at each update: between two nodes that is a detail.
-        level = logging.INFO if position == int(position) else logging.DEBUG
-        if on_main_process() and (listens or logger.isEnabledFor(level)):
+        self._told, self._told_gradient = position, gradient
+        values = {"disback/position": position, "disback/node": ceil(position), "disback/gradient": gradient}
+        if moved:
+            self._plugins.node_swapped(self, position, previous, self.generator_updates)
             norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
-            values = {
-                "disback/position": position,
-                "disback/node": ceil(position),
-                "disback/swap_ms": self._teacher.swap_ms,
-                "disback/delta_norm": length(norms, previous, position),
-            }
-            if listens:
-                self._plugins.log(values, self.generator_updates)
-            else:
-                logger.log(level, "update %d: %s", self.generator_updates, values)
+            values["disback/swap_ms"] = self._teacher.swap_ms
+            values["disback/delta_norm"] = length(norms, previous, position)
+        if not on_main_process():
+            return
+        self._plugins.log(values, self.generator_updates)
+        if moved and not self._plugins.listens("disback_log"):
+            # A ramp moves at each update: between two nodes that is a detail.
+            level = logging.INFO if position == int(position) else logging.DEBUG
+            logger.log(level, "update %d: %s", self.generator_updates, values)
 
     def _place(self, *, anew: bool = False, together: bool = True) -> None:
         """Bring the teacher to where the plan is; `anew` writes it though it should be there."""

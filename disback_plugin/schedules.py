@@ -8,31 +8,35 @@ generator's gradient.
 |---------------------|---------------------------------------|---------------------------------|-------------------|
 | `Fixed(b, c, ...)`  | N - 1 for b, N - 2 for c, ..., then 0 | 1                               | Algorithm 2, B.2  |
 | `Auto(F)`           | 0.9 N (1 - u / F)+                    | 1 - 0.9 (1 - u / 3F)+           | ours              |
+| `Adaptive(F)`       | the same, u slower while s_phi is behind: it counts a quarter        | ours              |
 | `Ramp(K)`           | 0.9 N (1 - u / K)+                    | 1 - position / N (`amplitude`)  | ours              |
 | `WarmStart()`       | 0                                     | 1                               | control           |
 | `GradientRamp(K)`   | 0                                     | 1 - 0.99 (1 - u / K)+           | control           |
 
-F is what the recording says: the updates after which s' was fitted (`fitting`). "auto" ends the recording there.
+F is what the recording says: the updates after which s' was fitted (`fitting`). These two end the recording there, and
+let go of the path if the run diverges (`monitoring`).
 
 All of them start s_phi from s'_N, except that `GradientRamp` needs no path at all.
 """
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from disback_plugin.errors import OptionError
 from disback_plugin.recipes import Recipe, names, recipe
 
 __all__ = [
+    "Adaptive",
     "Auto",
     "Fixed",
     "GradientRamp",
     "Ramp",
     "Recipe",
     "Schedule",
+    "Settling",
     "Target",
     "WarmStart",
     "parse",
@@ -62,7 +66,8 @@ class Schedule(Protocol):
 
     Its repr goes into saved states, so that a run is not resumed under another schedule: make it a frozen dataclass.
     One that stands on nodes, each for a while, says so with a class attribute `discrete = True`: then a plug-in may
-    keep or end a node (`hookspecs.Specs.disback_should_advance`).
+    keep or end a node (`hookspecs.Specs.disback_should_advance`). One that waits for s_phi says `braked = True`: while
+    s_phi is behind the student (`monitoring`) its updates count a quarter.
 
     Example:
         >>> @dataclass(frozen=True)
@@ -92,6 +97,18 @@ class Schedule(Protocol):
 
     def check(self, nodes: int) -> None:
         """Raise OptionError if the schedule does not fit a path that ends at node `nodes` >= 1."""
+        ...
+
+
+@runtime_checkable
+class Settling(Schedule, Protocol):
+    """A schedule that the recording settles: it ends as soon as s' is fitted, and says what is done then.
+
+    Such a one lets go of the path, for good, if s_phi is seen to diverge while the teacher walks.
+    """
+
+    def settle(self, fitted: int) -> Schedule:
+        """Return what is done where s' was fitted after `fitted` >= 1 updates, or recorded so long without being."""
         ...
 
 
@@ -245,6 +262,29 @@ class Auto:
     def check(self, nodes: int) -> None:
         """Fits every path, whatever its last node `nodes`."""
 
+    def settle(self, fitted: int) -> Auto:
+        """Return the same with F, unless it has one already."""
+        return self if self.fitted is not None else replace(self, fitted=fitted)
+
+
+@dataclass(frozen=True)
+class Adaptive(Auto):
+    """`Auto` in a closed loop: an update counts a quarter while s_phi is behind the student.
+
+    s_phi is behind if its gradients at updates in a row agree, as before it was fitted (`monitoring`). Then the descent
+    takes four times as long at most. Not better than `Auto` where it was tried, on one problem worse
+    (`benchmarks/EVIDENCE.md`). By hand, without `attach`, set `scheduler.behind`.
+
+    Args:
+        fitted: As in `Auto`.
+
+    Example:
+        >>> Adaptive(20)(10, 1) == Auto(20)(10, 1)
+        True
+    """
+
+    braked: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -330,7 +370,8 @@ def parse(text: str) -> Schedule:
 
     Args:
         text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", the name of
-            one of the paper's settings (`recipes`), which is Fixed and fits the path of its own recording, or "auto".
+            one of the paper's settings (`recipes`), which is Fixed and fits the path of its own recording, "auto", or
+            "adaptive".
 
     Raises:
         OptionError: If the text names none of them.
@@ -347,6 +388,8 @@ def parse(text: str) -> Schedule:
         match name, numbers:
             case ("auto", []):
                 return Auto()
+            case ("adaptive", []):
+                return Adaptive()
             case ("warm", []):
                 return WarmStart()
             case (("ramp" | "plain-ramp"), ([] | [_])):
@@ -360,7 +403,7 @@ def parse(text: str) -> Schedule:
             raise
     raise OptionError(
         f"schedule {text!r}",
-        expected="auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K] or fixed:b,c,... with whole numbers, or "
+        expected="auto, adaptive, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K], fixed:b,c,... with whole numbers, or "
         + ", ".join(names()),
         cure="pass one of these, or an object of disback_plugin.schedules",
     )

@@ -15,6 +15,9 @@ from disback_plugin.plugins import Plugin, examine, installed, load
 
 __all__ = ["Shelf", "require_fit"]
 
+# Hooks that only take note: without what implements no other a run is the same.
+NOTES = {"disback_log", "disback_after_node_recorded", "disback_after_path_completed"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -101,8 +104,8 @@ class Shelf:
     def add(self, plugin: object, name: str = "") -> str:
         """Let an object of the script take part, which counts as asked for; return its name.
 
-        One with a name is an adapter's: it takes the place of another of that name, and, if it only listens to numbers,
-        was not asked for.
+        One with a name is lent, by an adapter or the run itself: it takes the place of another of that name, and, if it
+        only takes note, was not asked for.
 
         Raises:
             OptionError: If it is no plug-in.
@@ -113,15 +116,17 @@ class Shelf:
             hooks, _, notes = examine(plugin)
             self.drop(name)
             self._manager.register(plugin, name=name)
-            if not named or set(hooks) != {"disback_log"}:
+            if not named or not set(hooks) <= NOTES:
                 self.asked.add(name)
             self._ready(Plugin(name, status="ready", reason="; ".join(notes), hooks=hooks))
         return name
 
-    def lend(self, name: str, make: Callable[[], object]) -> None:
-        """Let what an adapter makes take part, unless its name is blocked."""
-        if not self._manager.is_blocked(name):
-            self.add(make(), name)
+    def lend(self, name: str, make: Callable[[], object]) -> bool:
+        """Let what an adapter, or the run itself, makes take part, and return True, unless its name is blocked."""
+        if self._manager.is_blocked(name):
+            return False
+        self.add(make(), name)
+        return True
 
     def forget(self, name: str) -> None:
         """Take an object of the script out again."""

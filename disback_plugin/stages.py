@@ -12,13 +12,16 @@ from torch.optim import Optimizer
 
 from disback_plugin import ranks
 from disback_plugin.errors import OptionError, PluginError, StateError
+from disback_plugin.fitting import Fit
 from disback_plugin.hooks import Plugins
 from disback_plugin.manifest import Manifest, Recording
+from disback_plugin.masking import on_main_process
+from disback_plugin.monitoring import Monitor
 from disback_plugin.opening import open_or_create
 from disback_plugin.recording import Recorder
 from disback_plugin.rewinding import Rewind
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
-from disback_plugin.schedules import Auto, Schedule
+from disback_plugin.schedules import Schedule, Settling
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -28,6 +31,13 @@ logger = logging.getLogger(__name__)
 
 # What a state takes from the scheduler's.
 COUNTS = ("generator_updates", "plan_updates", "node_since")
+# Signs of a run that goes wrong (`monitoring`), and what is said of them.
+SIGNS = {
+    "stalled": "the fake score does not follow the student, its gradients at updates in a row agree: give it a higher "
+    "learning rate or more updates per generator update",
+    "diverged": "the fake score's gradients have grown thirtyfold or are not finite: the student runs away from it; "
+    "lower the generator's learning rate",
+}
 # Of a state. What another version wrote is loaded as well: whoever raises this translates in `_check`.
 VERSION = 1
 
@@ -59,6 +69,7 @@ class Stages:
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
         self.fake_score_updates = 0
+        self._monitor: Monitor | None = None  # while the teacher walks
         self._went_on = False  # s_phi was updated after it was saved as s'_N
 
     @property
@@ -83,17 +94,47 @@ class Stages:
         if self.recorder is not None:
             self._went_on = self.recorder.done
             self.recorder.update()
+        elif self._monitor is not None:
+            self._monitor.look()
 
     def generator_stepped(self, updated: bool, signal: Any) -> None:
         """Move the teacher after an update of the generator, or hand over after a step that was held still."""
         if self.scheduler is not None:
             if updated:
                 self.scheduler.step(signal)
+                self._see_how_it_goes(self.scheduler)
         elif self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
             original = self.recorder.path.original
             ranks.on_every_rank(lambda: self.teacher.write(original()), "read node 0")
             self._begin_backtracking()
+
+    def _see_how_it_goes(self, scheduler: TrajectoryScheduler) -> None:
+        """Draw what there is to be drawn from a window of s_phi's gradients: say it once, wait, let go of the path."""
+        monitor = self._monitor
+        if monitor is None or scheduler.done:
+            self._monitor = None
+            return
+        if not monitor.due:
+            return
+        known = {"stalled": monitor.stalled, "diverged": monitor.diverged}
+        monitor.judge(ranks.on_rank_zero(monitor.read))
+        scheduler.behind = monitor.behind
+        gives_up = monitor.diverged and isinstance(self.schedule, Settling)
+        for sign, warning in SIGNS.items():
+            if getattr(monitor, sign) and not known[sign]:
+                self._warn(sign, warning, scheduler, gives_up)
+        if gives_up:
+            scheduler.let_go()
+            self._monitor = None
+
+    def _warn(self, sign: str, warning: str, scheduler: TrajectoryScheduler, gives_up: bool) -> None:
+        if not on_main_process():
+            return
+        ending = "; the teacher is back at itself for good" if sign == "diverged" and gives_up else ""
+        logger.warning("update %d, position %g: %s%s", scheduler.generator_updates, scheduler.position, warning, ending)
+        if self._plugins.listens("disback_log"):
+            self._plugins.log({f"disback/{sign}": 1.0}, scheduler.generator_updates)
 
     def close(self) -> None:
         """Put s'_0 back into the teacher, bit for bit, and what a recording advanced."""
@@ -197,9 +238,14 @@ class Stages:
         finally:
             if scheduler.started:  # though a plug-in raised when it heard of it
                 self.scheduler, self.recorder = scheduler, None
+                self._watch(scheduler)
+
+    def _watch(self, scheduler: TrajectoryScheduler) -> None:
+        walks = not scheduler.done and scheduler.last_node
+        self._monitor = Monitor(self.fake_score, scheduler.horizon) if walks else None
 
     def _new_recorder(self, path: DegradationPath) -> Recorder:
-        until_fitted = isinstance(self.schedule, Auto)
+        until_fitted = isinstance(self.schedule, Settling)
         return Recorder(path, self.fake_score, until_fitted=until_fitted, plugins=self._plugins)
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
@@ -227,10 +273,16 @@ class Stages:
             "recording_iteration": 0 if iteration is None else iteration,
             **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.state_dict())),
             "fake_score_updates": self.fake_score_updates,
-            "fit": "" if self.recorder is None else self.recorder.fit.text(),
+            "fit": self._seen(),
             "restore": self._rewind.state,
             "fake_score": self.fake_score.mark(),
         }
+
+    def _seen(self) -> str:
+        """Return what was seen of s_phi's gradients: by the recorder, or the monitor; empty if nobody looks."""
+        if self.recorder is not None:
+            return self.recorder.fit.text()
+        return "" if self._monitor is None else self._monitor.text()
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise unless a state is of this path and schedule, and of the moment whose weights s_phi holds.
@@ -259,6 +311,7 @@ class Stages:
             )
         self._rewind.check(state["restore"])
         recording = state["phase"] == "recording"
+        (Fit if recording else Monitor).check(state["fit"])
         if self.path is None:
             return
         if state["nodes"] != self.path.digest(state["recording_iteration"] if recording else None):
@@ -284,6 +337,7 @@ class Stages:
             self.scheduler = None
         if self.recorder is not None:
             self.recorder.close()
+        self._monitor = None
         self.recorder = self._new_recorder(self.path)
         self.recorder.fit.load_text(fit)
         self.recorder.rewind(iteration)
@@ -292,6 +346,10 @@ class Stages:
         if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end
             self.scheduler, self.recorder = self._new_scheduler(None), None
         self.scheduler.load_state_dict(self.scheduler.state_dict() | _counts(state) | {"started": True})
+        self._watch(self.scheduler)
+        if self._monitor is not None:
+            self._monitor.load_text(state["fit"])
+        self.scheduler.behind = self._monitor is not None and self._monitor.behind
 
 
 def _counts(state: Mapping[str, Any]) -> dict[str, int]:

@@ -25,7 +25,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import files, ranks
-from disback_plugin.cards import card
+from disback_plugin.cards import aligned, card, html, short
 from disback_plugin.encoding import encode
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.fingerprints import checksum, fingerprint
@@ -256,6 +256,11 @@ class DegradationPath(
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 
+    def about(self) -> dict[str, Any]:
+        """Return what tells this path from others, for a log: its folder, identity, and the networks' fingerprints."""
+        names = {"folder": str(self.folder), "path": self.identity}
+        return names | {"teacher": self.manifest.teacher.fingerprint, "generator": self.manifest.generator}
+
     def digest(self, iteration: int | None = None) -> str:
         """Return a digest of the nodes recorded up to an iteration, or of all: of what is in them."""
         nodes = [n.sha256 for n in self.nodes if iteration is None or n.iteration <= iteration]
@@ -479,6 +484,12 @@ class DegradationPath(
         files.write_text(save_directory / "README.md", card(self.manifest))
         self.manifest.write(save_directory)
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         state = "complete" if self.complete else "unfinished"
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
+
+    def __repr__(self) -> str:
+        return f"{self}\n{aligned(short(self.manifest))}"
+
+    def _repr_html_(self) -> str:
+        return html(str(self), short(self.manifest))

@@ -30,7 +30,8 @@ def test_the_demo_writes_what_it_says_and_prints_one_json_object(short, tmp_path
     assert cli.main(["demo", "--seeds", "2", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "convergence.png", "path", "result.json", "samples.png",
+        "convergence.png", "diff-instruct.log.jsonl", "disback.log.jsonl", "grad-ramp.log.jsonl", "path", "result.json",
+        "samples", "samples.png", "warm.log.jsonl",
     ]  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["seeds"] == 2
@@ -74,6 +75,51 @@ def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(
     plain = study.Study(regime, [7], tmp_path)
     assert plain._distances(trainer.generator) == runs["diff-instruct"].raw[-1]
     assert runs["disback"].raw[-1] != runs["warm"].raw[-1] != runs["diff-instruct"].raw[-1]
+
+
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_each_loss_has_its_own_baseline_and_settings(loss, tmp_path, monkeypatch, capsys):
+    regime = study.plan("mlp", "far", loss=loss)
+    assert regime.settings.rate == study._OF_LOSSES[loss]["mlp", "far"][0]
+    monkeypatch.setattr("disback_plugin.demo.trainer.FAR", 3)
+    settings = study.replace(regime.settings, updates=4)
+    cut = study.replace(regime, settings=settings, record=2, every=2, evaluate_every=2, samples=60, schedule=Ramp(2))
+    monkeypatch.setattr(study, "plan", lambda *arguments: cut)
+    monkeypatch.setattr("disback_plugin.demo.main.plan", lambda *arguments: cut)
+    assert cli.main(["demo", "--loss", loss, "--student", "far", "--seeds", "2", "--json", "--out", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["runs"]) == [loss, "warm", "grad-ramp", "disback"]
+    assert (result["loss"], result["student"]) == (loss, "far")
+    first, *others = (run["curve"]["raw"][0] for run in result["runs"].values())
+    assert all(other == first for other in others), "all runs begin with the same student"
+    ends = [run["curve"]["raw"][-1] for run in result["runs"].values()]
+    assert len({tuple(end) for end in ends}) == 4
+
+
+def test_the_three_losses_train_differently():
+    from disback_plugin.demo.trainer import Settings, Trainer
+
+    ends = {}
+    for loss in study.LOSSES:
+        trainer = Trainer(Settings("mlp", "teacher", rate=1e-3, updates=2, sigma_init=2.5, batch=8, loss=loss), [0])
+        trainer.step()
+        trainer.step()
+        ends[loss] = trainer.generator.body.last.weight.detach().clone()
+    assert len({tuple(end.flatten().tolist()) for end in ends.values()}) == 3
+
+
+def test_the_log_of_each_run_of_the_demo_makes_a_report(short, tmp_path, capsys):
+    assert cli.main(["demo", "--seeds", "1", "--json", "--out", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [run["run"] for run in told["runs"]] == ["diff-instruct", "disback", "grad-ramp", "warm"]
+    last = {row["run"]: row["last"] for row in told["comparison"] if row["measure"] == "distance"}
+    assert last == pytest.approx(result["final"], rel=1e-6)
+    page = (tmp_path / "report.html").read_text()
+    for title in ("position", "gradient agreement", "loss, while recording", "mismatch of the target", "codec error"):
+        assert title in page
+    assert page.count("data:image/png") == sum(1 for _ in (tmp_path / "samples").iterdir()) > 4
 
 
 @pytest.mark.parametrize(

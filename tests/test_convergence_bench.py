@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from bench_convergence import BASELINE, METHODS, RECORDING, TRAINING, Distillation, Method, Regime, SingleAuto
-from convergence_tables import Result, at, crossing, verdict
+from bench_convergence import BASELINE, METHODS, RECORDING, REGIMES, TRAINING, Distillation, Method, Regime, SingleAuto
+from convergence_tables import EVIDENCE, Result, at, crossing, verdict
 from convergence_worlds import P_MEAN, P_STD, denoising, seeded, world
 
 import disback_plugin as disback
+from disback_plugin.outlook import MEASURED, NEAR, advice
 from disback_plugin.schedules import Auto
 
 REGIME = Regime("gauss10-2d", "scratch", 10.0, 0)
@@ -154,3 +155,38 @@ def test_curves_are_read_between_evaluations():
 )
 def test_better_is_said_only_of_more_seeds_than_chance_gives(better, seeds, expected):
     assert verdict(better, seeds) == expected
+
+
+def test_a_method_at_its_own_best_rate_is_told_apart_from_it_at_diff_instructs():
+    def run(curve):
+        return {"updates": [0, 20, 40, 60, 80], "ema": [[v] for v in curve], "raw": [[v] for v in curve]}
+
+    content = {
+        "rate": 1e-3,
+        "R": {"auto": [(0, 5)]},
+        "runs": {"diff-instruct": run([9, 7, 2, 2, 2]), "auto": run([9, 7, 3, 3, 3])},
+        "own_rates": {"auto": 2e-3},
+        "own_runs": {"auto": run([9, 7, 1, 1, 1]) | {"recorded": [(90, 5)]}},
+    }
+    both = Result(content, "diff-instruct")
+    assert both.best == {"diff-instruct": "diff-instruct", "auto": "auto, 0.002"}
+    assert both.last(both.best["auto"], both.ema) == [0.5]
+    assert both.last("auto", both.ema) == [1.5]
+    assert [both.head_start(label, 0) for label in ("auto", "auto, 0.002")] == [0.0, 40.0]
+
+
+def test_the_preflights_sentence_is_true_in_every_regime_of_the_table():
+    page = EVIDENCE.read_text()
+    rows = [
+        line.split(" | ")
+        for line in page.splitlines()
+        if line.count(" | ") == 6 and line.endswith(("true |", "false** |"))
+    ]
+    assert {row[0].removeprefix("| ") for row in rows} == set(REGIMES)
+    for kind, excess in (("near", 0.0), ("far", NEAR)):
+        count, low, high = MEASURED[kind]
+        mine = [row for row in rows if row[3] == kind]
+        assert len(mine) == count
+        assert min(float(row[5]) for row in mine) == low
+        assert max(float(row[5]) for row in mine) == high
+        assert advice(excess) in page

@@ -15,7 +15,7 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.fitting import SAMPLE, Fit, fitted_after
-from disback_plugin.schedules import Auto
+from disback_plugin.schedules import Auto, Target
 from disback_plugin.weights import ScoreNetwork
 
 numbers = st.floats(-1, 1) | st.just(math.nan)
@@ -229,3 +229,35 @@ def test_a_standalone_recording_notes_the_fit(tmp_path):
     scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score)
     scheduler.start()
     assert scheduler.stages()[-1][0] == 3 * path.manifest.fitted
+
+
+class Mine:
+    """A schedule of one's own that waits for the recording."""
+
+    def __init__(self, updates=None):
+        self.updates = updates
+
+    def __repr__(self):
+        return "Mine()"
+
+    def __call__(self, updates, nodes):
+        return Target(float(nodes) if self.updates and updates < self.updates else 0.0)
+
+    def horizon(self, nodes):
+        return self.updates or 0
+
+    def check(self, nodes):
+        pass
+
+    def settle(self, fitted):
+        return Mine(2 * fitted)
+
+
+def test_a_schedule_of_ones_own_can_wait_for_the_recording(tmp_path):
+    run = Run(seed=1)
+    with attached(run, tmp_path, schedule=Mine()) as handle:
+        while handle.phase == "recording":
+            run.step()
+        assert handle.path.manifest.ended < 60
+        assert handle.scheduler.horizon == 2 * handle.path.manifest.fitted
+        assert handle.position == len(handle.path) - 1

@@ -19,25 +19,32 @@ FLOORS = [
         *("fingerprints", "flattening", "layouts", "sharding", "states", "ranks"),
         *("modules", "pipelines", "adapting", "lora", "matching", "writing", "weights"),
         *("optimizers", "riding", "rewinding", "roles"),
-        *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
+        *("hookspecs", "plugins", "runlog", "history", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
     ],
     [
         *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
         *(
             "training",
             "fitting",
+            "monitoring",
             "opening",
             "recording",
             "recipes",
             "schedules",
             "plan",
+            "borrowing",
+            "outlook",
+            "overview",
             "prefetch",
             "teacher",
             "scheduler",
         ),
         *("features", "inspection", "target_field", "extractors", "metrics"),
     ],
-    ["overview", "stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo", "cli", "testing"],
+    [
+        *("stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
+        *("building", "panels", "plots", "report", "commands", "cli", "testing"),
+    ],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 

@@ -140,7 +140,8 @@ def with_dcp(folder, first, last):
         run.step()
     if not Path(f"{folder}/{last}").exists():
         dcp.save(state(), checkpoint_id=f"{folder}/{last}")
-    plain = {key: value for key, value in handle.state_dict().items() if key != "fake_score"}
+    # Of s_phi and of its gradients each rank has its own part.
+    plain = {key: value for key, value in handle.state_dict().items() if key not in ("fake_score", "fit")}
     return {"generator": weights_of(run.generator), "fake": weights_of(run.fake_score), "state": plain}
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disback_plugin.errors import OptionError
-from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Target, WarmStart, parse
+from disback_plugin.schedules import Adaptive, Auto, Fixed, GradientRamp, Ramp, Settling, Target, WarmStart, parse
 
 counts = st.integers(1, 60)
 schedules = st.one_of(
@@ -15,6 +15,7 @@ schedules = st.one_of(
     st.builds(Ramp, counts, start=st.floats(0.1, 1), amplitude=st.booleans()),
     st.just(WarmStart()),
     st.builds(Auto, st.none() | counts),
+    st.builds(Adaptive, st.none() | counts),
     st.builds(GradientRamp, counts, depth=st.floats(0, 1)),
 )
 
@@ -88,6 +89,7 @@ def test_numbers_out_of_their_domain_are_refused(wrong):
     ("text", "schedule"),
     [
         ("auto", Auto()),
+        ("adaptive", Adaptive()),
         ("warm", WarmStart()),
         ("ramp", Ramp(100)),
         ("ramp:7", Ramp(7)),
@@ -106,3 +108,13 @@ def test_names_of_the_command_line(text, schedule):
 def test_texts_that_name_no_schedule_are_refused(text):
     with pytest.raises(OptionError):
         parse(text)
+
+
+@given(fitted=counts)
+def test_what_the_recording_settles_keeps_its_kind_and_is_settled_once(fitted):
+    for schedule in (Auto(), Adaptive()):
+        assert isinstance(schedule, Settling)
+        settled = schedule.settle(fitted)
+        assert settled == type(schedule)(fitted)
+        assert settled.settle(fitted + 1) is settled
+    assert not any(isinstance(s, Settling) for s in (Fixed(5), Ramp(5), WarmStart(), GradientRamp(5)))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
+from itertools import count
+from types import ModuleType
 
 import pytest
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, tracking
 from accelerate.tracking import GeneralTracker
 from worlds import Run
 
 import disback_plugin as disback
+from disback_plugin import history
 from disback_plugin.errors import OptionError, PluginError
 
 
@@ -53,7 +58,11 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert set(read) == {f"disback/{n}" for n in ("position", "node", "swap_ms", "delta_norm", "generator_updates")}
+    names = ("position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates", "recording", "agreement")
+    assert set(read) == {f"disback/{name}" for name in names}
+    logged = history.read(tmp_path / "path.log.jsonl").curves(recording=True)["agreement"]
+    assert [value for _, value in read["disback/recording"]] == [x for x, _ in logged] == [2, 3, 4]
+    assert [value for _, value in read["disback/agreement"]] == pytest.approx([y for _, y in logged])
     assert read["disback/position"] == [(0, 1.0), (2, 0.0)]
     assert read["disback/node"] == [(0, 1.0), (2, 0.0)]
     assert [value for _, value in read["disback/delta_norm"]] == pytest.approx([norms[0], norms[0]])
@@ -61,11 +70,58 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
 
 
 def test_any_tracker_of_accelerate_is_told_under_the_step_of_the_loop(tmp_path):
-    memory, steps = Memory(), iter((100, 200))
+    memory, steps = Memory(), count(100)
     accelerator = Accelerator(cpu=True, log_with=memory)
     accelerator.init_trackers("run", config={"lr": 1.0})
     walk(tmp_path, disback.Trackers(accelerator, step=lambda: next(steps)))
-    assert [(step, row["disback/generator_updates"]) for step, row in memory.rows] == [(100, 0), (200, 2)]
+    moves = [(step, row["disback/generator_updates"]) for step, row in memory.rows if "disback/position" in row]
+    assert moves == [(103, 0), (104, 2)], "after the three cosines of the recording"
+
+
+class Service(ModuleType):
+    """What accelerate asks of wandb and trackio: `init(project=...)`, whose answer has `log`, and a config.
+
+    As wandb does, it takes no step that is earlier than one before.
+    """
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.rows, self.config, self.project = [], {}, None
+
+    def init(self, project, **kwargs):
+        self.project = project
+        return self
+
+    def log(self, values, step=None):
+        assert all(type(value) in (int, float) for value in values.values())
+        assert not self.rows or step >= self.rows[-1][0]
+        self.rows.append((step, dict(values)))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", "WandBTracker"), ("trackio", "TrackioTracker")])
+def test_wandb_and_trackio_get_plain_numbers_in_the_order_of_steps(name, kind, tmp_path, monkeypatch):
+    if not hasattr(tracking, kind):
+        pytest.skip(f"this accelerate knows no {name}")
+    service = Service(name)
+    monkeypatch.setitem(sys.modules, name, service)
+    accelerator = Accelerator(cpu=True, log_with=getattr(tracking, kind)("project"))
+    accelerator.init_trackers("project", config={"lr": 1.0})
+    run = Run()
+    options = {"path": tmp_path / "path", "record": 10, "every": 5, "schedule": "ramp:2"}
+    with disback.attach(**run.roles(), **options, plugins=[disback.Trackers(accelerator)]) as handle:
+        for _ in range(14):
+            run.step()
+            handle.log({"loss": torch.tensor(0.5)})
+    accelerator.end_training()
+    assert (service.project, service.config["lr"], service.finished) == ("project", 1.0, True)
+    assert all(key.startswith("disback/") for _, values in service.rows for key in values)
+    positions = [(step, row["disback/position"]) for step, row in service.rows if "disback/position" in row]
+    assert [step for step, _ in positions] == [0, 1, 2]
+    assert positions[-1] == (2, 0.0)
+    assert [step for step, row in service.rows if "disback/loss" in row] == [0] * 10 + [1, 2, 3, 4]
 
 
 def test_an_accelerator_without_trackers_is_refused():

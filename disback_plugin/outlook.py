@@ -1,0 +1,296 @@
+"""What a run can expect of DisBack, from a short recording: what it costs, what `auto` would do, and plain advice.
+
+A recording as `schedule="auto"` makes it, on borrowed networks and in a temporary folder; nothing of it stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disback_plugin import ranks
+from disback_plugin.borrowing import Borrowed, borrowed
+from disback_plugin.errors import OptionError
+from disback_plugin.hooks import Plugins
+from disback_plugin.manifest import Recording
+from disback_plugin.opening import open_or_create
+from disback_plugin.plan import Plan
+from disback_plugin.recording import Network, Recorder, updated
+from disback_plugin.schedules import Auto
+from disback_plugin.weights import ScoreNetwork
+
+__all__ = ["Outlook", "advice", "preflight"]
+
+# Batches that a loss is averaged over, before and after.
+BATCHES = 8
+# Below this excess loss of the teacher a student is near it.
+NEAR = 1.0
+# Regimes of benchmarks/EVIDENCE.md, and the least and the greatest of auto's final distances there at equal compute,
+# over those of the trainer alone: medians over seeds. A table there has the sentence beside each regime.
+MEASURED = {"near": (4, 0.97, 1.10), "far": (13, 0.81, 1.13)}
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What `preflight` found.
+
+    Attributes:
+        weights: Numbers in the teacher.
+        excess_loss: L_teacher / L_s'N - 1 on the student's samples: 0 for a student that makes the teacher's data; None
+            if `fake_step` returns no loss.
+        recorded: Updates that the recording took.
+        fitted: Updates after which s' was fitted, F (`fitting`); None if it was not within the updates allowed.
+        update_seconds: Time of one update of the recording.
+        node_bytes: Size of a recorded node.
+        teacher_bytes: Size of the teacher's weights, which the path holds as well unless `keep_teacher=False`.
+        encode_seconds: Time to code and write a node.
+        move_seconds: Time to move the teacher onto the node, checksum included.
+        walk_updates: Generator updates in which `auto` walks back.
+        whole_updates: Generator updates after which it lets go: the gradient is whole, the rest is the trainer's own.
+        rounds: What the recording costs, in rounds of Diff-Instruct (4 forward passes an update, 9 a round).
+        advice: What the evidence supports, in plain words.
+    """
+
+    weights: int
+    excess_loss: float | None
+    recorded: int
+    fitted: int | None
+    update_seconds: float
+    node_bytes: int
+    teacher_bytes: int
+    encode_seconds: float
+    move_seconds: float
+    walk_updates: int
+    whole_updates: int
+    rounds: float
+    advice: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a mapping of plain values."""
+        return asdict(self)
+
+
+def advice(excess_loss: float | None) -> str:
+    """Return what the evidence supports saying beforehand; made true by `benchmarks/EVIDENCE.md`, regime by regime.
+
+    Args:
+        excess_loss: As in `Outlook`.
+
+    Example:
+        >>> print(advice(0.4))
+        Expect little either way: in the 4 regimes measured with an excess loss below 1, as here, auto ended at equal \
+compute at 0.97 to 1.10 times the trainer's own distance. Nothing that a recording shows says where in between.
+    """
+    near = excess_loss is not None and excess_loss < NEAR
+    if excess_loss is None:
+        count = sum(regimes for regimes, _, _ in MEASURED.values())
+        least = min(low for _, low, _ in MEASURED.values())
+        most = max(high for _, _, high in MEASURED.values())
+        where = f"{count} regimes measured"
+    else:
+        count, least, most = MEASURED["near" if near else "far"]
+        where = f"{count} regimes measured with an excess loss {'below' if near else 'of at least'} {NEAR:g}, as here"
+    opening = "Expect little either way" if near else "It may help or harm"
+    return (
+        f"{opening}: in the {where}, auto ended at equal compute at {least:.2f} to {most:.2f} times the trainer's own "
+        "distance. Nothing that a recording shows says where in between."
+    )
+
+
+def preflight(
+    teacher: Network,
+    fake_score: Network | None = None,
+    fake_step: Callable[[], object] | None = None,
+    *,
+    sample: Callable[[], Tensor] | None = None,
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    learning_rate: float = 1e-5,
+    iterations: int = 200,
+    codec: str = "int8",
+    seed: int = 0,
+) -> Outlook:
+    """Record until s' is fitted, measure what that costs, put everything back, and say what to expect.
+
+    Teacher, fake score, every optimizer that steps and the global random state are bit for bit as they were; only what
+    the functions keep for themselves, as the place in a data loader, moved on. Files go to a temporary folder.
+
+    Args:
+        teacher: As in `record`.
+        fake_score: As in `record`.
+        fake_step: As in `record`; if it returns its loss, a number or a tensor of shape (), the excess loss is known.
+        sample: As in `record`.
+        loss: As in `record`.
+        learning_rate: As in `record`; that of the fake score in the training to come, or F is another one.
+        iterations: The most updates that it may take, >= 5.
+        codec: As in `record`.
+        seed: As in `record`.
+
+    Raises:
+        OptionError: If neither pair was given, or a mixture, or the networks are sharded, or there are several
+            processes.
+        TrainingError: If `fake_step` does not move the fake score.
+
+    Example:
+        >>> teacher, generator = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> def sample() -> Tensor:
+        ...     return generator(torch.randn(64, 2)).detach()
+        >>> def denoise(net: nn.Module, x_0: Tensor) -> Tensor:
+        ...     return (net(x_0 + torch.randn_like(x_0)) - x_0).square().mean()
+        >>> found = preflight(teacher, sample=sample, loss=denoise, learning_rate=1e-2)
+        >>> found.weights, found.whole_updates == 3 * found.walk_updates
+        (6, True)
+    """
+    target = ScoreNetwork.of(teacher, role="teacher")
+    if ranks.several() or target.sharded:
+        raise OptionError(
+            "a preflight of several processes or sharded networks",
+            expected="one process with whole networks",
+            cure="run it on one device, before DDP or FSDP wrap the networks",
+        )
+    if type(iterations) is not int or iterations < 5:
+        raise OptionError(f"iterations={iterations!r}", expected="a whole number >= 5", cure="leave it away for 200")
+    in_loop = fake_score is not None and fake_step is not None and sample is None and loss is None
+    alone = fake_score is None and fake_step is None and sample is not None and loss is not None
+    if in_loop == alone:
+        raise OptionError(
+            "preflight(teacher, ...) without one of the two pairs",
+            expected="fake_score and fake_step, or sample and loss",
+            cure="pass what record() is given",
+        )
+    plan = Recording(iterations, iterations, codec, False)
+    if in_loop:
+        assert fake_score is not None
+        assert fake_step is not None
+        network = ScoreNetwork.of(fake_score, role="fake score")
+        target.check_same_layout(network)
+        with borrowed(target, network) as found:
+            return _measured(target, network, _InLoop(network, fake_step, found), plan)
+    assert sample is not None
+    assert loss is not None
+    with borrowed(target):
+        torch.manual_seed(seed)
+        copied = _Copy(target, sample, loss, learning_rate)
+        return _measured(target, copied.network, copied, plan)
+
+
+class _InLoop:
+    """The trainer's own fake score and step."""
+
+    def __init__(self, network: ScoreNetwork, step: Callable[[], object], found: Borrowed) -> None:
+        self._network, self.step, self._found = network, step, found
+
+    def losses(self) -> list[float]:
+        """Return the losses of some batches at the present weights; nan where the step returns none."""
+        here = {name: tensor.detach().clone() for name, tensor in self._network.state_dict().items()}
+        found = []
+        for _ in range(BATCHES):
+            found.append(_number(self.step()))
+            if math.isnan(found[-1]):  # one step more would say nothing either
+                break
+            self._network.load_state_dict(here)
+        self._found.put_back()
+        self._network.load_state_dict(here)
+        return found
+
+
+class _Copy:
+    """A copy of the teacher, trained by Adam as `record` does."""
+
+    def __init__(
+        self,
+        teacher: ScoreNetwork,
+        sample: Callable[[], Tensor],
+        loss: Callable[[nn.Module, Tensor], Tensor],
+        learning_rate: float,
+    ) -> None:
+        module, *others = teacher.modules().values()
+        if others:
+            raise OptionError(
+                f"a teacher of {1 + len(others)} experts with sample and loss",
+                expected="one module",
+                cure="look at each expert on its own, or use fake_score and fake_step",
+            )
+        self._module = copy.deepcopy(module).requires_grad_(True)
+        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=learning_rate)
+        self._sample, self._loss = sample, loss
+        self.network = ScoreNetwork(self._module, role="recorded copy")
+
+    def step(self) -> object:
+        """Do one update."""
+        with torch.enable_grad():
+            self._optimizer.zero_grad()
+            self._loss(self._module, self._sample()).backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+        return None
+
+    def losses(self) -> list[float]:
+        """Return the losses of some batches at the present weights: each time the same noise."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            return [_number(self._loss(self._module, self._sample())) for _ in range(BATCHES)]
+
+
+def _measured(target: ScoreNetwork, network: ScoreNetwork, trainer: _InLoop | _Copy, plan: Recording) -> Outlook:
+    with tempfile.TemporaryDirectory(prefix="disback-preflight-") as folder:
+        path = open_or_create(f"{folder}/path", target, plan)
+        recorder = Recorder(path, network, until_fitted=True, plugins=Plugins(autoload=False))
+        recorder.start()
+        first, spent, encode = trainer.losses(), 0.0, 0.0
+        with closing(recorder):
+            while not recorder.done:
+                with _clock(network) as seconds:
+                    updated(network, trainer.step)
+                spent += seconds[0]
+                with _clock(network) as seconds:
+                    recorder.update()
+                encode = seconds[0]  # the last one saves the node
+        last = trainer.losses()
+        with _clock(network) as moved:
+            network.write(path.source(1))
+        manifest = path.manifest
+        fitted = manifest.fitted or manifest.iterations
+        plans = Plan(Auto(fitted), 1)
+        excess = sum(first) / sum(last) - 1
+        tensors = dict(target.named_tensors())
+        return Outlook(
+            weights=sum(tensor.numel() for tensor in tensors.values()),
+            excess_loss=excess if math.isfinite(excess) else None,
+            recorded=manifest.iterations,
+            fitted=manifest.fitted,
+            update_seconds=spent / manifest.iterations,
+            node_bytes=path.nodes[-1].bytes,
+            teacher_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            encode_seconds=encode,
+            move_seconds=moved[0],
+            walk_updates=next(updates for updates, aim in plans.stages() if aim.position == 0),
+            whole_updates=plans.horizon,
+            rounds=4 * manifest.iterations / 9,
+            advice=advice(excess if math.isfinite(excess) else None),
+        )
+
+
+def _number(loss: object) -> float:
+    """Return a loss as a number; nan if it is none."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return float(loss.detach())
+    return float(loss) if isinstance(loss, int | float) and not isinstance(loss, bool) else math.nan
+
+
+@contextmanager
+def _clock(network: ScoreNetwork) -> Iterator[list[float]]:
+    """Yield a list that holds the seconds that the inside took, device work included."""
+    seconds: list[float] = []
+    start = time.perf_counter()
+    yield seconds
+    if any(tensor.is_cuda for _, tensor in network.named_tensors()):
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - start)

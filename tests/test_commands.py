@@ -1,0 +1,164 @@
+"""What all commands have in common: help, exit codes, Ctrl-C; and `disback bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from disback_plugin import DegradationPath, cli
+from disback_plugin.commands import COMMANDS
+
+
+def disback(*arguments, **options):
+    command = [sys.executable, "-m", "disback_plugin.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_explains_itself_with_an_example(name, capsys, monkeypatch):
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help"])
+        assert caught.value.code == 0
+        explained = capsys.readouterr().out
+        options, _, example = explained.partition("\nexample:\n")
+        assert f"disback {name}" in example
+        assert "--debug" in options
+        assert "\x1b" not in explained
+
+
+def test_the_help_comes_in_a_fifth_of_a_second():
+    seconds = []
+    for _ in range(5):
+        before = os.times()
+        assert disback("--help").returncode == 0
+        after = os.times()  # of the processor: what else the machine does is not the command's
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.2
+
+
+NETWORKS = """
+import time, torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    teacher = nn.Linear(2, 2)
+    def loss(net, x_0):
+        time.sleep(0.02)
+        return (net(x_0) - 1).square().mean()
+    return {"teacher": teacher, "sample": lambda: torch.randn(4, 2), "loss": loss}
+
+def breaks():
+    def sample():
+        raise FileNotFoundError("samples.bin")
+    return {"teacher": nn.Linear(2, 2), "sample": sample, "loss": lambda net, x_0: net(x_0).sum()}
+"""
+
+
+def test_an_interrupted_recording_says_that_it_can_be_resumed_and_is(tmp_path):
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    arguments = ["record", "networks:build", "--path", "path", "--iterations", "200", "--every", "5"]
+    command = [sys.executable, "-m", "disback_plugin.cli", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "path" / "node-003.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err == "disback: interrupted; the same command goes on from the last node that is in path\n"
+    recorded = len(DegradationPath(tmp_path / "path")) - 1
+    assert 2 <= recorded < 40
+    resumed = disback(*arguments, "--json", cwd=tmp_path)
+    assert (resumed.returncode, json.loads(resumed.stdout)["complete"]) == (0, True)
+    begins = [json.loads(line) for line in (tmp_path / "path.log.jsonl").read_text().splitlines() if '"begin"' in line]
+    assert [begin["recording"] for begin in begins] == [0, 5 * recorded]
+
+
+def test_errors_of_the_users_own_code_show_where_they_come_from(tmp_path):
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    out = disback("record", "networks:breaks", "--path", "path", cwd=tmp_path)
+    assert out.returncode == 1
+    assert "networks.py" in out.stderr
+    assert "FileNotFoundError: samples.bin" in out.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path, capsys):
+    (tmp_path / "x.log.jsonl").write_text('{"update": 0, "loss": 1.0}\n')
+    (tmp_path / "file").write_text("")
+    arguments = ["report", str(tmp_path / "x.log.jsonl"), "--out", str(tmp_path / "file" / "report.html")]
+    assert cli.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("disback: ")
+    assert told.count("\n") == 1
+    with pytest.raises(OSError, match="file"):
+        cli.main([*arguments, "--debug"])
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with two small benchmarks, from within one of its folders."""
+    benchmarks = tmp_path / "benchmarks"
+    benchmarks.mkdir()
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest.ini_options]\npython_files = ["bench_*.py"]\npython_functions = ["bench_*"]\n'
+        'addopts = ["-p", "disback_plugin.testing"]\n'
+    )
+    (benchmarks / "bench_sum.py").write_text("def bench_sum(benchmark):\n    assert benchmark(sum, (1, 2)) == 3\n")
+    (benchmarks / "bench_wrong.py").write_text("def bench_wrong(benchmark):\n    assert benchmark(sum, (1, 2)) == 4\n")
+    (benchmarks / "bench_convergence.py").write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    monkeypatch.chdir(benchmarks)
+    return tmp_path
+
+
+def test_a_benchmark_of_the_checkout_is_run_and_its_numbers_are_json(checkout):
+    out = disback("bench", "sum", "--json")
+    assert out.returncode == 0, out.stderr
+    (found,) = json.loads(out.stdout)["benchmarks"]
+    assert found["name"] == "bench_sum"
+    assert "1 passed" in out.stderr
+
+
+def test_a_benchmark_that_misses_its_goal_is_exit_code_1(checkout):
+    out = disback("bench", "wrong")
+    assert out.returncode == 1
+    assert "1 failed" in out.stdout
+
+
+def test_the_study_of_convergence_gets_its_regimes_and_its_folder(checkout):
+    out = disback("bench", "convergence", "mlp scratch", "--out", "results")
+    assert out.returncode == 0
+    assert json.loads(out.stdout) == ["mlp scratch", "--out", str(checkout / "benchmarks" / "results")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "no benchmark 'fly'; expected some of convergence, sum, wrong"),
+        (["convergence"], "convergence without --out"),
+        (["sum", "--out", "x"], "--out without convergence"),
+    ],
+)
+def test_a_wrong_benchmark_is_exit_code_2(checkout, arguments, message, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_checkout_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    from disback_plugin.commands import bench
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
+    assert cli.main(["bench"]) == 2
+    assert "they are no part of what is installed" in capsys.readouterr().err

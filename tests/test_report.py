@@ -1,0 +1,246 @@
+"""The report and the plots: what they show is what the logs say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disback_plugin import cli
+from disback_plugin.history import read, settle
+from disback_plugin.panels import compare, crossing, panels
+from disback_plugin.plots import svg
+from disback_plugin.report import page
+from disback_plugin.runlog import RunLog
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """A page whose tags all close in order; its tags, texts, addresses and the numbers of each figure's table."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses, self.ids, self.figures = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.addresses += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag == "figure" and attributes.get("class") == "card":
+            self.figures.append({"title": "", "rows": [], "svg": 0})
+        elif tag == "svg" and "figure" in self.open:
+            self.figures[-1]["svg"] += 1
+        elif tag == "tr" and "figure" in self.open and "tbody" in self.open:
+            self.figures[-1]["rows"].append([])
+        elif tag == "td" and "figure" in self.open:
+            self.figures[-1]["rows"][-1].append(None)
+        elif tag == "data" and "figure" in self.open:
+            self.figures[-1]["rows"][-1][-1] = float(attributes["value"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> without a beginning"
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if self.open and self.open[-1] == "h3" and "figure" in self.open:
+            self.figures[-1]["title"] += text
+
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+)
+
+
+def a_log(folder, name, scale=1.0):
+    """A run with everything that a log can have."""
+    (folder / f"{name}.png").write_bytes(PNG)
+    log = RunLog(folder / f"{name}.log.jsonl")
+    log.begin("attach", recording=0, teacher="f" * 64, settings={"schedule": "<Ramp & co>", "record": 10})
+    for i in range(2, 11):
+        log.log({"agreement": scale * (1 - i / 8)}, 0, recording=i)
+        log.log({"loss": 3.0 / i}, 0, recording=i)
+    for index in (1, 2):
+        node = {"index": index, "iteration": 5 * index, "bytes": 700, "delta_norm": 0.3, "codec_error": 0.001 * scale}
+        log._write([{"update": 0, "recording": 5 * index, "recorded": node | {"weight_error": 0.004}}])
+    log._write([{"update": 0, "recording": 10, "completed": {"iterations": 10, "fitted": 8, "ended": None}}])
+    for update in range(0, 41, 10):
+        moved = {
+            "position": 2 - update / 20,
+            "node": 2,
+            "gradient": 0.2 + update / 50,
+            "swap_ms": 0.7,
+            "delta_norm": 0.1,
+        }
+        log.log(moved, update)
+        log.log({"distance": scale * (50 - update) / 3, "loss": float("nan") if update == 20 else 1.0}, update)
+    log.log({"masked_samples": 3, "samples": folder / f"{name}.png"}, 40)
+    return log.file
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return [read(a_log(folder, name, scale)) for name, scale in (("a <baseline>", 1.0), ("disback", 0.5))]
+
+
+def test_the_page_is_well_formed_and_asks_nothing_of_a_network(two):
+    text = page(two)
+    parsed = Page(text)
+    assert all(address.startswith(("data:", "#")) for address in parsed.addresses), parsed.addresses
+    assert "://" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert "script" not in parsed.tags
+    assert "a &lt;baseline&gt;" in text
+    assert "&lt;Ramp &amp; co&gt;" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "currentColor" in text
+    assert text.count("data:image/png;base64,") == 2
+
+
+def test_each_curve_has_one_figure_and_one_table_with_the_numbers_of_the_log(two):
+    drawn = panels(two)
+    figures = Page(page(two)).figures
+    assert [figure["svg"] for figure in figures] == [1] * len(drawn)
+    titles = {figure["title"].partition(", ")[0] for figure in figures}
+    wanted = {"distance", "position", "gradient factor", "swap time", "masked samples", "gradient agreement", "loss"}
+    assert wanted | {"codec error in the scores", "codec error in the weights", "step to a node"} == titles
+    for panel, figure in zip(drawn, figures, strict=True):
+        for column, series in enumerate(panel.series, start=1):
+            shown = [(row[0], row[column]) for row in figure["rows"] if row[column] is not None]
+            assert shown == [(x, y) for x, y in series.points if y is not None], panel.title
+
+
+def test_the_panels_hold_what_the_history_holds(two):
+    by_title = {(panel.section, panel.title): panel for panel in panels(two)}
+    for i, run in enumerate(two):
+        curves, recording = run.curves(), run.curves(recording=True)
+        for title, name in (("distance", "distance"), ("position", "position"), ("swap time", "swap_ms")):
+            (panel,) = [panel for (_, known), panel in by_title.items() if known == title]
+            assert [series.points for series in panel.series if series.run == i] == [curves[name]]
+        agreement = by_title["The recording", "gradient agreement"]
+        dots, means = (series.points for series in agreement.series if series.run == i)
+        assert dots == recording["agreement"]
+        assert [x for x, _ in means] == [5, 10]
+        assert means[0][1] == pytest.approx(sum(y for x, y in dots if x <= 5) / 4)
+        assert (i, 8) in agreement.marks
+
+
+def test_several_runs_are_compared_with_the_first(two):
+    rows = compare(two)
+    assert [(row["measure"], row["run"]) for row in rows] == [("distance", "a <baseline>"), ("distance", "disback")]
+    first, second = rows
+    assert first["last ratio"] == first["updates ratio"] == 1
+    assert second["last ratio"] == 0.5
+    assert first["threshold"] == pytest.approx(10 / 3)
+    assert (first["updates"], second["updates"]) == (pytest.approx(40), pytest.approx(30))
+    assert second["updates ratio"] == pytest.approx(40 / 30)
+    assert compare(two[:1]) == []
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.floats(-5, 5))
+def test_a_crossing_is_at_the_first_value_below_or_just_before_it(values, threshold):
+    found = crossing(list(enumerate(values)), threshold)
+    below = [i for i, value in enumerate(values) if value <= threshold]
+    assert (found is None) == (not below)
+    if below:
+        assert max(below[0] - 1, 0) <= found <= below[0]
+
+
+NAMES = st.sampled_from(
+    ["position", "gradient", "swap_ms", "agreement", "loss", "distance", "<b>&\"'", "masked_samples"]
+)
+NUMBERS = st.none() | st.floats(-1e30, 1e30) | st.integers(-5, 5)
+LINES = st.lists(
+    st.fixed_dictionaries({"update": st.integers(0, 50)}, optional={"recording": st.integers(0, 20)}).flatmap(
+        lambda line: st.dictionaries(NAMES, NUMBERS, max_size=3).map(lambda values: values | line)
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(LINES, min_size=1, max_size=3))
+def test_any_log_makes_a_well_formed_page(runs):
+    histories = [settle(lines) for lines in runs]
+    assert len(Page(page(histories)).figures) == len(panels(histories))
+
+
+def test_a_figure_takes_its_colours_from_the_page(two):
+    from xml.etree.ElementTree import tostring
+
+    for i, panel in enumerate(panels(two)):
+        text = tostring(svg(panel, f"p{i}"), "unicode")
+        # White and black of the clip paths and of nothing are matplotlib's own.
+        assert not set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", text)), panel.title
+        assert {f"var(--run-{series.run})" for series in panel.series} <= set(re.findall(r"var\(--run-\d\)", text))
+
+
+def test_the_command_writes_a_page_of_a_folder_and_says_so_in_json(two, tmp_path, capsys):
+    folder, out = two[0].file.parent, tmp_path / "new" / "report.html"
+    assert cli.main(["report", str(folder), "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"] == str(out)
+    assert [run["run"] for run in told["runs"]] == ["a <baseline>", "disback"]
+    assert told["comparison"] == compare(two)
+    assert out.read_text() == page(two)
+    assert cli.main(["report", str(two[1].file), "--out", str(out)]) == 0
+    assert "1 run," in capsys.readouterr().out
+
+
+def test_a_plot_is_of_the_kind_that_its_suffix_says(two, tmp_path, capsys):
+    assert cli.main(["plot", str(two[1].file), "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["plot", str(two[0].file.parent), "--out", str(tmp_path / "x.svg")]) == 0
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+    assert cli.main(["plot", str(two[0].file), "--out", str(tmp_path / "x.xyz")]) == 2
+    assert "a suffix among" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_no_log_is_one_line_and_exit_code_1(command, tmp_path, capsys):
+    assert cli.main([command, str(tmp_path / "nothing"), "--out", str(tmp_path / "x.png")]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("disback: found no log of a run at")
+    assert told.count("\n") == 1
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [360, 1440])
+def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, width):
+    with tempfile.TemporaryDirectory() as folder:
+        file, probe = Path(folder) / "report.html", "<script>document.title = innerWidth + ' ' + document."
+        probe += "documentElement.scrollWidth + ' ' + document.querySelectorAll('.card svg').length</script></body>"
+        frame = f"<iframe id='f' width='{width}' height='900' srcdoc='{{}}'></iframe>"
+        text = page(two).replace("</body>", probe)
+        escaped = text.replace("&", "&amp;").replace("'", "&#39;")
+        script = "<script>onload = () => { document.body.dataset.seen = f.contentDocument.title }</script>"
+        file.write_text(f"<!doctype html><body>{frame.format(escaped)}{script}</body>")
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
+        options += ["--enable-logging=stderr", f"--user-data-dir={folder}/profile", f"file://{file}"]
+        out = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, check=True, timeout=90)
+    inner, needed, figures = map(int, re.search(r'data-seen="(\d+) (\d+) (\d+)"', out.stdout).groups())
+    assert needed <= inner <= width
+    assert figures == len(panels(two))
+    assert "CONSOLE" not in out.stderr
