@@ -37,7 +37,7 @@ from disback_plugin.flattening import flattened
 from disback_plugin.modules import unwrap
 from disback_plugin.sharding import is_sharded
 
-__all__ = ["add_teacher", "base_checksum", "check_pair", "identity", "under"]
+__all__ = ["add_teacher", "base_checksum", "under"]
 
 
 def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:

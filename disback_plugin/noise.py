@@ -31,7 +31,6 @@ __all__ = [
     "NoiseSchedule",
     "RectifiedFlow",
     "add_noise",
-    "built",
     "expand",
     "from_diffusers",
     "lognormal_sigma",

@@ -49,6 +49,15 @@ class Denoiser:
         conditions: Names of what its forward needs beside x_t and the time.
         time_scale: What the network is given as time, in units of the noise's t.
         channels: Channels of x_t: dimension 1 of images, the last one of Flux's packed latents.
+
+    Example:
+        >>> import torch
+        >>> class Net(nn.Module):
+        ...     def forward(self, x_t, timestep, return_dict):
+        ...         return (x_t * timestep.view(-1, 1, 1, 1),)
+        >>> net = Denoiser("transformer", Net(), RectifiedFlow(), Prediction.FLOW, (), 1000.0, 4)
+        >>> net(torch.ones(1, 4, 2, 2), torch.tensor([0.5]), {}).mean()
+        tensor(500.)
     """
 
     component: str

@@ -125,19 +125,19 @@ class RunLog:
 
     @hookimpl
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
-        """Write the numbers of a run, without their "disback/"."""
+        """Write the `values` of a run at `step` generator updates, without their "disback/"."""
         plain = {name.removeprefix("disback/"): value for name, value in values.items()}
         recording = plain.pop("recording", None)
         self.log(plain, step, recording=None if recording is None else int(recording))
 
     @hookimpl
     def disback_after_node_recorded(self, path: DegradationPath, node: Node) -> None:
-        """Write what a node is."""
+        """Write what a `node` of the `path` is."""
         self._write([{"update": 0, "recording": node.iteration, "recorded": asdict(node)}])
 
     @hookimpl
     def disback_after_path_completed(self, path: DegradationPath) -> None:
-        """Write how the recording ended."""
+        """Write how the recording of the `path` ended."""
         manifest = path.manifest
         ended = {"iterations": manifest.iterations, "fitted": manifest.fitted, "ended": manifest.ended}
         self._write([{"update": 0, "recording": manifest.iterations, "completed": ended}])

@@ -105,6 +105,11 @@ class Settling(Schedule, Protocol):
     """A schedule that the recording settles: it ends as soon as s' is fitted, and says what is done then.
 
     Such a one lets go of the path, for good, if s_phi is seen to diverge while the teacher walks.
+
+    Example:
+        >>> auto: Settling = Auto()
+        >>> auto.settle(20).horizon(1)
+        60
     """
 
     def settle(self, fitted: int) -> Schedule:
@@ -263,7 +268,7 @@ class Auto:
         """Fits every path, whatever its last node `nodes`."""
 
     def settle(self, fitted: int) -> Auto:
-        """Return the same with F, unless it has one already."""
+        """Return the same with F = `fitted`, unless it has one already."""
         return self if self.fitted is not None else replace(self, fitted=fitted)
 
 
