@@ -244,3 +244,13 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, w
     assert needed <= inner <= width
     assert figures == len(panels(two))
     assert "CONSOLE" not in out.stderr
+
+
+def test_pictures_are_shown_though_no_number_was_logged(tmp_path):
+    (tmp_path / "x.png").write_bytes(PNG)
+    log = RunLog(tmp_path / "x.log.jsonl")
+    log.begin("test")
+    log.log({"position": 1.0, "samples": tmp_path / "x.png", "gone": tmp_path / "y.png"}, 7)
+    text = page([read(log.file)])
+    assert text.count("data:image/png;base64,") == 1
+    assert "y.png is not there any more" in text
