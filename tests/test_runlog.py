@@ -295,3 +295,11 @@ def test_the_ranks_of_a_sharded_run_leave_one_log(nursery, tmp_path):
     assert history.curves()["loss"] == [(update, 1.0) for update in range(5)]
     assert len(lines_of(history.file)) == len(history.lines) + 1
     assert [node["index"] for node in history.nodes()] == [1, 2]
+
+
+def test_a_path_given_as_what_record_returned_has_its_log_beside_it(tmp_path):
+    run = Run()
+    path = disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path / "path", iterations=4, every=2)
+    with disback.attach(**run.roles(), path=path, schedule="warm"):
+        run.step()
+    assert [begin["begin"] for begin in read(tmp_path / "path.log.jsonl").begun] == ["record", "attach"]
