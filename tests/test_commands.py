@@ -106,6 +106,14 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path, ca
         cli.main([*arguments, "--debug"])
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "disback_plugin.cli", "plugins"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout with two small benchmarks, from within one of its folders."""
