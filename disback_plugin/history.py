@@ -100,7 +100,8 @@ def settle(lines: Iterable[Line]) -> History:
     for line in lines:
         if "begin" in line:
             past.append(now)
-            now = _resumed(past, line) if line.get("resumed") else _begun(now, line)
+            same = [history for history in past if _same_path(history, line)]
+            now = _resumed(same or past, line) if line.get("resumed") else _begun(now, line)
             now.begun.append(line)
         elif "resume" in line:
             began = now.begun[-1:]

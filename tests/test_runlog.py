@@ -187,6 +187,16 @@ def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path):
     assert read(log.file).curves() == {"loss": [(3, None)], "other": [(3, None)]}
 
 
+def test_a_run_goes_on_from_one_of_its_own_path_not_from_the_last_one():
+    def begin(path, resumed):
+        return {"update": 5 if resumed else 0, "begin": "attach", "resumed": resumed, "path": path}
+
+    ours, another = ({"update": 9, "loss": loss} for loss in (1.0, 2.0))
+    early, early_of_another = ({"update": 4, "loss": loss} for loss in (3.0, 4.0))
+    lines = [begin("a", False), early, ours, begin("b", False), early_of_another, another, begin("a", True)]
+    assert settle(lines).curves() == {"loss": [(4, 3.0)]}
+
+
 def test_a_line_that_a_killed_process_left_half_does_not_hide_the_next(tmp_path):
     log = RunLog(tmp_path / "x.log.jsonl")
     log.begin("test")
