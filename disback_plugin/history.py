@@ -34,7 +34,7 @@ class History:
         name: Of the run: that of its file, without ".log.jsonl".
         file: The log.
         begun: Lines that say what a process began with: settings, versions, fingerprints; the last is the present one.
-        lines: All others.
+        lines: All others, those that say where a run was resumed included.
         torn: Lines of the file that do not read, as the last one of a process that was killed while writing it.
     """
 
@@ -111,6 +111,7 @@ def settle(lines: Iterable[Line]) -> History:
             past.append(now)
             now = _resumed(known or [now], line)
             now.begun += [begin for begin in began if not any(begin is other for other in now.begun)]
+            now.lines.append(line)
         else:
             now.lines.append(line)
     now.lines = sorted(now.lines, key=_moment)  # stable: of one moment the last stays the last

@@ -219,13 +219,20 @@ def _settings(parent: Element, runs: Sequence[History]) -> None:
     for run in runs:
         details = SubElement(parent, "details", {"class": "settings"} | ({"open": ""} if len(runs) == 1 else {}))
         _say(details, "summary", run.name)
+        known: dict[str, str] = {}
         for begin in run.begun:
-            _say(details, "h3", f"{begin['begin']}, {_when(begin)}")
+            _say(details, "h3", f"{begin['begin']}, {_when(begin)}" + (": what differs" if known else ""))
             body = SubElement(SubElement(details, "table", {"class": "facts"}), "tbody")
-            for name, value in _flat({k: v for k, v in begin.items() if k not in ("begin", "update", "recording")}):
-                row = SubElement(body, "tr")
-                _say(row, "th", name).set("scope", "row")
-                _say(row, "td", value)
+            facts = dict(_flat({k: v for k, v in begin.items() if k not in ("begin", "update", "recording")}))
+            for name, value in facts.items():
+                if known.get(name) != value:
+                    row = SubElement(body, "tr")
+                    _say(row, "th", name).set("scope", "row")
+                    _say(row, "td", value)
+            known |= facts
+        resumes = [_when(line) for line in run.lines if "resume" in line]
+        if resumes:
+            _say(details, "p", f"A state was loaded {', '.join(resumes)}.", "quiet")
         if not run.begun:
             _say(details, "p", "The log does not say.", "quiet")
 

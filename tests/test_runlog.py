@@ -143,6 +143,7 @@ def test_a_resumed_run_is_one_history_and_a_second_run_on_its_path_another(tmp_p
     second.log({"loss": 5.0})
     history = read(tmp_path / "path.log.jsonl")
     assert history.curves()["loss"] == [(5, 5.0)], "the killed run's update 8 does not count"
+    assert [line["update"] for line in history.lines if "resume" in line] == [2]
     assert [update for update, _ in history.curves()["position"]] == [0, 1, 2, 3, 4]
     assert len(history.nodes()) == 2
     handle.detach()
