@@ -15,7 +15,7 @@ from typing import Any
 from disback_plugin.errors import PathError
 from disback_plugin.runlog import RESERVED, SUFFIX, RunLog
 
-__all__ = ["OURS", "Curve", "History", "find", "read", "settle"]
+__all__ = ["OURS", "Curve", "History", "find", "load", "read", "settle"]
 
 Line = Mapping[str, Any]
 # A moment of a run: (0, updates recorded) while recording, then (1, generator updates).
@@ -139,6 +139,16 @@ def read(file: Path) -> History:
     history = settle(found)
     history.name, history.file, history.torn = file.name.removesuffix(SUFFIX), file, len(lines) - len(found)
     return history
+
+
+def load(run: Path) -> list[History]:
+    """Return the histories that a run's name stands for (`find`); of a folder the one that began first comes first.
+
+    Raises:
+        PathError: If there is none, or one does not read.
+    """
+    histories = [read(file) for file in find(run)]
+    return sorted(histories, key=lambda history: str(history.begun[0].get("time", "")) if history.begun else "")
 
 
 def find(run: Path) -> list[Path]:

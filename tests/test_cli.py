@@ -112,7 +112,7 @@ def test_the_log_of_each_run_of_the_demo_makes_a_report(short, tmp_path, capsys)
     result = json.loads(capsys.readouterr().out)
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report.html"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [run["run"] for run in told["runs"]] == ["diff-instruct", "disback", "grad-ramp", "warm"]
+    assert [run["run"] for run in told["runs"]] == ["diff-instruct", "warm", "grad-ramp", "disback"]
     last = {row["run"]: row["last"] for row in told["comparison"] if row["measure"] == "distance"}
     assert last == pytest.approx(result["final"], rel=1e-6)
     page = (tmp_path / "report.html").read_text()
