@@ -63,6 +63,15 @@ def breaks():
 """
 
 
+@pytest.fixture
+def _ctrl_c_reaches_children():
+    """A shell's background job ignores SIGINT, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_reaches_children")
 def test_an_interrupted_recording_says_that_it_can_be_resumed_and_is(tmp_path):
     (tmp_path / "networks.py").write_text(NETWORKS)
     arguments = ["record", "networks:build", "--path", "path", "--iterations", "200", "--every", "5"]
