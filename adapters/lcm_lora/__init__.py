@@ -1,0 +1,1 @@
+"""LCM-LoRA: a trainer of our own."""

@@ -1,0 +1,218 @@
+"""Who is who: teacher, fake score and student, each a whole network or an adapter of a network that others use too.
+
+| student | fake score | networks in memory                                                               |
+|---------|------------|----------------------------------------------------------------------------------|
+| lora    | lora       | one, with three adapters: the teacher's nodes, s_phi, the student                |
+| full    | lora       | two: the teacher's with two adapters, and the student                            |
+| lora    | full       | three: teacher, s_phi, and the student's, since nodes are written into the teacher |
+| full    | full       | three                                                                            |
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from disback_plugin import ScoreNetwork, noise, pipelines
+from disback_adapters.lcm_lora.options import Options
+from disback_plugin.errors import OptionError, RoleError
+
+__all__ = ["Cast", "Role", "Student", "cast", "forget_text", "load", "pixels_of"]
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# s_phi's and the nodes' LoRA is on the attention alone, as in ProlificDreamer; the student's as in diffusers' LCM
+# scripts (train_lcm_distill_lora_sd_wds.py:1001), and on both streams of a transformer.
+STUDENT = {
+    "unet": (
+        *ATTENTION,
+        *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut"),
+        *("downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+    ),
+    "transformer": (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+}
+SDXL_TIMESTEP = 399
+TEXT = ("text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Role:
+    """One of the three: a network as a function of x_t, t and conditions."""
+
+    denoiser: pipelines.Denoiser
+    network: nn.Module
+    adapter: str | None = None
+
+    def activate(self) -> None:
+        """Let the network be this role until another one is asked."""
+        if self.adapter is not None:
+            self.network.set_adapter(self.adapter)
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Return the prediction at x_t, in float32."""
+        self.activate()
+        return self.denoiser(x_t, t, conditions, network=self.network).float()
+
+    def weights(self) -> ScoreNetwork:
+        """Return the role's weights, as `attach` wants them."""
+        return ScoreNetwork(self.network)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what an optimizer steps, by name."""
+        self.activate()
+        return {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
+
+
+class Student:
+    """The one-step generator: x = one step of the scheduler that will be used for inference, from noise.
+
+    For LCMScheduler that is x = c_skip(t) z + c_out(t) x_0(z, t), LCM's own parametrisation (arXiv 2310.04378, Eq. 9),
+    and for flow matching x = z - v(z, 1).
+    """
+
+    def __init__(self, role: Role, scheduler: Any, timestep: int | None) -> None:
+        self.role = role
+        if isinstance(scheduler, LCMScheduler):
+            arguments = {"num_inference_steps": 1} if timestep is None else {"timesteps": [timestep]}
+        else:
+            arguments = {"num_inference_steps": 1}
+        scheduler.set_timesteps(**arguments)
+        scheduler.set_begin_index(0)
+        self.scheduler = scheduler
+        self.time = scheduler.timesteps[0]
+
+    def __call__(self, z: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """Return samples x, of the shape of the unit noise z."""
+        t = (self.time / self.role.denoiser.time_scale).expand(len(z)).to(z.device)
+        output = self.role(z, t, conditions)
+        # A copy, because a scheduler counts its steps.
+        return copy.copy(self.scheduler).step(output, self.time, z, return_dict=False)[0]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The three roles, and what is to know of them."""
+
+    teacher: Role
+    fake_score: Role
+    student: Student
+
+
+def load(options: Options, *, with_text: bool, device: torch.device) -> Any:
+    """Load the teacher's pipeline on a device, all but the VAE, with the text encoders if they are needed."""
+    half = options.mixed_precision == "bf16" and options.fake_score == "lora" and options.student == "lora"
+    nothing = {} if with_text else dict.fromkeys(_text_components(options.teacher))
+    pipeline = DiffusionPipeline.from_pretrained(options.teacher, **nothing)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+            part.to("cpu" if name == "vae" else device, torch.bfloat16 if half else torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _text_components(teacher: str) -> list[str]:
+    return [name for name in DiffusionPipeline.load_config(teacher) if name.startswith(TEXT)]
+
+
+def forget_text(pipeline: Any) -> None:
+    """Let go of the text encoders, whose work is done."""
+    pipeline.register_modules(**{name: None for name in pipeline.components if name.startswith(TEXT)})
+
+
+def pixels_of(pipeline: Any, resolution: int | None) -> int:
+    """Return height and width of the images: what was asked for, or the teacher's own.
+
+    Raises:
+        OptionError: If they are no multiple of the VAE's factor.
+    """
+    own = pipelines.denoiser(pipeline).network.config.sample_size * pipeline.vae_scale_factor
+    if resolution is not None and resolution % pipeline.vae_scale_factor:
+        raise OptionError(
+            f"--resolution {resolution}", expected=f"a multiple of {pipeline.vae_scale_factor}", cure=f"pass {own}"
+        )
+    return resolution or own
+
+
+def cast(options: Options, pipeline: Any) -> Cast:
+    """Give the roles to networks.
+
+    Raises:
+        RoleError: If the teacher is none, or cannot be shared.
+        OptionError: If an option does not fit it.
+    """
+    found = pipelines.denoiser(pipeline)
+    _check(found)
+    base = found.network
+    student_network = base
+    if options.fake_score == "full" or options.student == "full":
+        student_network = copy.deepcopy(base)
+    student = _student(options, pipeline, found, student_network)
+    if options.fake_score == "full":
+        fake_score = Role(found, copy.deepcopy(base).requires_grad_(True))
+        teacher = Role(found, base)
+    else:
+        raise NotImplementedError
+    if options.gradient_checkpointing:
+        for role in (fake_score, student):
+            role.network.enable_gradient_checkpointing()
+    scheduler = _scheduler(pipeline)
+    timestep = options.timestep
+    if timestep is None and "time_ids" in found.conditions:
+        timestep = SDXL_TIMESTEP
+    return Cast(teacher, fake_score, Student(student, scheduler, timestep))
+
+
+def _student(options: Options, pipeline: Any, found: pipelines.Denoiser, network: nn.Module) -> Role:
+    if options.student == "full":
+        if options.student_lora is not None:
+            raise OptionError("--student full and --student_lora", expected="one of them", cure="leave one out")
+        return Role(found, network.requires_grad_(True))
+    setattr(pipeline, found.component, network)
+    if options.student_lora is None:
+        _add_lora(network, "student", options.rank, STUDENT[found.component])
+    else:
+        pipeline.load_lora_weights(options.student_lora, adapter_name="student")
+        rank = network.peft_config["student"].r
+        if rank != options.rank:
+            raise OptionError(
+                f"--rank {options.rank} and a LoRA of rank {rank} in {options.student_lora}",
+                expected="the same",
+                cure=f"pass --rank {rank}",
+            )
+    cast_training_params(network)
+    return Role(found, network, "student")
+
+
+def _add_lora(network: Any, name: str, rank: int, targets: tuple[str, ...]) -> None:
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
+
+
+def _scheduler(pipeline: Any) -> Any:
+    """Return the scheduler that inference uses as well."""
+    if isinstance(noise.from_diffusers(pipeline.scheduler), noise.RectifiedFlow):
+        return FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, use_dynamic_shifting=False)
+    return LCMScheduler.from_config(pipeline.scheduler.config)
+
+
+def _check(found: pipelines.Denoiser) -> None:
+    network: Any = found.network
+    if getattr(network, "is_quantized", False) or not all(p.is_floating_point() for p in network.parameters()):
+        raise RoleError(
+            f"a quantised {found.component}",
+            expected="floating-point weights, which nodes are written into",
+            cure="load the teacher without quantisation; --mixed_precision bf16 halves its memory",
+        )
+    embedded = [name for name in ("timestep_cond", "guidance") if name in found.conditions]
+    if embedded:
+        raise RoleError(
+            f"a {found.component} that takes a guidance scale as input ({embedded[0]}), one distilled before",
+            expected="a diffusion model: outputs of a consistency model are no scores (the paper's appendix A)",
+            cure="pass the model that it was distilled from as --teacher, and this one's LoRA as --student_lora",
+        )
