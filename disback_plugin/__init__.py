@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disback_plugin import hooks, kernels, losses, metrics, noise, pipelines, rounds, schedules
+    from disback_plugin import hooks, kernels, lora, losses, metrics, noise, pipelines, rounds, schedules
     from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
     from disback_plugin.features import OriginalFeatures
@@ -44,6 +44,7 @@ __all__ = [
     "hookimpl",
     "hooks",
     "kernels",
+    "lora",
     "losses",
     "metrics",
     "noise",

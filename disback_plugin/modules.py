@@ -25,10 +25,17 @@ _WRAPPERS = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
+# The same of peft, around a network that adapters were put into; its layers are in the network itself.
+_ADAPTED = {"PeftModel": "base_model", "BaseTuner": "model"}
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile` and checkpoint wrappers, however nested.
+def unwrap(module: nn.Module, *, adapted: bool = False) -> nn.Module:
+    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoint wrappers and a `PeftModel`,
+    however nested.
+
+    Args:
+        module: What is wrapped.
+        adapted: Whether to stop at a `PeftModel`: what is called, and calls the network past its hooks.
 
     Example:
         >>> plain = nn.Linear(1, 1)
@@ -43,14 +50,15 @@ def unwrap(module: nn.Module) -> nn.Module:
                 cure="wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or shard it with "
                 "torch's fully_shard (FSDP2)",
             )
-        attribute = _WRAPPERS.get(kind.__name__)
-        if attribute is not None and kind.__module__.partition(".")[0] == "torch":
-            return unwrap(getattr(module, attribute))
+        package = kind.__module__.partition(".")[0]
+        known = _WRAPPERS if package == "torch" else _ADAPTED if package == "peft" and not adapted else {}
+        if kind.__name__ in known:
+            return unwrap(getattr(module, known[kind.__name__]), adapted=adapted)
     return module
 
 
 def find(root: object, prefix: str, role: str) -> list[nn.Module]:
-    """Return the unwrapped modules from `root` down to that at a dotted canonical name inside it.
+    """Return the unwrapped modules from `root` down to that at a dotted canonical name inside it; `PeftModel` stays.
 
     Args:
         root: A module, plain or wrapped.
@@ -64,9 +72,10 @@ def find(root: object, prefix: str, role: str) -> list[nn.Module]:
         raise RoleError(
             f"{type(root).__name__} as the {role}", expected="a torch.nn.Module", cure=f"pass {role}=<module>"
         )
-    module = unwrap(root)
+    module = unwrap(root, adapted=True)
     way = [module]
     for name in filter(None, prefix.split(".")):
+        module = unwrap(module)
         child = module._modules.get(name)
         if child is None:
             raise RoleError(
@@ -74,7 +83,7 @@ def find(root: object, prefix: str, role: str) -> list[nn.Module]:
                 expected=f"the {role} there",
                 cure="correct the prefix",
             )
-        module = unwrap(child)
+        module = unwrap(child, adapted=True)
         way.append(module)
     return way
 

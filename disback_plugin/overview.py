@@ -43,7 +43,8 @@ def _describe(network: ScoreNetwork) -> str:
     tensors = [tensor for _, tensor in network.named_tensors()]
     kinds = sorted({type(module).__name__ for module in network.modules().values()})
     held = sorted({f"{str(t.dtype).removeprefix('torch.')}, {t.device}" for t in tensors if t.is_floating_point()})
-    return f"{' + '.join(kinds)}, {sum(shape_of(tensor).numel() for tensor in tensors):,} weights, {' and '.join(held)}"
+    what = ("" if network.adapter is None else f"LoRA {network.adapter!r} on ") + " + ".join(kinds)
+    return f"{what}, {sum(shape_of(tensor).numel() for tensor in tensors):,} weights, {' and '.join(held)}"
 
 
 def agenda(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -56,7 +56,7 @@ class Probe:
         self.network = network
         self._calls: dict[str, _Call] = {}
         self._hooks: list[RemovableHandle] = [
-            module.register_forward_pre_hook(_Remember(self._calls, name), with_kwargs=True)
+            module.register_forward_pre_hook(_Remember(self._calls, name, network), with_kwargs=True)
             for name, module in network.modules().items()
         ]
 
@@ -84,12 +84,13 @@ class Probe:
         Raises:
             TrainingError: If a forward was replaced by a function that a copy would share with the live network.
         """
-        modules = self.network.modules()
-        copies = {name: _copy(m).eval() for name, m in modules.items() if source is not None or name in self._calls}
+        own = {id(tensor) for _, tensor in self.network.named_tensors()}
+        copies = {name: _copy(module, own).eval() for name, module in self.network.modules().items()}
+        copied = self.network.on(copies)
         if source is not None:
-            ScoreNetwork(copies[""] if "" in copies else {n[:-1]: m for n, m in copies.items()}).write(source)
+            copied.write(source)
         devices = {t.device for m in copies.values() for t in m.parameters() if t.device.type == "cuda"}
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)), copied.running():
             return [t for name, call in sorted(self._calls.items()) for t in _run(copies[name], call)]
 
 
@@ -100,10 +101,12 @@ class _Remember:
     is a function of the standard library that does nothing: nobody watches the copy, and it can be loaded anywhere.
     """
 
-    def __init__(self, calls: dict[str, _Call], name: str) -> None:
-        self._calls, self._name = calls, name
+    def __init__(self, calls: dict[str, _Call], name: str, network: ScoreNetwork) -> None:
+        self._calls, self._name, self._network = calls, name, network
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._network.is_running:  # the forward of another adapter on the same base
+            return
         device = next((tensor.device.type for tensor in module.parameters()), "cpu")
         autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._calls[self._name] = _Call(_detached(args), _detached(kwargs), device, autocast, dtype)
@@ -127,9 +130,12 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b, strict=True)))
 
 
-def _copy(network: nn.Module) -> nn.Module:
-    """Return a copy without hooks, which may belong to a trainer, and would be copied with all that it holds."""
-    memo: dict[int, Any] = {}
+def _copy(network: nn.Module, own: Collection[int]) -> nn.Module:
+    """Return a copy without hooks, which may belong to a trainer, and would be copied with all that it holds.
+
+    Parameters whose id is not in `own`, as those of an adapter's base, are shared.
+    """
+    memo: dict[int, Any] = {id(p): p for p in network.parameters() if id(p) not in own}
     for module in network.modules():
         replaced = vars(module).get("forward")
         if replaced is not None and getattr(replaced, "__self__", None) is not module:

@@ -282,6 +282,12 @@ def _record_copy(
     if path.complete:
         return path
     module, *others = teacher.modules().values()
+    if teacher.adapter is not None:
+        raise OptionError(
+            "a teacher that is a LoRA adapter for a recording with sample and loss, which trains a copy of it",
+            expected="fake_score and fake_step",
+            cure="pass fake_score=ScoreNetwork(model, adapter=...), and a fake_step that trains that adapter",
+        )
     if teacher.sharded:
         raise OptionError(
             "a sharded teacher for a recording with sample and loss, which trains a copy of it",

@@ -1,7 +1,8 @@
 """One role's weights: read them, write them in place, name them by content.
 
 A *role* is the teacher s_theta or the fake score s_phi: a whole module, a sub-module of a wrapped root, or several
-modules (experts). Its weights go by their canonical names (`modules`). A write is in place and all or nothing: every
+modules (experts), or one LoRA adapter of a network (`lora`). Its weights go by their canonical names (`modules`). A
+write is in place and all or nothing: every
 key, shape and dtype class is checked before the first copy. Of a role sharded by FSDP each process writes its own
 shards, and nothing is sent.
 """
@@ -13,11 +14,13 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from disback_plugin import lora
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import Checksum, fingerprint
 from disback_plugin.flattening import address, detached, shape_of, stretch_of
@@ -60,12 +63,13 @@ class ScoreNetwork:
     Args:
         module: The network, plain, wrapped or sharded; or a mapping from names to networks (experts).
         prefix: Dotted canonical name of the role inside `module`, as "real_unet" inside DMD2's guidance model.
+        adapter: Name of the LoRA adapter that the role is, on a base that it may share with others; None for the whole.
         role: What to call it in errors.
 
     Raises:
         RoleError: If `module` is no module, holds nothing at `prefix`, or has weights that cannot be written in place:
             on the meta device, quantised, sharded by DeepSpeed, along two dimensions or by FSDP1 without
-            `use_orig_params=True`, lazy or made in inference mode.
+            `use_orig_params=True`, lazy or made in inference mode. Of an adapter's base only its being whole is asked.
 
     Example:
         >>> net = ScoreNetwork(nn.ModuleDict({"real_unet": nn.Linear(2, 1)}), prefix="real_unet")
@@ -73,14 +77,28 @@ class ScoreNetwork:
         ['bias', 'weight']
     """
 
-    def __init__(self, module: nn.Module | Mapping[str, nn.Module], prefix: str = "", *, role: str = "network") -> None:
-        self.role = role
+    def __init__(
+        self,
+        module: nn.Module | Mapping[str, nn.Module],
+        prefix: str = "",
+        *,
+        adapter: str | None = None,
+        role: str = "network",
+    ) -> None:
+        self.role, self.adapter = role, adapter
+        self.identity: str | None = None
+        self._marks: dict[str, Tensor] = {}
         # A ModuleDict is a module first: its experts are found under the same names anyway.
         experts = module if isinstance(module, Mapping) and not isinstance(module, nn.Module) else None
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
         found = {name: find(root, prefix, role) for name, root in roots.items()}
         self._roots = {name: holders[-1] for name, holders in found.items()}
         self._holders = [holder for holders in found.values() for holder in holders[:-1]]
+        if adapter is not None:
+            told = {name: lora.identity(root, adapter, role) for name, root in self._roots.items()}
+            # Nothing to write, but a name: what is recorded on one base fits no other.
+            self._marks = {f"{name}on base {base}": torch.empty(0) for name, base in told.items()}
+            self.identity = repr(sorted(told.items()))
         if not self.state_dict():
             raise RoleError(
                 f"a {role} without weights ({', '.join(type(root).__name__ for root in self._roots.values())})",
@@ -97,6 +115,25 @@ class ScoreNetwork:
             return named
         return cls(network, role=role)
 
+    def on(self, modules: Mapping[str, nn.Module]) -> ScoreNetwork:
+        """Return the same role on copies of what `modules` returns."""
+        moved = copy.copy(self)
+        moved._roots, moved._holders = dict(modules), []
+        return moved
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let forwards of the modules be the role's: under its adapter, if it is one."""
+        with ExitStack() as stack:
+            for root in self._roots.values() if self.adapter is not None else ():
+                stack.enter_context(lora.under(root, self.adapter))
+            yield
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of the modules would be the role's at this moment."""
+        return self.adapter is None or all(lora.active(root) == [self.adapter] for root in self._roots.values())
+
     # -- read ---------------------------------------------------------------------------------------------------------
 
     def modules(self) -> dict[str, nn.Module]:
@@ -110,8 +147,13 @@ class ScoreNetwork:
         """
         reshard(self._holders, self._roots.values())
         for prefix, root in self._roots.items():
+            if self.adapter is not None:
+                own = lora.adapter_tensors(root, self.adapter, self.role)
+                yield from ((prefix + name, tensor) for name, tensor in own)
+                continue
             for name, module in named_modules(root, prefix):
                 yield from own_tensors(module, name, self.role)
+        yield from self._marks.items()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return canonical names and detached live tensors, which change when the network does.
@@ -197,6 +239,7 @@ class ScoreNetwork:
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
+        lora.check_pair(self.identity, other.identity)
         own, others = dict(self.named_tensors()), dict(other.named_tensors())
         _check(layout_of(others), layout_of(own), self.role, other.role)
         untied = _ties(own).items() - _ties(others).items()

@@ -1,0 +1,292 @@
+"""Teacher and fake score as two LoRA adapters of peft on one base network, which is never written.
+
+s_phi is base + adapter, and so is the teacher: a second, frozen adapter of the same kind, whose B is 0 at node 0, where
+its outputs are the base's own. A node is then the tensors A and B of an adapter, tens of megabytes, and a move writes
+them into the teacher's, in place. Nothing else in the house knows of adapters.
+
+A position between two nodes interpolates A and B. The weights B A that come of it differ from interpolated ones by
+t (1 - t) (B' - B)(A' - A), for A, B and A', B' of the two nodes: nothing at a node, and of second order between them.
+
+`disback_plugin.lora` needs the extra `lora`; peft is imported where it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disback_plugin.errors import MismatchError, RoleError
+from disback_plugin.fingerprints import checksum
+from disback_plugin.modules import named_modules, own_tensors, unwrap
+from disback_plugin.sharding import is_sharded
+
+__all__ = ["active", "adapter_tensors", "add_teacher", "base_checksum", "check_pair", "identity", "under"]
+
+# What of an adapter is a matrix of its own; whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
+MATRICES = ("lora_A", "lora_B")
+
+
+# -- the adapters of a network ----------------------------------------------------------------------------------------
+
+
+def _layers(root: nn.Module) -> Iterator[Any]:
+    """Yield the layers that have adapters."""
+    yield from (m for m in root.modules() if hasattr(type(m), "adapter_layer_names") and "base_layer" in m._modules)
+
+
+def _named_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each with its canonical name, with a dot at its end."""
+    adapted = {id(layer) for layer in _layers(root)}
+    yield from ((name, module) for name, module in named_modules(root, "") if id(module) in adapted)
+
+
+def adapter_tensors(root: nn.Module, adapter: str, role: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield canonical name, which is peft's own without the adapter's, and live tensor of all that an adapter is.
+
+    Args:
+        root: The network, unwrapped.
+        adapter: Its name.
+        role: What to call it in errors.
+
+    Raises:
+        RoleError: If one of them cannot be written in place.
+    """
+    for prefix, layer in _named_layers(root):
+        for matrix in MATRICES:
+            holder = getattr(layer, matrix, None)
+            if holder is not None and adapter in holder:
+                for name, module in named_modules(holder[adapter], f"{prefix}{matrix}."):
+                    yield from own_tensors(module, name, role)
+
+
+def identity(root: nn.Module, adapter: str, role: str) -> str:
+    """Return a digest of what an adapter works on: the base's weights, and the scale of each of its layers.
+
+    Raises:
+        RoleError: If there is no such adapter, or one whose nodes would not be all that changes: see the cure.
+    """
+    scales = [(name, layer.scaling[adapter]) for name, layer in _found(root, adapter, role)]
+    return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
+
+
+def _found(root: nn.Module, adapter: str, role: str) -> list[tuple[str, Any]]:
+    """Return the layers that have an adapter, after a check that its matrices are all that it is."""
+    found = [(name, layer) for name, layer in _named_layers(root) if adapter in getattr(layer, "r", ())]
+    if not found:
+        names = sorted({name for layer in _layers(root) for name in getattr(layer, "r", ())})
+        raise RoleError(
+            f"no LoRA adapter {adapter!r} in {type(root).__name__}, which has {names}",
+            expected=f"the {role} there",
+            cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
+        )
+    trouble = _trouble(root, adapter, [layer for _, layer in found])
+    if trouble:
+        raise RoleError(f"{role}: adapter {adapter!r} {trouble[0]}", expected="plain LoRA layers", cure=trouble[1])
+    return found
+
+
+def base_checksum(model: nn.Module) -> str:
+    """Return the checksum of all parameters but those of adapters, under the names they have without adapters.
+
+    Args:
+        model: A network, with or without adapters.
+
+    Example:
+        >>> base_checksum(nn.Linear(2, 2)) == base_checksum(nn.Linear(2, 2))
+        False
+    """
+    root = unwrap(model)
+    of_adapters = {id(p) for layer in _layers(root) for p in _parameters(layer)}
+    state: dict[str, Tensor] = {}
+    for name, module in named_modules(root, ""):
+        for own, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in of_adapters:
+                state[f"{name}{own}".replace("base_layer.", "")] = parameter
+    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p)), None)
+    if odd is not None:
+        raise RoleError(
+            f"{odd} of the base, which is sharded or on the meta device",
+            expected="a base that is whole on each process, as it is frozen",
+            cure="wrap the network in DDP, or not at all, and load its weights first",
+        )
+    return checksum({name: parameter.detach() for name, parameter in state.items()})
+
+
+def active(root: nn.Module) -> list[str]:
+    """Return the names of the adapters that a forward runs under at this moment; [] for the bare base."""
+    for layer in _layers(root):
+        return [] if layer.disable_adapters else list(layer.active_adapters)
+    return []
+
+
+def _parameters(layer: Any) -> Iterator[nn.Parameter]:
+    """Yield the parameters of all adapters of a layer."""
+    for name in layer.adapter_layer_names:
+        holder = getattr(layer, name, None)
+        yield from holder.parameters() if isinstance(holder, nn.Module) else ()
+
+
+def _trouble(root: nn.Module, adapter: str, found: list[Any]) -> tuple[str, str] | None:
+    """Return what is wrong with an adapter and its cure, or None."""
+    config = getattr(root, "peft_config", {}).get(adapter)
+    bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
+    extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
+    odd = sorted(name for name in extra if any(adapter in getattr(layer, name, ()) for layer in found))
+    variant = [layer.lora_variant[adapter] for layer in found if adapter in getattr(layer, "lora_variant", {})]
+    if any(layer.merged for layer in found):
+        return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
+    if odd or variant:
+        what = ", ".join(odd) or type(variant[0]).__name__
+        return f"with {what}", "leave use_dora= and the other variants away, and target no embeddings"
+    if bias != "none":
+        return f"with bias={bias!r}, which trains the base", 'use LoraConfig(bias="none")'
+    if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+        return "with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
+    if not (isinstance(init, bool) or init == "gaussian"):
+        return f"with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
+    return None
+
+
+# -- a teacher, and who is running ------------------------------------------------------------------------------------
+
+
+def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
+    """Add the teacher as a frozen adapter that changes no output, until a node is written into it.
+
+    Its A is the same in every process and on every machine (drawn by peft from a seed of its own), and s_phi's is set
+    to it at the start of a recording, so that a path fits every run on the same base. It has no dropout. Which adapter
+    is active and what requires gradients stays as it is, and the global random state does too.
+
+    Args:
+        model: A `PeftModel`, or a model of diffusers, transformers or torch with adapters injected; plain or wrapped.
+        like: Name of the fake score's adapter, whose targets, rank and scale it takes.
+        name: Its own name.
+
+    Raises:
+        RoleError: If there is no adapter `like`, it is no plain LoRA, or the name is taken.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]), "fake")
+        >>> add_teacher(net, like="fake")
+        >>> x = torch.ones(1, 2)
+        >>> with under(net, "teacher"):
+        ...     before = net(x)
+        >>> with under(net, None):
+        ...     torch.equal(net(x), before)
+        True
+    """
+    import peft
+
+    root: Any = unwrap(model, adapted=True)
+    _found(root, like, "fake score")
+    if name in root.peft_config:
+        raise RoleError(
+            f"an adapter {name!r} that is there already", expected="a new name", cure="pass another name=, or use it"
+        )
+    config = copy.deepcopy(root.peft_config[like])
+    config.lora_dropout, config.inference_mode = 0.0, True
+    if config.init_lora_weights is False:
+        config.init_lora_weights = True
+    before = _state(root)
+    flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        torch.default_generator.manual_seed(0)
+        if isinstance(root, peft.PeftModel):
+            root.add_adapter(name, config)
+        else:
+            peft.inject_adapter_in_model(config, root, adapter_name=name)
+    for _, tensor in adapter_tensors(root, name, "teacher"):
+        tensor.requires_grad_(False)
+    _restore(before, flags)
+
+
+@contextmanager
+def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Run a network under one of its adapters, and go back to what was active before.
+
+    What requires gradients is the same inside and after, which peft's own `set_adapter` would change; a compiled
+    network has a graph for each adapter, made at its first use. Under activation checkpointing the backward runs the
+    forward again: call `backward()` inside too.
+
+    Args:
+        model: The network, plain or wrapped.
+        adapter: The adapter's name; None for the bare base.
+
+    Raises:
+        RoleError: If there is no such adapter.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+        >>> net, x = get_peft_model(nn.Sequential(nn.Linear(2, 2)), config, "fake"), torch.ones(1, 2)
+        >>> with under(net, None):
+        ...     bare = net(x)
+        >>> torch.equal(net(x), bare), net.active_adapter
+        (False, 'fake')
+    """
+    root = unwrap(model)
+    if adapter is not None and not any(adapter in layer.r for layer in _layers(root)):
+        _found(root, adapter, "network")  # raises
+    before = _state(root)
+    flags = [(parameter, parameter.requires_grad) for layer, _, _ in before for parameter in _parameters(layer)]
+    try:
+        for layer, _, disabled in before:
+            _switch(layer, [adapter] if adapter is not None else None, disabled)
+        _restore([], flags)
+        yield
+    finally:
+        _restore(before, flags)
+
+
+def _state(root: nn.Module) -> list[tuple[Any, list[str], bool]]:
+    """Return each layer with its active adapters, and whether they are switched off."""
+    return [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _layers(root)]
+
+
+def _restore(state: list[tuple[Any, list[str], bool]], flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for layer, names, disabled in state:
+        layer.set_adapter(names)
+        if layer.disable_adapters != disabled:
+            layer.enable_adapters(not disabled)
+    for parameter, flag in flags:
+        if parameter.requires_grad != flag:
+            parameter.requires_grad_(flag)
+
+
+def _switch(layer: Any, names: list[str] | None, disabled: bool) -> None:
+    if names is not None:
+        layer.set_adapter(names)
+    if disabled != (names is None):
+        layer.enable_adapters(names is not None)
+
+
+def check_pair(teacher: str | None, fake_score: str | None) -> None:
+    """Raise MismatchError unless two roles are both adapters on the same base with the same scales, or neither is one.
+
+    Args:
+        teacher: Its `identity`; None if it is no adapter.
+        fake_score: Likewise.
+
+    Raises:
+        MismatchError: If not.
+    """
+    if teacher == fake_score:
+        return
+    cure = "add the teacher with lora.add_teacher(model, like=...), and pass ScoreNetwork(model, adapter=...) for both"
+    if None in (teacher, fake_score):
+        found = "one role that is a LoRA adapter and one that is a whole network"
+        raise MismatchError(found, expected="two adapters on one base, or two networks", cure=cure)
+    raise MismatchError(
+        "two adapters on different bases, or of different scale (lora_alpha / r, or / sqrt(r) with use_rslora)",
+        expected="one base, and one lora_alpha, r and use_rslora",
+        cure=cure,
+    )
