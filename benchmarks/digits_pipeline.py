@@ -45,12 +45,12 @@ def untrained():
             sample_size=8,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(32, 64),
+            block_out_channels=(16, 32),
             layers_per_block=1,
             norm_num_groups=8,
             attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32,
         ),
         scheduler=DDIMScheduler(
@@ -62,7 +62,7 @@ def untrained():
     )
 
 
-def train_teacher(folder, *, steps=4_000, batch=128, seed=0):
+def train_teacher(folder, *, steps=4_000, batch=64, seed=0):
     """Train a pipeline and save it."""
     torch.manual_seed(seed)
     pipeline, (images, classes) = untrained(), digits()

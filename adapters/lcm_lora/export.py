@@ -13,9 +13,8 @@ from peft import get_peft_model_state_dict
 from disback_plugin import noise
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from disback_adapters.lcm_lora.training import Trainer
+    from PIL.Image import Image
 
 __all__ = ["export", "grid", "samples"]
 

@@ -11,17 +11,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from diffusers.training_utils import cast_training_params
+from disback_adapters.lcm_lora.options import Options
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from disback_plugin import ScoreNetwork, noise, pipelines
-from disback_adapters.lcm_lora.options import Options
+from disback_plugin import ScoreNetwork, lora, noise, pipelines
 from disback_plugin.errors import OptionError, RoleError
 
 __all__ = ["Cast", "Role", "Student", "cast", "forget_text", "load", "pixels_of"]
@@ -43,30 +44,33 @@ TEXT = ("text_encoder", "tokenizer")
 
 @dataclass(frozen=True)
 class Role:
-    """One of the three: a network as a function of x_t, t and conditions."""
+    """One of the three: a network, or an adapter of one, as a function of x_t, t and conditions."""
 
     denoiser: pipelines.Denoiser
     network: nn.Module
     adapter: str | None = None
 
-    def activate(self) -> None:
-        """Let the network be this role until another one is asked."""
-        if self.adapter is not None:
-            self.network.set_adapter(self.adapter)
+    @property
+    def weights(self) -> ScoreNetwork:
+        """What `attach` gets, and what a checkpoint holds."""
+        return ScoreNetwork(self.network, adapter=self.adapter)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Let the network be this role inside."""
+        return nullcontext() if self.adapter is None else lora.under(self.network, self.adapter)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """Return the prediction at x_t, in float32."""
-        self.activate()
-        return self.denoiser(x_t, t, conditions, network=self.network).float()
+        with self.running():
+            return self.denoiser(x_t, t, conditions, network=self.network).float()
 
-    def weights(self) -> ScoreNetwork:
-        """Return the role's weights, as `attach` wants them."""
-        return ScoreNetwork(self.network)
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return what an optimizer steps, by name."""
-        self.activate()
-        return {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
+    def trainable(self) -> list[nn.Parameter]:
+        """Return what an optimizer steps, in float32 whatever the rest is in."""
+        found = [weight for _, weight in self.weights.named_tensors() if isinstance(weight, nn.Parameter)]
+        for weight in found:
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)  # peft freezes what is not active
+        return found
 
 
 class Student:
@@ -112,7 +116,7 @@ def load(options: Options, *, with_text: bool, device: torch.device) -> Any:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
-            part.to("cpu" if name == "vae" else device, torch.bfloat16 if half else torch.float32)
+            part.to("cpu" if name == "vae" else device, **({"dtype": torch.bfloat16} if half else {}))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -150,15 +154,15 @@ def cast(options: Options, pipeline: Any) -> Cast:
     found = pipelines.denoiser(pipeline)
     _check(found)
     base = found.network
-    student_network = base
-    if options.fake_score == "full" or options.student == "full":
-        student_network = copy.deepcopy(base)
-    student = _student(options, pipeline, found, student_network)
+    shared = options.fake_score == options.student == "lora"
+    network = base if shared else copy.deepcopy(base)
+    student = _student(options, pipeline, found, network)
     if options.fake_score == "full":
-        fake_score = Role(found, copy.deepcopy(base).requires_grad_(True))
-        teacher = Role(found, base)
+        fake_score, teacher = Role(found, copy.deepcopy(base)), Role(found, base)
     else:
-        raise NotImplementedError
+        _add_lora(base, "fake_score", options.rank, ATTENTION)
+        lora.add_teacher(base, like="fake_score")
+        fake_score, teacher = Role(found, base, "fake_score"), Role(found, base, "teacher")
     if options.gradient_checkpointing:
         for role in (fake_score, student):
             role.network.enable_gradient_checkpointing()
@@ -173,7 +177,8 @@ def _student(options: Options, pipeline: Any, found: pipelines.Denoiser, network
     if options.student == "full":
         if options.student_lora is not None:
             raise OptionError("--student full and --student_lora", expected="one of them", cure="leave one out")
-        return Role(found, network.requires_grad_(True))
+        setattr(pipeline, found.component, network)
+        return Role(found, network)
     setattr(pipeline, found.component, network)
     if options.student_lora is None:
         _add_lora(network, "student", options.rank, STUDENT[found.component])
@@ -186,12 +191,13 @@ def _student(options: Options, pipeline: Any, found: pipelines.Denoiser, network
                 expected="the same",
                 cure=f"pass --rank {rank}",
             )
-    cast_training_params(network)
     return Role(found, network, "student")
 
 
 def _add_lora(network: Any, name: str, rank: int, targets: tuple[str, ...]) -> None:
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
 
 
 def _scheduler(pipeline: Any) -> Any:

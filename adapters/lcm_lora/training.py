@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
-
 from disback_adapters.lcm_lora import checkpoints, networks
 from disback_adapters.lcm_lora.export import export, grid
 from disback_adapters.lcm_lora.options import Options
 from disback_adapters.lcm_lora.prompts import Embeddings, described, prompts_of
 from disback_adapters.lcm_lora.updates import Updates
+
 from disback_plugin import Handle, Trackers, attach
 
 __all__ = ["Trainer", "train"]
@@ -56,7 +56,7 @@ class Trainer:
         self.cast = networks.cast(options, self.pipeline)
         size = self.pixels // self.pipeline.vae_scale_factor
         self.updates = Updates(options, self.accelerator, self.cast, self.embeddings, size)
-        self.ema = EMAModel(self.updates.weights.values(), decay=options.ema_decay) if options.ema_decay else None
+        self.ema = EMAModel(self.updates.weights, decay=options.ema_decay) if options.ema_decay else None
         checkpoints.register(self)
         set_seed(options.seed, device_specific=True)
 
@@ -88,8 +88,8 @@ class Trainer:
         recording = self.options.recording
         tracked = self.accelerator.is_main_process and self.accelerator.trackers
         return attach(
-            teacher=self.cast.teacher.weights(),
-            fake_score=self.cast.fake_score.weights(),
+            teacher=self.cast.teacher.weights,
+            fake_score=self.cast.fake_score.weights,
             generator_optimizer=self.updates.optimizer,
             fake_score_optimizer=self.updates.fake_score_optimizer,
             path=None if recording.get("record") == 0 else self.options.path or self.output / "path",
@@ -102,7 +102,7 @@ class Trainer:
         """Average, log, sample and save, as far as it is due after an update of the generator."""
         options, updates = self.options, handle.generator_updates
         if self.ema is not None:
-            self.ema.step(self.updates.weights.values())
+            self.ema.step(self.updates.weights)
         if updates % LOG_EVERY == 0:
             self.accelerator.log({name: value.item() for name, value in values.items()}, step=updates)
         if options.sample_every and updates % options.sample_every == 0 and self.accelerator.is_main_process:
@@ -117,7 +117,7 @@ class Trainer:
         if self.ema is None:
             yield
             return
-        weights = list(self.updates.weights.values())
+        weights = self.updates.weights
         self.ema.store(weights)
         self.ema.copy_to(weights)
         try:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-
-from disback_adapters.lcm_lora.networks import Cast
+from disback_adapters.lcm_lora.networks import Cast, Role
 from disback_adapters.lcm_lora.options import LOSSES, Options
 from disback_adapters.lcm_lora.prompts import Embeddings
+from torch import Tensor, nn
+
 from disback_plugin import kernels, noise
 
 __all__ = ["Updates"]
@@ -41,11 +41,10 @@ class Updates:
         self.options, self.accelerator, self.cast, self.embeddings = options, accelerator, cast, embeddings
         self.denoiser = cast.teacher.denoiser
         self.shape = (options.batch_size, self.denoiser.channels, size, size)
-        self.weights = cast.student.role.trained()
-        self.fake_score_weights = cast.fake_score.trained()
+        self.weights, self.fake_score_weights = cast.student.role.trainable(), cast.fake_score.trainable()
         self.optimizer, self.fake_score_optimizer = accelerator.prepare(
-            torch.optim.Adam(self.weights.values(), lr=options.learning_rate),
-            torch.optim.Adam(self.fake_score_weights.values(), lr=options.fake_score_learning_rate),
+            torch.optim.Adam(self.weights, lr=options.learning_rate),
+            torch.optim.Adam(self.fake_score_weights, lr=options.fake_score_learning_rate),
         )
 
     def update_fake_score(self) -> Tensor:
@@ -58,7 +57,7 @@ class Updates:
         with self.accelerator.autocast():
             output = self.cast.fake_score(x_t, t, conditions)
         loss = kernels.denoising(output, x, eps, alpha=alpha, sigma=sigma, prediction=self.denoiser.prediction)
-        self._step(loss, self.fake_score_optimizer, self.fake_score_weights)
+        self._step(loss, self.cast.fake_score, self.fake_score_optimizer, self.fake_score_weights)
         return loss.detach()
 
     def update_generator(self) -> Tensor:
@@ -81,8 +80,7 @@ class Updates:
             weight=LOSSES[self.options.loss](alpha, sigma),
             guidance=self.options.guidance if self._guided else None,
         )
-        self.cast.student.role.activate()  # gradient checkpointing runs its forward again
-        self._step(loss, self.optimizer, self.weights)
+        self._step(loss, self.cast.student.role, self.optimizer, self.weights)
         return loss.detach()
 
     def step_nothing(self) -> None:
@@ -101,14 +99,15 @@ class Updates:
         both = {name: torch.cat([null[name].to(own).expand_as(own), own]) for name, own in conditions.items()}
         return self.cast.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
 
-    def _step(self, loss: Tensor, optimizer: Any, weights: Mapping[str, nn.Parameter]) -> None:
+    def _step(self, loss: Tensor, role: Role, optimizer: Any, weights: list[nn.Parameter]) -> None:
         optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        with role.running():  # gradient checkpointing runs its forward again
+            self.accelerator.backward(loss)
         if self.accelerator.num_processes > 1:
-            for weight in weights.values():
+            for weight in weights:
                 if weight.grad is not None:
                     weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
-        self.accelerator.clip_grad_norm_(weights.values(), CLIP)
+        self.accelerator.clip_grad_norm_(weights, CLIP)
         optimizer.step()
 
     # -- draws, all from the global streams, which a checkpoint holds -------------------------------------------------
