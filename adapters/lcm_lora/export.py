@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,7 +108,7 @@ def _card(trainer: Trainer) -> ModelCard:
     options, student = trainer.options, trainer.cast.student
     flow, component = isinstance(student.role.denoiser.noise, noise.RectifiedFlow), student.role.denoiser.component
     scheduler, timestep = type(student.scheduler).__name__, f"{float(student.time):g}"
-    here = options.hub_id or "OUTPUT"
+    steps, here = "num_inference_steps=1" if flow else f"timesteps=[{timestep}]", options.hub_id or "OUTPUT"
     kind = type(getattr(trainer.pipeline, component)).__name__
     lora = student.role.adapter is not None
     code = [
@@ -119,8 +120,7 @@ def _card(trainer: Trainer) -> ModelCard:
         f'{component}={kind}.from_pretrained("{here}", subfolder="{component}"))',
         f'pipeline.scheduler = {scheduler}.from_pretrained("{here}", subfolder="scheduler")',
         *([f'pipeline.load_lora_weights("{here}")'] if lora else []),
-        f"image = pipeline(PROMPT, {'num_inference_steps=1' if flow else f'timesteps=[{timestep}]'}, guidance_scale=1.0)"
-        ".images[0]",
+        f"image = pipeline(PROMPT, {steps}, guidance_scale=1.0).images[0]",
     ]
     text = CARD.format(
         **vars(options)
@@ -129,7 +129,7 @@ def _card(trainer: Trainer) -> ModelCard:
     )
     data = ModelCardData(
         library_name="diffusers",
-        base_model=options.teacher,
+        base_model=None if Path(options.teacher).exists() else options.teacher,
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "disback", *(["lora", "lcm-lora"] if lora else [])],
     )

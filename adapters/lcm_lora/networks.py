@@ -16,16 +16,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from disback_adapters.lcm_lora.options import Options
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from disback_plugin import ScoreNetwork, lora, noise, pipelines
-from disback_plugin.errors import OptionError, RoleError
+from disback_plugin.errors import OptionError
 
-__all__ = ["Cast", "Role", "Student", "cast", "forget_text", "load", "pixels_of"]
+__all__ = ["Cast", "Role", "Student", "cast"]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # s_phi's and the nodes' LoRA is on the attention alone, as in ProlificDreamer; the student's as in diffusers' LCM
@@ -39,7 +38,6 @@ STUDENT = {
     "transformer": (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 }
 SDXL_TIMESTEP = 399
-TEXT = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -108,51 +106,13 @@ class Cast:
     student: Student
 
 
-def load(options: Options, *, with_text: bool, device: torch.device) -> Any:
-    """Load the teacher's pipeline on a device, all but the VAE, with the text encoders if they are needed."""
-    half = options.mixed_precision == "bf16" and options.fake_score == "lora" and options.student == "lora"
-    nothing = {} if with_text else dict.fromkeys(_text_components(options.teacher))
-    pipeline = DiffusionPipeline.from_pretrained(options.teacher, **nothing)
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False)
-            part.to("cpu" if name == "vae" else device, **({"dtype": torch.bfloat16} if half else {}))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _text_components(teacher: str) -> list[str]:
-    return [name for name in DiffusionPipeline.load_config(teacher) if name.startswith(TEXT)]
-
-
-def forget_text(pipeline: Any) -> None:
-    """Let go of the text encoders, whose work is done."""
-    pipeline.register_modules(**{name: None for name in pipeline.components if name.startswith(TEXT)})
-
-
-def pixels_of(pipeline: Any, resolution: int | None) -> int:
-    """Return height and width of the images: what was asked for, or the teacher's own.
-
-    Raises:
-        OptionError: If they are no multiple of the VAE's factor.
-    """
-    own = pipelines.denoiser(pipeline).network.config.sample_size * pipeline.vae_scale_factor
-    if resolution is not None and resolution % pipeline.vae_scale_factor:
-        raise OptionError(
-            f"--resolution {resolution}", expected=f"a multiple of {pipeline.vae_scale_factor}", cure=f"pass {own}"
-        )
-    return resolution or own
-
-
 def cast(options: Options, pipeline: Any) -> Cast:
     """Give the roles to networks.
 
     Raises:
-        RoleError: If the teacher is none, or cannot be shared.
-        OptionError: If an option does not fit it.
+        OptionError: If a rank does not fit.
     """
     found = pipelines.denoiser(pipeline)
-    _check(found)
     base = found.network
     shared = options.fake_score == options.student == "lora"
     network = base if shared else copy.deepcopy(base)
@@ -198,6 +158,15 @@ def _add_lora(network: Any, name: str, rank: int, targets: tuple[str, ...]) -> N
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
         network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
+    # A is (rank, in, ...) and B (out, rank, ...); a product of higher rank than its layer is a waste, and no LoRA.
+    matrices = [weight for _, weight in ScoreNetwork(network, adapter=name).named_tensors() if weight.ndim > 1]
+    least = min(weight.numel() // rank for weight in matrices)
+    if rank > least:
+        raise OptionError(
+            f"--rank {rank} for layers of as few as {least} features",
+            expected=f"at most {least}",
+            cure=f"pass --rank {least} or less",
+        )
 
 
 def _scheduler(pipeline: Any) -> Any:
@@ -205,20 +174,3 @@ def _scheduler(pipeline: Any) -> Any:
     if isinstance(noise.from_diffusers(pipeline.scheduler), noise.RectifiedFlow):
         return FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, use_dynamic_shifting=False)
     return LCMScheduler.from_config(pipeline.scheduler.config)
-
-
-def _check(found: pipelines.Denoiser) -> None:
-    network: Any = found.network
-    if getattr(network, "is_quantized", False) or not all(p.is_floating_point() for p in network.parameters()):
-        raise RoleError(
-            f"a quantised {found.component}",
-            expected="floating-point weights, which nodes are written into",
-            cure="load the teacher without quantisation; --mixed_precision bf16 halves its memory",
-        )
-    embedded = [name for name in ("timestep_cond", "guidance") if name in found.conditions]
-    if embedded:
-        raise RoleError(
-            f"a {found.component} that takes a guidance scale as input ({embedded[0]}), one distilled before",
-            expected="a diffusion model: outputs of a consistency model are no scores (the paper's appendix A)",
-            cure="pass the model that it was distilled from as --teacher, and this one's LoRA as --student_lora",
-        )

@@ -39,12 +39,9 @@ class Options:
     output: str = _said("folder for weights, card, path, embeddings and checkpoints")
     prompt_column: str = _said("column of the dataset that holds the prompts", "text")
     student: str = _said("what is trained of the student", "lora", choices=("lora", "full"))
-    student_lora: str | None = _said(
-        "folder or hub id of a LoRA to start from, as latent-consistency/lcm-lora-sdv1-5", None
-    )
-    fake_score: str = _said(
-        "s_phi and the nodes: LoRA on the teacher's weights, or full copies", "lora", choices=("lora", "full")
-    )
+    student_lora: str | None = _said("a LoRA to start from, as latent-consistency/lcm-lora-sdv1-5", None)
+    fake_score: str = _said("s_phi and nodes: LoRA on the teacher, or full copies", "lora", choices=("lora", "full"))
+    prediction: str | None = _said("what the teacher shall predict, if its scheduler is to be held to that", None)
     rank: int = _said("rank of every LoRA", 64)
     timestep: int | None = _said("of the one step; 399 for SDXL (the paper's), else the scheduler's first", None)
     resolution: int | None = _said("of the images, in pixels; the teacher's own unless given", None)

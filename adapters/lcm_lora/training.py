@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
-from disback_adapters.lcm_lora import checkpoints, networks
+from disback_adapters.lcm_lora import checkpoints, loading, networks
 from disback_adapters.lcm_lora.export import export, grid
 from disback_adapters.lcm_lora.options import Options
 from disback_adapters.lcm_lora.prompts import Embeddings, described, prompts_of
@@ -132,9 +132,9 @@ def _loaded(options: Options, prompts: list[str], accelerator: Accelerator) -> t
     known = described(options.teacher, prompts, options.resolution, options.mixed_precision)
     with accelerator.main_process_first():  # the others find them on disk
         there = Embeddings.are_of(folder, known)
-        pipeline = networks.load(options, with_text=not there, device=accelerator.device)
-        pixels = networks.pixels_of(pipeline, options.resolution)
+        pipeline = loading.load(options, with_text=not there, device=accelerator.device)
+        pixels = loading.pixels_of(pipeline, options.resolution)
         if not there:
             Embeddings.make(folder, pipeline, prompts, pixels, known)
-            networks.forget_text(pipeline)
+            loading.forget_text(pipeline)
     return pipeline, Embeddings(folder), pixels
