@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import checksum
+from disback_plugin.flattening import flattened
 from disback_plugin.modules import named_modules, own_tensors, unwrap
 from disback_plugin.sharding import is_sharded
 
-__all__ = ["active", "adapter_tensors", "add_teacher", "base_checksum", "check_pair", "identity", "under"]
+__all__ = ["adapter_tensors", "add_teacher", "base_checksum", "check_pair", "identity", "runs_under", "under"]
 
 # What of an adapter is a matrix of its own; whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
 MATRICES = ("lora_A", "lora_B")
@@ -37,8 +38,16 @@ MATRICES = ("lora_A", "lora_B")
 
 
 def _layers(root: nn.Module) -> Iterator[Any]:
-    """Yield the layers that have adapters."""
-    yield from (m for m in root.modules() if hasattr(type(m), "adapter_layer_names") and "base_layer" in m._modules)
+    """Yield the layers that have adapters, whose own modules are not looked into."""
+    waiting: list[nn.Module | None] = [root]
+    while waiting:
+        module = waiting.pop()
+        if module is None:
+            continue
+        if hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules:
+            yield module
+        else:
+            waiting.extend(module._modules.values())
 
 
 def _named_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -78,9 +87,10 @@ def identity(root: nn.Module, adapter: str, role: str) -> str:
 
 def _found(root: nn.Module, adapter: str, role: str) -> list[tuple[str, Any]]:
     """Return the layers that have an adapter, after a check that its matrices are all that it is."""
-    found = [(name, layer) for name, layer in _named_layers(root) if adapter in getattr(layer, "r", ())]
+    loras = [(name, layer) for name, layer in _named_layers(root) if MATRICES[0] in layer.adapter_layer_names]
+    found = [(name, layer) for name, layer in loras if adapter in layer.r]
     if not found:
-        names = sorted({name for layer in _layers(root) for name in getattr(layer, "r", ())})
+        names = sorted({name for _, layer in loras for name in layer.r})
         raise RoleError(
             f"no LoRA adapter {adapter!r} in {type(root).__name__}, which has {names}",
             expected=f"the {role} there",
@@ -109,7 +119,7 @@ def base_checksum(model: nn.Module) -> str:
         for own, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in of_adapters:
                 state[f"{name}{own}".replace("base_layer.", "")] = parameter
-    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p)), None)
+    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p) or flattened(p)), None)
     if odd is not None:
         raise RoleError(
             f"{odd} of the base, which is sharded or on the meta device",
@@ -119,11 +129,15 @@ def base_checksum(model: nn.Module) -> str:
     return checksum({name: parameter.detach() for name, parameter in state.items()})
 
 
-def active(root: nn.Module) -> list[str]:
-    """Return the names of the adapters that a forward runs under at this moment; [] for the bare base."""
-    for layer in _layers(root):
-        return [] if layer.disable_adapters else list(layer.active_adapters)
-    return []
+def runs_under(root: nn.Module, adapter: str) -> bool:
+    """Return whether a forward would run under this adapter, and no other, at this moment."""
+    return _active(root) == [adapter]
+
+
+def _active(root: nn.Module) -> list[str]:
+    """Return the names of the adapters that a forward would run under; [] for the bare base."""
+    first = next(_layers(root), None)
+    return [] if first is None or first.disable_adapters else list(first.active_adapters)
 
 
 def _parameters(layer: Any) -> Iterator[nn.Parameter]:
@@ -135,22 +149,23 @@ def _parameters(layer: Any) -> Iterator[nn.Parameter]:
 
 def _trouble(root: nn.Module, adapter: str, found: list[Any]) -> tuple[str, str] | None:
     """Return what is wrong with an adapter and its cure, or None."""
-    config = getattr(root, "peft_config", {}).get(adapter)
-    bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
     extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
     odd = sorted(name for name in extra if any(adapter in getattr(layer, name, ()) for layer in found))
-    variant = [layer.lora_variant[adapter] for layer in found if adapter in getattr(layer, "lora_variant", {})]
+    variants = {type(layer.lora_variant[adapter]).__name__ for layer in found if adapter in layer.lora_variant}
     if any(layer.merged for layer in found):
         return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
-    if odd or variant:
-        what = ", ".join(odd) or type(variant[0]).__name__
-        return f"with {what}", "leave use_dora= and the other variants away, and target no embeddings"
-    if bias != "none":
-        return f"with bias={bias!r}, which trains the base", 'use LoraConfig(bias="none")'
-    if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
-        return "with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
-    if not (isinstance(init, bool) or init == "gaussian"):
-        return f"with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
+    if odd or variants:
+        what = ", ".join([*odd, *variants])
+        return f"with {what}", "leave use_dora= and other variants of LoRA away, and target no embeddings"
+    for name, config in getattr(root, "peft_config", {}).items():  # of all: they share the base
+        of = "" if name == adapter else f"beside {name!r}, which is "
+        if getattr(config, "bias", "none") != "none":
+            return f"{of}with bias={config.bias!r}, which trains the base", 'use LoraConfig(bias="none")'
+        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+            return f"{of}with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
+        init = getattr(config, "init_lora_weights", True)
+        if not (isinstance(init, bool) or init == "gaussian"):
+            return f"{of}with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
     return None
 
 
@@ -206,7 +221,9 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
             peft.inject_adapter_in_model(config, root, adapter_name=name)
     for _, tensor in adapter_tensors(root, name, "teacher"):
         tensor.requires_grad_(False)
-    _restore(before, flags)
+    _restore(before)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -234,39 +251,31 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
         (False, 'fake')
     """
     root = unwrap(model)
-    if adapter is not None and not any(adapter in layer.r for layer in _layers(root)):
-        _found(root, adapter, "network")  # raises
     before = _state(root)
-    flags = [(parameter, parameter.requires_grad) for layer, _, _ in before for parameter in _parameters(layer)]
+    if adapter is not None and not any(adapter in getattr(layer, "r", ()) for layer, _, _ in before):
+        _found(root, adapter, "network")  # raises
     try:
-        for layer, _, disabled in before:
-            _switch(layer, [adapter] if adapter is not None else None, disabled)
-        _restore([], flags)
+        _restore([(layer, active if adapter is None else [adapter], adapter is None) for layer, active, _ in before])
+        if _active(root) != ([] if adapter is None else [adapter]):
+            raise RoleError(
+                "a version of peft whose layers do not keep their active adapter in _active_adapter",
+                expected="peft 0.13 to 0.21",
+                cure="install such a version",
+            )
         yield
     finally:
-        _restore(before, flags)
+        _restore(before)
 
 
-def _state(root: nn.Module) -> list[tuple[Any, list[str], bool]]:
+def _state(root: nn.Module) -> list[tuple[Any, Any, bool]]:
     """Return each layer with its active adapters, and whether they are switched off."""
-    return [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _layers(root)]
+    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(root)]
 
 
-def _restore(state: list[tuple[Any, list[str], bool]], flags: list[tuple[nn.Parameter, bool]]) -> None:
+def _restore(state: list[tuple[Any, Any, bool]]) -> None:
+    # Not by the layers' own set_adapter, which changes what requires gradients, and takes thirty times as long.
     for layer, names, disabled in state:
-        layer.set_adapter(names)
-        if layer.disable_adapters != disabled:
-            layer.enable_adapters(not disabled)
-    for parameter, flag in flags:
-        if parameter.requires_grad != flag:
-            parameter.requires_grad_(flag)
-
-
-def _switch(layer: Any, names: list[str] | None, disabled: bool) -> None:
-    if names is not None:
-        layer.set_adapter(names)
-    if disabled != (names is None):
-        layer.enable_adapters(names is not None)
+        vars(layer).update(_active_adapter=names, _disable_adapters=disabled)
 
 
 def check_pair(teacher: str | None, fake_score: str | None) -> None:
@@ -286,7 +295,7 @@ def check_pair(teacher: str | None, fake_score: str | None) -> None:
         found = "one role that is a LoRA adapter and one that is a whole network"
         raise MismatchError(found, expected="two adapters on one base, or two networks", cure=cure)
     raise MismatchError(
-        "two adapters on different bases, or of different scale (lora_alpha / r, or / sqrt(r) with use_rslora)",
-        expected="one base, and one lora_alpha, r and use_rslora",
+        "two adapters on different bases, of different targets or scales (lora_alpha / r, with use_rslora / sqrt(r))",
+        expected="one base, and one set of target_modules, lora_alpha, r and use_rslora",
         cure=cure,
     )

@@ -178,7 +178,7 @@ class Delta:
 
 
 class Decoded:
-    """Node i of a path, a `weights.Source`.
+    """Node i of a path, a `writing.Source`.
 
     Args:
         teacher: State of node 0 on the CPU, contiguous; it may be mapped from a file.
@@ -240,7 +240,7 @@ def _room(elements: int, dtype: torch.dtype, *offered: Tensor | None) -> Tensor:
 
 
 class Between:
-    """The mixture (1 - fraction) s'_i + fraction s'_{i+1}, a `weights.Source`: mixed in float32, cast to node i + 1's
+    """The mixture (1 - fraction) s'_i + fraction s'_{i+1}, a `writing.Source`: mixed in float32, cast to node i + 1's
     dtype.
 
     Args:

@@ -15,7 +15,8 @@ from torch import Tensor
 from disback_plugin.fingerprints import Checksum
 from disback_plugin.layouts import room
 from disback_plugin.sharding import Part
-from disback_plugin.weights import ScoreNetwork, Source, fill
+from disback_plugin.weights import ScoreNetwork
+from disback_plugin.writing import Source, fill
 
 __all__ = ["Ahead", "Ready"]
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.errors import TrainingError
-from disback_plugin.weights import ScoreNetwork, Source
+from disback_plugin.weights import ScoreNetwork
+from disback_plugin.writing import Source
 
 __all__ = ["Probe"]
 

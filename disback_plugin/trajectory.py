@@ -35,7 +35,7 @@ from disback_plugin.probes import Probe
 from disback_plugin.sharding import Part
 from disback_plugin.states import State
 from disback_plugin.storage import Storage
-from disback_plugin.weights import Source
+from disback_plugin.writing import Source
 
 __all__ = ["DegradationPath"]
 

@@ -13,9 +13,8 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,37 +23,17 @@ from disback_plugin import lora
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import Checksum, fingerprint
 from disback_plugin.flattening import address, detached, shape_of, stretch_of
-from disback_plugin.layouts import Layout, dtype_class, layout_of, pieces, room
+from disback_plugin.layouts import layout_of, pieces
+from disback_plugin.matching import check, ties, two_values
 from disback_plugin.modules import find, named_modules, own_tensors, reshard
 from disback_plugin.ranks import on_rank_zero
-from disback_plugin.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded, masked
+from disback_plugin.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded
 from disback_plugin.states import State
+from disback_plugin.writing import Source, bump, part_of, write_tensor
 
-__all__ = ["ScoreNetwork", "Source", "fill"]
+__all__ = ["ScoreNetwork"]
 
 logger = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """A state that is read piece by piece, so that it need not be in memory as a whole."""
-
-    def layout(self) -> Mapping[str, Layout]:
-        """Return what each tensor is, by canonical name; tied ones under each name."""
-        ...
-
-    def grain(self, name: str) -> int:
-        """Return at what multiples that which is read of a tensor begins and ends: one of GRAIN that divides PIECE."""
-        ...
-
-    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return elements [start, stop) of a tensor in row-major order, on the CPU, shape (stop - start,).
-
-        All are in one piece (`layouts.pieces`); `start` is a multiple of `grain(name)`, and so is `stop`, or it is the
-        tensor's end. With `out`, of this shape, the tensor's dtype
-        and in memory of the CPU, the values are written there and `out` is returned; without it, what is returned may
-        be overwritten by the next call.
-        """
-        ...
 
 
 class ScoreNetwork:
@@ -132,7 +111,7 @@ class ScoreNetwork:
     @property
     def is_running(self) -> bool:
         """Whether a forward of the modules would be the role's at this moment."""
-        return self.adapter is None or all(lora.active(root) == [self.adapter] for root in self._roots.values())
+        return self.adapter is None or all(lora.runs_under(root, self.adapter) for root in self._roots.values())
 
     # -- read ---------------------------------------------------------------------------------------------------------
 
@@ -241,8 +220,8 @@ class ScoreNetwork:
         """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
         lora.check_pair(self.identity, other.identity)
         own, others = dict(self.named_tensors()), dict(other.named_tensors())
-        _check(layout_of(others), layout_of(own), self.role, other.role)
-        untied = _ties(own).items() - _ties(others).items()
+        check(layout_of(others), layout_of(own), self.role, other.role)
+        untied = ties(own).items() - ties(others).items()
         if untied:
             name, twin = min(untied)
             raise MismatchError(
@@ -286,8 +265,8 @@ class ScoreNetwork:
                 was written.
         """
         live = dict(self.named_tensors())
-        _check(layout_of(state), layout_of(live), self.role, "the state")
-        given = {name: _part_of(state[name], held(tensor)[1]) for name, tensor in live.items()}
+        check(layout_of(state), layout_of(live), self.role, "the state")
+        given = {name: part_of(state[name], held(tensor)[1]) for name, tensor in live.items()}
         self.load_parts(given, non_blocking=non_blocking)
 
     def load_parts(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
@@ -301,14 +280,14 @@ class ScoreNetwork:
             MismatchError: If tied weights were given two values. Then nothing was written.
         """
         live = dict(self.named_tensors())
-        ties = _ties(live)
-        for name, twin in ties.items():
+        twins = ties(live)
+        for name, twin in twins.items():
             if not torch.equal(state[twin], state[name]):
-                raise _two_values(twin, name, self.role)
-        own = [name for name in live if name not in ties]
+                raise two_values(twin, name, self.role)
+        own = [name for name in live if name not in twins]
         with torch.no_grad():
             torch._foreach_copy_([held(live[n])[0] for n in own], [state[n] for n in own], non_blocking)
-            _bump(live[name] for name in own)
+            bump(live[name] for name in own)
 
     def write(self, source: Source) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.
@@ -329,108 +308,17 @@ class ScoreNetwork:
         """
         layout, total = source.layout(), Checksum()
         live = dict(self.named_tensors())
-        ties = _ties(live)
-        _check(layout, layout_of(live), self.role, "the state")
-        names = {name: [name] for name in live if name not in ties}
-        for name, twin in ties.items():
+        twins = ties(live)
+        check(layout, layout_of(live), self.role, "the state")
+        names = {name: [name] for name in live if name not in twins}
+        for name, twin in twins.items():
             cells = list(held(live[twin])[1].cells(source.grain(name)))
             places = [(cell.start, cell.stop) for cell in cells]
             if not all(torch.equal(source.read(name, a, b).clone(), source.read(twin, a, b)) for a, b in places):
-                raise _two_values(twin, name, self.role)
+                raise two_values(twin, name, self.role)
             names[twin].append(name)
         with torch.no_grad():
             for name, known in names.items():
-                _write(live[name], source, name, layout[name], total, known)
-            _bump(live[name] for name in names)
+                write_tensor(live[name], source, name, layout[name], total, known)
+            bump(live[name] for name in names)
         return total.digest()
-
-
-def _write(live: Tensor, source: Source, name: str, given: Layout, total: Checksum, names: list[str]) -> None:
-    """Write what is held here of one tensor of a source into the live one."""
-    local, part = held(live)
-    straight = local.device.type == "cpu" and local.is_contiguous()
-    pinned = local.device.type == "cuda"
-    flat = local.detach().view(-1) if straight else room(local.numel(), given.dtype, pinned=pinned)
-    fill(flat, part, source, name, given.dtype, total, names)
-    if not straight:
-        local.copy_(flat.view(local.shape), non_blocking=pinned)
-
-
-def fill(
-    flat: Tensor, part: Part, source: Source, name: str, dtype: torch.dtype, total: Checksum, names: Iterable[str]
-) -> None:
-    """Decode a part of a tensor into memory.
-
-    Args:
-        flat: Where to, on the CPU, shape (elements of the part,), of any dtype.
-        part: What to read.
-        source: What from.
-        name: Of which tensor.
-        dtype: What the source has it in.
-        total: A checksum of what was read, before any cast.
-        names: Under which names it is counted there.
-    """
-    for cell in part.cells(source.grain(name)):
-        piece = flat[cell.at]
-        if cell.complete and piece.dtype == dtype:
-            values = source.read(name, cell.start, cell.stop, out=piece)
-        else:
-            values = source.read(name, cell.start, cell.stop)
-            piece.copy_(values[cell.keep])
-        counted = masked(values, cell)
-        for each in names:
-            total.add(each, counted)
-
-
-def _part_of(given: Tensor, part: Part) -> Tensor:
-    """Return what is held here of a tensor that is whole, or sharded in the same way."""
-    if is_sharded(given):
-        return held(given)[0]
-    whole = given.reshape(part.shape)  # flat, if that is how it is cut
-    return whole if part.stop is None else whole.narrow(part.dim, part.start, part.stop - part.start)
-
-
-def _bump(tensors: Iterable[Tensor]) -> None:
-    """Let the version counters of DTensors move as well, which know nothing of a write into their memory."""
-    for tensor in tensors:
-        if is_sharded(tensor):
-            torch.autograd.graph.increment_version(tensor)
-
-
-def _ties(live: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return {name: first name of the same tensor} of every other name of a tied weight."""
-    first: dict[int, str] = {}
-    firsts = {name: first.setdefault(id(tensor), name) for name, tensor in live.items()}
-    return {name: twin for name, twin in firsts.items() if name != twin}
-
-
-def _two_values(twin: str, name: str, role: str) -> MismatchError:
-    return MismatchError(
-        f"two values for the tied weights {twin!r} and {name!r} of the {role}",
-        expected="one",
-        cure="write a state of a network that ties the same weights",
-    )
-
-
-def _check(given: Mapping[str, Layout], live: Mapping[str, Layout], role: str, source: str) -> None:
-    """Raise MismatchError unless something given has the keys, the shapes and the dtype classes of `live`."""
-    missing, unknown = sorted(live.keys() - given.keys()), sorted(given.keys() - live.keys())
-    if missing or unknown:
-        raise MismatchError(
-            f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
-            expected=f"the {len(live)} keys of the {role}, no more and no less",
-            cure="use two networks of one architecture (LoRA layers and added heads must not be in the role)",
-        )
-    for name, own in live.items():
-        if given[name].shape != own.shape:
-            raise MismatchError(
-                f"{name} of shape {tuple(given[name].shape)} in {source}",
-                expected=f"{tuple(own.shape)} as in the {role}",
-                cure="use two networks of one configuration",
-            )
-        if dtype_class(given[name].dtype) != dtype_class(own.dtype):
-            raise MismatchError(
-                f"{name} of {given[name].dtype} in {source}",
-                expected=f"a dtype like {own.dtype} of the {role}",
-                cure="use weights of the same class of dtype",
-            )
