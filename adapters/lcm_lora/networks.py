@@ -120,7 +120,8 @@ def cast(options: Options, pipeline: Any) -> Cast:
     if options.fake_score == "full":
         fake_score, teacher = Role(found, copy.deepcopy(base)), Role(found, base)
     else:
-        _add_lora(base, "fake_score", options.rank, ATTENTION)
+        layers = ATTENTION if options.fake_score_layers == "attention" else STUDENT[found.component]
+        _add_lora(base, "fake_score", options.rank, layers)
         lora.add_teacher(base, like="fake_score")
         fake_score, teacher = Role(found, base, "fake_score"), Role(found, base, "teacher")
     if options.gradient_checkpointing:

@@ -41,6 +41,7 @@ class Options:
     student: str = _said("what is trained of the student", "lora", choices=("lora", "full"))
     student_lora: str | None = _said("a LoRA to start from, as latent-consistency/lcm-lora-sdv1-5", None)
     fake_score: str = _said("s_phi and nodes: LoRA on the teacher, or full copies", "lora", choices=("lora", "full"))
+    fake_score_layers: str = _said("of s_phi's LoRA; all are the student's", "attention", choices=("attention", "all"))
     prediction: str | None = _said("what the teacher shall predict, if its scheduler is to be held to that", None)
     rank: int = _said("rank of every LoRA", 64)
     timestep: int | None = _said("of the one step; 399 for SDXL (the paper's), else the scheduler's first", None)
