@@ -1,6 +1,6 @@
 """One-step students of a text-to-image teacher that has learned something, with DisBack and without.
 
-    python benchmarks/bench_text_to_image.py --out DIR      # 30 runs in 15 minutes of one core; goes on where it stopped
+    python benchmarks/bench_text_to_image.py --out DIR      # 20 minutes of one core; goes on where it was stopped
     python benchmarks/bench_text_to_image.py --table DIR    # into EVIDENCE.md
 
 The teacher (`digits_pipeline`) is distilled by `disback_adapters.lcm_lora` with the timestep of the paper's SDXL
@@ -11,9 +11,11 @@ is not among the seeds of the table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -131,44 +133,48 @@ def bench_a_student_of_a_teacher_that_has_learned_little_still_learns(tmp_path):
 def section(out):
     """Return the section of EVIDENCE.md, made from the numbers alone."""
     runs, teacher = read(out / "runs.jsonl"), json.loads((out / "teacher.json").read_text())
-    seeds = sorted(set.intersection(*({run["seed"] for run in runs if run["arm"] == arm} for arm in ARMS)))
     of = {(run["seed"], run["arm"]): run["curve"] for run in runs}
-    head = " | ".join(f"{at}" for at in AT)
-    lines = [MARKERS[0], "", "## Text to image: a student of digits with prompts", ""]
-    lines += [
-        f'Teacher: scikit-learn\'s digits with prompts as "the digit seven"; in 50 steps {teacher["accuracy"]:.1%} of its '
-        f"samples are of their prompt's class (a classifier of {teacher['classifier']:.1%}), at a Frechet distance of "
-        f"{teacher['distance']:.2f} to the data's pixels. Student and s_phi: LoRA of rank {SETTING['rank']} on one base, "
-        f"one step of LCMScheduler at t = {SETTING['timestep']}, batch {SETTING['batch_size']}, Adam with "
-        f"{SETTING['learning_rate']:g} for both, no guidance, s_phi and student 1 : 1; all by `disback_adapters.lcm_lora`. "
-        f"{len(seeds)} seeds; recording is at most {ARMS['DisBack, auto']['record']} updates of s_phi before, which the "
-        "other arm does not have. Medians over seeds, the range in brackets, after so many updates of the student:",
-        "",
-    ]
+    seeds = sorted({run["seed"] for run in runs if all((run["seed"], arm) in of for arm in ARMS)})
+    lines = [MARKERS[0], "", "## Text to image: one-step digits from prompts", "", *setting(teacher, len(seeds)), ""]
     for name, form in (("accuracy", "{:.1%}"), ("distance", "{:.2f}")):
         title = "of the prompt's class" if name == "accuracy" else "Frechet distance"
-        lines += [f"| {title} | {head} |", "|---" * (1 + len(AT)) + "|"]
+        lines += [f"| {title} | {' | '.join(map(str, AT))} |", "|---" * (1 + len(AT)) + "|"]
         for arm in ARMS:
             columns = [[of[seed, arm][str(at)][name] for seed in seeds] for at in AT]
-            cells = [" to ".join(form.format(value) for value in (min(c), max(c))) for c in columns]
-            middles = [form.format(statistics.median(c)) for c in columns]
-            lines.append(f"| {arm} | " + " | ".join(f"{m} ({c})" for m, c in zip(middles, cells, strict=True)) + " |")
+            middles = [form.format(statistics.median(column)) for column in columns]
+            ranges = [f"{form.format(min(column))} to {form.format(max(column))}" for column in columns]
+            cells = [f"{middle} ({span})" for middle, span in zip(middles, ranges, strict=True)]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")
-    lines += [sentence(of, seeds, arm, against) for arm, against in PAIRS]
+    lines += [sentence(of, seeds, *pair) for pair in itertools.combinations(reversed(ARMS), 2)]
     return "\n".join([*lines, "", MARKERS[1]])
 
 
-PAIRS = (("DisBack, auto", "without DisBack"), ("DisBack, auto", "warm start only"))
+def setting(teacher, count):
+    """Return what was done, in lines of Markdown."""
+    text = (
+        'Teacher: a latent diffusion of scikit-learn\'s digits with prompts as "the digit seven". In 50 steps '
+        f"{teacher['accuracy']:.1%} of its samples are of their prompt's class (by a classifier that is right on "
+        f"{teacher['classifier']:.1%} of held-out digits), at a Frechet distance of {teacher['distance']:.2f} to the "
+        f"data, in pixels. The trainer of `disback_adapters.lcm_lora`: student and s_phi are LoRA of rank "
+        f"{SETTING['rank']} on one base; one step of LCMScheduler at t = {SETTING['timestep']}; batch "
+        f"{SETTING['batch_size']}; Adam with {SETTING['learning_rate']:g} for both, one update each a round; no guidance. "
+        f"Recording takes at most {ARMS['DisBack, auto']['record']} updates of s_phi first, which runs without DisBack "
+        f"do not have; a warm start is DisBack without the walk. Medians over {count} seeds, with the range, after so "
+        "many updates of the student:"
+    )
+    return textwrap.wrap(text, 120)
 
 
 def sentence(of, seeds, arm, against):
     """Return how often one arm ends better than another, seed by seed."""
     last = str(AT[-1])
     better = sum(of[seed, arm][last]["accuracy"] > of[seed, against][last]["accuracy"] for seed in seeds)
+    worse = sum(of[seed, arm][last]["accuracy"] < of[seed, against][last]["accuracy"] for seed in seeds)
     nearer = sum(of[seed, arm][last]["distance"] < of[seed, against][last]["distance"] for seed in seeds)
     return (
-        f"* {arm} against {against}, at {last} updates: more samples of their class on {better} of {len(seeds)} seeds, "
-        f"nearer to the data on {nearer}."
+        f"* {arm}, against {against}, after {last} updates: more samples of their class on {better} of {len(seeds)} "
+        f"seeds, fewer on {worse}; nearer to the data on {nearer}."
     )
 
 
