@@ -72,7 +72,8 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         raise RoleError(
             "a fake score that is LoRA layers on frozen weights",
             expected="one of the teacher's own layers, since s_phi starts as s'_N and s'_N becomes the first target",
-            cure="train the whole fake_unet, without LoRA",
+            cure="train the whole fake_unet, without LoRA; a loop of your own can have both as adapters on one base "
+            "(disback_plugin.lora)",
         )
     if getattr(trainer, "gan_classifier", False) or getattr(trainer, "cls_on_clean_image", False):
         logger.warning(

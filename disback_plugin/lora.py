@@ -20,156 +20,24 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from disback_plugin.adapting import (
+    MATRICES,
+    active,
+    activity,
+    adapter_tensors,
+    base_parameters,
+    named_layers,
+    restore,
+)
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import checksum
 from disback_plugin.flattening import flattened
-from disback_plugin.modules import named_modules, own_tensors, unwrap
+from disback_plugin.modules import unwrap
 from disback_plugin.sharding import is_sharded
 
-__all__ = ["adapter_tensors", "add_teacher", "base_checksum", "check_pair", "identity", "runs_under", "under"]
-
-# What of an adapter is a matrix of its own; whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
-MATRICES = ("lora_A", "lora_B")
-
-
-# -- the adapters of a network ----------------------------------------------------------------------------------------
-
-
-def _layers(root: nn.Module) -> Iterator[Any]:
-    """Yield the layers that have adapters, whose own modules are not looked into."""
-    waiting: list[nn.Module | None] = [root]
-    while waiting:
-        module = waiting.pop()
-        if module is None:
-            continue
-        if hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules:
-            yield module
-        else:
-            waiting.extend(module._modules.values())
-
-
-def _named_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield each with its canonical name, with a dot at its end."""
-    adapted = {id(layer) for layer in _layers(root)}
-    yield from ((name, module) for name, module in named_modules(root, "") if id(module) in adapted)
-
-
-def adapter_tensors(root: nn.Module, adapter: str, role: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield canonical name, which is peft's own without the adapter's, and live tensor of all that an adapter is.
-
-    Args:
-        root: The network, unwrapped.
-        adapter: Its name.
-        role: What to call it in errors.
-
-    Raises:
-        RoleError: If one of them cannot be written in place.
-    """
-    for prefix, layer in _named_layers(root):
-        for matrix in MATRICES:
-            holder = getattr(layer, matrix, None)
-            if holder is not None and adapter in holder:
-                for name, module in named_modules(holder[adapter], f"{prefix}{matrix}."):
-                    yield from own_tensors(module, name, role)
-
-
-def identity(root: nn.Module, adapter: str, role: str) -> str:
-    """Return a digest of what an adapter works on: the base's weights, and the scale of each of its layers.
-
-    Raises:
-        RoleError: If there is no such adapter, or one whose nodes would not be all that changes: see the cure.
-    """
-    scales = [(name, layer.scaling[adapter]) for name, layer in _found(root, adapter, role)]
-    return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
-
-
-def _found(root: nn.Module, adapter: str, role: str) -> list[tuple[str, Any]]:
-    """Return the layers that have an adapter, after a check that its matrices are all that it is."""
-    loras = [(name, layer) for name, layer in _named_layers(root) if MATRICES[0] in layer.adapter_layer_names]
-    found = [(name, layer) for name, layer in loras if adapter in layer.r]
-    if not found:
-        names = sorted({name for _, layer in loras for name in layer.r})
-        raise RoleError(
-            f"no LoRA adapter {adapter!r} in {type(root).__name__}, which has {names}",
-            expected=f"the {role} there",
-            cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
-        )
-    trouble = _trouble(root, adapter, [layer for _, layer in found])
-    if trouble:
-        raise RoleError(f"{role}: adapter {adapter!r} {trouble[0]}", expected="plain LoRA layers", cure=trouble[1])
-    return found
-
-
-def base_checksum(model: nn.Module) -> str:
-    """Return the checksum of all parameters but those of adapters, under the names they have without adapters.
-
-    Args:
-        model: A network, with or without adapters.
-
-    Example:
-        >>> base_checksum(nn.Linear(2, 2)) == base_checksum(nn.Linear(2, 2))
-        False
-    """
-    root = unwrap(model)
-    of_adapters = {id(p) for layer in _layers(root) for p in _parameters(layer)}
-    state: dict[str, Tensor] = {}
-    for name, module in named_modules(root, ""):
-        for own, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in of_adapters:
-                state[f"{name}{own}".replace("base_layer.", "")] = parameter
-    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p) or flattened(p)), None)
-    if odd is not None:
-        raise RoleError(
-            f"{odd} of the base, which is sharded or on the meta device",
-            expected="a base that is whole on each process, as it is frozen",
-            cure="wrap the network in DDP, or not at all, and load its weights first",
-        )
-    return checksum({name: parameter.detach() for name, parameter in state.items()})
-
-
-def runs_under(root: nn.Module, adapter: str) -> bool:
-    """Return whether a forward would run under this adapter, and no other, at this moment."""
-    return _active(root) == [adapter]
-
-
-def _active(root: nn.Module) -> list[str]:
-    """Return the names of the adapters that a forward would run under; [] for the bare base."""
-    first = next(_layers(root), None)
-    return [] if first is None or first.disable_adapters else list(first.active_adapters)
-
-
-def _parameters(layer: Any) -> Iterator[nn.Parameter]:
-    """Yield the parameters of all adapters of a layer."""
-    for name in layer.adapter_layer_names:
-        holder = getattr(layer, name, None)
-        yield from holder.parameters() if isinstance(holder, nn.Module) else ()
-
-
-def _trouble(root: nn.Module, adapter: str, found: list[Any]) -> tuple[str, str] | None:
-    """Return what is wrong with an adapter and its cure, or None."""
-    extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
-    odd = sorted(name for name in extra if any(adapter in getattr(layer, name, ()) for layer in found))
-    variants = {type(layer.lora_variant[adapter]).__name__ for layer in found if adapter in layer.lora_variant}
-    if any(layer.merged for layer in found):
-        return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
-    if odd or variants:
-        what = ", ".join([*odd, *variants])
-        return f"with {what}", "leave use_dora= and other variants of LoRA away, and target no embeddings"
-    for name, config in getattr(root, "peft_config", {}).items():  # of all: they share the base
-        of = "" if name == adapter else f"beside {name!r}, which is "
-        if getattr(config, "bias", "none") != "none":
-            return f"{of}with bias={config.bias!r}, which trains the base", 'use LoraConfig(bias="none")'
-        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
-            return f"{of}with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
-        init = getattr(config, "init_lora_weights", True)
-        if not (isinstance(init, bool) or init == "gaussian"):
-            return f"{of}with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
-    return None
-
-
-# -- a teacher, and who is running ------------------------------------------------------------------------------------
+__all__ = ["add_teacher", "base_checksum", "check_pair", "identity", "under"]
 
 
 def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
@@ -210,7 +78,7 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
     config.lora_dropout, config.inference_mode = 0.0, True
     if config.init_lora_weights is False:
         config.init_lora_weights = True
-    before = _state(root)
+    before = activity(root)
     flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -221,7 +89,7 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
             peft.inject_adapter_in_model(config, root, adapter_name=name)
     for _, tensor in adapter_tensors(root, name, "teacher"):
         tensor.requires_grad_(False)
-    _restore(before)
+    restore(before)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
 
@@ -251,12 +119,12 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
         (False, 'fake')
     """
     root = unwrap(model)
-    before = _state(root)
+    before = activity(root)
     if adapter is not None and not any(adapter in getattr(layer, "r", ()) for layer, _, _ in before):
         _found(root, adapter, "network")  # raises
     try:
-        _restore([(layer, active if adapter is None else [adapter], adapter is None) for layer, active, _ in before])
-        if _active(root) != ([] if adapter is None else [adapter]):
+        restore([(layer, names if adapter is None else [adapter], adapter is None) for layer, names, _ in before])
+        if active(root) != ([] if adapter is None else [adapter]):
             raise RoleError(
                 "a version of peft whose layers do not keep their active adapter in _active_adapter",
                 expected="peft 0.13 to 0.21",
@@ -264,18 +132,80 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
             )
         yield
     finally:
-        _restore(before)
+        restore(before)
 
 
-def _state(root: nn.Module) -> list[tuple[Any, Any, bool]]:
-    """Return each layer with its active adapters, and whether they are switched off."""
-    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(root)]
+def base_checksum(model: nn.Module) -> str:
+    """Return the checksum of all parameters but those of adapters, under the names they have without adapters.
+
+    Args:
+        model: A network, with or without adapters.
+
+    Example:
+        >>> base_checksum(nn.Linear(2, 2)) == base_checksum(nn.Linear(2, 2))
+        False
+    """
+    state = dict(base_parameters(model))
+    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p) or flattened(p)), None)
+    if odd is not None:
+        raise RoleError(
+            f"{odd} of the base, which is sharded or on the meta device",
+            expected="a base that is whole on each process, as it is frozen",
+            cure="wrap the network in DDP, or not at all, and load its weights first",
+        )
+    return checksum({name: parameter.detach() for name, parameter in state.items()})
 
 
-def _restore(state: list[tuple[Any, Any, bool]]) -> None:
-    # Not by the layers' own set_adapter, which changes what requires gradients, and takes thirty times as long.
-    for layer, names, disabled in state:
-        vars(layer).update(_active_adapter=names, _disable_adapters=disabled)
+# -- what an adapter role is, and is not ------------------------------------------------------------------------------
+
+
+def identity(root: nn.Module, adapter: str, role: str) -> str:
+    """Return a digest of what an adapter works on: the base's weights, and the scale of each of its layers.
+
+    Raises:
+        RoleError: If there is no such adapter, or one whose nodes would not be all that changes: see the cure.
+    """
+    scales = [(name, layer.scaling[adapter]) for name, layer in _found(root, adapter, role)]
+    return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
+
+
+def _found(root: nn.Module, adapter: str, role: str) -> list[tuple[str, Any]]:
+    """Return the layers that have an adapter, after a check that its matrices are all that it is."""
+    loras = [(name, layer) for name, layer in named_layers(root) if MATRICES[0] in layer.adapter_layer_names]
+    found = [(name, layer) for name, layer in loras if adapter in layer.r]
+    if not found:
+        names = sorted({name for _, layer in loras for name in layer.r})
+        raise RoleError(
+            f"no LoRA adapter {adapter!r} in {type(root).__name__}, which has {names}",
+            expected=f"the {role} there",
+            cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
+        )
+    trouble = _trouble(root, adapter, [layer for _, layer in found])
+    if trouble:
+        raise RoleError(f"{role}: adapter {adapter!r} {trouble[0]}", expected="plain LoRA layers", cure=trouble[1])
+    return found
+
+
+def _trouble(root: nn.Module, adapter: str, found: list[Any]) -> tuple[str, str] | None:
+    """Return what is wrong with an adapter and its cure, or None."""
+    extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
+    odd = sorted(name for name in extra if any(adapter in getattr(layer, name, ()) for layer in found))
+    variants = {type(v[adapter]).__name__ for v in (getattr(x, "lora_variant", {}) for x in found) if adapter in v}
+    if any(layer.merged for layer in found):
+        return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
+    if odd or variants:
+        what = ", ".join([*odd, *variants])
+        return f"with {what}", "leave use_dora= and other variants of LoRA away, and target no embeddings"
+    for name, config in getattr(root, "peft_config", {}).items():  # of all: they share the base
+        of = "" if name == adapter else f"beside {name!r}, which is "
+        if getattr(config, "bias", "none") != "none":
+            return f"{of}with bias={config.bias!r}, which trains the base", 'use LoraConfig(bias="none")'
+        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+            return f"{of}with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
+        init = getattr(config, "init_lora_weights", True)
+        if not (isinstance(init, bool) or init == "gaussian"):
+            return f"{of}with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
+    return None
 
 
 def check_pair(teacher: str | None, fake_score: str | None) -> None:

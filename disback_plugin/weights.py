@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin import lora
+from disback_plugin.adapting import adapter_tensors, base_parameters, runs_under
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.fingerprints import Checksum, fingerprint
 from disback_plugin.flattening import address, detached, shape_of, stretch_of
@@ -100,6 +101,11 @@ class ScoreNetwork:
         moved._roots, moved._holders = dict(modules), []
         return moved
 
+    def base(self) -> list[nn.Parameter]:
+        """Return the parameters that an adapter works on, and that must stand still; none of a whole network."""
+        roots = self._roots.values() if self.adapter is not None else ()
+        return [parameter for root in roots for _, parameter in base_parameters(root)]
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Let forwards of the modules be the role's: under its adapter, if it is one."""
@@ -111,7 +117,7 @@ class ScoreNetwork:
     @property
     def is_running(self) -> bool:
         """Whether a forward of the modules would be the role's at this moment."""
-        return self.adapter is None or all(lora.runs_under(root, self.adapter) for root in self._roots.values())
+        return self.adapter is None or all(runs_under(root, self.adapter) for root in self._roots.values())
 
     # -- read ---------------------------------------------------------------------------------------------------------
 
@@ -127,7 +133,7 @@ class ScoreNetwork:
         reshard(self._holders, self._roots.values())
         for prefix, root in self._roots.items():
             if self.adapter is not None:
-                own = lora.adapter_tensors(root, self.adapter, self.role)
+                own = adapter_tensors(root, self.adapter, self.role)
                 yield from ((prefix + name, tensor) for name, tensor in own)
                 continue
             for name, module in named_modules(root, prefix):

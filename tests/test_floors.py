@@ -17,18 +17,8 @@ FLOORS = [
     [
         *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
         *("fingerprints", "flattening", "layouts", "sharding", "states", "ranks"),
-        *(
-            "modules",
-            "pipelines",
-            "lora",
-            "matching",
-            "writing",
-            "weights",
-            "optimizers",
-            "riding",
-            "rewinding",
-            "roles",
-        ),
+        *("modules", "pipelines", "adapting", "lora", "matching", "writing", "weights"),
+        *("optimizers", "riding", "rewinding", "roles"),
         *("hookspecs", "plugins", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
     ],
     [

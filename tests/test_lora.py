@@ -20,6 +20,7 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin import lora
+from disback_plugin.adapting import runs_under
 from disback_plugin.errors import MismatchError, OptionError, PathError, RoleError
 from disback_plugin.weights import ScoreNetwork
 
@@ -137,7 +138,7 @@ def test_a_teacher_is_added_without_a_trace_and_changes_no_output(global_random_
         assert parameter.requires_grad == flag
         assert torch.equal(parameter, value)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".another." in n)
-    assert lora.runs_under(model, "fake")
+    assert runs_under(model, "fake")
     assert torch.equal(Under(model, "another")(X_T, SIGMA), bare)
 
 
@@ -163,7 +164,7 @@ def test_who_runs_is_put_back_though_the_forward_raises_and_what_requires_gradie
                 assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
             with pytest.raises(RuntimeError, match="shapes"):
                 Under(model, adapter)(torch.ones(1, 7), SIGMA)
-            assert lora.runs_under(model, "fake")
+            assert runs_under(model, "fake")
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     with pytest.raises(RoleError, match="no LoRA adapter 'techer'"), lora.under(model, "techer"):
         pass
@@ -179,6 +180,19 @@ def test_gradients_of_two_adapters_on_one_base_go_to_their_own():
         assert {n for n, p in model.named_parameters() if p.grad is not None} == {
             n for n, _ in model.named_parameters() if f".{name}." in n
         }
+
+
+def test_a_checkpointed_forward_has_its_gradients_if_backward_is_called_inside():
+    from torch.utils.checkpoint import checkpoint
+
+    model, gradients = adapted("fake", init_lora_weights=False), []
+    for run in (model, lambda *args: checkpoint(model, *args, use_reentrant=False)):
+        model.zero_grad()
+        with lora.under(model, "teacher"), lora.under(model, "fake"):  # as a loop that was elsewhere before
+            run(X_T, SIGMA).square().sum().backward()
+        gradients.append(clone({n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert gradients[0]
+    assert difference(*gradients) == []
 
 
 # -- the tensors of an adapter ----------------------------------------------------------------------------------------
@@ -278,6 +292,18 @@ def test_two_adapters_that_do_not_fit_stop_before_the_first_step(tmp_path, optio
     with pytest.raises(MismatchError, match=re.compile(reason, re.DOTALL)):
         disback.attach(**roles, path=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("role", ["generator_optimizer", "fake_score_optimizer"])
+def test_an_optimizer_that_would_train_the_base_is_refused(tmp_path, role):
+    run = LoraRun()
+    bias = run.model.body[0].base_layer.bias.requires_grad_(False)
+    weights = [*run.parameters("fake" if role == "fake_score_optimizer" else "student"), bias]
+    roles = run.roles() | {role: torch.optim.Adam(weights)}
+    disback.attach(**roles, path=tmp_path / "frozen").detach()  # without gradients it stands still
+    bias.requires_grad_(True)
+    with pytest.raises(RoleError, match="steps the base of the adapters"):
+        disback.attach(**roles, path=tmp_path / "trained")
 
 
 @pytest.mark.parametrize("whole", ["teacher", "fake_score"])
