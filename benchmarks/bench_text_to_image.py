@@ -158,8 +158,8 @@ def setting(teacher, count):
         f"{teacher['classifier']:.1%} of held-out digits), at a Frechet distance of {teacher['distance']:.2f} to the "
         f"data, in pixels. The trainer of `disback_adapters.lcm_lora`: student and s_phi are LoRA of rank "
         f"{SETTING['rank']} on one base; one step of LCMScheduler at t = {SETTING['timestep']}; batch "
-        f"{SETTING['batch_size']}; Adam with {SETTING['learning_rate']:g} for both, one update each a round; no guidance. "
-        f"Recording takes at most {ARMS['DisBack, auto']['record']} updates of s_phi first, which runs without DisBack "
+        f"{SETTING['batch_size']}; Adam with {SETTING['learning_rate']:g} for both, one update each a round; no "
+        f"guidance. Recording takes at most {ARMS['DisBack, auto']['record']} updates of s_phi first, which runs without DisBack "
         f"do not have; a warm start is DisBack without the walk. Medians over {count} seeds, with the range, after so "
         "many updates of the student:"
     )
