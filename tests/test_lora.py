@@ -248,12 +248,19 @@ REFUSED = {
     "PiSSA": (lambda: inject_only(init_lora_weights="pissa"), "changes the base"),
     "modules to save": (lambda: inject_only(target_modules=["0"], modules_to_save=["4"]), "copies of whole layers"),
     "merged": (lambda: merged(), "unmerge_adapter"),
+    "another adapter that trains the base": (lambda: adapted_beside(bias="all"), "beside 'student'.*trains the base"),
     "the meta device": (lambda: adapted("fak", base=Eps().to("meta")), "on the meta device"),
 }
 
 
 def inject_only(**options):
     return get_peft_model(Eps(), config(**options), "fak")
+
+
+def adapted_beside(**options):
+    model = adapted("fak")
+    inject(model, "student", **options)
+    return model
 
 
 def merged():
