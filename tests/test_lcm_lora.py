@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_pipelines
@@ -356,15 +355,40 @@ def test_a_recipe_says_all_three_or_none_of_them_is_given():
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_it_runs_on_two_processes_which_agree(teachers, tmp_path):
+SCRIPT = """
+import sys
+from disback_adapters.lcm_lora.options import read
+from disback_adapters.lcm_lora.training import train
+trainer = train(read(sys.argv[1:]))
+sys.stdout.write(f"weights {trainer.cast.student.role.weights.checksum()}\\n")
+"""
+
+
+def test_two_processes_draw_each_their_own_and_end_with_the_same_student(teachers, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = ["-m", "disback_adapters.lcm_lora", "student", "--teacher", teachers["sd15"], "--output", tmp_path / "o"]
+    run = [tmp_path / "script.py", "--teacher", teachers["sd15"], "--output", tmp_path / "o"]
     more = ["--rank=4", "--steps=3", "--record=2", "--every=1", "--schedule=ramp:2", "--checkpoint_every=3"]
     command = [*launch, *run, "--prompts", tmp_path / "prompts.txt", *more]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(ends) == 2
+    assert len(set(ends)) == 1, "gradients are averaged"
+    first, second = ((tmp_path / "o" / "checkpoint-3" / f"random_states_{rank}.pkl").read_bytes() for rank in (0, 1))
+    assert first != second
     weights = load_file(tmp_path / "o" / "pytorch_lora_weights.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
-    assert len(list(Path(tmp_path / "o" / "checkpoint-3").glob("random_states_*"))) == 2
+
+
+def test_the_command_line_says_what_is_wrong_and_returns_2(teachers, tmp_path, capsys):
+    from disback_adapters.lcm_lora.__main__ import main
+
+    assert main([]) == 2
+    assert "student --teacher" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    least = ["--teacher", teachers["sd15"], "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "o")]
+    assert main(["student", *least, "--rank", "64"]) == 2
+    assert "pass --rank 8" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def pixels_of(pipeline: Any, resolution: int | None) -> int:
     Raises:
         OptionError: If they are no multiple of the VAE's factor.
     """
-    own: int = pipelines.denoiser(pipeline).network.config.sample_size * pipeline.vae_scale_factor  # type: ignore[union-attr, operator, assignment]
+    own = pipelines.denoiser(pipeline).network.config.sample_size * pipeline.vae_scale_factor
     if resolution is not None and resolution % pipeline.vae_scale_factor:
         raise OptionError(
             f"--resolution {resolution}", expected=f"a multiple of {pipeline.vae_scale_factor}", cure=f"pass {own}"
