@@ -23,10 +23,6 @@ from disback_plugin.errors import DisbackError, MismatchError, OptionError, Role
 
 PROMPTS = ("the digit seven", "the digit one", "a red cube")
 WALK = {"record": 4, "every": 2, "schedule": "fixed:3"}
-pytestmark = [
-    # peft says this of a LoRA whose names it knows, for the layers that a text encoder has not
-    pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning"),
-]
 
 
 @pytest.fixture(scope="module")
