@@ -85,9 +85,8 @@ def test_a_flow_is_straight_whatever_the_shift(shift, dynamic, seed, index):
     torch.testing.assert_close(stepped, add_noise(x_0, eps, alpha=1 - after, sigma=after), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"])
-def test_a_sampler_in_sigma_space_comes_to_the_same_input_of_the_network(kind):
-    scheduler = getattr(diffusers, kind)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+def test_a_sampler_in_sigma_space_comes_to_the_same_input_of_the_network():
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     t = scheduler.timesteps[3:4]
     x_0, eps, _ = batch(0, [0])
     x_t = scheduler.scale_model_input(scheduler.add_noise(x_0, eps, t), t[0])
