@@ -1,0 +1,36 @@
+"""`accelerate launch -m disback_adapters.lcm_lora student --teacher DIR_OR_HUB --prompts FILE --output DIR ...`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from disback_plugin.errors import DisbackError, OptionError, RoleError
+
+USE = "use: python -m disback_adapters.lcm_lora student --teacher DIR_OR_HUB --prompts FILE --output DIR ..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trainer; return 0, 1 if the run is broken, or 2 for wrong use."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] != ["student"]:
+        sys.stderr.write(f"{USE}\n(`teacher_schedule` is `disback run --adapter lcm_lora SCRIPT`)\n")
+        return 2
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("disback_plugin").setLevel(logging.INFO)
+    from disback_adapters.lcm_lora.options import read
+
+    try:
+        options = read(given[1:])
+        from disback_adapters.lcm_lora.training import train
+
+        train(options)
+    except DisbackError as error:
+        sys.stderr.write(f"disback: {error}\n")
+        return 2 if isinstance(error, (OptionError, RoleError)) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

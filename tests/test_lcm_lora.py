@@ -1,0 +1,390 @@
+"""The trainer of LCM-LoRA students, on tiny pipelines: recording, walk, resume, export, and inference in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_pipelines
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from disback_adapters.lcm_lora import prompts as prompts_module
+from disback_adapters.lcm_lora.options import Options, read
+from disback_adapters.lcm_lora.prompts import Embeddings, prompts_of
+from disback_adapters.lcm_lora.training import Trainer, train
+from safetensors.torch import load_file
+
+import disback_plugin as disback
+from disback_plugin.errors import DisbackError, MismatchError, OptionError, RoleError
+
+PROMPTS = ("the digit seven", "the digit one", "a red cube")
+WALK = {"record": 4, "every": 2, "schedule": "fixed:3"}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    return {kind: str(tiny_pipelines.save(kind, folder / kind)) for kind in tiny_pipelines.KINDS}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Accelerate keeps its state for the process."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def told(teacher, output, **more):
+    """Options of a short run that goes all the way."""
+    standard = {"rank": 4, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "fake_score_learning_rate": 1e-3}
+    return Options(teacher=teacher, prompts=PROMPTS, output=str(output), **{**standard, **WALK, **more})
+
+
+def student_of(trainer):
+    return {name: weight.clone() for name, weight in trainer.cast.student.role.weights.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+INFERENCE = {
+    "sd15": (LCMScheduler, {"timesteps": [999]}),
+    "sdxl": (LCMScheduler, {"timesteps": [399]}),
+    "sd3": (FlowMatchEulerDiscreteScheduler, {"num_inference_steps": 1}),
+}
+
+
+def sampled(pipeline, output, kind, z):
+    scheduler, steps = INFERENCE[kind]
+    pipeline.scheduler = scheduler.from_pretrained(output, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(list(PROMPTS[:2]), latents=z.clone(), guidance_scale=1.0, output_type="latent", **steps).images
+
+
+@pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
+def test_what_is_exported_samples_in_a_pipeline_what_the_trained_student_does(teachers, tmp_path, kind):
+    trainer = train(told(teachers[kind], tmp_path))
+    path = disback.DegradationPath.from_pretrained(tmp_path / "path")
+    assert len(path) == 3
+    path.verify()
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipeline = DiffusionPipeline.from_pretrained(teachers[kind])
+    untrained = sampled(pipeline, tmp_path, kind, z)
+    pipeline.load_lora_weights(tmp_path)
+    found = sampled(pipeline, tmp_path, kind, z)
+    with torch.no_grad():
+        assert torch.equal(found, trainer.cast.student(z, trainer.embeddings.rows([0, 1])))
+    assert not torch.allclose(found, untrained, atol=1e-2)
+    card = (tmp_path / "README.md").read_text()
+    assert INFERENCE[kind][0].__name__ in card
+    assert "guidance_scale=1.0" in card
+    assert next(iter(f"{name}={value}" for name, value in INFERENCE[kind][1].items())) in card
+
+
+@pytest.mark.parametrize("more", [{}, {"fake_score": "full"}, {"student": "full", "ema_decay": 0.5}])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does_bit_for_bit(teachers, tmp_path, more):
+    whole = train(told(teachers["sd15"], tmp_path, checkpoint_every=2, **more))
+    again = train(told(teachers["sd15"], tmp_path, resume=str(tmp_path / "checkpoint-2"), **more))
+    assert same(student_of(again), student_of(whole))
+    with whole.averaged(), again.averaged():
+        assert same(student_of(again), student_of(whole))
+
+
+def test_the_latest_checkpoint_is_the_last_one_that_is_whole(teachers, tmp_path):
+    train(told(teachers["sd15"], tmp_path, checkpoint_every=2, steps=4))
+    (tmp_path / "checkpoint-4" / "disback.json").unlink()
+    again = train(told(teachers["sd15"], tmp_path, resume="latest", checkpoint_every=2))
+    state = json.loads((tmp_path / "checkpoint-4" / "disback.json").read_text())
+    assert (state["generator_updates"], again.options.steps) == (4, 6)
+
+
+def test_one_network_is_held_and_its_own_weights_never_change(teachers, tmp_path):
+    trainer = Trainer(told(teachers["sd15"], tmp_path))
+    roles = (trainer.cast.teacher, trainer.cast.fake_score, trainer.cast.student.role)
+    assert len({id(role.network) for role in roles}) == 1
+    base = disback.lora.base_checksum(trainer.pipeline.unet)
+    before = trainer.cast.teacher.weights.fingerprint()
+    trainer.run()
+    assert disback.lora.base_checksum(trainer.pipeline.unet) == base
+    assert trainer.cast.teacher.weights.fingerprint() == before
+
+
+def test_the_generator_stands_still_while_recording_and_the_teacher_walks_after(teachers, tmp_path):
+    trainer, seen = Trainer(told(teachers["sd15"], tmp_path)), []
+    still = student_of(trainer)
+    round_of = trainer.updates.update_generator
+
+    def watched():
+        if not seen:
+            assert same(student_of(trainer), still)
+        seen.append(trainer.cast.teacher.weights.checksum())
+        return round_of()
+
+    trainer.updates.update_generator = watched
+    trainer.run()
+    assert len(seen) == 6
+    assert len(set(seen)) == 2, "node 1 for three updates, then node 0"
+    assert not same(student_of(trainer), still)
+
+
+def test_without_recording_there_is_no_path(teachers, tmp_path):
+    train(told(teachers["sd15"], tmp_path, record=0, every=None, schedule=None, steps=2))
+    assert not (tmp_path / "path").exists()
+    assert "without DisBack" in (tmp_path / "README.md").read_text()
+
+
+def test_gradient_checkpointing_changes_no_gradient_though_roles_are_switched_in_between(teachers, tmp_path):
+    ends = []
+    for name, checkpointing in (("a", False), ("b", True)):
+        trainer = train(told(teachers["sd15"], tmp_path / name, gradient_checkpointing=checkpointing, steps=3))
+        ends.append(student_of(trainer))
+        AcceleratorState._reset_state(True)
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(weight, ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_grids_of_samples_go_to_folder_and_tracker_and_change_no_weight(teachers, tmp_path):
+    plain = train(told(teachers["sd15"], tmp_path / "plain"))
+    AcceleratorState._reset_state(True)
+    more = {"sample_every": 3, "report_to": "tensorboard", "sample_count": 2}
+    shown = train(told(teachers["sd15"], tmp_path / "shown", **more))
+    assert same(student_of(plain), student_of(shown))
+    assert {file.name for file in (tmp_path / "shown" / "samples").iterdir()} == {"000003.png", "000006.png"}
+    (events,) = (tmp_path / "shown").rglob("events.out*")
+    written = events.read_bytes()
+    assert b"samples" in written
+    assert b"disback/position" in written
+
+
+def test_in_bfloat16_the_frozen_weights_are_and_the_trained_are_not(teachers, tmp_path):
+    trainer = train(told(teachers["sd15"], tmp_path, mixed_precision="bf16", steps=2))
+    trained = {id(weight) for weight in (*trainer.updates.weights, *trainer.updates.fake_score_weights)}
+    kinds = {(id(p) in trained, p.dtype) for n, p in trainer.pipeline.unet.named_parameters() if ".teacher." not in n}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_a_whole_student_is_exported_as_a_network(teachers, tmp_path):
+    trainer = train(told(teachers["sd15"], tmp_path, student="full", steps=2, learning_rate=1e-3))
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = sampled(DiffusionPipeline.from_pretrained(teachers["sd15"], unet=unet), tmp_path, "sd15", z)
+    with torch.no_grad():
+        assert torch.equal(found, trainer.cast.student(z, trainer.embeddings.rows([0, 1])))
+    assert "unet=UNet2DConditionModel.from_pretrained" in (tmp_path / "README.md").read_text()
+
+
+def test_training_goes_on_from_a_lora_that_is_given(teachers, tmp_path):
+    first = train(told(teachers["sd15"], tmp_path / "first", steps=2))
+    AcceleratorState._reset_state(True)
+    second = Trainer(told(teachers["sd15"], tmp_path / "second", student_lora=str(tmp_path / "first")))
+    assert same(student_of(second), student_of(first))
+
+
+def test_what_is_published_is_weights_scheduler_and_card(teachers, tmp_path, monkeypatch):
+    from disback_adapters.lcm_lora import export
+
+    sent = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **what):
+            sent.append(what)
+
+    monkeypatch.setattr(export, "HfApi", Hub)
+    train(told(teachers["sd15"], tmp_path / "mine", steps=1, checkpoint_every=1, push_to_hub=True))
+    from huggingface_hub.utils import filter_repo_objects
+
+    (what,) = sent
+    files = [str(file.relative_to(tmp_path / "mine")) for file in (tmp_path / "mine").rglob("*") if file.is_file()]
+    allowed = {"allow_patterns": what["allow_patterns"], "ignore_patterns": what["ignore_patterns"]}
+    assert what["repo_id"] == "me/mine"
+    assert set(filter_repo_objects(files, **allowed)) == {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "scheduler/scheduler_config.json",
+    }
+
+
+# -- the student, and what the networks are given ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prediction", "timestep"), [("epsilon", 999), ("v_prediction", 499), ("sample", 20)])
+def test_the_student_is_lcms_parametrisation(tmp_path, prediction, timestep):
+    teacher = tiny_pipelines.save("sd15", tmp_path / "t", prediction_type=prediction)
+    trainer = Trainer(told(str(teacher), tmp_path / "o", timestep=timestep))
+    z, conditions = torch.randn(2, 4, 8, 8), trainer.embeddings.rows([0, 2])
+    t = torch.tensor([timestep] * 2)
+    with torch.no_grad():
+        output, x = trainer.cast.student.role(z, t, conditions), trainer.cast.student(z, conditions)
+    alpha, sigma = (value.view(2, 1, 1, 1) for value in trainer.updates.denoiser.noise(t))
+    x_0 = {"epsilon": (z - sigma * output) / alpha, "v_prediction": alpha * z - sigma * output, "sample": output}
+    scaled = 10.0 * timestep  # arXiv 2310.04378, Eq. 9, with sigma_data = 0.5
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
+    torch.testing.assert_close(x, c_skip * z + c_out * x_0[prediction], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
+def test_the_two_guidance_branches_are_what_the_pipeline_itself_would_ask(teachers, tmp_path, kind):
+    trainer = Trainer(told(teachers[kind], tmp_path))
+    pipeline = DiffusionPipeline.from_pretrained(teachers[kind])
+    asked = []
+    network = getattr(pipeline, trainer.updates.denoiser.component)
+    network.register_forward_pre_hook(lambda module, args, kwargs: asked.append((args, kwargs)), with_kwargs=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=5.0, output_type="latent")
+    _, kwargs = asked[0]
+    own = {**kwargs, **(kwargs.get("added_cond_kwargs") or {})}
+    conditions, null = trainer.embeddings.rows([0]), trainer.embeddings.null
+    assert conditions.keys() == set(trainer.updates.denoiser.conditions)
+    for name in conditions:
+        torch.testing.assert_close(torch.cat([null[name], conditions[name]]), own[name].to(conditions[name]))
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_encoded_once_and_the_encoders_are_let_go(teachers, tmp_path, monkeypatch):
+    first = Trainer(told(teachers["sdxl"], tmp_path))
+    assert first.pipeline.text_encoder is None
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(Embeddings, "make", lambda *args: pytest.fail("encoded again"))
+    again = Trainer(told(teachers["sdxl"], tmp_path))
+    assert again.pipeline.text_encoder_2 is None
+    assert same(again.embeddings.rows([2, 0]), first.embeddings.rows([2, 0]))
+
+
+def test_other_prompts_are_encoded_anew(teachers, tmp_path):
+    first = Trainer(told(teachers["sd15"], tmp_path)).embeddings.rows([0])
+    AcceleratorState._reset_state(True)
+    options = Options(teacher=teachers["sd15"], prompts=["a cat"], output=str(tmp_path), rank=4)
+    assert not same(Trainer(options).embeddings.rows([0]), first)
+
+
+def test_rows_come_from_their_files_however_many_there_are(teachers, tmp_path, monkeypatch):
+    embeddings = Trainer(told(teachers["sd15"], tmp_path / "a")).embeddings
+    whole = [embeddings.rows([index]) for index in range(3)]
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(prompts_module, "ROWS", 2)
+    parts = Trainer(told(teachers["sd15"], tmp_path / "b")).embeddings
+    assert len(list((tmp_path / "b" / "embeddings").glob("0*.safetensors"))) == 2
+    for index in range(3):
+        torch.testing.assert_close(parts.rows([index]), whole[index])
+
+
+def test_prompts_come_from_a_file_or_a_list_and_a_dataset_says_what_it_needs(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    assert prompts_of(str(tmp_path / "prompts.txt")) == prompts_of(["one", "two"]) == ["one", "two"]
+    with pytest.raises(OptionError, match="no prompt"):
+        prompts_of([" "])
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        with pytest.raises(OptionError, match="pip install datasets"):
+            prompts_of("someone/prompts")
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def quantised(folder):
+    file = tiny_pipelines.save("sd15", folder) / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "x"}}))
+
+
+def without_added_conditions(folder):
+    tiny_pipelines.save(
+        "sd15",
+        folder,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=40,
+    )
+
+
+WRONG = {
+    "another prediction": ({}, {"prediction": "v"}, MismatchError, "--prediction v"),
+    "a rank above the layers": ({}, {"rank": 9}, OptionError, "pass --rank 8 or less"),
+    "a quantised base": (quantised, {}, RoleError, "load the teacher without quantisation"),
+    "SDXL without added conditions": (without_added_conditions, {}, OptionError, "two text encoders"),
+    "a consistency model": ({"time_cond_proj_dim": 8}, {}, RoleError, "distilled from as --teacher"),
+    "a checkpoint that is not there": ({}, {"resume": "latest"}, OptionError, "leave --resume out"),
+    "a size that the VAE does not have": ({}, {"resolution": 15}, OptionError, "pass 16"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_combination_stops_before_the_first_step_with_the_cure(tmp_path, case, monkeypatch):
+    make, more, kind, cure = WRONG[case]
+    make(tmp_path / "t") if callable(make) else tiny_pipelines.save("sd15", tmp_path / "t", **make)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: pytest.fail("a step was taken"))
+    with pytest.raises(kind, match=cure) as caught:
+        train(told(str(tmp_path / "t"), tmp_path / "o", **more))
+    assert isinstance(caught.value, DisbackError)
+
+
+def test_a_lora_of_another_rank_is_refused_as_start_and_in_a_checkpoint(teachers, tmp_path):
+    train(told(teachers["sd15"], tmp_path, steps=1, checkpoint_every=1))
+    with pytest.raises(OptionError, match="pass --rank 4"):
+        Trainer(told(teachers["sd15"], tmp_path / "o", student_lora=str(tmp_path), rank=2))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(DisbackError, match="shape"):
+        train(told(teachers["sd15"], tmp_path, resume="latest", rank=2))
+
+
+def test_a_recipe_says_all_three_or_none_of_them_is_given():
+    least = ["--teacher", "t", "--prompts", "p", "--output", "o"]
+    options = read([*least, "--recipe", "sdxl", "--gradient_checkpointing"])
+    assert options.recording == {"record": 1000, "every": 100, "schedule": "sdxl"}
+    assert options.gradient_checkpointing
+    assert read(least) == Options(teacher="t", prompts="p", output="o")
+    with pytest.raises(OptionError, match="--record"):
+        read([*least, "--recipe", "sdxl", "--record", "5"])
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+SCRIPT = """
+import sys
+from disback_adapters.lcm_lora.options import read
+from disback_adapters.lcm_lora.training import train
+trainer = train(read(sys.argv[1:]))
+sys.stdout.write(f"weights {trainer.cast.student.role.weights.checksum()}\\n")
+"""
+
+
+def test_two_processes_draw_each_their_own_and_end_with_the_same_student(teachers, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = [tmp_path / "script.py", "--teacher", teachers["sd15"], "--output", tmp_path / "o"]
+    more = ["--rank=4", "--steps=3", "--record=2", "--every=1", "--schedule=ramp:2", "--checkpoint_every=3"]
+    command = [*launch, *run, "--prompts", tmp_path / "prompts.txt", *more]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(ends) == 2
+    assert len(set(ends)) == 1, "gradients are averaged"
+    first, second = ((tmp_path / "o" / "checkpoint-3" / f"random_states_{rank}.pkl").read_bytes() for rank in (0, 1))
+    assert first != second
+    weights = load_file(tmp_path / "o" / "pytorch_lora_weights.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_the_command_line_says_what_is_wrong_and_returns_2(teachers, tmp_path, capsys):
+    from disback_adapters.lcm_lora.__main__ import main
+
+    assert main([]) == 2
+    assert "student --teacher" in capsys.readouterr().err
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    least = ["--teacher", teachers["sd15"], "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "o")]
+    assert main(["student", *least, "--rank", "64"]) == 2
+    assert "pass --rank 8" in capsys.readouterr().err
