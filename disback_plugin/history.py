@@ -15,7 +15,7 @@ from typing import Any
 from disback_plugin.errors import PathError
 from disback_plugin.runlog import RESERVED, SUFFIX, RunLog
 
-__all__ = ["OURS", "Curve", "History", "find", "read", "settle"]
+__all__ = ["OURS", "Curve", "History", "find", "load", "read", "settle"]
 
 Line = Mapping[str, Any]
 # A moment of a run: (0, updates recorded) while recording, then (1, generator updates).
@@ -34,7 +34,7 @@ class History:
         name: Of the run: that of its file, without ".log.jsonl".
         file: The log.
         begun: Lines that say what a process began with: settings, versions, fingerprints; the last is the present one.
-        lines: All others.
+        lines: All others, those that say where a run was resumed included.
         torn: Lines of the file that do not read, as the last one of a process that was killed while writing it.
     """
 
@@ -100,7 +100,8 @@ def settle(lines: Iterable[Line]) -> History:
     for line in lines:
         if "begin" in line:
             past.append(now)
-            now = _resumed(past, line) if line.get("resumed") else _begun(now, line)
+            same = [history for history in past if _same_path(history, line)]
+            now = _resumed(same or past, line) if line.get("resumed") else _begun(now, line)
             now.begun.append(line)
         elif "resume" in line:
             began = now.begun[-1:]
@@ -110,6 +111,7 @@ def settle(lines: Iterable[Line]) -> History:
             past.append(now)
             now = _resumed(known or [now], line)
             now.begun += [begin for begin in began if not any(begin is other for other in now.begun)]
+            now.lines.append(line)
         else:
             now.lines.append(line)
     now.lines = sorted(now.lines, key=_moment)  # stable: of one moment the last stays the last
@@ -137,6 +139,16 @@ def read(file: Path) -> History:
     history = settle(found)
     history.name, history.file, history.torn = file.name.removesuffix(SUFFIX), file, len(lines) - len(found)
     return history
+
+
+def load(run: Path) -> list[History]:
+    """Return the histories that a run's name stands for (`find`); of a folder the one that began first comes first.
+
+    Raises:
+        PathError: If there is none, or one does not read.
+    """
+    histories = [read(file) for file in find(run)]
+    return sorted(histories, key=lambda history: str(history.begun[0].get("time", "")) if history.begun else "")
 
 
 def find(run: Path) -> list[Path]:

@@ -281,9 +281,12 @@ class Plugins:
             file: The file; None: beside the path, and without a path no log.
             path: The folder of the path, if there is one.
         """
-        if file is None and path is None:
+        if file is not None:
+            log = RunLog(file)
+        elif path is not None:
+            log = RunLog.beside(path)
+        else:
             return None
-        log = RunLog(file) if file is not None else RunLog.beside(str(path))
         lent = self._shelf.lend(NAME, lambda: log)
         self._resolve()
         return log if lent else None

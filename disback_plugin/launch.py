@@ -110,6 +110,7 @@ def exit_code(command: Callable[[argparse.Namespace], int | None], options: argp
     """
     try:
         code = command(options)
+        sys.stdout.flush()  # now, where a reader that has left, as `head` does, is no error yet
     except DisbackError as error:
         if options.debug:
             raise
@@ -118,6 +119,9 @@ def exit_code(command: Callable[[argparse.Namespace], int | None], options: argp
     except OSError as error:
         if options.debug or getattr(options, "code_of_users", False):
             raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written
+            return 141  # what a shell says of a process that SIGPIPE ended
         print(f"disback: {error}; --debug shows where", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -72,10 +72,10 @@ def figure(panels: Sequence[Panel], title: str = "") -> Figure:
         made = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
         grid = made.subplots(rows, columns, squeeze=False).flatten()
         labels: dict[int, Any] = {}
-        for axes, panel in zip(grid, panels, strict=False):
+        for axes, panel in zip(grid[: len(panels)], panels, strict=True):
             draw(axes, panel, COLOURS)
             axes.set_title(panel.title, fontsize=10, loc="left")
-            lines = zip(panel.series, axes.lines, strict=False)
+            lines = zip(panel.series, axes.lines[: len(panel.series)], strict=True)  # a level and marks come after
             labels |= {series.run: line for series, line in lines if series.look == "line"}
         for axes in grid[len(panels) :]:
             axes.set_axis_off()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from tqdm.auto import tqdm
@@ -38,17 +38,12 @@ def page(runs: Sequence[History]) -> str:
     main = SubElement(body, "main")
     _overview(main, runs)
     _comparison(main, runs)
-    section = ""
-    for number, panel in enumerate(tqdm(panels(runs), desc="drawing", unit="panel", leave=False, disable=None)):
-        if panel.section != section:
-            if section == MEASURED:
-                _samples(main, runs)
-            section = panel.section
-            _say(main, "h2", section)
-            grid = SubElement(main, "div", {"class": "grid"})
-        _figure(grid, panel, f"p{number}")
-    if section in ("", MEASURED):
+    drawn = panels(runs)
+    with tqdm(total=len(drawn), desc="drawing", unit="panel", leave=False, disable=None) as bar:
+        _section(main, MEASURED, drawn, bar)
         _samples(main, runs)
+        for section in dict.fromkeys(panel.section for panel in drawn if panel.section != MEASURED):
+            _section(main, section, drawn, bar)
     _settings(main, runs)
     return f"<!doctype html>\n{tostring(html, 'unicode', method='html')}\n"
 
@@ -171,6 +166,17 @@ def _comparison(parent: Element, runs: Sequence[History]) -> None:
                 _number(line, "td", value, ".3f" if name.endswith("ratio") else ".4g")
 
 
+def _section(parent: Element, name: str, drawn: Sequence[Panel], bar: tqdm[NoReturn]) -> None:
+    if all(panel.section != name for panel in drawn):
+        return
+    _say(parent, "h2", name)
+    grid = SubElement(parent, "div", {"class": "grid"})
+    for number, panel in enumerate(drawn):
+        if panel.section == name:
+            _figure(grid, panel, f"p{number}")
+            bar.update()
+
+
 def _figure(parent: Element, panel: Panel, key: str) -> None:
     figure = SubElement(parent, "figure", {"class": "card"})
     _say(figure, "h3", panel.title + (f", {panel.y}" if panel.y else ""))
@@ -213,13 +219,20 @@ def _settings(parent: Element, runs: Sequence[History]) -> None:
     for run in runs:
         details = SubElement(parent, "details", {"class": "settings"} | ({"open": ""} if len(runs) == 1 else {}))
         _say(details, "summary", run.name)
+        known: dict[str, str] = {}
         for begin in run.begun:
-            _say(details, "h3", f"{begin['begin']}, {_when(begin)}")
+            _say(details, "h3", f"{begin['begin']}, {_when(begin)}" + (": what differs" if known else ""))
             body = SubElement(SubElement(details, "table", {"class": "facts"}), "tbody")
-            for name, value in _flat({k: v for k, v in begin.items() if k not in ("begin", "update", "recording")}):
-                row = SubElement(body, "tr")
-                _say(row, "th", name).set("scope", "row")
-                _say(row, "td", value)
+            facts = dict(_flat({k: v for k, v in begin.items() if k not in ("begin", "update", "recording")}))
+            for name, value in facts.items():
+                if known.get(name) != value:
+                    row = SubElement(body, "tr")
+                    _say(row, "th", name).set("scope", "row")
+                    _say(row, "td", value)
+            known |= facts
+        resumes = [_when(line) for line in run.lines if "resume" in line]
+        if resumes:
+            _say(details, "p", f"A state was loaded {', '.join(resumes)}.", "quiet")
         if not run.begun:
             _say(details, "p", "The log does not say.", "quiet")
 

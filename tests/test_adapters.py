@@ -285,10 +285,10 @@ def test_dmd2s_trackers_get_the_numbers_under_the_trainers_own_step(edm, tmp_pat
         for _ in range(10):
             trainer.train_one_step()
             trainer.step += 1
-    assert [(step, v["disback/generator_updates"], v["disback/position"]) for step, v in told] == [
-        (2, 0, 1.0),
-        (6, 2, 0.0),
+    moves = [
+        (step, v["disback/generator_updates"], v["disback/position"]) for step, v in told if "disback/position" in v
     ]
+    assert moves == [(2, 0, 1.0), (6, 2, 0.0)]
 
 
 DMD2 = {"train_edm": {"gan_alone": False}, "train_sd": {"step": 0, "use_fp16": False, "dfake_gen_update_ratio": 3}}

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from disback_plugin import cli
-from disback_plugin.demo import study
+from disback_plugin.demo import regimes, study
 from disback_plugin.schedules import Ramp
 
 
@@ -20,10 +20,10 @@ def disback(*arguments, **options):
 @pytest.fixture
 def short(monkeypatch):
     """The default regime, cut to a few updates."""
-    regime = study.plan("mlp", "scratch")
-    settings = study.replace(regime.settings, updates=6)
-    cut = study.replace(regime, settings=settings, record=4, every=2, evaluate_every=2, samples=100, schedule=Ramp(3))
-    monkeypatch.setattr(study, "_PLANS", {("mlp", "scratch"): cut})
+    regime = regimes.plan("mlp", "scratch")
+    settings = regimes.replace(regime.settings, updates=6)
+    cut = regimes.replace(regime, settings=settings, record=4, every=2, evaluate_every=2, samples=100, schedule=Ramp(3))
+    monkeypatch.setattr(regimes, "PLANS", {("mlp", "scratch"): cut})
 
 
 def test_the_demo_writes_what_it_says_and_prints_one_json_object(short, tmp_path, capsys):
@@ -66,7 +66,7 @@ def test_a_seed_does_not_depend_on_the_company_it_keeps(short, tmp_path, capsys)
 
 
 def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(short, tmp_path):
-    regime = study.plan("mlp", "scratch")
+    regime = regimes.plan("mlp", "scratch")
     runs = study.Study(regime, [7], tmp_path).run_all()
     assert len({run.raw[0][0] for run in runs.values()}) == 1
     trainer = study.Trainer(regime.settings, [7])
@@ -79,12 +79,11 @@ def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(
 
 @pytest.mark.parametrize("loss", ["dmd", "sid"])
 def test_each_loss_has_its_own_baseline_and_settings(loss, tmp_path, monkeypatch, capsys):
-    regime = study.plan("mlp", "far", loss=loss)
-    assert regime.settings.rate == study._OF_LOSSES[loss]["mlp", "far"][0]
+    regime = regimes.plan("mlp", "far", loss=loss)
+    assert regime.settings.rate == regimes.OF_LOSSES[loss]["mlp", "far"][0]
     monkeypatch.setattr("disback_plugin.demo.trainer.FAR", 3)
-    settings = study.replace(regime.settings, updates=4)
-    cut = study.replace(regime, settings=settings, record=2, every=2, evaluate_every=2, samples=60, schedule=Ramp(2))
-    monkeypatch.setattr(study, "plan", lambda *arguments: cut)
+    settings = regimes.replace(regime.settings, updates=4)
+    cut = regimes.replace(regime, settings=settings, record=2, every=2, evaluate_every=2, samples=60, schedule=Ramp(2))
     monkeypatch.setattr("disback_plugin.demo.main.plan", lambda *arguments: cut)
     assert cli.main(["demo", "--loss", loss, "--student", "far", "--seeds", "2", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -100,7 +99,7 @@ def test_the_three_losses_train_differently():
     from disback_plugin.demo.trainer import Settings, Trainer
 
     ends = {}
-    for loss in study.LOSSES:
+    for loss in regimes.LOSSES:
         trainer = Trainer(Settings("mlp", "teacher", rate=1e-3, updates=2, sigma_init=2.5, batch=8, loss=loss), [0])
         trainer.step()
         trainer.step()
@@ -113,7 +112,7 @@ def test_the_log_of_each_run_of_the_demo_makes_a_report(short, tmp_path, capsys)
     result = json.loads(capsys.readouterr().out)
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report.html"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [run["run"] for run in told["runs"]] == ["diff-instruct", "disback", "grad-ramp", "warm"]
+    assert [run["run"] for run in told["runs"]] == ["diff-instruct", "warm", "grad-ramp", "disback"]
     last = {row["run"]: row["last"] for row in told["comparison"] if row["measure"] == "distance"}
     assert last == pytest.approx(result["final"], rel=1e-6)
     page = (tmp_path / "report.html").read_text()

@@ -68,14 +68,14 @@ def test_an_interrupted_recording_says_that_it_can_be_resumed_and_is(tmp_path):
     arguments = ["record", "networks:build", "--path", "path", "--iterations", "200", "--every", "5"]
     command = [sys.executable, "-m", "disback_plugin.cli", *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (tmp_path / "path" / "node-003.safetensors").exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
     assert out == ""
     assert err == "disback: interrupted; the same command goes on from the last node that is in path\n"
     recorded = len(DegradationPath(tmp_path / "path")) - 1
@@ -104,6 +104,14 @@ def test_a_place_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path, ca
     assert told.count("\n") == 1
     with pytest.raises(OSError, match="file"):
         cli.main([*arguments, "--debug"])
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "disback_plugin.cli", "plugins"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 @pytest.fixture

@@ -504,7 +504,7 @@ def test_a_run_tells_its_plug_ins_everything_in_order(tmp_path):
         with handle.original_teacher():  # no part of the walk
             pass
         run.steps(5)
-    logs = [event for event in plugin.heard if event[0] == "log"]
+    logs = [event for event in plugin.heard if event[0] == "log" and "disback/position" in event[1]]
     assert [event for event in plugin.heard if event[0] != "log"] == [
         ("recorded", 1), ("recorded", 2), ("completed", 2), ("swapped", 0.0, 1.0, 0), ("swapped", 1.0, 0.0, 2)
     ]  # fmt: skip
@@ -580,7 +580,12 @@ def test_the_two_stages_by_hand_tell_the_same(tmp_path):
     path = disback.record(
         run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=2, every=1, plugins=[plugin]
     )
-    assert plugin.heard == [("recorded", 1), ("recorded", 2), ("completed", 2)]
+    assert [event for event in plugin.heard if event[0] != "log"] == [
+        ("recorded", 1),
+        ("recorded", 2),
+        ("completed", 2),
+    ]
+    assert [event[1]["disback/recording"] for event in plugin.heard if event[0] == "log"] == [2], "one cosine of two"
     scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score, schedule=Fixed(1), plugins=[plugin])
     scheduler.start()
     scheduler.step()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -216,6 +217,14 @@ def test_a_plot_is_of_the_kind_that_its_suffix_says(two, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["report", "plot"])
+def test_without_matplotlib_it_says_what_to_install(command, two, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([command, str(two[0].file), "--out", str(tmp_path / "x.png")]) == 2
+    assert "pip install 'disback-plugin[plots]'" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
 def test_no_log_is_one_line_and_exit_code_1(command, tmp_path, capsys):
     assert cli.main([command, str(tmp_path / "nothing"), "--out", str(tmp_path / "x.png")]) == 1
     told = capsys.readouterr().err
@@ -244,3 +253,27 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, w
     assert needed <= inner <= width
     assert figures == len(panels(two))
     assert "CONSOLE" not in out.stderr
+
+
+def test_a_second_process_shows_only_what_differs_and_where_it_went_on(tmp_path):
+    for process in range(2):
+        log = RunLog(tmp_path / "x.log.jsonl")
+        log.begin("attach", settings={"schedule": "auto", "rate": f"1e-{process}"})
+        if process:
+            log.resume(update=3)
+        log.log({"loss": 1.0}, 3 + process)
+    text = page([read(log.file)])
+    assert text.count("settings: schedule") == 1
+    assert text.count("settings: rate") == 2
+    assert text.count("versions: torch") == 1
+    assert "A state was loaded at generator update 3." in text
+
+
+def test_pictures_are_shown_though_no_number_was_logged(tmp_path):
+    (tmp_path / "x.png").write_bytes(PNG)
+    log = RunLog(tmp_path / "x.log.jsonl")
+    log.begin("test")
+    log.log({"position": 1.0, "samples": tmp_path / "x.png", "gone": tmp_path / "y.png"}, 7)
+    text = page([read(log.file)])
+    assert text.count("data:image/png;base64,") == 1
+    assert "y.png is not there any more" in text

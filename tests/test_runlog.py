@@ -143,6 +143,7 @@ def test_a_resumed_run_is_one_history_and_a_second_run_on_its_path_another(tmp_p
     second.log({"loss": 5.0})
     history = read(tmp_path / "path.log.jsonl")
     assert history.curves()["loss"] == [(5, 5.0)], "the killed run's update 8 does not count"
+    assert [line["update"] for line in history.lines if "resume" in line] == [2]
     assert [update for update, _ in history.curves()["position"]] == [0, 1, 2, 3, 4]
     assert len(history.nodes()) == 2
     handle.detach()
@@ -185,6 +186,16 @@ def test_what_is_not_finite_is_null_and_every_line_is_strict_json(tmp_path):
     parsed = [json.loads(text, parse_constant=lambda name: pytest.fail(name)) for text in texts]
     assert (parsed[1]["loss"], parsed[1]["other"]) == (None, None)
     assert read(log.file).curves() == {"loss": [(3, None)], "other": [(3, None)]}
+
+
+def test_a_run_goes_on_from_one_of_its_own_path_not_from_the_last_one():
+    def begin(path, resumed):
+        return {"update": 5 if resumed else 0, "begin": "attach", "resumed": resumed, "path": path}
+
+    ours, another = ({"update": 9, "loss": loss} for loss in (1.0, 2.0))
+    early, early_of_another = ({"update": 4, "loss": loss} for loss in (3.0, 4.0))
+    lines = [begin("a", False), early, ours, begin("b", False), early_of_another, another, begin("a", True)]
+    assert settle(lines).curves() == {"loss": [(4, 3.0)]}
 
 
 def test_a_line_that_a_killed_process_left_half_does_not_hide_the_next(tmp_path):
@@ -295,3 +306,11 @@ def test_the_ranks_of_a_sharded_run_leave_one_log(nursery, tmp_path):
     assert history.curves()["loss"] == [(update, 1.0) for update in range(5)]
     assert len(lines_of(history.file)) == len(history.lines) + 1
     assert [node["index"] for node in history.nodes()] == [1, 2]
+
+
+def test_a_path_given_as_what_record_returned_has_its_log_beside_it(tmp_path):
+    run = Run()
+    path = disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path / "path", iterations=4, every=2)
+    with disback.attach(**run.roles(), path=path, schedule="warm"):
+        run.step()
+    assert [begin["begin"] for begin in read(tmp_path / "path.log.jsonl").begun] == ["record", "attach"]

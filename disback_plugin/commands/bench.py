@@ -51,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
         return _call([str(script), *options.names[1:], "--out", str(options.out.absolute())], root)
     if options.out is not None:
         raise OptionError("--out without convergence", expected="no --out", cure="drop it: pytest saves the numbers")
-    files = [str(root / "benchmarks" / f"bench_{name}.py") for name in options.names] or [str(root / "benchmarks")]
-    for name, wanted in zip(options.names, files, strict=False):
-        if not Path(wanted).exists():
-            known = sorted(each.stem.removeprefix("bench_") for each in root.glob("benchmarks/bench_*.py"))
+    known = sorted(each.stem.removeprefix("bench_") for each in root.glob("benchmarks/bench_*.py"))
+    for name in options.names:
+        if name not in known:
             raise OptionError(f"no benchmark {name!r}", expected=f"some of {', '.join(known)}", cure="name one of them")
+    files = [str(root / "benchmarks" / f"bench_{name}.py") for name in options.names] or [str(root / "benchmarks")]
     arguments = ["-m", "pytest", "--benchmark", *files]
     if not options.json:
         return _call(arguments, root)

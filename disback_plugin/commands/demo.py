@@ -18,8 +18,12 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "demo",
         help="distil one-step generators of digits, with and without DisBack",
         description="Distil one-step generators of scikit-learn's digits from a teacher that comes with this package: "
-        "Diff-Instruct, two controls and DisBack, from the same seeds. Takes a few minutes on two CPU cores.",
-        examples="disback demo\ndisback demo --seeds 3 --network conv --student teacher --out results",
+        "Diff-Instruct, or another loss, two controls and DisBack, from the same seeds. Takes a few minutes on two CPU "
+        "cores. `disback report` makes a page of the logs that it leaves in --out.",
+        examples="""
+        disback demo && disback report disback-demo
+        disback demo --seeds 3 --network conv --student far --loss sid --out results --json > result.json
+        """,
     )
     demo.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side (%(default)s)"
@@ -44,7 +48,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         type=Path,
         default=Path("disback-demo"),
         metavar="DIR",
-        help="folder for pictures, path and result.json (%(default)s)",
+        help="folder for pictures, path, logs and result.json (%(default)s)",
     )
     json_option(demo)
     demo.set_defaults(

@@ -32,11 +32,11 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> None:
     """Draw the picture."""
     from disback_plugin.errors import PathError
-    from disback_plugin.history import find, read
+    from disback_plugin.history import load
     from disback_plugin.panels import panels
     from disback_plugin.plots import save
 
-    runs = [read(log) for log in find(options.source)]
+    runs = load(options.source)
     drawn = panels(runs)
     if not drawn:
         raise PathError(

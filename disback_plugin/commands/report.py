@@ -22,7 +22,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "versions and fingerprints. Several runs are drawn together, with their ratios to the first.",
         examples="""
         disback report runs/path --out report.html
-        disback report disback-demo                            # every log in a folder
+        disback report disback-demo                            # every log in a folder, the first run first
         disback report runs/baseline.log.jsonl runs/path --out report.html
         """,
     )
@@ -37,12 +37,11 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the page."""
     from disback_plugin import files
-    from disback_plugin.history import find, read
+    from disback_plugin.history import load
     from disback_plugin.panels import compare
     from disback_plugin.report import page
 
-    logs = list(dict.fromkeys(log for name in options.runs for log in find(name)))
-    runs = [read(log) for log in logs]
+    runs = list({history.file.absolute(): history for name in options.runs for history in load(name)}.values())
     text = page(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(options.out, text)

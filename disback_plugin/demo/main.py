@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from disback_plugin.demo import pictures
 from disback_plugin.demo.networks import PIXELS, load_teacher
+from disback_plugin.demo.regimes import LOSSES, plan
 from disback_plugin.demo.sampling import heun
-from disback_plugin.demo.study import LOSSES, Study, plan, summarise
+from disback_plugin.demo.study import Study, summarise
 from disback_plugin.errors import OptionError
 from disback_plugin.schedules import parse
 

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,14 +29,13 @@ from torch import Tensor
 import disback_plugin as disback
 from disback_plugin.demo import digits, pictures
 from disback_plugin.demo.networks import PIXELS
-from disback_plugin.demo.trainer import Settings, Streams, Trainer, generate
+from disback_plugin.demo.regimes import Plan
+from disback_plugin.demo.trainer import Streams, Trainer, generate
 from disback_plugin.metrics import frechet_distance, mismatch_degree
-from disback_plugin.schedules import GradientRamp, Ramp, Schedule, WarmStart
+from disback_plugin.schedules import GradientRamp, Schedule, WarmStart
 from disback_plugin.scores import Prediction
 
-__all__ = ["LOSSES", "Plan", "Run", "Study", "plan", "summarise"]
-
-LOSSES = {"diff-instruct": "Diff-Instruct", "dmd": "DMD", "sid": "SiD"}
+__all__ = ["Run", "Study", "summarise"]
 
 # In forward passes of one network, a backward pass being two. Diff-Instruct: the fake score's update takes a generator
 # and a fake-score forward and a backward (4), the generator's two more forwards, its own and its backward (5). SiD goes
@@ -49,33 +48,6 @@ MISMATCH_SIGMAS = (1.0, 2.0, 4.0)
 
 # Purposes of a seed's noise streams; the trainer's own is 1.
 _RECORDING, _EVALUATION = 2, 3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A regime: the trainer's settings and what DisBack does in it.
-
-    Attributes:
-        settings: Of the trainer, the same in all four runs.
-        record: Recording iterations.
-        every: Iterations between two nodes.
-        codec: How the nodes are stored.
-        schedule: Of the run "disback".
-        thresholds: Distances whose first crossing is reported, falling.
-        evaluate_every: Generator updates between two evaluations.
-        samples: Samples a member and evaluation.
-        ema: Decay of the generator's exponential moving average.
-    """
-
-    settings: Settings
-    record: int
-    every: int
-    schedule: Schedule
-    thresholds: tuple[float, ...]
-    codec: str = "int8"
-    evaluate_every: int = 20
-    samples: int = 1_000
-    ema: float = 0.99
 
 
 @dataclass
@@ -332,50 +304,3 @@ def _ratio(runs: dict[str, Run], threshold: float, cost: Callable[[Run, float], 
 
 def _finite(value: float) -> float | None:
     return round(value, 1) if math.isfinite(value) else None
-
-
-# Found on seeds 100 to 104, each rate the best of Diff-Instruct's (of three, on seeds 100 to 102, where the student is
-# far); seeds 0 to 4 had no part in it. One short recording
-# and one short descent for all regimes: one node did better than five, 25 iterations as well as 50.
-_PLANS = {
-    (settings.network, settings.student): Plan(settings, record=25, every=25, schedule=Ramp(50), thresholds=thresholds)
-    for settings, thresholds in (
-        (Settings("mlp", "scratch", rate=1e-3, updates=800, sigma_init=80.0), (5.0, 4.0, 3.0, 2.0)),
-        (Settings("mlp", "teacher", rate=5e-4, updates=300, sigma_init=2.5), (4.0, 3.0, 2.0)),
-        (Settings("conv", "scratch", rate=2e-3, updates=300, sigma_init=80.0, batch=32), (6.0, 5.0)),
-        (Settings("conv", "teacher", rate=1e-3, updates=300, sigma_init=2.5, batch=32), (4.0, 2.0, 1.0)),
-        (Settings("mlp", "far", rate=2e-3, updates=300, sigma_init=2.5), (6.0, 4.0, 3.0)),
-        (Settings("conv", "far", rate=2e-3, updates=300, sigma_init=2.5, batch=32), (4.0, 2.0, 1.0)),
-    )
-}
-# With another loss: the rate that did best without DisBack of 5e-4, 1e-3 and 2e-3, on seeds 100 to 102, where no seed
-# diverged (SiD does at 2e-3), and thresholds at about 2 and 1.3 times what that ended at. DisBack's settings are those
-# found for Diff-Instruct.
-_OF_LOSSES = {
-    "dmd": {
-        ("mlp", "scratch"): (1e-3, (10.0, 9.0)),
-        ("mlp", "teacher"): (5e-4, (4.0, 2.5)),
-        ("mlp", "far"): (2e-3, (10.0, 7.0)),
-        ("conv", "scratch"): (2e-3, (9.0, 7.0)),
-        ("conv", "teacher"): (5e-4, (2.0, 1.0)),
-        ("conv", "far"): (2e-3, (4.0, 2.0)),
-    },
-    "sid": {
-        ("mlp", "scratch"): (5e-4, (7.0, 5.0)),
-        ("mlp", "teacher"): (5e-4, (3.0, 2.0)),
-        ("mlp", "far"): (1e-3, (7.0, 4.0)),
-        ("conv", "scratch"): (1e-3, (10.0, 7.0)),
-        ("conv", "teacher"): (5e-4, (2.0, 1.0)),
-        ("conv", "far"): (1e-3, (20.0, 15.0)),
-    },
-}
-
-
-def plan(network: str, student: str, schedule: Schedule | None = None, loss: str = "diff-instruct") -> Plan:
-    """Return the regime of a network, a student and a loss, with another schedule for DisBack if one is given."""
-    regime = _PLANS[network, student]
-    if loss in _OF_LOSSES:
-        rate, thresholds = _OF_LOSSES[loss][network, student]
-        settings = replace(regime.settings, loss=loss, rate=rate, updates=300)
-        regime = replace(regime, settings=settings, thresholds=thresholds)
-    return regime if schedule is None else replace(regime, schedule=schedule)

@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from disback_plugin import kernels, losses
 from disback_plugin.demo.digits import load
@@ -170,7 +171,7 @@ def _negatives(network: str) -> Mapping[str, Tensor]:
     student = load_teacher(network, 1)
     optimizer = torch.optim.Adam(student.parameters(), lr=2e-3, betas=(0.9, 0.99))
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=FAR)
-    for _ in range(FAR):
+    for _ in tqdm(range(FAR), desc="far student", unit="update", leave=False, disable=None):
         x_0 = data[torch.randint(len(data), (128,), generator=noise)][None]
         sigma, eps = lognormal_sigma(128, generator=noise)[None, :, None], torch.randn(x_0.shape, generator=noise)
         output = student(add_noise(x_0, eps, alpha=1.0, sigma=sigma), sigma[..., 0])
