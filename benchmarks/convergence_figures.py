@@ -33,9 +33,8 @@ def draw(folder, regimes, methods, distillation) -> None:
     if not results:
         raise SystemExit(f"found no result in {folder}; run bench_convergence.py REGIME... --out {folder}")
     save(folder, "distances", distances(results))
-    halves = {name: json.loads((folder / tables.file_name(name)).read_text()).get("halves") for name in results}
-    if any(halves.values()):
-        save(folder, "ablation", ablation(results, {name: h for name, h in halves.items() if h}))
+    if halves := {name: result for name, result in results.items() if result.halves}:
+        save(folder, "ablation", ablation(halves))
     runs = {name: walk(folder, name, regimes[name], (methods[0], methods[-1]), distillation) for name in PLANAR}
     save(folder, "mismatch", mismatch(runs))
     save(folder, "planar", planar(runs))
@@ -67,15 +66,12 @@ def distances(results):
     return figure
 
 
-def ablation(results, halves):
-    figure = Figure((2.6 * len(halves) + 1, 3.2), layout="constrained")
-    for axis, (name, runs) in zip(figure.subplots(1, len(halves), squeeze=False).flat, halves.items(), strict=True):
-        result = results[name]
-        ends = {"neither": 1.0}
-        for half, run in runs.items():
-            seeds = tables.curves(run["ema"])
-            ends[half] = median(tables.final(a) / b for a, b in zip(seeds, result.finals, strict=True))
-        ends["both: auto"] = median(result.last(tables.OURS, result.ema))
+def ablation(results):
+    figure = Figure((2.6 * len(results) + 1, 3.2), layout="constrained")
+    for axis, (name, result) in zip(figure.subplots(1, len(results), squeeze=False).flat, results.items(), strict=True):
+        all_of = {"neither": result.ema[tables.BASELINE], **result.halves, "both: auto": result.ema[tables.OURS]}
+        all_of[tables.BASELINE] = result.ema[tables.BASELINE]
+        ends = {label: median(result.last(label, all_of)) for label in ("neither", *result.halves, "both: auto")}
         axis.bar(range(len(ends)), ends.values(), color=["0.6", "tab:blue", "tab:orange", "tab:green"])
         axis.set_xticks(range(len(ends)), [label.replace(" ", "\n") for label in ends], fontsize=7)
         axis.set(title=name)

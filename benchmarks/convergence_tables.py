@@ -52,12 +52,13 @@ class Result:
         self.fitted = {OURS: content["R"][OURS]}
         self.excess = median(content["excess"]) if "excess" in content else None
         # Of each method the label of its run at its own best rate.
-        self.own, self.best = "own_rates" in content, {method: method for method in runs}
+        self.own, self.best = "own_runs" in content, {method: method for method in runs}
         for method, run in content.get("own_runs", {}).items():
             self.best[method] = label = f"{method}, {content['own_rates'][method]:g}"
             runs[label] = run
             if method == OURS:
                 self.fitted[label] = run["recorded"]
+        self.halves = {half: curves(run["ema"]) for half, run in content.get("halves", {}).items()}
         self.updates = runs[BASELINE]["updates"]
         self.ema = {label: curves(run["ema"]) for label, run in runs.items()}
         self.raw = {label: curves(run["raw"]) for label, run in runs.items()}
@@ -177,21 +178,25 @@ def spread(values: list[float]) -> str:
     return f"{median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
-def over_all(results: dict[str, Result]) -> dict[str, list[float]]:
+def over_all(results: dict[str, Result], *, own: bool = True) -> dict[str, list[float]]:
     """Of each method the geometric means over regimes: updates to 2x, to 1.3x, compute to the same, final distances.
 
-    Each at its own best rate where that was looked for.
+    Each at its own best rate where that was looked for, or all at Diff-Instruct's.
     """
+
+    def label(result: Result, method: str) -> str:
+        return result.best[method] if own else method
+
     means = {}
     for method in (BASELINE, *CONTROLS, OURS):
         columns = [
-            [r.median_speed(r.best[method], r.thresholds[i], compute) for r in results.values()]
+            [r.median_speed(label(r, method), r.thresholds[i], compute) for r in results.values()]
             for compute in (False, True)
             for i in range(len(THRESHOLDS))
         ]
-        columns.append([median(r.last(r.best[method], r.ema)) for r in results.values()])
-        columns.append([median(r.equal_compute(r.best[method])) for r in results.values()])
-        columns.append([median(r.last(r.best[method], r.raw)) for r in results.values()])
+        columns.append([median(r.last(label(r, method), r.ema)) for r in results.values()])
+        columns.append([median(r.equal_compute(label(r, method))) for r in results.values()])
+        columns.append([median(r.last(label(r, method), r.raw)) for r in results.values()])
         known = [[value for value in column if value is not None] for column in columns]
         means[method] = [geometric_mean(column) if column else math.nan for column in known]
     return means
@@ -307,7 +312,7 @@ def text(folder: Path, regimes: dict) -> str:
     rows = goals(results, regimes)
     missing = [name for name in regimes if name not in results]
     counts = [sum(row[2] is verdict for row in rows) for verdict in (True, False)]
-    means = over_all(results)
+    means, same = over_all(results), over_all(results, own=False)
     lines = [
         f"Of {len(rows)} goals {counts[0]} are reached and {counts[1]} missed. Not measured: "
         f"{', '.join(missing) or 'nothing'}; the geometric means are of what is.",
@@ -318,15 +323,42 @@ def text(folder: Path, regimes: dict) -> str:
         "|---|---|---|",
         *(f"| {what} | {shown} | {VERDICTS[verdict]} |" for what, shown, verdict in rows),
         "",
-        f"### Geometric mean over {len(results)} regimes (of medians)",
+        *_means(f"Geometric mean over {len(results)} regimes (of medians), all at Diff-Instruct's rate", same),
+        *_means("The same, each at its own best rate where that was looked for", means),
+    ]
+    lines += [*foretold(results), *_halves(results)]
+    return "\n".join([*lines, *(line for name, result in results.items() for line in of_regime(name, result))])
+
+
+def _halves(results: dict[str, Result]) -> list[str]:
+    """Warm start and path of auto, each alone (the paper's Table 3)."""
+    known = {name: r for name, r in results.items() if r.halves}
+    if not known:
+        return []
+    halves = next(iter(known.values())).halves
+    lines = [
+        "### Auto's halves alone",
+        "",
+        "Final distance over Diff-Instruct's, at its rate (`--out DIR --halves`).",
+        "",
+        f"| regime | {' | '.join(halves)} | both: auto |",
+        f"|---|{'---|' * len(halves)}---|",
+    ]
+    for name, r in known.items():
+        found = [spread(r.last(half, r.halves | {BASELINE: r.ema[BASELINE]})) for half in halves]
+        lines.append(f"| {name} | {' | '.join(found)} | {spread(r.last(OURS, r.ema))} |")
+    return [*lines, ""]
+
+
+def _means(title: str, means: dict[str, list[float]]) -> list[str]:
+    return [
+        f"### {title}",
         "",
         "| method | updates to 2x | to 1.3x | compute to 2x | to 1.3x | final | at equal compute | raw final |",
         "|---|---|---|---|---|---|---|---|",
         *(f"| {method} | {' | '.join(f'{value:.3f}' for value in row)} |" for method, row in means.items()),
         "",
     ]
-    lines += foretold(results)
-    return "\n".join([*lines, *(line for name, result in results.items() for line in of_regime(name, result))])
 
 
 def owned(results: dict[str, Result]) -> str:
@@ -336,8 +368,8 @@ def owned(results: dict[str, Result]) -> str:
 def hurry(folder: Path, regimes: dict) -> str:
     """Three sentences for a reader in a hurry, from the same numbers."""
     results = read(folder, regimes)
-    rows, means = goals(results, regimes), over_all(results)
-    controls = ", ".join(f"{method} {means[method][5]:.2f}" for method in CONTROLS)
+    rows, means, own = goals(results, regimes), over_all(results, own=False), over_all(results)
+    controls, owns = (", ".join(f"{method} {m[method][5]:.2f}" for method in CONTROLS) for m in (means, own))
     reached, missed, unknown = (
         f"{len(found)} ({'; '.join(dict.fromkeys(what.split(':')[0] for what in found)) or 'none'})"
         for found in ([what for what, _, known in rows if known is wanted] for wanted in (True, False, None))
@@ -350,9 +382,11 @@ def hurry(folder: Path, regimes: dict) -> str:
     better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
     unknown = "" if unknown.startswith("0") else f", {unknown} not measured yet"
     return (
-        f"1. Over {len(results)} of {len(regimes)} regimes `auto` ends, at equal compute, at {means[OURS][5]:.2f} "
-        f"of Diff-Instruct's distance in the geometric mean ({controls}), and is {means[OURS][0]:.2f} times as fast "
-        f"in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's final distance.\n"
+        f"1. Over {len(results)} of {len(regimes)} regimes, all methods at Diff-Instruct's best rate, `auto` ends, at "
+        f"equal compute, at {means[OURS][5]:.2f} of Diff-Instruct's distance in the geometric mean ({controls}), and "
+        f"is {means[OURS][0]:.2f} times as fast in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's "
+        f"final distance; with each method at its own best rate in {sum(r.own for r in results.values())} of them it "
+        f"is {own[OURS][5]:.2f} ({owns}).\n"
         f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached{unknown}; the first "
         "table has each.\n"
         f"3. At equal compute more seeds than chance gives (sign test, 5 %) were better in {better}, worse in {worse}; "
