@@ -24,12 +24,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from disback_plugin import losses
-from disback_plugin.cards import percent
 from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.demo import regimes, study
-from disback_plugin.manifest import Recording
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
-from disback_plugin.probes import Probe
+from disback_plugin.paths.cards import percent
+from disback_plugin.paths.manifest import Recording
+from disback_plugin.paths.probes import Probe
 from disback_plugin.schedules import Ramp
 from disback_plugin.scores import Prediction
 from disback_plugin.trajectory import DegradationPath

@@ -44,7 +44,7 @@ from convergence_worlds import P_MEAN, P_STD, RECIPES, State, World, denoising, 
 from torch import Tensor
 from tqdm import tqdm
 
-from disback_plugin.fitting import EVERY, SAMPLE, fitted_after
+from disback_plugin.degradation.fitting import EVERY, SAMPLE, fitted_after
 from disback_plugin.recording import LEAST
 from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Settling, Target, WarmStart
 
@@ -326,7 +326,7 @@ class Distillation:
 
 
 def sampled(gradients: Sequence[Tensor]) -> Tensor:
-    """Every k-th number of each member's gradient, as `disback_plugin.fitting` takes them."""
+    """Every k-th number of each member's gradient, as `disback_plugin.degradation.fitting` takes them."""
     flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
     return flat[:, :: -(-flat.shape[1] // SAMPLE)]
 

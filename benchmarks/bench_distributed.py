@@ -26,8 +26,8 @@ from test_sharding import Counted
 
 import disback_plugin as disback
 from disback_plugin.codecs import BLOCK
-from disback_plugin.manifest import Recording
-from disback_plugin.nodes import Decoded
+from disback_plugin.paths.manifest import Recording
+from disback_plugin.paths.nodes import Decoded
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from disback_plugin.layouts import pieces
-from disback_plugin.manifest import Recording
+from disback_plugin.networks.layouts import pieces
+from disback_plugin.paths.manifest import Recording
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from disback_plugin import hooks, kernels, lora, losses, metrics, noise, pipelines, rounds, schedules
     from disback_plugin.attachment import attach
+    from disback_plugin.backtracking.features import OriginalFeatures
     from disback_plugin.errors import DisbackError
-    from disback_plugin.features import OriginalFeatures
     from disback_plugin.handle import Handle
     from disback_plugin.hooks import Adapter, hookimpl
-    from disback_plugin.masking import MaskedSamples
+    from disback_plugin.loops.watching import Watch
     from disback_plugin.outlook import preflight
+    from disback_plugin.plugging.masking import MaskedSamples
+    from disback_plugin.plugging.runlog import RunLog
+    from disback_plugin.plugging.trackers import Trackers
     from disback_plugin.recording import record
-    from disback_plugin.runlog import RunLog
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.scores import Prediction
-    from disback_plugin.trackers import Trackers
     from disback_plugin.trajectory import DegradationPath
-    from disback_plugin.watching import Watch
     from disback_plugin.weights import ScoreNetwork
 
 __all__ = [
@@ -63,14 +63,14 @@ _HOME = {
     "DegradationPath": "trajectory",
     "DisbackError": "errors",
     "Handle": "handle",
-    "MaskedSamples": "masking",
-    "OriginalFeatures": "features",
+    "MaskedSamples": "plugging.masking",
+    "OriginalFeatures": "backtracking.features",
     "Prediction": "scores",
-    "RunLog": "runlog",
+    "RunLog": "plugging.runlog",
     "ScoreNetwork": "weights",
-    "Trackers": "trackers",
+    "Trackers": "plugging.trackers",
     "TrajectoryScheduler": "scheduler",
-    "Watch": "watching",
+    "Watch": "loops.watching",
     "attach": "attachment",
     "hookimpl": "hooks",
     "preflight": "outlook",

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import optimizers, ranks
+from disback_plugin import ranks
 from disback_plugin.errors import OptionError
 from disback_plugin.handle import Handle
 from disback_plugin.hooks import Adapter, Plugins
+from disback_plugin.loops import optimizers
+from disback_plugin.loops.rewinding import Stateful
 from disback_plugin.recording import Network
-from disback_plugin.rewinding import Stateful
 from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.weights import ScoreNetwork
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
-from disback_plugin.layouts import GRAIN, PIECE, pieces, room
-from disback_plugin.packing import pack, packed_sizes, unpack
+from disback_plugin.networks.layouts import GRAIN, PIECE, pieces, room
+from disback_plugin.paths.packing import pack, packed_sizes, unpack
 
 __all__ = ["BLOCK", "CODES", "SMALLEST_FIRST", "Code", "Parts", "check_codec", "code_for", "fault"]
 

@@ -11,24 +11,25 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import optimizers, ranks
-from disback_plugin.cards import aligned
+from disback_plugin import ranks
+from disback_plugin.attaching.stages import Stages
+from disback_plugin.backtracking.overview import agenda, cast, described
+from disback_plugin.backtracking.plan import Plan
 from disback_plugin.errors import StateError, TrainingError
-from disback_plugin.fingerprints import fingerprint
-from disback_plugin.flattening import locate
 from disback_plugin.hooks import Plugins
-from disback_plugin.masking import on_main_process
-from disback_plugin.overview import agenda, cast, described
-from disback_plugin.plan import Plan
+from disback_plugin.loops import optimizers
+from disback_plugin.loops.rewinding import Rewind, Stateful
+from disback_plugin.loops.riding import Ride
+from disback_plugin.loops.roles import check_roles
+from disback_plugin.networks.fingerprints import fingerprint
+from disback_plugin.networks.flattening import locate
+from disback_plugin.networks.states import State
+from disback_plugin.paths.cards import aligned
+from disback_plugin.plugging.masking import on_main_process
+from disback_plugin.plugging.runlog import RunLog, numbers_and_pictures
 from disback_plugin.recording import PATIENCE
-from disback_plugin.rewinding import Rewind, Stateful
-from disback_plugin.riding import Ride
-from disback_plugin.roles import check_roles
-from disback_plugin.runlog import RunLog, numbers_and_pictures
 from disback_plugin.scheduler import TrajectoryScheduler
 from disback_plugin.schedules import Schedule, Settling
-from disback_plugin.stages import Stages
-from disback_plugin.states import State
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

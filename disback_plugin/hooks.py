@@ -22,13 +22,13 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from disback_plugin.errors import DisbackError, OptionError, RoleError
-from disback_plugin.hookspecs import ARGUMENTS, Adapter, hookimpl
-from disback_plugin.plugins import ADAPTERS, HOOKS, Plugin
-from disback_plugin.runlog import NAME, RunLog
-from disback_plugin.shelf import Shelf, require_fit
+from disback_plugin.plugging.hookspecs import ARGUMENTS, Adapter, hookimpl
+from disback_plugin.plugging.plugins import ADAPTERS, HOOKS, Plugin
+from disback_plugin.plugging.runlog import NAME, RunLog
+from disback_plugin.plugging.shelf import Shelf, require_fit
 
 if TYPE_CHECKING:
-    from disback_plugin.manifest import Node
+    from disback_plugin.paths.manifest import Node
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.trajectory import DegradationPath
 

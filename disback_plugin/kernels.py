@@ -21,10 +21,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from disback_plugin import formulas, losses
-from disback_plugin.artefacts import Artefact, tensors
+from disback_plugin import losses
 from disback_plugin.errors import OptionError
-from disback_plugin.formulas import Formula
+from disback_plugin.terms import formulas
+from disback_plugin.terms.artefacts import Artefact, tensors
+from disback_plugin.terms.formulas import Formula
 
 __all__ = ["denoising", "diff_instruct", "dmd", "fuse", "sid", "vsd"]
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def launch(options: argparse.Namespace) -> None:
     """Run what `add_arguments` has read, and say on stderr what happens: all of it on the first rank."""
-    from disback_plugin.injection import run
+    from disback_plugin.attaching.injection import run
 
     plan = _plan(options)
     handler = logging.StreamHandler(sys.stderr)
@@ -79,7 +79,7 @@ def launch(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     """Return what was said about recording and schedule; the rest is `injection.run`'s to know."""
-    from disback_plugin.recipes import recipe
+    from disback_plugin.backtracking.recipes import recipe
 
     given = {name: getattr(options, name) for name in ("record", "every", "schedule")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from disback_plugin.adapting import (
+from disback_plugin.errors import MismatchError, RoleError
+from disback_plugin.networks.adapting import (
     MATRICES,
     active,
     activity,
@@ -31,11 +32,10 @@ from disback_plugin.adapting import (
     named_layers,
     restore,
 )
-from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.fingerprints import checksum
-from disback_plugin.flattening import flattened
-from disback_plugin.modules import unwrap
-from disback_plugin.sharding import is_sharded
+from disback_plugin.networks.fingerprints import checksum
+from disback_plugin.networks.flattening import flattened
+from disback_plugin.networks.modules import unwrap
+from disback_plugin.networks.sharding import is_sharded
 
 __all__ = ["add_teacher", "base_checksum", "under"]
 

@@ -24,8 +24,9 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from disback_plugin import formulas
-from disback_plugin.batches import (
+from disback_plugin.scores import Prediction, ratio
+from disback_plugin.terms import formulas
+from disback_plugin.terms.batches import (
     Number,
     count,
     is_mask,
@@ -39,9 +40,8 @@ from disback_plugin.batches import (
     teacher_halves,
     with_gradients,
 )
-from disback_plugin.companions import dmd_regression, gan_discriminator, gan_generator
-from disback_plugin.denoising import denoising, edm_weight, snr_weight
-from disback_plugin.scores import Prediction, ratio
+from disback_plugin.terms.companions import dmd_regression, gan_discriminator, gan_generator
+from disback_plugin.terms.denoising import denoising, edm_weight, snr_weight
 
 __all__ = [
     "denoising",

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
-from disback_plugin.extractors import features
-from disback_plugin.target_field import Mismatch, mismatch_degree, stable_target_field
+from disback_plugin.measures.extractors import features
+from disback_plugin.measures.target_field import Mismatch, mismatch_degree, stable_target_field
 
 __all__ = [
     "Mismatch",

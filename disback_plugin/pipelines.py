@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from disback_plugin.errors import OptionError, RoleError
-from disback_plugin.modules import unwrap
+from disback_plugin.networks.modules import unwrap
 from disback_plugin.noise import Discrete, RectifiedFlow, from_diffusers
 from disback_plugin.scores import Prediction
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from disback_plugin.errors import RankError
-from disback_plugin.states import State
+from disback_plugin.networks.states import State
 
 __all__ = ["agree", "on_every_rank", "on_rank_zero", "several"]
 

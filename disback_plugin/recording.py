@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from disback_plugin import ranks, training
+from disback_plugin import ranks
+from disback_plugin.degradation import training
+from disback_plugin.degradation.fitting import EVERY, Fit
+from disback_plugin.degradation.opening import open_or_create
 from disback_plugin.errors import OptionError, TrainingError
-from disback_plugin.fitting import EVERY, Fit
 from disback_plugin.hooks import Plugins
-from disback_plugin.manifest import Recording
-from disback_plugin.masking import on_main_process
-from disback_plugin.opening import open_or_create
-from disback_plugin.probes import Probe
-from disback_plugin.roles import check_apart
+from disback_plugin.loops.roles import check_apart
+from disback_plugin.paths.manifest import Recording
+from disback_plugin.paths.probes import Probe
+from disback_plugin.plugging.masking import on_main_process
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

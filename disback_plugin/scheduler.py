@@ -15,15 +15,15 @@ from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import kernels
-from disback_plugin.cards import aligned
+from disback_plugin.backtracking.overview import agenda
+from disback_plugin.backtracking.plan import Plan, length
+from disback_plugin.backtracking.teacher import WalkingTeacher
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.hooks import Plugins
-from disback_plugin.masking import MaskedSamples, on_main_process
-from disback_plugin.overview import agenda
-from disback_plugin.plan import Plan, length
+from disback_plugin.paths.cards import aligned
+from disback_plugin.plugging.masking import MaskedSamples, on_main_process
 from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Settling, Target, resolve
-from disback_plugin.teacher import WalkingTeacher
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

@@ -62,8 +62,8 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
     import tempfile
 
     import disback_plugin as disback
-    from disback_plugin.fingerprints import checksum
-    from disback_plugin.optimizers import parameters, unwrap
+    from disback_plugin.loops.optimizers import parameters, unwrap
+    from disback_plugin.networks.fingerprints import checksum
 
     def parts(trainer: object) -> tuple[disback.ScoreNetwork, disback.ScoreNetwork, dict[str, Any]]:
         roles = disback.hooks.find_adapter(trainer, adapter)

@@ -24,18 +24,19 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from disback_plugin import files, ranks
-from disback_plugin.cards import aligned, card, html, short
-from disback_plugin.encoding import encode
+from disback_plugin import ranks
 from disback_plugin.errors import OptionError, PathError, TrainingError
-from disback_plugin.fingerprints import checksum, fingerprint
-from disback_plugin.manifest import CONFIG, Manifest, Node, Recording, Teacher, is_ours, node_file, training_file
-from disback_plugin.nodes import Between
-from disback_plugin.probes import Probe
-from disback_plugin.sharding import Part
-from disback_plugin.states import State
-from disback_plugin.storage import Storage
-from disback_plugin.writing import Source
+from disback_plugin.networks.fingerprints import checksum, fingerprint
+from disback_plugin.networks.sharding import Part
+from disback_plugin.networks.states import State
+from disback_plugin.networks.writing import Source
+from disback_plugin.paths import files
+from disback_plugin.paths.cards import aligned, card, html, short
+from disback_plugin.paths.encoding import encode
+from disback_plugin.paths.manifest import CONFIG, Manifest, Node, Recording, Teacher, is_ours, node_file, training_file
+from disback_plugin.paths.nodes import Between
+from disback_plugin.paths.probes import Probe
+from disback_plugin.paths.storage import Storage
 
 __all__ = ["DegradationPath"]
 

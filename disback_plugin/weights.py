@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin import lora
-from disback_plugin.adapting import adapter_tensors, base_parameters, runs_under
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.fingerprints import Checksum, fingerprint
-from disback_plugin.flattening import address, detached, shape_of, stretch_of
-from disback_plugin.layouts import layout_of, pieces
-from disback_plugin.matching import check, ties, two_values
-from disback_plugin.modules import find, named_modules, own_tensors, reshard
+from disback_plugin.networks.adapting import adapter_tensors, base_parameters, runs_under
+from disback_plugin.networks.fingerprints import Checksum, fingerprint
+from disback_plugin.networks.flattening import address, detached, shape_of, stretch_of
+from disback_plugin.networks.layouts import layout_of, pieces
+from disback_plugin.networks.matching import check, ties, two_values
+from disback_plugin.networks.modules import find, named_modules, own_tensors, reshard
+from disback_plugin.networks.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded
+from disback_plugin.networks.states import State
+from disback_plugin.networks.writing import Source, bump, part_of, write_tensor
 from disback_plugin.ranks import on_rank_zero
-from disback_plugin.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded
-from disback_plugin.states import State
-from disback_plugin.writing import Source, bump, part_of, write_tensor
 
 __all__ = ["ScoreNetwork"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from disback_plugin.errors import OptionError
-from disback_plugin.extractors import _timm
+from disback_plugin.measures.extractors import _timm
 from disback_plugin.metrics import features, frechet_distance
 
 NAME = "resnet10t"

@@ -14,7 +14,7 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.fitting import SAMPLE, Fit, fitted_after
+from disback_plugin.degradation.fitting import SAMPLE, Fit, fitted_after
 from disback_plugin.schedules import Auto, Target
 from disback_plugin.weights import ScoreNetwork
 

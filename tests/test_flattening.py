@@ -12,8 +12,8 @@ from worlds import OPTIMIZERS, Run, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import RoleError
-from disback_plugin.manifest import Recording
-from disback_plugin.sharding import is_sharded
+from disback_plugin.networks.sharding import is_sharded
+from disback_plugin.paths.manifest import Recording
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

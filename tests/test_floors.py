@@ -1,8 +1,9 @@
-"""The floors of the house: a file imports only from files before it in this list; adapters import public names only."""
+"""The floors of the house: a file imports only from files before it in the list of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,39 +13,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "disback_plugin"
 
+LIST = re.search(
+    r"```\n(floor 0 .*?)^adapters/", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL | re.MULTILINE
+)[1]
 FLOORS = [
-    ["errors", "noise", "scores"],
-    [
-        *("formulas", "batches", "denoising", "companions", "losses", "artefacts", "kernels", "rounds"),
-        *("fingerprints", "flattening", "layouts", "sharding", "states", "ranks"),
-        *("modules", "pipelines", "adapting", "lora", "matching", "writing", "weights"),
-        *("optimizers", "riding", "rewinding", "roles"),
-        *("hookspecs", "plugins", "runlog", "history", "shelf", "hooks", "watching", "prepared", "masking", "trackers"),
-    ],
-    [
-        *("files", "packing", "codecs", "nodes", "probes", "encoding", "manifest", "cards", "storage", "trajectory"),
-        *(
-            "training",
-            "fitting",
-            "monitoring",
-            "opening",
-            "recording",
-            "recipes",
-            "schedules",
-            "plan",
-            "borrowing",
-            "outlook",
-            "overview",
-            "prefetch",
-            "teacher",
-            "scheduler",
-        ),
-        *("features", "inspection", "target_field", "extractors", "metrics"),
-    ],
-    [
-        *("stages", "handle", "attachment", "checkpoints", "injection", "launch", "demo"),
-        *("building", "panels", "plots", "report", "commands", "cli", "testing"),
-    ],
+    [entry.replace("/", ".") for entry in re.findall(r"^ *(?:\d  )?([\w/]+?)(?:/|\.py) ", floor, flags=re.MULTILINE)]
+    for floor in LIST.split("floor ")[1:]
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 
@@ -60,20 +34,31 @@ def imports(file):
         if node in aside:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("disback_plugin"):
-            inner = node.module.partition(".")[2].partition(".")[0]
-            yield from [inner] if inner else [alias.name for alias in node.names]
+            yield from (listed(f"{node.module}.{alias.name}".partition(".")[2]) for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("disback_plugin."))
+            yield from (listed(a.name.partition(".")[2]) for a in node.names if a.name.startswith("disback_plugin."))
+
+
+def listed(name):
+    """The entry of the list that an imported name is, or is in."""
+    parts = name.split(".")
+    found = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((entry for entry in found if entry in ORDER), name)
 
 
 def files_of(module):
-    file = PACKAGE / f"{module}.py"
+    file = PACKAGE / f"{module.replace('.', '/')}.py"
     return [file] if file.exists() else sorted((PACKAGE / module).glob("*.py"))
 
 
 def test_the_list_names_every_file():
-    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert found - {"__init__", "__pycache__"} == set(ORDER)
+    every = {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    assert {listed(name) for name in every if not name.endswith("__init__")} == set(ORDER)
+
+
+def test_a_room_stands_on_one_floor():
+    rooms = [{entry.partition(".")[0] for entry in floor if "." in entry} for floor in FLOORS]
+    assert sum(map(len, rooms)) == len(set().union(*rooms))
 
 
 @pytest.mark.parametrize("module", ORDER)
@@ -85,8 +70,11 @@ def test_a_file_imports_only_from_below(module):
 
 
 def test_the_floors_test_can_fail(tmp_path):
-    (tmp_path / "bad.py").write_text("from disback_plugin.cli import main\nfrom disback_plugin import losses\n")
-    assert set(imports(tmp_path / "bad.py")) == {"cli", "losses"}
+    bad = (
+        "from disback_plugin.cli import main\nfrom disback_plugin import losses\nimport disback_plugin.terms.batches\n"
+    )
+    (tmp_path / "bad.py").write_text(bad)
+    assert set(imports(tmp_path / "bad.py")) == {"cli", "losses", "noise"}
     (tmp_path / "typed.py").write_text("if TYPE_CHECKING:\n    from disback_plugin.cli import main\nimport json\n")
     assert set(imports(tmp_path / "typed.py")) == set()
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disback_plugin import formulas, kernels, losses
-from disback_plugin.artefacts import Artefact
+from disback_plugin import kernels, losses
 from disback_plugin.errors import OptionError
 from disback_plugin.scores import Prediction
+from disback_plugin.terms import formulas
+from disback_plugin.terms.artefacts import Artefact
 
 NAMES = ["diff_instruct", "vsd", "dmd", "sid", "denoising"]
 GENERATOR_LOSSES = ["diff_instruct", "dmd", "sid"]

@@ -257,7 +257,7 @@ def _trainers(monkeypatch):
 def test_nothing_is_left_in_the_process(renamed, tmp_path):
     from torch.optim import optimizer
 
-    from disback_plugin.injection import run as launch
+    from disback_plugin.attaching.injection import run as launch
 
     before = (
         sys.argv[:], sys.path[:], sys.meta_path[:], sys.modules["__main__"],

@@ -20,8 +20,8 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin import lora
-from disback_plugin.adapting import runs_under
 from disback_plugin.errors import MismatchError, OptionError, PathError, RoleError
+from disback_plugin.networks.adapting import runs_under
 from disback_plugin.weights import ScoreNetwork
 
 TARGETS = ["0", "2", "4"]

@@ -12,7 +12,7 @@ from worlds import Run
 import disback_plugin as disback
 from disback_plugin import hookimpl, hooks, kernels, losses
 from disback_plugin.errors import OptionError
-from disback_plugin.masking import PENDING, MaskedSamples
+from disback_plugin.plugging.masking import PENDING, MaskedSamples
 from disback_plugin.scores import Prediction
 
 

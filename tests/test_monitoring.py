@@ -16,8 +16,8 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
+from disback_plugin.backtracking.monitoring import GROWTH, Monitor
 from disback_plugin.errors import StateError
-from disback_plugin.monitoring import GROWTH, Monitor
 from disback_plugin.schedules import Adaptive, Auto
 from disback_plugin.weights import ScoreNetwork
 

@@ -13,10 +13,10 @@ from worlds import Score, difference
 from disback_plugin import codecs
 from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.errors import MismatchError, PathError
-from disback_plugin.fingerprints import checksum
-from disback_plugin.layouts import PIECE, pieces
-from disback_plugin.nodes import Between, Decoded, Delta
-from disback_plugin.states import State
+from disback_plugin.networks.fingerprints import checksum
+from disback_plugin.networks.layouts import PIECE, pieces
+from disback_plugin.networks.states import State
+from disback_plugin.paths.nodes import Between, Decoded, Delta
 from disback_plugin.weights import ScoreNetwork
 
 

@@ -19,7 +19,7 @@ import disback_plugin as disback
 from disback_plugin import hookimpl
 from disback_plugin.errors import OptionError, PluginError, RoleError
 from disback_plugin.hooks import Plugins
-from disback_plugin.hookspecs import ARGUMENTS
+from disback_plugin.plugging.hookspecs import ARGUMENTS
 from disback_plugin.schedules import Fixed
 from disback_plugin.weights import ScoreNetwork
 

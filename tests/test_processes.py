@@ -75,7 +75,7 @@ torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
 from worlds import Run
 import disback_plugin as disback
-from disback_plugin.manifest import Manifest
+from disback_plugin.paths.manifest import Manifest
 from disback_plugin.schedules import Fixed
 from disback_plugin.weights import ScoreNetwork
 

@@ -10,8 +10,8 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin import launch
+from disback_plugin.backtracking.recipes import names, recipe
 from disback_plugin.errors import OptionError
-from disback_plugin.recipes import names, recipe
 from disback_plugin.schedules import Fixed, parse
 
 # What the paper says of each node of index i, by the quotes that speak of steps.

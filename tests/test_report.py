@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disback_plugin import cli
-from disback_plugin.history import read, settle
-from disback_plugin.panels import compare, crossing, panels
-from disback_plugin.plots import svg
-from disback_plugin.report import page
-from disback_plugin.runlog import RunLog
+from disback_plugin.plugging.history import read, settle
+from disback_plugin.plugging.runlog import RunLog
+from disback_plugin.reporting.panels import compare, crossing, panels
+from disback_plugin.reporting.plots import svg
+from disback_plugin.reporting.report import page
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

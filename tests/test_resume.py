@@ -23,7 +23,7 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import StateError
-from disback_plugin.manifest import Recording
+from disback_plugin.paths.manifest import Recording
 from disback_plugin.schedules import Ramp
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork

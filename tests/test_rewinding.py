@@ -195,7 +195,7 @@ def test_two_schedulers_that_cannot_be_told_apart_are_left_alone_and_named(tmp_p
 
 
 def test_a_scheduler_that_the_trainer_drops_is_not_looked_for_at_each_step(tmp_path, monkeypatch):
-    from disback_plugin import rewinding
+    from disback_plugin.loops import rewinding
 
     run, looked = Scheduled(), []
     objects = rewinding.gc.get_objects

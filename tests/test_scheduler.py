@@ -230,7 +230,8 @@ def test_without_a_path_nothing_is_ever_written():
 
 
 def test_a_wrapped_loss_can_run_its_losses_fused(recorded):
-    from disback_plugin import formulas, kernels
+    from disback_plugin import kernels
+    from disback_plugin.terms import formulas
 
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score)

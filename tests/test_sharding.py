@@ -15,9 +15,9 @@ from torch import nn
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.layouts import GRAIN, PIECE
-from disback_plugin.manifest import Recording
-from disback_plugin.sharding import Part, chunk_of
+from disback_plugin.networks.layouts import GRAIN, PIECE
+from disback_plugin.networks.sharding import Part, chunk_of
+from disback_plugin.paths.manifest import Recording
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 

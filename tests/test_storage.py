@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
-from disback_plugin import files
 from disback_plugin.errors import PathError, StateError
-from disback_plugin.fingerprints import checksum, fingerprint
-from disback_plugin.nodes import Decoded, Delta
+from disback_plugin.networks.fingerprints import checksum, fingerprint
+from disback_plugin.networks.states import State
+from disback_plugin.paths import files
+from disback_plugin.paths.nodes import Decoded, Delta
 from disback_plugin.schedules import Fixed, Ramp
-from disback_plugin.states import State
 from disback_plugin.weights import ScoreNetwork
 
 

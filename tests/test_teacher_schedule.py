@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import disback_plugin as disback
-from disback_plugin import injection
+from disback_plugin.attaching import injection
 from disback_plugin.errors import RoleError
 
 TRAINERS = Path(__file__).parent / "trainers"

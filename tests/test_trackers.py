@@ -14,8 +14,8 @@ from accelerate.tracking import GeneralTracker
 from worlds import Run
 
 import disback_plugin as disback
-from disback_plugin import history
 from disback_plugin.errors import OptionError, PluginError
+from disback_plugin.plugging import history
 
 
 class Memory(GeneralTracker):

@@ -11,7 +11,7 @@ from worlds import Score, clone, difference
 
 from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.errors import MismatchError, OptionError, PathError, TrainingError
-from disback_plugin.manifest import Recording
+from disback_plugin.paths.manifest import Recording
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
@@ -262,7 +262,7 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     """Fail at each rename in turn; what is there afterwards must open, and end equal to an undisturbed recording."""
     from pathlib import Path
 
-    from disback_plugin.opening import open_or_create
+    from disback_plugin.degradation.opening import open_or_create
     from disback_plugin.recording import Recorder
 
     teacher, *nodes = states(4)

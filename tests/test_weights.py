@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import Score, clone, difference
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.fingerprints import checksum, fingerprint
-from disback_plugin.modules import unwrap
-from disback_plugin.nodes import Decoded
+from disback_plugin.networks.fingerprints import checksum, fingerprint
+from disback_plugin.networks.modules import unwrap
+from disback_plugin.paths.nodes import Decoded
 from disback_plugin.weights import ScoreNetwork
 
 

@@ -40,7 +40,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
     """Verify a path, and print what it holds as a table or as one JSON object."""
     from dataclasses import asdict
 
-    from disback_plugin.inspection import inspect, table
+    from disback_plugin.paths.inspection import inspect, table
 
     rows = inspect(path)
     about = {

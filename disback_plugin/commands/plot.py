@@ -32,9 +32,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> None:
     """Draw the picture."""
     from disback_plugin.errors import PathError
-    from disback_plugin.history import load
-    from disback_plugin.panels import panels
-    from disback_plugin.plots import save
+    from disback_plugin.plugging.history import load
+    from disback_plugin.reporting.panels import panels
+    from disback_plugin.reporting.plots import save
 
     runs = load(options.source)
     drawn = panels(runs)

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from disback_plugin.hooks import Plugins
-    from disback_plugin.plugins import environment, table
+    from disback_plugin.plugging.plugins import environment, table
 
     plugins = Plugins(*options.plugins, autoload=False)
     logger = logging.getLogger("disback_plugin")

@@ -36,10 +36,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page."""
-    from disback_plugin import files
-    from disback_plugin.history import load
-    from disback_plugin.panels import compare
-    from disback_plugin.report import page
+    from disback_plugin.paths import files
+    from disback_plugin.plugging.history import load
+    from disback_plugin.reporting.panels import compare
+    from disback_plugin.reporting.report import page
 
     runs = list({history.file.absolute(): history for name in options.runs for history in load(name)}.values())
     text = page(runs)

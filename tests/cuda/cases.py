@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from disback_plugin import formulas, losses
+from disback_plugin import losses
 from disback_plugin.scores import Prediction
+from disback_plugin.terms import formulas
 
 
 def formula(

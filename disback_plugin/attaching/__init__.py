@@ -1,0 +1,1 @@
+"""Both stages on a live loop: begun, handed over, resumed, shown."""

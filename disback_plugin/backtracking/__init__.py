@@ -1,0 +1,1 @@
+"""Algorithm 2, its parts: the plan, and the teacher that walks it."""

@@ -1,0 +1,1 @@
+"""A live training loop: its optimizers, roles and trainer."""

@@ -1,0 +1,156 @@
+"""What a hook may know and do about one optimizer step, for every `torch.optim.Optimizer` and accelerate's wrapper.
+
+An *update* is a step that really changed weights: not one of a gradient accumulation (which never reaches the
+optimizer), not one without gradients, and not one that a GradScaler skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from disback_plugin.errors import RoleError
+from disback_plugin.networks.flattening import trains
+
+__all__ = [
+    "Rounds",
+    "before_step",
+    "has_gradients",
+    "innermost",
+    "parameters",
+    "scale_gradients",
+    "skipped_by_scaler",
+    "take_gradients",
+    "unwrap",
+]
+
+
+def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Optimizer]:
+    """Return the torch optimizers inside one optimizer or a sequence, without accelerate's wrapper.
+
+    Args:
+        optimizers: One optimizer or several that together step one network.
+        role: The argument's name, for errors.
+
+    Raises:
+        RoleError: If there is none, or something else is among them.
+
+    Example:
+        >>> from torch import nn
+        >>> adam = torch.optim.Adam(nn.Linear(1, 1).parameters())
+        >>> unwrap(adam, role="generator_optimizer") == [adam]
+        True
+    """
+    given = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+    inner = [innermost(optimizer) for optimizer in given]
+    wrong = [optimizer for optimizer in inner if not isinstance(optimizer, Optimizer)]
+    if wrong or not inner:
+        raise RoleError(
+            f"{type(wrong[0]).__name__ if wrong else 'an empty sequence'} as {role}",
+            expected="a torch.optim.Optimizer, accelerate's wrapper of one, or a sequence of them",
+            cure=f"pass {role}=<the optimizer whose step() the loop calls>",
+        )
+    return list(dict.fromkeys(inner))
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper, or what it is given."""
+    # AcceleratedOptimizer is a torch Optimizer by class, but has no hook registry of its own.
+    wrapped = getattr(optimizer, "optimizer", None)
+    return innermost(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+
+
+class Rounds:
+    """Makes one update of the steps of several optimizers that share a network, in whatever order they come.
+
+    A round ends when all of them have stepped, or when one is about to step a second time.
+
+    Args:
+        optimizers: The optimizers.
+        at_end: Called at the end of a round, with whether any weight was updated in it.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], at_end: Callable[[bool], None]) -> None:
+        self._count, self._at_end = len(optimizers), at_end
+        self._stepped: dict[Optimizer, bool] = {}
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Call before a step."""
+        if optimizer in self._stepped:
+            self._end()
+
+    def finish(self, optimizer: Optimizer, updated: bool) -> None:
+        """Call after a step, with whether it updated weights."""
+        self._stepped[optimizer] = updated
+        if len(self._stepped) == self._count:
+            self._end()
+
+    def _end(self) -> None:
+        updated = any(self._stepped.values())
+        self._stepped.clear()
+        self._at_end(updated)
+
+
+def before_step(
+    args: tuple[Any, ...], kwargs: dict[str, Any], settle: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call `settle` when the gradients of a step are there: at once, or at the end of its closure if it has one.
+
+    Args:
+        args: Positional arguments of `Optimizer.step` as a step pre-hook gets them, the optimizer first.
+        kwargs: Its keyword arguments.
+        settle: What to do with the gradients.
+
+    Returns:
+        What a pre-hook returns: None, or the arguments with another closure.
+    """
+    given = args[1] if len(args) > 1 else kwargs.get("closure")
+    if given is None:
+        settle()
+        return None
+
+    def closure() -> Any:
+        loss = given()
+        settle()
+        return loss
+
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
+
+
+def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """Return all parameters that the optimizers step, in the order of their groups."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Return whether a step would change anything, perhaps on other processes. Stops at the first gradient found."""
+    return any(trains(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def take_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Set every gradient to None, so that a step changes no weight and no optimizer state; return what was there."""
+    taken = [(p, p.grad) for p in parameters([optimizer]) if p.grad is not None]
+    for p, _ in taken:
+        p.grad = None
+    return taken
+
+
+def scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    gradients = [p.grad for p in parameters([optimizer]) if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Return whether a GradScaler makes this very step a no-op on the device, as it does for fused optimizers.
+
+    Other optimizers are not stepped at all when gradients overflow. Reads one flag of the device, and only under a
+    GradScaler with a fused optimizer.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())

@@ -1,0 +1,1 @@
+"""What the metrics are made of."""

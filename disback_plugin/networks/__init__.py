@@ -1,0 +1,1 @@
+"""One network's weights: names, layouts, shards, fingerprints."""

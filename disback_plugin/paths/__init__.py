@@ -1,0 +1,1 @@
+"""A path's files: nodes, how they are stored, and what is said of them."""

@@ -1,0 +1,1 @@
+"""What others plug in, and what is plugged in for them."""

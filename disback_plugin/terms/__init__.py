@@ -1,0 +1,1 @@
+"""What the losses are made of: formulas, and what stands around them."""
