@@ -28,17 +28,18 @@ _FUNCTIONS = ("fake_step", "sample", "loss")
 
 
 @contextmanager
-def built(target: str) -> Iterator[dict[str, Any]]:
+def built(target: str, *, learning_rate: float | None = None) -> Iterator[dict[str, Any]]:
     """Call `pkg.module:build`, and hold the working folder on the import path meanwhile, as `python -m` does.
 
     Args:
         target: Module and function; the function takes no argument.
+        learning_rate: Of a recording with sample and loss; None leaves it to `record`.
 
     Yields:
-        What it returned: keyword arguments of `record`, "teacher" and one of the two pairs.
+        What it returned: keyword arguments of `record`, "teacher" and one of the two pairs; and the rate, if given.
 
     Raises:
-        OptionError: If there is no such module or function.
+        OptionError: If there is no such module or function, or a rate for a fake_step.
         RoleError: If it raised, or returned something else.
 
     Example:
@@ -50,7 +51,14 @@ def built(target: str) -> Iterator[dict[str, Any]]:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        yield _checked(target, _call(target, _function(target)))
+        networks = _checked(target, _call(target, _function(target)))
+        if learning_rate is not None and "loss" not in networks:
+            raise OptionError(
+                f"--learning-rate and fake_step of {target}",
+                expected="no rate: fake_step() has an optimizer of its own",
+                cure="leave --learning-rate out",
+            )
+        yield networks if learning_rate is None else {**networks, "learning_rate": learning_rate}
     finally:
         sys.path.remove(here)
 

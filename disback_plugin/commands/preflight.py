@@ -38,7 +38,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "--learning-rate", type=float, metavar="R", help="of Adam, in a recording with sample and loss (1e-5)"
     )
     json_option(preflight, "lines")
-    preflight.set_defaults(run=run)
+    preflight.set_defaults(run=run, code_of_users=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,18 +46,10 @@ def run(options: argparse.Namespace) -> None:
     import json
 
     from disback_plugin.building import built
-    from disback_plugin.errors import OptionError
     from disback_plugin.outlook import preflight
 
-    with built(options.build) as networks:
-        rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-        if rate and "loss" not in networks:
-            raise OptionError(
-                f"--learning-rate and fake_step of {options.build}",
-                expected="no rate: fake_step() has an optimizer of its own",
-                cure="leave --learning-rate out",
-            )
-        found = preflight(**networks, iterations=options.iterations, codec=options.codec, **rate)
+    with built(options.build, learning_rate=options.learning_rate) as networks:
+        found = preflight(**networks, iterations=options.iterations, codec=options.codec)
     print(json.dumps(found.as_json()) if options.json else "\n".join(_lines(found)))
 
 

@@ -53,17 +53,9 @@ def run(options: argparse.Namespace) -> None:
     """Record a path, and print its nodes."""
     from disback_plugin.building import built
     from disback_plugin.commands.inspect import describe
-    from disback_plugin.errors import OptionError
     from disback_plugin.recording import record
 
-    with built(options.build) as networks:
-        rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-        if rate and "loss" not in networks:
-            raise OptionError(
-                f"--learning-rate and fake_step of {options.build}",
-                expected="no rate: fake_step() has an optimizer of its own",
-                cure="leave --learning-rate out",
-            )
+    with built(options.build, learning_rate=options.learning_rate) as networks:
         path = record(
             **networks,
             path=options.path,
@@ -72,6 +64,5 @@ def run(options: argparse.Namespace) -> None:
             codec=options.codec,
             keep_teacher=options.keep_teacher,
             plugins=tuple(options.plugins),
-            **rate,
         )
     describe(path, as_json=options.json)
