@@ -8,8 +8,8 @@ import statistics
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lora_worlds import Eps, Under, inject
 from peft import LoraConfig
-from test_lora import Eps, Under, inject
 from torch import nn
 
 import disback_plugin as disback
