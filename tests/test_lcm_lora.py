@@ -299,13 +299,7 @@ def quantised(folder):
 
 
 def without_added_conditions(folder):
-    tiny_pipelines.save(
-        "sd15",
-        folder,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=40,
-    )
+    tiny_pipelines.save("sd15", folder, **tiny_pipelines.text_time(16))
 
 
 WRONG = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_pipelines
 import torch
 from lora_worlds import SIGMA, X_T, Eps, Under, adapted
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from worlds import clone, difference
 
+import disback_plugin as disback
 from disback_plugin import lora
 from disback_plugin.errors import RoleError
 from disback_plugin.networks.adapting import runs_under
@@ -131,3 +134,51 @@ def test_a_quantised_base_is_fine_since_it_is_never_written():
     net = ScoreNetwork(adapted("fake", base=base), adapter="fake")
     net.load_state_dict({name: value + 1 for name, value in net.state_dict().items()})
     assert base.packed.tolist() == [1] * 5
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def plane():
+    return adapted("fake"), (X_T, SIGMA)
+
+
+def unet():
+    model = tiny_pipelines.unet(8)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1"]), "fake")
+    lora.add_teacher(model, like="fake")
+    return model, (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 8))
+
+
+@pytest.mark.parametrize("make", [plane, pytest.param(unet, marks=pytest.mark.slow)])
+def test_a_compiled_network_has_a_graph_for_each_adapter_and_no_move_makes_another(tmp_path, make):
+    model, inputs = make()
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter)
+
+    def output(adapter, network=compiled):
+        with lora.under(network, adapter):
+            found = network(*inputs)
+        return getattr(found, "sample", found)
+
+    teacher, fake = ScoreNetwork(compiled, adapter="teacher"), ScoreNetwork(compiled, adapter="fake")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def fake_step():
+        optimizer.zero_grad()
+        output("fake").square().mean().backward()
+        optimizer.step()
+
+    path = disback.record(teacher, fake, fake_step, path=tmp_path, iterations=4, every=1)
+    compilations, outputs = [], []
+    for position in (4.0, 3.5, 2.0, 1.0, 0.25, 0.0):
+        teacher.write(path.source(position))
+        with torch.no_grad():
+            outputs.append(output("teacher"))
+            output("fake"), output(None)
+            torch.testing.assert_close(outputs[-1], output("teacher", model))
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1, compilations
+    assert torch.equal(output("teacher", model), output(None, model))
+    assert not torch.equal(outputs[0], outputs[-1])

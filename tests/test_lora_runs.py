@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_worlds import SIGMA, X_T, LoraRun, Under, adapted
-from peft import LoraConfig
 from ranks import returned
 from test_flattening import fsdp1
-from torch._dynamo.testing import CompileCounter
 from worlds import clone, difference
 
 import disback_plugin as disback
@@ -156,62 +153,3 @@ def test_ranks_with_one_base_each_walk_together_and_a_base_cut_by_fsdp_is_refuse
     first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
     assert first == second
     assert (first[0], set(first[3:])) == ("done", {"a base that is whole on each process, as it is frozen"})
-
-
-# -- compiled ---------------------------------------------------------------------------------------------------------
-
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (8, 8),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 8,
-    "attention_head_dim": 4,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
-
-
-def plane():
-    return adapted("fake"), (X_T, SIGMA)
-
-
-def unet():
-    model = UNet2DConditionModel(**UNET)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1"]), "fake")
-    lora.add_teacher(model, like="fake")
-    return model, (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 8))
-
-
-@pytest.mark.parametrize("make", [plane, pytest.param(unet, marks=pytest.mark.slow)])
-def test_a_compiled_network_has_a_graph_for_each_adapter_and_no_move_makes_another(tmp_path, make):
-    model, inputs = make()
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=counter)
-
-    def output(adapter, network=compiled):
-        with lora.under(network, adapter):
-            found = network(*inputs)
-        return getattr(found, "sample", found)
-
-    teacher, fake = ScoreNetwork(compiled, adapter="teacher"), ScoreNetwork(compiled, adapter="fake")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-
-    def fake_step():
-        optimizer.zero_grad()
-        output("fake").square().mean().backward()
-        optimizer.step()
-
-    path = disback.record(teacher, fake, fake_step, path=tmp_path, iterations=4, every=1)
-    compilations, outputs = [], []
-    for position in (4.0, 3.5, 2.0, 1.0, 0.25, 0.0):
-        teacher.write(path.source(position))
-        with torch.no_grad():
-            outputs.append(output("teacher"))
-            output("fake"), output(None)
-            torch.testing.assert_close(outputs[-1], output("teacher", model))
-        compilations.append(counter.frame_count)
-    assert len(set(compilations)) == 1, compilations
-    assert torch.equal(output("teacher", model), output(None, model))
-    assert not torch.equal(outputs[0], outputs[-1])

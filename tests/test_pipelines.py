@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_pipelines import text_time, unet
 
 from disback_plugin import noise
 from disback_plugin.errors import OptionError, RoleError
@@ -128,17 +129,6 @@ def test_a_prediction_that_means_another_thing_is_refused():
     assert (noise.from_diffusers(flows), Prediction.from_diffusers(flows)) == (RectifiedFlow(), Prediction.FLOW)
 
 
-UNET = {
-    "sample_size": 8,
-    "block_out_channels": (8, 8),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 8,
-    "attention_head_dim": 4,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
-SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
 TRANSFORMER = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 1, "joint_attention_dim": 8}
 
 
@@ -154,10 +144,9 @@ def cases():
     text = torch.zeros(2, 5, 8)
     image = torch.zeros(2, 4, 8, 8)
     added = {"text_embeds": torch.zeros(2, 8), "time_ids": torch.zeros(2, 6)}
-    yield pipeline(unet=diffusers.UNet2DConditionModel(**UNET)), image, {"encoder_hidden_states": text}
-    sdxl = diffusers.UNet2DConditionModel(**UNET, **SDXL)
-    yield pipeline(unet=sdxl), image, {"encoder_hidden_states": text, **added}
-    yield flow(unet=diffusers.UNet2DConditionModel(**UNET)), image, {"encoder_hidden_states": text}
+    yield pipeline(unet=unet(8)), image, {"encoder_hidden_states": text}
+    yield pipeline(unet=unet(8, **text_time(8))), image, {"encoder_hidden_states": text, **added}
+    yield flow(unet=unet(8)), image, {"encoder_hidden_states": text}
     pooled = {"encoder_hidden_states": text, "pooled_projections": torch.zeros(2, 8)}
     sd3 = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "caption_projection_dim": 8}
     yield (
@@ -208,8 +197,8 @@ def test_a_denoiser_runs_on_what_it_says_it_needs(of, x_t, conditions):
     ("of", "reason"),
     [
         (SimpleNamespace(scheduler=None), "without a scheduler and a unet"),
-        (pipeline(unet=diffusers.UNet2DConditionModel(**UNET, in_channels=9)), "from 9 to 4 channels"),
-        (pipeline(unet=diffusers.UNet2DConditionModel(**UNET, class_embed_type="timestep")), "class_embed_type"),
+        (pipeline(unet=unet(8, in_channels=9)), "from 9 to 4 channels"),
+        (pipeline(unet=unet(8, class_embed_type="timestep")), "class_embed_type"),
         (pipeline(unet=torch.nn.Linear(1, 1)), "of class Linear"),
         (pipeline(transformer=CASES[3][0].transformer), "under a DDPMScheduler"),
     ],

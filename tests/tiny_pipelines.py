@@ -82,6 +82,15 @@ def unet(width, **more):
     )
 
 
+def text_time(width):
+    """What a UNet of SDXL's kind is told beside the prompt: a pooled text embedding of this width, and six sizes."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": width + 6 * 4,
+    }
+
+
 def sd15(prediction_type="epsilon", **more):
     torch.manual_seed(0)
     return StableDiffusionPipeline(
@@ -104,12 +113,7 @@ def sdxl():
         text_encoder_2=text_encoder(CLIPTextModelWithProjection),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
-        unet=unet(
-            32,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=16 + 6 * 4,
-        ),
+        unet=unet(32, **text_time(16)),
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
     )
 
