@@ -24,23 +24,40 @@ def digits():
     return torch.tensor(data.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(data.target)
 
 
-def untrained():
+def tokenizer(length):
+    """Return CLIP's tokenizer with a vocabulary of letters: it spells."""
     names = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    text = CLIPTextConfig(
-        vocab_size=len(names),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
+    return CLIPTokenizer(vocab={name: at for at, name in enumerate(names)}, merges=[], model_max_length=length)
+
+
+def text_config(words, width, layers):
+    """Return the configuration of a text encoder that reads what this tokenizer writes."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
-        max_position_embeddings=20,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
+        max_position_embeddings=words.model_max_length,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
+
+
+def scheduler(**more):
+    """Return Stable Diffusion's scheduler."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**betas, clip_sample=False, steps_offset=1, **more)
+
+
+def untrained():
+    words = tokenizer(20)
     return StableDiffusionPipeline(
         vae=AutoencoderKL(latent_channels=1, block_out_channels=(8,), norm_num_groups=2),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab={name: at for at, name in enumerate(names)}, merges=[], model_max_length=20),
+        text_encoder=CLIPTextModel(text_config(words, width=32, layers=1)),
+        tokenizer=words,
         unet=UNet2DConditionModel(
             sample_size=8,
             in_channels=1,
@@ -53,9 +70,7 @@ def untrained():
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32,
         ),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
+        scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -66,7 +81,7 @@ def train_teacher(folder, *, steps=4_000, batch=64, seed=0):
     """Train a pipeline and save it."""
     torch.manual_seed(seed)
     pipeline, (images, classes) = untrained(), digits()
-    unet, text_encoder, scheduler = pipeline.unet.train(), pipeline.text_encoder.train(), pipeline.scheduler
+    unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -76,7 +91,7 @@ def train_teacher(folder, *, steps=4_000, batch=64, seed=0):
         labels = torch.where(torch.rand(batch) < 0.1, len(NAMES), classes[rows])  # no prompt, for guidance
         x_0, eps, t = images[rows], torch.randn(batch, 1, 8, 8), torch.randint(1_000, (batch,))
         told = text_encoder(words)[0][labels]
-        output = unet(scheduler.add_noise(x_0, eps, t), t, told, return_dict=False)[0]
+        output = unet(pipeline.scheduler.add_noise(x_0, eps, t), t, told, return_dict=False)[0]
         optimizer.zero_grad()
         nn.functional.mse_loss(output, eps).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -13,47 +12,23 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+from digits_pipeline import LETTERS, scheduler, text_config, tokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 
-def tokenizer():
-    names = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    return CLIPTokenizer(vocab={name: index for index, name in enumerate(names)}, merges=[], model_max_length=24)
+def words():
+    return tokenizer(24)
 
 
-def text_encoder(kind=CLIPTextModel, width=16):
-    return kind(
-        CLIPTextConfig(
-            vocab_size=2 + 2 * len(LETTERS),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).eval()
+def text_encoder(kind=CLIPTextModel):
+    return kind(text_config(words(), width=16, layers=2)).eval()
 
 
 def t5():
     names = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
-    words = T5Tokenizer(vocab=[(name, -1.0) for name in names], extra_ids=0, model_max_length=24)
+    spelt = T5Tokenizer(vocab=[(name, -1.0) for name in names], extra_ids=0, model_max_length=24)
     sizes = T5Config(vocab_size=len(names), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return {"text_encoder_3": T5EncoderModel(sizes).eval(), "tokenizer_3": words}
+    return {"text_encoder_3": T5EncoderModel(sizes).eval(), "tokenizer_3": spelt}
 
 
 def vae(**more):
@@ -96,9 +71,9 @@ def sd15(prediction_type="epsilon", **more):
     return StableDiffusionPipeline(
         vae=vae(),
         text_encoder=text_encoder(),
-        tokenizer=tokenizer(),
+        tokenizer=words(),
         unet=unet(16, **more),
-        scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, prediction_type=prediction_type),
+        scheduler=scheduler(prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -111,10 +86,10 @@ def sdxl():
         vae=vae(),
         text_encoder=text_encoder(),
         text_encoder_2=text_encoder(CLIPTextModelWithProjection),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
+        tokenizer=words(),
+        tokenizer_2=words(),
         unet=unet(32, **text_time(16)),
-        scheduler=DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1),
+        scheduler=scheduler(),
     )
 
 
@@ -138,8 +113,8 @@ def sd3():
         vae=vae(shift_factor=0.0),
         text_encoder=text_encoder(CLIPTextModelWithProjection),
         text_encoder_2=text_encoder(CLIPTextModelWithProjection),
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
+        tokenizer=words(),
+        tokenizer_2=words(),
         **t5(),
     )
 
