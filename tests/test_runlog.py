@@ -223,6 +223,18 @@ def test_a_run_is_named_by_its_log_its_path_or_a_folder(logged, name):
     assert find(file.parent / name) == [file]
 
 
+def test_a_path_whose_log_has_another_name_is_found_by_what_the_logs_beside_it_say(tmp_path):
+    for name in ("path", "other"):
+        run = Run()
+        with disback.attach(**run.roles(), path=tmp_path / name, **OPTIONS, log=tmp_path / f"on {name}.log.jsonl"):
+            run.step()
+    RunLog(tmp_path / "plain.log.jsonl").begin("plain")
+    (tmp_path / "damaged.log.jsonl").write_text("[1]")
+    assert find(tmp_path / "path") == [tmp_path / "on path.log.jsonl"]
+    with pytest.raises(PathError, match="no log of a run"):
+        find(tmp_path / "pa")
+
+
 @pytest.mark.parametrize("text", [None, "", "not json\n", '{"loss": 1}\n', '{"update": -1}\n', "[1]\n"])
 def test_what_is_no_log_is_refused(text, tmp_path):
     file = tmp_path / "x.log.jsonl"

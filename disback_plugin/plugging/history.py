@@ -154,6 +154,8 @@ def load(run: Path) -> list[History]:
 def find(run: Path) -> list[Path]:
     """Return the logs that a run's name stands for: a file, that of a path, or all in a folder.
 
+    A path's log lies beside it under its name, or under another (`attach(log=)`) and says whose it is.
+
     Raises:
         PathError: If there is none.
     """
@@ -162,14 +164,24 @@ def find(run: Path) -> list[Path]:
         return [run]
     if beside.is_file():
         return [beside]
-    inside = sorted(run.glob(f"*{SUFFIX}")) if run.is_dir() else []
-    if not inside:
+    above = run.absolute().parent
+    inside = sorted(run.glob(f"*{SUFFIX}")) or [file for file in sorted(above.glob(f"*{SUFFIX}")) if _is_of(run, file)]
+    if not run.is_dir() or not inside:
         raise PathError(
             f"no log of a run at {run}",
             expected=f"a file *{SUFFIX}, a path with one beside it, or a folder with some in it",
             cure="name one: `attach` and `record` write it beside the path, and `disback demo` into its --out",
         )
     return inside
+
+
+def _is_of(path: Path, file: Path) -> bool:
+    """Whether the last run in a log beside a path is on that path."""
+    try:
+        begun = read(file).begun
+    except PathError:
+        return False
+    return bool(begun) and Path(str(begun[-1].get("folder"))).name == path.absolute().name
 
 
 # -- one line -------------------------------------------------------------------------------------------------------
