@@ -10,11 +10,10 @@
 
 from __future__ import annotations
 
-import json
 from statistics import median
 
-import convergence_tables as tables
 import torch
+from convergence_results import BASELINE, OURS, read
 from convergence_worlds import seeded, students, world
 from matplotlib.figure import Figure
 
@@ -28,14 +27,13 @@ SHOWN, MEASURED = (0, 20, 60, 120, 400), (1, *range(5, 101, 5))
 
 
 def draw(folder, regimes, methods, distillation) -> None:
-    """Write all four beside the results."""
-    results = tables.read(folder, regimes)
-    if not results:
-        raise SystemExit(f"found no result in {folder}; run bench_convergence.py REGIME... --out {folder}")
+    """Write all four into a folder that has the teachers, or gets them."""
+    results = read(regimes)
     save(folder, "distances", distances(results))
     if halves := {name: result for name, result in results.items() if result.halves}:
         save(folder, "ablation", ablation(halves))
-    runs = {name: walk(folder, name, regimes[name], (methods[0], methods[-1]), distillation) for name in PLANAR}
+    both = (methods[0], methods[-1])
+    runs = {name: walk(folder, regimes[name], results[name].rate, both, distillation) for name in PLANAR}
     save(folder, "mismatch", mismatch(runs))
     save(folder, "planar", planar(runs))
 
@@ -53,8 +51,8 @@ def distances(results):
         for method in result.best:
             seeds = result.ema[method]
             middle = [median(values) for values in zip(*seeds, strict=True)]
-            (line,) = axis.plot(result.updates, middle, label=method, lw=2 if method == tables.OURS else 1)
-            if method in (tables.BASELINE, tables.OURS):
+            (line,) = axis.plot(result.updates, middle, label=method, lw=2 if method == OURS else 1)
+            if method in (BASELINE, OURS):
                 low, high = ([of(values) for values in zip(*seeds, strict=True)] for of in (min, max))
                 axis.fill_between(result.updates, low, high, color=line.get_color(), alpha=0.12, lw=0)
         axis.set(title=f"{name}, rate {result.rate:g}", yscale="log")
@@ -69,8 +67,12 @@ def distances(results):
 def ablation(results):
     figure = Figure((2.6 * len(results) + 1, 3.2), layout="constrained")
     for axis, (name, result) in zip(figure.subplots(1, len(results), squeeze=False).flat, results.items(), strict=True):
-        all_of = {"neither": result.ema[tables.BASELINE], **result.halves, "both: auto": result.ema[tables.OURS]}
-        all_of[tables.BASELINE] = result.ema[tables.BASELINE]
+        all_of = {
+            "neither": result.ema[BASELINE],
+            **result.halves,
+            "both: auto": result.ema[OURS],
+        }
+        all_of[BASELINE] = result.ema[BASELINE]
         ends = {label: median(result.last(label, all_of)) for label in ("neither", *result.halves, "both: auto")}
         axis.bar(range(len(ends)), ends.values(), color=["0.6", "tab:blue", "tab:orange", "tab:green"])
         axis.set_xticks(range(len(ends)), [label.replace(" ", "\n") for label in ends], fontsize=7)
@@ -81,11 +83,10 @@ def ablation(results):
     return figure
 
 
-def walk(folder, name, regime, methods, distillation):
+def walk(folder, regime, rate, methods, distillation):
     """Train some seeds under each method; returns the mismatch and the first one's samples on the way."""
     place, seeds = world(regime.world), list(SEEDS)
     bank, student = (students(place, kind, "shown", seeds, folder) for kind in ("teacher", regime.student))
-    rate = json.loads((folder / tables.file_name(name)).read_text())["rate"]
     runs = distillation(place, regime, methods, [rate] * len(methods), seeds, bank, student)
     runs.record()
     z = torch.randn(1_000, place.size, generator=seeded(9)).expand(len(runs.methods), -1, -1)
@@ -144,9 +145,7 @@ def planar(runs):
         for axis, update in zip(line, SHOWN, strict=True):
             axis.scatter(*data.T, s=1, color="0.8")
             if update in found["samples"]:
-                axis.scatter(
-                    *found["samples"][update].T, s=1, color="tab:green" if method == tables.OURS else "tab:blue"
-                )
+                axis.scatter(*found["samples"][update].T, s=1, color="tab:green" if method == OURS else "tab:blue")
             axis.set(xlim=(-8, 16), ylim=(-8, 8), title=f"{method}, update {update}")
         line[0].set_ylabel(name)
     return figure

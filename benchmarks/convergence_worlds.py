@@ -4,6 +4,7 @@
 |-------------|--------------------------------------------|----------------------------|------------------------------|
 | digits-mlp  | scikit-learn's digits, 8 x 8, in [-1, 1]   | the demonstration's MLP    | Frechet, 20 components       |
 | digits-conv | the same                                   | the demonstration's U-Net  | the same                     |
+| shapes-conv | coloured shapes, 16 x 16 x 3, in [-1, 1]   | the same, twice as wide    | the same                     |
 | gauss10-2d  | ten Gaussians at random in [-5, 5]^2       | an MLP, width 64, depth 3  | sliced 2-Wasserstein squared |
 | ring-2d     | eight Gaussians on a ring of radius 4      | the same                   | the same                     |
 
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import coloured_shapes
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -29,13 +31,18 @@ from disback_plugin.metrics import frechet_distance
 
 State = dict[str, Tensor]
 
-WORLDS = ("digits-mlp", "digits-conv", "gauss10-2d", "ring-2d")
-# EDM's distribution of ln(sigma) (arXiv 2206.00364, Table 1).
+# EDM's distribution of ln(sigma) (arXiv 2206.00364, Table 1). Teachers are trained on it.
 P_MEAN, P_STD = -1.2, 1.2
 # Seeds of the teachers: every choice was made on the first five, every number shown is of the others.
 TEACHERS = {"tuning": range(5), "shown": range(5, 10)}
 # Updates, rate and batch of a teacher's training.
-RECIPES = {"mlp": (6_000, 2e-3, 256), "conv": (2_500, 4e-3, 128), "planar": (5_000, 2e-3, 256)}
+RECIPES = {
+    "digits-mlp": (6_000, 2e-3, 256),
+    "digits-conv": (2_500, 4e-3, 128),
+    "shapes-conv": (3_000, 3e-3, 64),
+    "gauss10-2d": (5_000, 2e-3, 256),
+    "ring-2d": (5_000, 2e-3, 256),
+}
 # A far student is the teacher after so many updates on other data.
 FAR = (600, 2e-3, 128)
 
@@ -78,17 +85,29 @@ class World:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.kind = "planar" if name.endswith("2d") else name.split("-")[1]
-        self.data = mixture(name) if self.kind == "planar" else digits.load()
-        self.sigma_data = float(self.data.std()) if self.kind == "planar" else 0.75
+        subject, self.kind = name.split("-")
+        match subject:
+            case "digits":
+                self.data = digits.load()
+            case "shapes":
+                self.data = coloured_shapes.images()
+            case _:
+                self.data = mixture(name)
+        self.sigma_data = 0.75 if subject == "digits" else float(self.data.std())
         self.size = self.data.shape[1]
-        if self.kind != "planar":
+        # Students are distilled under more noise where there are more pixels: at EDM's this one gets worse and worse.
+        self.p_mean = 0.0 if subject == "shapes" else P_MEAN
+        if self.kind != "2d":
             self._features = digits.principal_components(self.data)
             self._real = self._features(self.data)
+        else:
+            self._directions = F.normalize(torch.randn(self.size, 64, generator=seeded(5)), dim=0)
+            self._real = quantiles(self.data @ self._directions)
 
     def build(self, members: int) -> Denoiser:
         """Return E denoisers whose weights are still to be loaded."""
-        body = {**NETWORKS, "planar": PlanarMLP}[self.kind](members, torch.Generator())
+        more = {"planes": 12, "channels": 32} if self.name == "shapes-conv" else {}
+        body = {**NETWORKS, "2d": PlanarMLP}[self.kind](members, torch.Generator(), **more)
         return Denoiser(body, self.sigma_data).requires_grad_(False)
 
     def random(self, seeds: Sequence[int]) -> State:
@@ -99,7 +118,7 @@ class World:
 
     def distance(self, x: Tensor) -> list[float]:
         """Return each member's distance from the data, for samples of shape (E, n, d); inf if one is not finite."""
-        far = self._frechet if self.kind != "planar" else self._wasserstein
+        far = self._frechet if self.kind != "2d" else self._wasserstein
         return [far(samples) if bool(samples.isfinite().all()) else math.inf for samples in x]
 
     def _frechet(self, samples: Tensor) -> float:
@@ -107,11 +126,12 @@ class World:
 
     def _wasserstein(self, samples: Tensor) -> float:
         # Not `metrics.sliced_wasserstein`: the square, at fixed quantiles, is what was measured from the start.
-        directions = torch.randn(self.size, 64, generator=seeded(5))
-        directions = directions / directions.norm(dim=0)
-        q = (torch.arange(256) + 0.5) / 256
-        ours, real = (torch.quantile(points @ directions, q, dim=0) for points in (samples, self.data))
-        return float((ours - real).square().mean())
+        return float((quantiles(samples @ self._directions) - self._real).square().mean())
+
+
+def quantiles(values: Tensor) -> Tensor:
+    """The middles of 256 equal parts of each column."""
+    return torch.quantile(values, (torch.arange(256) + 0.5) / 256, dim=0)
 
 
 world = cache(World)
@@ -142,9 +162,9 @@ def first_weight(name: str, weight: Tensor, stream: torch.Generator) -> Tensor:
     return torch.randn(weight.shape, generator=stream) * gain / math.sqrt(math.prod(weight.shape[2:]))
 
 
-def denoising(network: Denoiser, x_0: Tensor, eps: Tensor, log_sigma: Tensor) -> Tensor:
+def denoising(network: Denoiser, x_0: Tensor, eps: Tensor, log_sigma: Tensor, p_mean: float = P_MEAN) -> Tensor:
     """EDM's loss of each member, shape (E,); `log_sigma` are unit Gaussian numbers of shape (E, B)."""
-    sigma, d = (P_MEAN + P_STD * log_sigma).exp()[..., None], network.sigma_data
+    sigma, d = (p_mean + P_STD * log_sigma).exp()[..., None], network.sigma_data
     output = network(x_0 + sigma * eps, sigma[..., 0])
     return (((sigma**2 + d**2) / (sigma * d) ** 2) * (output - x_0) ** 2).mean((1, 2))
 
@@ -178,7 +198,7 @@ def teachers(world: World, part: str, folder: Path) -> State:
     file = folder / f"{world.name}-{part}.safetensors"
     if not file.exists():
         seeds = TEACHERS[part]
-        save_file(fit(world, world.random(seeds), seeds, world.data, RECIPES[world.kind]), file)
+        save_file(fit(world, world.random(seeds), seeds, world.data, RECIPES[world.name]), file)
     return load_file(file)
 
 

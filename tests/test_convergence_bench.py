@@ -1,11 +1,17 @@
 """The study of `benchmarks/bench_convergence.py` trains many runs side by side: each is what `attach` makes of one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from bench_convergence import BASELINE, METHODS, RECORDING, REGIMES, TRAINING, Distillation, Method, Regime, SingleAuto
-from convergence_tables import EVIDENCE, Result, at, crossing, verdict
+from bench_convergence import beyond
+from coloured_shapes import images
+from convergence_goals import verdict
+from convergence_methods import BASELINE, METHODS, REGIMES, Method, Regime, SingleAuto
+from convergence_results import Result, at, crossing
+from convergence_runs import RECORDING, TRAINING, Distillation
+from convergence_tables import EVIDENCE
 from convergence_worlds import P_MEAN, P_STD, denoising, seeded, world
 
 import disback_plugin as disback
@@ -115,13 +121,41 @@ def result(ours, fitted=(0, 5), **more):
         return {"updates": [0, 20, 40, 60, 80], "ema": [[v] for v in curve], "raw": [[v] for v in curve]}
 
     runs = {"diff-instruct": run([9, 7, 1, 1, 1]), "auto": run(ours), **{k: run(v) for k, v in more.items()}}
-    return Result({"rate": 1e-3, "R": {"auto": [fitted]}, "runs": runs}, "diff-instruct")
+    return Result({"rate": 1e-3, "R": {"auto": [fitted]}, "runs": runs})
+
+
+def test_a_round_with_two_updates_of_s_phi_has_one_of_the_generator_and_costs_four_passes_more(place):
+    regime = replace(REGIME, ratio=2)
+    weights = place.random([SEED])
+    runs = Distillation(place, regime, [BASELINE], [RATE], [SEED], weights, weights)
+    runs.train(3)
+    assert (runs._fake_adam.updates.item(), runs._generator_adam.updates.item()) == (6, 3)
+    assert regime.cost == REGIME.cost + 4
+
+
+def test_each_coloured_shape_is_of_one_colour_on_a_dark_ground():
+    shapes = torch.nn.functional.pixel_shuffle(images().view(-1, 12, 8, 8), 2)
+    assert shapes.shape == (4_000, 3, 16, 16)
+    assert shapes.abs().max() <= 1
+    edges = torch.cat([shapes[:, :, 0], shapes[:, :, :, 0]], 2)
+    assert edges.median() == pytest.approx(-0.8, abs=1e-3)
+    # Of a pixel inside each channel is at its end; all such pixels of an image have the same colour.
+    inside = (shapes.abs() > 0.95).all(1)
+    assert inside.flatten(1).any(1).all()
+    for image, where in zip(shapes, inside, strict=True):
+        assert len(image[:, where].sign().unique(dim=1).T) == 1
 
 
 def test_the_same_curve_is_neither_faster_nor_better():
     same = result([9, 7, 1, 1, 1])
     assert same.speed("auto", 2.0, 0) == same.speed("auto", 2.0, 0, compute=True) == 1.0
-    assert same.last("auto", same.ema) == same.equal_compute("auto") == [1.0]
+    assert same.last("auto", same.ema) == same.equal_compute("auto") == same.least("auto") == [1.0]
+
+
+def test_who_was_nearer_on_the_way_has_the_lesser_least_distance_whatever_the_end():
+    passed = result([9, 7, 0.5, 2, 2])
+    assert passed.least("auto") == [0.5]
+    assert passed.last("auto", passed.ema) == [1.5]
 
 
 def test_a_recording_costs_its_updates():
@@ -143,6 +177,12 @@ def test_a_run_that_is_not_finite_has_diverged_and_stalled():
     lost = result([9, 7, math.inf, math.nan, math.nan])
     assert lost.diverged("auto") == 1
     assert lost.stalled("auto") == [True]
+
+
+def test_a_best_rate_at_the_edge_has_the_next_beyond_it_tried_and_one_inside_has_not():
+    assert beyond({"0.001": 1.0, "0.002": 2.0, "0.004": 3.0}) == 5e-4
+    assert beyond({"0.001": 3.0, "0.002": 2.0, "0.004": 1.0}) == 8e-3
+    assert beyond({"0.001": 3.0, "0.002": 1.0, "0.004": 2.0}) is None
 
 
 def test_curves_are_read_between_evaluations():
@@ -168,7 +208,7 @@ def test_a_method_at_its_own_best_rate_is_told_apart_from_it_at_diff_instructs()
         "own_rates": {"auto": 2e-3},
         "own_runs": {"auto": run([9, 7, 1, 1, 1]) | {"recorded": [(90, 5)]}},
     }
-    both = Result(content, "diff-instruct")
+    both = Result(content)
     assert both.best == {"diff-instruct": "diff-instruct", "auto": "auto, 0.002"}
     assert both.last(both.best["auto"], both.ema) == [0.5]
     assert both.last("auto", both.ema) == [1.5]

@@ -57,24 +57,27 @@ class ResidualMLP(nn.Module):
 
 
 class UNet(nn.Module):
-    """F of the preconditioning: a residual block at 8 x 8 on the way down and one up, two, twice as wide, at 4 x 4."""
+    """F of the preconditioning: a residual block at 8 x 8 on the way down and one up, two, twice as wide, at 4 x 4.
 
-    def __init__(self, members: int, generator: torch.Generator, channels: int = 16) -> None:
+    An image has `planes` numbers at each of its 8 x 8 places: (E, B, planes * 64).
+    """
+
+    def __init__(self, members: int, generator: torch.Generator, channels: int = 16, planes: int = 1) -> None:
         super().__init__()
         wide = 2 * channels
-        self.first = Conv(members, 1, channels, generator)
+        self.first = Conv(members, planes, channels, generator)
         self.down = ConvBlock(members, channels, generator)
         self.narrow = Conv(members, channels, wide, generator, stride=2)
         self.middle = nn.ModuleList(ConvBlock(members, wide, generator) for _ in range(2))
         self.widen = Conv(members, wide, channels, generator)
         self.up = ConvBlock(members, channels, generator)
-        self.last = Conv(members, channels, 1, generator)
+        self.last = Conv(members, channels, planes, generator)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return F(x, c_noise), from (E, B, 64) and (E, B) to (E, B, 64)."""
-        members, batch, _ = x.shape
+        """Return F(x, c_noise), of x's shape (E, B, planes * 64); c_noise is (E, B)."""
+        members, batch, numbers = x.shape
         # The members become groups of channels; channels-last is what makes grouped convolutions fast on a CPU.
-        images = x.transpose(0, 1).reshape(batch, members, 8, 8).contiguous(memory_format=torch.channels_last)
+        images = x.transpose(0, 1).reshape(batch, -1, 8, 8).contiguous(memory_format=torch.channels_last)
         e = waves(c_noise)
         skip = self.down(self.first(images), e)
         h = self.narrow(skip)
@@ -82,7 +85,7 @@ class UNet(nn.Module):
             h = block(h, e)
         h = self.up(skip + F.interpolate(self.widen(h), scale_factor=2.0), e)
         output: Tensor = self.last(F.silu(h))
-        return output.reshape(batch, members, PIXELS).transpose(0, 1)
+        return output.reshape(batch, members, numbers).transpose(0, 1)
 
 
 NETWORKS = {"mlp": ResidualMLP, "conv": UNet}

@@ -1,0 +1,127 @@
+"""What `bench_convergence` compares, and where.
+
+| method        | recording       | teacher                           | generator's gradient      |
+|---------------|-----------------|-----------------------------------|---------------------------|
+| diff-instruct | none            | s'_0                              | as it is                  |
+| warm          | 25              | s'_0                              | as it is                  |
+| grad-ramp     | none            | s'_0                              | 1 - 0.99 (1 - u / 100)+   |
+| plain-ramp    | 25              | walks back in 50                  | as it is                  |
+| fixed         | 50              | 3/4, 2/4, 1/4: 20, 60, 60 updates | as it is                  |
+| auto          | until fitted    | walks back in F                   | whole after 3F            |
+
+The path has one node: the straight line from s'_0 to s'_N. "fixed" stands on quarters of that line, not on recorded
+nodes between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Target, WarmStart
+
+__all__ = ["ABLATED", "BASELINE", "HALVES", "METHODS", "REGIMES", "Method", "Regime", "SingleAuto"]
+
+
+# In forward passes: an update of s_phi is the generator's samples, and a pass forwards and back.
+COST_OF_FAKE_STEP = 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is added to Diff-Instruct: a recording (None: until s' is fitted) and a schedule on a path of N nodes.
+
+    Without `warm`, s_phi and its optimizer begin at the teacher all the same.
+    """
+
+    name: str
+    schedule: Schedule
+    record: int | None = 0
+    nodes: int = 1
+    warm: bool = True
+
+
+@dataclass(frozen=True)
+class SingleAuto(Auto):
+    """`Auto` in single precision, as the results in EVIDENCE.md were computed: Adam makes a difference of 1e-7 grow."""
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        position, shrunk = (
+            0.9 * (1 - updates / torch.tensor(float(end))).clamp(min=0) for end in (self.fitted, 3 * self.fitted)
+        )
+        return Target(nodes * float(position), float(1 - shrunk))
+
+
+BASELINE = Method("diff-instruct", WarmStart())
+METHODS = (
+    BASELINE,
+    Method("warm", WarmStart(), 25),
+    Method("grad-ramp", GradientRamp(100)),
+    Method("plain-ramp", Ramp(50, amplitude=False), 25),
+    Method("fixed", Fixed(20, 60, 60), 50, nodes=4),
+    Method("auto", SingleAuto(), None),
+)
+# The two halves of auto, alone (the paper's Table 3), and where they were looked at.
+HALVES = (Method("warm start only", WarmStart(), None), Method("path only", SingleAuto(), None, warm=False))
+ABLATED = ("mlp scratch", "conv teacher 20", "conv rolled", "gauss far")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A world, a first student, and how it is distilled.
+
+    Attributes:
+        sigma_init: Noise scale that the generator is fed with.
+        updates: Of the generator, in all.
+        loss: "diff-instruct", "dmd" or "sid".
+        ratio: Updates of s_phi in a round.
+        rate: Learning rate of all; None: looked for.
+    """
+
+    world: str
+    student: str
+    sigma_init: float
+    updates: int
+    loss: str = "diff-instruct"
+    ratio: int = 1
+    rate: float | None = None
+
+    @property
+    def batch(self) -> int:
+        return {"digits-conv": 32, "shapes-conv": 16}.get(self.world, 64)
+
+    @property
+    def cost(self) -> int:
+        """What a round costs, in forward passes of one network, a backward pass being two."""
+        return COST_OF_FAKE_STEP * self.ratio + (7 if self.loss == "sid" else 5)
+
+    def seeds(self, part: str) -> list[int]:
+        planar = self.world.endswith("2d")
+        if part == "shown":
+            return list(range(40 if planar else 10))
+        return list(range(100, 110 if planar else 103))
+
+
+REGIMES = {
+    "mlp scratch": Regime("digits-mlp", "scratch", 80.0, 700),
+    "mlp teacher": Regime("digits-mlp", "teacher", 2.5, 300),
+    "mlp inverted": Regime("digits-mlp", "inverted", 2.5, 300),
+    "conv teacher 2.5": Regime("digits-conv", "teacher", 2.5, 260),
+    "conv teacher 20": Regime("digits-conv", "teacher", 20.0, 260),
+    "conv teacher 80": Regime("digits-conv", "teacher", 80.0, 260),
+    "conv scratch": Regime("digits-conv", "scratch", 80.0, 260),
+    "conv inverted": Regime("digits-conv", "inverted", 2.5, 260),
+    "conv rolled": Regime("digits-conv", "rolled", 2.5, 260),
+    "conv one class": Regime("digits-conv", "one class", 2.5, 260),
+    "shapes teacher": Regime("shapes-conv", "teacher", 2.5, 260),
+    "gauss scratch": Regime("gauss10-2d", "scratch", 10.0, 400),
+    "gauss teacher": Regime("gauss10-2d", "teacher", 10.0, 400),
+    "gauss far": Regime("gauss10-2d", "far", 10.0, 400),
+    "ring scratch": Regime("ring-2d", "scratch", 10.0, 400),
+    "ring teacher": Regime("ring-2d", "teacher", 10.0, 400),
+    "mlp scratch dmd": Regime("digits-mlp", "scratch", 80.0, 300, "dmd"),
+    "mlp scratch sid": Regime("digits-mlp", "scratch", 80.0, 300, "sid"),
+    "conv teacher five to one": Regime("digits-conv", "teacher", 20.0, 150, ratio=5),
+    "mlp teacher slow": Regime("digits-mlp", "teacher", 2.5, 1_000, rate=1e-4),
+}

@@ -1,0 +1,260 @@
+"""The runs of `bench_convergence`: all seeds of all methods train side by side in one module.
+
+So the optimizer, whose members have rates of their own and may stand still, and the recording's end are written here
+once more; `tests/test_convergence_bench.py` shows that `attach` gives the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from convergence_methods import Method, Regime
+from convergence_worlds import P_STD, State, World, denoising, seeded
+from torch import Tensor
+
+from disback_plugin.degradation.fitting import EVERY, SAMPLE, fitted_after
+from disback_plugin.recording import LEAST
+from disback_plugin.schedules import Settling
+
+__all__ = ["LAST", "RECORDING", "TRAINING", "Distillation"]
+
+EMA = 0.99
+SAMPLES = 1_000
+# Updates between two evaluations, and how many of them a final distance is the mean of.
+EVALUATE_EVERY, LAST = 20, 3
+# A recording that never sees s' fitted ends here.
+LONGEST = 200
+# Purposes of a seed's noise.
+TRAINING, RECORDING, EVALUATION = 1, 2, 3
+
+
+class Adam:
+    """Adam without momentum, betas (0, 0.999), whose members have rates of their own and may stand still."""
+
+    def __init__(self, weights: list[Tensor], rates: Tensor) -> None:
+        self.weights, self.rates = weights, rates
+        self.second = [torch.zeros_like(weight) for weight in weights]
+        self.updates = torch.zeros(len(rates))
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], moving: Tensor) -> None:
+        """Update the members for which `moving`, shape (E,), is 1, and not those for which it is 0."""
+        self.updates += moving
+        correction = (1 - 0.999 ** self.updates.clamp(min=1)).sqrt()
+        for weight, g, second in zip(self.weights, gradients, self.second, strict=True):
+            second.lerp_(g * g, along(0.001 * moving, weight))
+            # With v^ = second / correction^2: rate g / (sqrt(v^) + 1e-8).
+            denominator = second.sqrt().add_(along(1e-8 * correction, weight))
+            weight.sub_(denominator.reciprocal_().mul_(g).mul_(along(self.rates * moving * correction, weight)))
+
+    def forget(self, members: Tensor) -> None:
+        """Begin anew with the members for which it is 1."""
+        self.updates *= 1 - members
+        for second in self.second:
+            second *= 1 - along(members, second)
+
+
+def along(members: Tensor, weight: Tensor) -> Tensor:
+    """One number a member, shaped to broadcast against a weight of shape (E, ...)."""
+    return members.view(-1, *[1] * (weight.ndim - 1))
+
+
+class Distillation:
+    """All seeds of all methods side by side: member m * len(seeds) + s is seed s under method m.
+
+    Args:
+        world: Data and networks.
+        regime: Loss, noise scale and batch.
+        methods: What is compared.
+        rates: Learning rate of each method, of both networks.
+        seeds: Seeds of the noise.
+        teacher: Weights of each seed's teacher, (len(seeds), ...).
+        student: Weights of each seed's first student.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        regime: Regime,
+        methods: Sequence[Method],
+        rates: Sequence[float],
+        seeds: Sequence[int],
+        teacher: State,
+        student: State,
+    ) -> None:
+        self.world, self.regime = world, regime
+        self.methods = [method for method in methods for _ in seeds]
+        self._seed_of = torch.arange(len(seeds)).repeat(len(methods))
+        self._streams = {
+            purpose: [seeded(1_000_003 * purpose + seed) for seed in seeds]
+            for purpose in (TRAINING, RECORDING, EVALUATION)
+        }
+        self.target, self.fake, self.generator = (world.build(len(self.methods)) for _ in range(3))
+        for network, state in ((self.target, teacher), (self.fake, teacher), (self.generator, student)):
+            network.load_state_dict({name: weight[self._seed_of] for name, weight in state.items()})
+        self.fake.requires_grad_(True)
+        self.generator.requires_grad_(True)
+        each = torch.tensor([rate for rate in rates for _ in seeds])
+        self._fake_adam = Adam(list(self.fake.parameters()), each)
+        self._generator_adam = Adam(list(self.generator.parameters()), each)
+        self.average = [weight.detach().clone() for weight in self.generator.parameters()]
+        self._z = self._noise(EVALUATION, SAMPLES, world.size)
+        self.recorded = [0] * len(self.methods)
+        self.fitted = [0] * len(self.methods)
+        # Of those that are recorded until they are fitted: the mean of the first cosines.
+        self.agreement = [math.nan] * len(self.methods)
+
+    def record(self) -> None:
+        """Algorithm 1: s_phi is fitted to the standing generator, each member for as long as its method says."""
+        planned = [LONGEST if method.record is None else method.record for method in self.methods]
+        last, columns = None, [[] for _ in self.methods]
+        for done in range(1, max(planned) + 1):
+            moving = torch.tensor([float(done <= count) for count in planned])
+            if not moving.any():
+                break
+            gradient = sampled(self.fake_step(RECORDING, moving))
+            if last is not None:
+                cosines = torch.cosine_similarity(gradient, last, dim=1).tolist()
+                columns = [[*column, cosine] for column, cosine in zip(columns, cosines, strict=True)]
+            last = gradient
+            for member, method in enumerate(self.methods):
+                if method.record is None and done <= planned[member] and done % EVERY == 0:
+                    self.fitted[member] = self.fitted[member] or fitted_after(columns[member]) or 0
+                    if self.fitted[member] and done >= LEAST:
+                        planned[member] = done
+        self.recorded = planned
+        self.agreement = [sum(c[:EVERY]) / EVERY if len(c) >= EVERY else math.nan for c in columns]
+
+    @torch.no_grad()
+    def excess(self) -> list[float]:
+        """Each member's excess loss of the teacher over s_phi on the student's samples (`outlook.Outlook`)."""
+        stream, shape = seeded(77), (256, self.world.size)
+        z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (shape, shape[:1], shape))
+        z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))
+        x_0 = self._generate(z)
+        ours, fitted = (
+            denoising(network, x_0, eps, log_sigma, self.world.p_mean) for network in (self.target, self.fake)
+        )
+        return (ours / fitted - 1).tolist()
+
+    def train(self, updates: int, tick: Callable[[], object] = lambda: None, *, curves: bool = True) -> dict[str, list]:
+        """Algorithm 2; returns distances of the generator's average at every evaluation, and of itself at the last.
+
+        Without `curves` only the last evaluations of the average are made.
+        """
+        origin, end = (
+            [weight.detach().clone() for weight in network.parameters()] for network in (self.target, self.fake)
+        )
+        cold = torch.tensor([float(not method.warm) for method in self.methods])
+        with torch.no_grad():
+            for weight, start in zip(self.fake.parameters(), origin, strict=True):
+                weight.lerp_(start, along(cold, weight))
+        self._fake_adam.forget(cold)
+        schedules = [
+            method.schedule.settle(self.fitted[i] or self.recorded[i])
+            if isinstance(method.schedule, Settling)
+            else method.schedule
+            for i, method in enumerate(self.methods)
+        ]
+        everyone, stands = torch.ones(len(self.methods)), torch.zeros(len(self.methods))
+        found: dict[str, list] = {"updates": [], "ema": [], "raw": []}
+        if curves:
+            found["updates"].append(0)
+            found["ema"].append(self._distances(self.average))
+        for update in range(updates):
+            for _ in range(self.regime.ratio):
+                self.fake_step(TRAINING, everyone)
+            aims = [schedule(update, method.nodes) for schedule, method in zip(schedules, self.methods, strict=True)]
+            position = torch.tensor(
+                [aim.position / method.nodes for aim, method in zip(aims, self.methods, strict=True)]
+            )
+            if not torch.equal(position, stands):
+                stands = position
+                with torch.no_grad():
+                    for weight, a, b in zip(self.target.parameters(), origin, end, strict=True):
+                        torch.lerp(a, b, along(position, a), out=weight)
+            self._generator_step(torch.tensor([aim.gradient for aim in aims]), everyone)
+            last = update >= updates - LAST * EVALUATE_EVERY
+            if (update + 1) % EVALUATE_EVERY == 0 and (curves or last):
+                found["updates"].append(update + 1)
+                found["ema"].append(self._distances(self.average))
+                if curves and last:
+                    found["raw"].append(self._distances())
+            tick()
+        return found
+
+    def fake_step(self, purpose: int, moving: Tensor) -> tuple[Tensor, ...]:
+        """One update of s_phi by the denoising loss on the generator's samples; returns its gradients."""
+        z, log_sigma, eps = self._draws(purpose)
+        with torch.no_grad():
+            x_0 = self._generate(z)
+        loss = denoising(self.fake, x_0, eps, log_sigma, self.world.p_mean)
+        gradients = torch.autograd.grad(loss.sum(), list(self.fake.parameters()))
+        self._fake_adam.step(gradients, moving)
+        return gradients
+
+    def _generator_step(self, factor: Tensor, everyone: Tensor) -> None:
+        z, log_sigma, eps = self._draws(TRAINING)
+        sigma = (self.world.p_mean + P_STD * log_sigma).exp()[..., None]
+        x = self._generate(z)
+        gradients = LOSSES[self.regime.loss](x, eps, sigma, self.target, self.fake, list(self.generator.parameters()))
+        self._generator_adam.step([g * along(factor, g) for g in gradients], everyone)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, [w.detach() for w in self.generator.parameters()], 1 - EMA)
+
+    def _generate(self, z: Tensor) -> Tensor:
+        return self.generator(self.regime.sigma_init * z, torch.tensor(self.regime.sigma_init))
+
+    def _draws(self, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
+        batch, size = self.regime.batch, self.world.size
+        z, log_sigma, eps = (self._noise(purpose, *shape) for shape in ((batch, size), (batch,), (batch, size)))
+        return z, log_sigma, eps
+
+    def _noise(self, purpose: int, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=stream) for stream in self._streams[purpose]])[self._seed_of]
+
+    @torch.no_grad()
+    def _distances(self, weights: list[Tensor] | None = None) -> list[float]:
+        """Return each member's distance with these weights of the generator instead of its own."""
+        if weights is None:
+            return self.world.distance(self._generate(self._z))
+        named = dict(zip(self.generator.state_dict(), weights, strict=True))
+        scale = torch.tensor(self.regime.sigma_init)
+        return self.world.distance(
+            torch.func.functional_call(self.generator, named, (self.regime.sigma_init * self._z, scale))
+        )
+
+
+def sampled(gradients: Sequence[Tensor]) -> Tensor:
+    """Every k-th number of each member's gradient, as `disback_plugin.degradation.fitting` takes them."""
+    flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
+    return flat[:, :: -(-flat.shape[1] // SAMPLE)]
+
+
+# The losses as gradients of each member alone: those of `disback_plugin.losses` are means over all members, whose
+# rounding differs, and Adam makes a difference of 1e-7 grow.
+def score_difference(x, eps, sigma, target, fake, weights, normalised=False):
+    with torch.no_grad():
+        x_t = x + sigma * eps
+        real = target(x_t, sigma[..., 0])
+        g = fake(x_t, sigma[..., 0]) - real
+        if normalised:
+            g = g / (x - real).abs().mean(-1, keepdim=True)
+    return torch.autograd.grad(x, weights, grad_outputs=g / x.shape[1])
+
+
+def dmd(*arguments):
+    return score_difference(*arguments, normalised=True)
+
+
+def sid(x, eps, sigma, target, fake, weights, alpha=1.2):
+    x_t = x + sigma * eps
+    real, unreal = target(x_t, sigma[..., 0]), fake(x_t, sigma[..., 0])
+    weight = (x - real).abs().mean(-1, keepdim=True).clamp(min=1e-5).detach()
+    loss = ((real - unreal) * ((real - x) - alpha * (real - unreal)) / weight).sum(-1).mean(-1).sum()
+    return torch.autograd.grad(loss, weights)
+
+
+LOSSES = {"diff-instruct": score_difference, "dmd": dmd, "sid": sid}
