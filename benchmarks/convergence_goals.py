@@ -15,7 +15,7 @@ VERDICTS = {True: "reached", False: "**missed**", None: "not measured"}
 
 
 def goals(results: dict[str, Result], regimes: dict) -> list[tuple[str, str, bool | None]]:
-    """What the issue asks for: each goal, what was measured, and whether it is reached (None: not measured)."""
+    """Each goal that was set beforehand, what was measured, and whether it is reached (None: not measured)."""
     rows: list[tuple[str, str, bool | None]] = []
 
     def goal(what: str, regime: str, measure) -> None:

@@ -140,10 +140,6 @@ class Result:
         """Each seed's final distance over Diff-Instruct's."""
         return [final(a) / final(b) for a, b in zip(curves[method], curves[BASELINE], strict=True)]
 
-    def least(self, method: str) -> list[float]:
-        """Each seed's least distance on the way, over Diff-Instruct's: what one who stops at the best would have."""
-        return [min(a) / min(b) for a, b in zip(self.ema[method], self.ema[BASELINE], strict=True)]
-
     def equal_compute(self, method: str) -> list[float]:
         """The same, where the recording has cost the run so many of its last updates."""
         ratios = []
@@ -151,6 +147,10 @@ class Result:
             ends = [u - self.head_start(method, seed) for u in self.updates[-3:]]
             ratios.append(sum(at(self.updates, curve, u) for u in ends) / 3 / self.finals[seed])
         return ratios
+
+    def least(self, method: str) -> list[float]:
+        """Each seed's least distance on the way, over Diff-Instruct's: what one who stops at the best would have."""
+        return [min(a) / min(b) for a, b in zip(self.ema[method], self.ema[BASELINE], strict=True)]
 
     def stalled(self, method: str) -> list[bool]:
         """Which seeds end above twice Diff-Instruct's median final distance, or are not finite."""

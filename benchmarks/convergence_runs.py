@@ -6,7 +6,6 @@ once more; `tests/test_convergence_bench.py` shows that `attach` gives the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +17,7 @@ from disback_plugin.degradation.fitting import EVERY, SAMPLE, fitted_after
 from disback_plugin.recording import LEAST
 from disback_plugin.schedules import Settling
 
-__all__ = ["LAST", "RECORDING", "TRAINING", "Distillation"]
+__all__ = ["RECORDING", "TRAINING", "Distillation"]
 
 EMA = 0.99
 SAMPLES = 1_000
@@ -103,8 +102,6 @@ class Distillation:
         self._z = self._noise(EVALUATION, SAMPLES, world.size)
         self.recorded = [0] * len(self.methods)
         self.fitted = [0] * len(self.methods)
-        # Of those that are recorded until they are fitted: the mean of the first cosines.
-        self.agreement = [math.nan] * len(self.methods)
 
     def record(self) -> None:
         """Algorithm 1: s_phi is fitted to the standing generator, each member for as long as its method says."""
@@ -125,7 +122,6 @@ class Distillation:
                     if self.fitted[member] and done >= LEAST:
                         planned[member] = done
         self.recorded = planned
-        self.agreement = [sum(c[:EVERY]) / EVERY if len(c) >= EVERY else math.nan for c in columns]
 
     @torch.no_grad()
     def excess(self) -> list[float]:
