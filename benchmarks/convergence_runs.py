@@ -14,7 +14,7 @@ from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
 from disback_plugin.degradation.fitting import EVERY, SAMPLE, fitted_after
-from disback_plugin.recording import LEAST
+from disback_plugin.recording import HASTE, LEAST
 from disback_plugin.schedules import Settling
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]
@@ -107,10 +107,13 @@ class Distillation:
         """Algorithm 1: s_phi is fitted to the standing generator, each member for as long as its method says."""
         planned = [LONGEST if method.record is None else method.record for method in self.methods]
         last, columns = None, [[] for _ in self.methods]
+        rates = self._fake_adam.rates
+        haste = torch.tensor([float(HASTE if method.record is None else 1) for method in self.methods])
         for done in range(1, max(planned) + 1):
             moving = torch.tensor([float(done <= count) for count in planned])
             if not moving.any():
                 break
+            self._fake_adam.rates = rates * haste
             gradient = sampled(self.fake_step(RECORDING, moving))
             if last is not None:
                 cosines = torch.cosine_similarity(gradient, last, dim=1).tolist()
@@ -118,10 +121,11 @@ class Distillation:
             last = gradient
             for member, method in enumerate(self.methods):
                 if method.record is None and done <= planned[member] and done % EVERY == 0:
-                    self.fitted[member] = self.fitted[member] or fitted_after(columns[member]) or 0
+                    if not self.fitted[member] and (fitted := fitted_after(columns[member])):
+                        self.fitted[member], haste[member] = HASTE * fitted, 1
                     if self.fitted[member] and done >= LEAST:
                         planned[member] = done
-        self.recorded = planned
+        self.recorded, self._fake_adam.rates = planned, rates
 
     @torch.no_grad()
     def excess(self) -> list[float]:

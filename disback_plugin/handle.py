@@ -99,12 +99,14 @@ class Handle:
             prefetch=prefetch,
             plugins=self._plugins,
             rewind=Rewind(restore, generator_optimizers, self._fake_score_optimizers),
+            hastens=all(optimizers.has_rates(optimizer) for optimizer in self._fake_score_optimizers),
         )
         self._ride = Ride(
             generator_optimizers,
             self._fake_score_optimizers,
             before_step=self._stages.before_step,
             factor=self._gradient_factor,
+            haste=self._stages.haste,
             after_generator=self._after_generator_round,
             after_fake_score=self._after_fake_score_round,
         )

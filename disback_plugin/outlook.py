@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from disback_plugin import ranks
 from disback_plugin.backtracking.plan import Plan
@@ -23,6 +24,7 @@ from disback_plugin.degradation.borrowing import Borrowed, borrowed
 from disback_plugin.degradation.opening import open_or_create
 from disback_plugin.errors import OptionError
 from disback_plugin.hooks import Plugins
+from disback_plugin.loops.optimizers import has_rates
 from disback_plugin.paths.manifest import Recording
 from disback_plugin.recording import Network, Recorder, updated
 from disback_plugin.schedules import Auto
@@ -48,7 +50,8 @@ class Outlook:
         excess_loss: L_teacher / L_s'N - 1 on the student's samples: 0 for a student that makes the teacher's data; None
             if `fake_step` returns no loss.
         recorded: Updates that the recording took.
-        fitted: Updates after which s' was fitted, F (`fitting`); None if it was not within the updates allowed.
+        fitted: Updates at the trainer's learning rate in which s' is fitted, F (`fitting`): the recording had a higher
+            one until then. None if it was not within the updates allowed.
         update_seconds: Time of one update of the recording.
         node_bytes: Size of a recorded node.
         teacher_bytes: Size of the teacher's weights, which the path holds as well unless `keep_teacher=False`.
@@ -172,13 +175,13 @@ def preflight(
         network = ScoreNetwork.of(fake_score, role="fake score")
         target.check_same_layout(network)
         with borrowed(target, network) as found:
-            return _measured(target, network, _InLoop(network, fake_step, found), plan)
+            return _measured(target, network, _InLoop(network, fake_step, found), plan, found)
     assert sample is not None
     assert loss is not None
-    with borrowed(target):
+    with borrowed(target) as found:
         torch.manual_seed(seed)
         copied = _Copy(target, sample, loss, learning_rate)
-        return _measured(target, copied.network, copied, plan)
+        return _measured(target, copied.network, copied, plan, found)
 
 
 class _InLoop:
@@ -186,6 +189,10 @@ class _InLoop:
 
     def __init__(self, network: ScoreNetwork, step: Callable[[], object], found: Borrowed) -> None:
         self._network, self.step, self._found = network, step, found
+
+    def steppers(self, found: Borrowed) -> list[Optimizer]:
+        """Return the optimizers of the fake score, which has been stepped before."""
+        return found.steppers(self._network)
 
     def losses(self) -> list[float]:
         """Return the losses of some batches at the present weights; nan where the step returns none."""
@@ -223,6 +230,10 @@ class _Copy:
         self._sample, self._loss = sample, loss
         self.network = ScoreNetwork(self._module, role="recorded copy")
 
+    def steppers(self, found: Borrowed) -> list[Optimizer]:
+        """Return the copy's optimizer."""
+        return [self._optimizer]
+
     def step(self) -> object:
         """Do one update."""
         with torch.enable_grad():
@@ -238,13 +249,17 @@ class _Copy:
             return [_number(self._loss(self._module, self._sample())) for _ in range(BATCHES)]
 
 
-def _measured(target: ScoreNetwork, network: ScoreNetwork, trainer: _InLoop | _Copy, plan: Recording) -> Outlook:
+def _measured(
+    target: ScoreNetwork, network: ScoreNetwork, trainer: _InLoop | _Copy, plan: Recording, found: Borrowed
+) -> Outlook:
     with tempfile.TemporaryDirectory(prefix="disback-preflight-") as folder:
         path = open_or_create(f"{folder}/path", target, plan)
         recorder = Recorder(path, network, until_fitted=True, plugins=Plugins(autoload=False))
         recorder.start()
         first, spent, encode = trainer.losses(), 0.0, 0.0
-        with closing(recorder):
+        steppers = trainer.steppers(found)
+        recorder.hastens = bool(steppers) and all(has_rates(optimizer) for optimizer in steppers)
+        with closing(recorder), found.hastened(steppers, lambda: recorder.haste):
             while not recorder.done:
                 with _clock(network) as seconds:
                     updated(network, trainer.step)
@@ -256,15 +271,14 @@ def _measured(target: ScoreNetwork, network: ScoreNetwork, trainer: _InLoop | _C
         with _clock(network) as moved:
             network.write(path.source(1))
         manifest = path.manifest
-        fitted = manifest.fitted or manifest.iterations
-        plans = Plan(Auto(fitted), 1)
+        plans = Plan(Auto(manifest.clock), 1)
         excess = sum(first) / sum(last) - 1
         tensors = dict(target.named_tensors())
         return Outlook(
             weights=sum(tensor.numel() for tensor in tensors.values()),
             excess_loss=excess if math.isfinite(excess) else None,
             recorded=manifest.iterations,
-            fitted=manifest.fitted,
+            fitted=None if manifest.fitted is None else manifest.clock,
             update_seconds=spent / manifest.iterations,
             node_bytes=path.nodes[-1].bytes,
             teacher_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),

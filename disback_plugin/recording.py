@@ -42,6 +42,10 @@ PATIENCE = 100
 # Fewer updates are no recording, however soon s' is fitted: a warm start of ten is worth its price (EVIDENCE.md).
 LEAST = 10
 
+# Until s' is fitted, a recording that ends then has so many times the learning rate, and takes half as long. What is
+# left of the ten updates has the trainer's own (EVIDENCE.md).
+HASTE = 2
+
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
 
 
@@ -54,9 +58,11 @@ class Recorder:
         training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
             None where the trainer's own checkpoint holds that.
         until_fitted: Whether to end as soon as the network is fitted (`fitting`), after ten updates or later.
+        hastens: Whether the caller multiplies the learning rate of each update by `haste`.
         plugins: Who hears of the nodes.
 
     Attributes:
+        hastens: As given.
         fit: What the gradients say of the fit.
     """
 
@@ -67,10 +73,12 @@ class Recorder:
         *,
         training: Callable[[], dict[str, Tensor]] | None = None,
         until_fitted: bool = False,
+        hastens: bool = False,
         plugins: Plugins | Sequence[object] = (),
     ) -> None:
         self.path, self.network, self._training = path, network, training
         self.fit, self._until_fitted = Fit(network), until_fitted
+        self.hastens = hastens
         self._plugins = Plugins.of(plugins)
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
         self._told = 0  # cosines that the plug-ins know of
@@ -103,6 +111,14 @@ class Recorder:
     def done(self) -> bool:
         """Whether node N is saved."""
         return self.iteration >= self.path.manifest.iterations
+
+    @property
+    def haste(self) -> int:
+        """Factor on the learning rate of the next update."""
+        known = self.path.manifest
+        # What the path says may lie ahead, where the run goes on from an earlier checkpoint.
+        fitted = known.fitted is not None and self.iteration >= known.fitted
+        return HASTE if self.hastens and self._until_fitted and not fitted and not self.done else 1
 
     def update(self, loss: object = None) -> None:
         """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
@@ -150,13 +166,14 @@ class Recorder:
             self.fit.look()
         if iteration % EVERY:
             return
-        fitted = known.fitted
+        fitted, haste = known.fitted, known.haste
         if fitted is None:
+            haste = self.haste
             fitted = iteration if ranks.on_rank_zero(self.fit.updates) is not None else None
             self._tell()
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
-            self.path.note(fitted=fitted, ended=ended)
+            self.path.note(fitted=fitted, ended=ended, haste=haste)
 
     def _keep(self, loss: object, iteration: int) -> None:
         if isinstance(loss, Tensor) and loss.numel() == 1 and on_main_process():

@@ -319,15 +319,14 @@ class TrajectoryScheduler:
         if self.path is None or not self.last_node or not isinstance(self.schedule, Settling):
             return self.schedule
         manifest = self.path.manifest
-        fitted = manifest.fitted or manifest.iterations
-        settled = self.schedule.settle(fitted)
+        settled = self.schedule.settle(manifest.clock)
         plan = Plan(settled, self.last_node)
         logger.info(
-            "%s: s_phi was %s %d updates; from its last node the teacher walks back in %d, and the gradient grows to "
+            "%s: s_phi %s %d updates at its learning rate; from its last node the teacher walks back in %d, and the gradient grows to "
             "its full size in %d",
             type(settled).__name__.lower(),
-            "fitted after" if manifest.fitted else "not yet fitted after",
-            fitted,
+            "is fitted in" if manifest.fitted else "was not fitted in",
+            manifest.clock,
             next(updates for updates, target in plan.stages() if target.position == 0),
             plan.horizon,
         )

@@ -253,7 +253,7 @@ class DegradationPath(
     def identity(self) -> str:
         """Digest of what was, or is being, recorded: teacher, generator and plan, but not how far it got."""
         recorded = asdict(replace(self.manifest, nodes=(), complete=False))
-        del recorded["fitted"], recorded["ended"]
+        del recorded["fitted"], recorded["ended"], recorded["haste"]
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 
@@ -399,11 +399,12 @@ class DegradationPath(
             )
         return tensors
 
-    def note(self, *, fitted: int, ended: int | None) -> None:
-        """Write down after how many updates s' was `fitted`, and at which update the recording ends because of that
-        (`ended`), if it does.
+    def note(self, *, fitted: int, ended: int | None, haste: int = 1) -> None:
+        """Write down after how many updates s' was `fitted`, at which update the recording ends because of that
+        (`ended`), if it does, and how many times the learning rate it had until it was fitted (`haste`).
         """
-        self._on_rank_zero(lambda: replace(self.manifest, fitted=fitted, ended=ended).write(self.folder))
+        known = replace(self.manifest, fitted=fitted, ended=ended, haste=haste)
+        self._on_rank_zero(lambda: known.write(self.folder))
 
     def finish(self) -> None:
         """Mark the recording as complete and write the model card."""

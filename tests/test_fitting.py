@@ -137,8 +137,8 @@ def test_auto_ends_the_recording_when_s_phi_is_fitted_and_walks_back_as_fast(tmp
         assert 10 <= rounds == manifest.ended < 60
         assert manifest.fitted <= manifest.ended
         assert handle.path.nodes[-1].iteration == manifest.ended
-        walked = Auto(manifest.fitted)
-        for update in range(3 * manifest.fitted):
+        walked = Auto(manifest.clock)
+        for update in range(3 * manifest.clock):
             target = walked(update, len(handle.path) - 1)
             assert (handle.position, handle.scheduler.gradient_factor) == target
             run.step()
@@ -154,7 +154,7 @@ def test_auto_says_in_one_line_what_it_decided_and_why(tmp_path, caplog):
         while handle.phase == "recording":
             run.step()
     (line,) = [message for message in caplog.messages if message.startswith("auto: ")]
-    assert f"fitted after {handle.path.manifest.fitted} updates" in line
+    assert f"is fitted in {handle.path.manifest.clock} updates" in line
 
 
 def test_another_schedule_records_to_the_end_and_notes_the_fit_all_the_same(tmp_path):
@@ -164,10 +164,59 @@ def test_another_schedule_records_to_the_end_and_notes_the_fit_all_the_same(tmp_
         assert handle.phase == "done"
     assert handle.path.manifest.ended is None
     assert [node.iteration for node in handle.path.nodes] == [20, 40, 60]
-    again = Run(seed=1)
-    with attached(again, tmp_path / "auto") as other:
-        again.steps(60)
-    assert handle.path.manifest.fitted == other.path.manifest.fitted
+    assert handle.path.manifest.fitted is not None
+    assert handle.path.manifest.clock == handle.path.manifest.fitted
+
+
+@pytest.mark.parametrize("held", [float, torch.tensor])
+def test_the_recording_of_auto_has_twice_the_learning_rate_until_s_phi_is_fitted_and_nothing_else_has(tmp_path, held):
+    run = Run(seed=1)
+    group = run.optimizer_f.param_groups[0]
+    rate = group["lr"] = held(float(group["lr"]))
+    own, during = float(rate), []
+    with attached(run, tmp_path) as handle:
+        run.optimizer_f.register_step_pre_hook(lambda *_: during.append(float(group["lr"])))
+        for _ in range(40):
+            run.step()
+            assert float(group["lr"]) == own
+        manifest = handle.path.manifest
+    assert during == [2 * own] * manifest.fitted + [own] * (40 - manifest.fitted)
+    assert group["lr"] is rate
+    assert (manifest.haste, manifest.clock) == (2, 2 * manifest.fitted)
+
+
+def test_a_rate_is_put_back_though_a_step_raised(tmp_path):
+    run = Run(seed=1)
+    own = run.optimizer_f.param_groups[0]["lr"]
+    with attached(run, tmp_path):
+        run.step()
+        broken = run.optimizer_f.register_step_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.step()
+        broken.remove()
+    assert run.optimizer_f.param_groups[0]["lr"] == own
+
+
+def test_an_optimizer_without_a_learning_rate_records_at_its_own_pace(tmp_path):
+    run = Run(seed=1)
+
+    class Paceless(torch.optim.SGD):
+        """Like Adafactor with relative steps: its groups hold no number."""
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                assert group["lr"] is None
+                group["lr"] = 0.01
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] = None
+
+    run.optimizer_f = Paceless(run.fake_score.parameters(), lr=0.01)
+    run.optimizer_f.param_groups[0]["lr"] = None
+    with attached(run, tmp_path) as handle:
+        run.steps(60)
+        known = handle.path.manifest
+    assert (known.fitted, known.haste, known.clock) == (None, 1, 60)
 
 
 def test_a_recording_too_short_to_fit_is_walked_back_in_its_own_length(tmp_path):
@@ -259,5 +308,5 @@ def test_a_schedule_of_ones_own_can_wait_for_the_recording(tmp_path):
         while handle.phase == "recording":
             run.step()
         assert handle.path.manifest.ended < 60
-        assert handle.scheduler.horizon == 2 * handle.path.manifest.fitted
+        assert handle.scheduler.horizon == 2 * handle.path.manifest.clock
         assert handle.position == len(handle.path) - 1

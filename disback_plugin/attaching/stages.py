@@ -61,10 +61,11 @@ class Stages:
         prefetch: bool | None,
         plugins: Plugins,
         rewind: Rewind,
+        hastens: bool,
     ) -> None:
         self.teacher, self.fake_score = teacher, fake_score
         self.schedule, self._prefetch, self._plugins = schedule, prefetch, plugins
-        self._rewind = rewind
+        self._rewind, self._hastens = rewind, hastens
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
@@ -87,6 +88,10 @@ class Stages:
             self._rewind.take()
         else:
             self._rewind.put_back(optimizer)
+
+    def haste(self) -> int:
+        """Return the factor on the learning rate of s_phi for its next step."""
+        return 1 if self.recorder is None else self.recorder.haste
 
     def fake_score_updated(self) -> None:
         """Count an update of s_phi; it may be a node."""
@@ -246,7 +251,7 @@ class Stages:
 
     def _new_recorder(self, path: DegradationPath) -> Recorder:
         until_fitted = isinstance(self.schedule, Settling)
-        return Recorder(path, self.fake_score, until_fitted=until_fitted, plugins=self._plugins)
+        return Recorder(path, self.fake_score, until_fitted=until_fitted, hastens=self._hastens, plugins=self._plugins)
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
         return TrajectoryScheduler(

@@ -55,7 +55,8 @@ def described(
 
 
 def _with_rates(optimizer: Optimizer) -> str:
-    rates = dict.fromkeys(f"{float(group['lr']):g}" for group in optimizer.param_groups if "lr" in group)
+    known = [group["lr"] for group in optimizer.param_groups if group.get("lr") is not None]  # Adafactor may have None
+    rates = dict.fromkeys(f"{float(rate):g}" for rate in known)
     return f"{type(optimizer).__name__}, learning rate {' and '.join(rates) or 'of its own'}"
 
 

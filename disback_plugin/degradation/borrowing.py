@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from disback_plugin.loops import optimizers
 from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["Borrowed", "borrowed"]
@@ -41,6 +42,31 @@ class Borrowed:
                     self._known.add(id(weight))
                     self._others.append((weight, weight.detach().clone()))
                     self._gradients.append((weight, None))
+
+    def steppers(self, network: ScoreNetwork) -> list[Optimizer]:
+        """Return the optimizers that have stepped a network so far."""
+        weights = {id(tensor) for _, tensor in network.named_tensors()}
+        return [o for o in self._optimizers if weights & {id(p) for p in optimizers.parameters([o])}]
+
+    @contextmanager
+    def hastened(self, steppers: Sequence[Optimizer], haste: Callable[[], int]) -> Iterator[None]:
+        """Multiply the learning rates of some optimizers at each of their steps."""
+        there: dict[Optimizer, list[Any]] = {}
+
+        def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            if optimizer in steppers:
+                there[optimizer] = optimizers.scale_rates(optimizer, haste())
+
+        def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            if optimizer in there:
+                optimizers.put_back_rates(optimizer, there.pop(optimizer))
+
+        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def put_back(self) -> None:
         """Put everything back as it was found."""

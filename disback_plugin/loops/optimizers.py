@@ -20,9 +20,12 @@ __all__ = [
     "Rounds",
     "before_step",
     "has_gradients",
+    "has_rates",
     "innermost",
     "parameters",
+    "put_back_rates",
     "scale_gradients",
+    "scale_rates",
     "skipped_by_scaler",
     "take_gradients",
     "unwrap",
@@ -144,6 +147,48 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
     gradients = [p.grad for p in parameters([optimizer]) if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
+
+
+def has_rates(optimizer: Optimizer) -> bool:
+    """Return whether every group has a learning rate that is a number, so that `scale_rates` does something."""
+    return all(_is_number(group.get("lr")) for group in optimizer.param_groups)
+
+
+def scale_rates(optimizer: Optimizer, factor: float) -> list[Any]:
+    """Multiply each group's learning rate by `factor`, and return what there was, for `put_back_rates`.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.ones(1)], lr=0.1)
+        >>> there = scale_rates(sgd, 4)
+        >>> sgd.param_groups[0]["lr"]
+        0.4
+        >>> put_back_rates(sgd, there)
+        >>> sgd.param_groups[0]["lr"]
+        0.1
+    """
+    there = []
+    for group in optimizer.param_groups:
+        rate = group["lr"]
+        there.append(rate.clone() if isinstance(rate, Tensor) else rate)
+        _write_rate(group, rate * factor)
+    return there
+
+
+def put_back_rates(optimizer: Optimizer, there: list[Any]) -> None:
+    """Undo `scale_rates`, to the last bit."""
+    for group, rate in zip(optimizer.param_groups, there, strict=True):
+        _write_rate(group, rate)
+
+
+def _is_number(rate: Any) -> bool:
+    return isinstance(rate, int | float) or (isinstance(rate, Tensor) and rate.numel() == 1)
+
+
+def _write_rate(group: dict[str, Any], rate: Any) -> None:
+    if isinstance(group["lr"], Tensor):  # the same tensor: a captured graph reads it
+        group["lr"].copy_(rate)
+    else:
+        group["lr"] = rate
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:

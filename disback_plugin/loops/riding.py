@@ -2,7 +2,8 @@
 
 generator's optimizer   pre-hook    hide all gradients, so that the step changes nothing, or scale them
                         post-hook   count the update: no graph is pending there
-fake score's optimizer  post-hook   count the update
+fake score's optimizer  pre-hook    while recording, perhaps scale its learning rate
+                        post-hook   put that back, and count the update
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Ride:
         fake_score: Those of s_phi.
         before_step: Called before each step, with its optimizer.
         factor: Returns the factor on the generator's gradient, asked before each of its steps; None holds it still.
+        haste: Returns the factor on the learning rate of s_phi, asked before each of its steps.
         after_generator: Called after each round of the generator's optimizers, held still or not, with whether it
             changed a weight.
         after_fake_score: Called after each round of those of s_phi, with whether it changed a weight.
@@ -50,6 +52,7 @@ class Ride:
         ...     [b],
         ...     before_step=lambda optimizer: None,
         ...     factor=lambda: 0.5,
+        ...     haste=lambda: 1,
         ...     after_generator=print,
         ...     after_fake_score=print,
         ... )
@@ -70,12 +73,14 @@ class Ride:
         *,
         before_step: Callable[[Optimizer], None],
         factor: Callable[[], float | None],
+        haste: Callable[[], int],
         after_generator: Callable[[bool], None],
         after_fake_score: Callable[[bool], None],
     ) -> None:
         self._generator, self._fake_score = generator, fake_score
-        self._before_step, self._factor = before_step, factor
+        self._before_step, self._factor, self._haste = before_step, factor, haste
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
+        self._rates: dict[Optimizer, list[Any]] = {}
         self._updates: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
         self._generator_rounds = optimizers.Rounds(generator, after_generator)
@@ -107,6 +112,8 @@ class Ride:
             hook.remove()
         self._hooks.clear()
         self._hidden.clear()
+        for optimizer in self._fake_score:
+            self._put_back_rates(optimizer)
         _RIDDEN.difference_update((*self._generator, *self._fake_score))
 
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -132,8 +139,12 @@ class Ride:
         self._generator_rounds.finish(optimizer, self._updated(optimizer) and not held_still)
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        self._put_back_rates(optimizer)  # if the last step raised
         self._before_step(optimizer)
         self._fake_score_rounds.begin(optimizer)
+        haste = self._haste()
+        if haste != 1:
+            self._rates[optimizer] = optimizers.scale_rates(optimizer, haste)
 
         def settle() -> None:
             self._updates[optimizer] = optimizers.has_gradients(optimizer)
@@ -141,7 +152,13 @@ class Ride:
         return optimizers.before_step(args, kwargs, settle)
 
     def _after_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+        self._put_back_rates(optimizer)
         self._fake_score_rounds.finish(optimizer, self._updated(optimizer))
+
+    def _put_back_rates(self, optimizer: Optimizer) -> None:
+        there = self._rates.pop(optimizer, None)
+        if there is not None:
+            optimizers.put_back_rates(optimizer, there)
 
     def _updated(self, optimizer: Optimizer) -> bool:
         return self._updates.pop(optimizer, False) and not optimizers.skipped_by_scaler(optimizer)

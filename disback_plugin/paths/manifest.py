@@ -136,6 +136,7 @@ class Manifest:
         complete: Whether node N is among them.
         fitted: Updates after which s' was seen to be fitted (`fitting`); None if it was not.
         ended: Updates after which the recording was ended because of that; None if it went on as planned.
+        haste: Factor on the learning rate until s' was fitted.
     """
 
     teacher: Teacher
@@ -145,6 +146,17 @@ class Manifest:
     complete: bool = False
     fitted: int | None = None
     ended: int | None = None
+    haste: int = 1
+
+    @property
+    def clock(self) -> int:
+        """F: updates at the learning rate itself in which s' was fitted; all that there were if it was not.
+
+        Example:
+            >>> Manifest(Teacher("", ""), Recording(200, 50), fitted=5, haste=4).clock
+            20
+        """
+        return self.iterations if self.fitted is None else self.fitted * self.haste
 
     @property
     def iterations(self) -> int:
@@ -218,6 +230,8 @@ class Manifest:
             count is not None and not 1 <= count <= self.recording.iterations for count in (self.fitted, self.ended)
         ):
             return f"a recording that was fitted after {self.fitted} updates and ended after {self.ended}"
+        if self.haste < 1:
+            return f"a recording at {self.haste} times the learning rate"
         due = [min((i + 1) * self.recording.every, self.iterations) for i in range(len(nodes))]
         if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
             return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
@@ -239,6 +253,7 @@ class Manifest:
             complete=_of_type(content["complete"], bool),
             fitted=_of_type(content.get("fitted"), int | None),
             ended=_of_type(content.get("ended"), int | None),
+            haste=_of_type(content.get("haste", 1), int),
         )
 
     def write(self, folder: Path) -> None:
