@@ -9,6 +9,8 @@
 | fixed         | 50              | 3/4, 2/4, 1/4: 20, 60, 60 updates | as it is                  |
 | auto          | until fitted    | walks back in F                   | whole after 3F            |
 
+auto's recording has twice the learning rate until s' is fitted.
+
 The path has one node: the straight line from s'_0 to s'_N. "fixed" stands on quarters of that line, not on recorded
 nodes between.
 """

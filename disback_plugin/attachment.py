@@ -62,8 +62,8 @@ def attach(
         fake_score_optimizer: Whatever steps s_phi. It may step more, as a discriminator, but nothing of the generator.
         path: Folder of the path; None only with record=0.
         record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. The default schedule ends them as
-            soon as s_phi is fitted, and gives them twice its learning rate until then. 0 changes nothing in a run, bit for bit, unless the schedule scales gradients
-            without a path.
+            soon as s_phi is fitted, and gives them twice its learning rate until then. 0 changes nothing in a run, bit
+            for bit, unless the schedule scales gradients without a path.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
         codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
             `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.

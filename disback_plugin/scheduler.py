@@ -322,8 +322,8 @@ class TrajectoryScheduler:
         settled = self.schedule.settle(manifest.clock)
         plan = Plan(settled, self.last_node)
         logger.info(
-            "%s: s_phi %s %d updates at its learning rate; from its last node the teacher walks back in %d, and the gradient grows to "
-            "its full size in %d",
+            "%s: s_phi %s %d updates at its learning rate; from its last node the teacher walks back in %d, and the "
+            "gradient grows to its full size in %d",
             type(settled).__name__.lower(),
             "is fitted in" if manifest.fitted else "was not fitted in",
             manifest.clock,

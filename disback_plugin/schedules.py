@@ -13,8 +13,9 @@ generator's gradient.
 | `WarmStart()`       | 0                                     | 1                               | control           |
 | `GradientRamp(K)`   | 0                                     | 1 - 0.99 (1 - u / K)+           | control           |
 
-F is what the recording says: the updates in which s' is fitted at the trainer's learning rate (`fitting`). These two end
-the recording there, at twice that rate in half as many updates, and let go of the path if the run diverges (`monitoring`).
+F is what the recording says: the updates in which s' is fitted at the trainer's learning rate (`fitting`). These two
+end the recording there, at twice that rate in half as many updates, and let go of the path if the run diverges
+(`monitoring`).
 
 All of them start s_phi from s'_N, except that `GradientRamp` needs no path at all.
 """

@@ -49,6 +49,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
         "codec": path.manifest.recording.codec,
         "iterations": path.manifest.iterations,
         "fitted": path.manifest.fitted,
+        "haste": path.manifest.haste,
         "teacher": path.manifest.teacher.fingerprint,
         "generator": path.manifest.generator,
         "bytes": sum(row.bytes for row in rows),
@@ -58,6 +59,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
         return
     state = "complete" if path.complete else "unfinished"
     print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
-    fitted = "not seen to be fitted" if about["fitted"] is None else f"s_phi fitted after {about['fitted']}"
+    haste = f" at {path.manifest.haste} times the learning rate" if path.manifest.haste > 1 else ""
+    fitted = "not seen to be fitted" if about["fitted"] is None else f"s_phi fitted after {about['fitted']}{haste}"
     print(f"{about['iterations']} iterations, {fitted}; teacher {about['teacher']}\n")
     print(table(rows))
