@@ -27,7 +27,7 @@ def of_regime(name: str, result: Result) -> list[str]:
         "",
         f"`python benchmarks/bench_convergence.py '{name}' {how}`. Rate {result.rate:g}, {result.updates[-1]} "
         f"updates, {result.seeds} seeds. Diff-Instruct ends at {median(result.finals):.3g}; thresholds {near}. "
-        f"auto recorded {median(recorded):g} [{min(recorded)}, {max(recorded)}], fitted after {median(fitted):g} "
+        f"auto recorded {median(recorded):g} [{min(recorded)}, {max(recorded)}], F = {median(fitted):g} "
         f"[{min(fitted)}, {max(fitted)}].",
         "",
         "| method | updates, compute to 2x | to 1.3x | final | at equal compute | better | least | stalled | raw |",

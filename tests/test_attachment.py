@@ -58,7 +58,7 @@ def test_the_recorded_path_is_the_one_of_record(tmp_path):
     path = disback.record(
         by_hand.teacher, by_hand.fake_score, by_hand.fake_step, path=tmp_path / "a", iterations=1, every=1
     )
-    with disback.attach(**attached.roles(), path=tmp_path / "b", record=1, every=1):
+    with disback.attach(**attached.roles(), path=tmp_path / "b", record=1, every=1, schedule="warm"):
         attached.step()
     assert path.nodes == disback.DegradationPath(tmp_path / "b").nodes
 

@@ -93,6 +93,15 @@ def test_it_records_what_attach_would_and_plans_what_auto_does(tmp_path):
     assert found.whole_updates == Auto(found.fitted or 60).horizon(1)
 
 
+def test_the_recording_has_twice_the_learning_rate_until_s_phi_is_fitted_and_the_losses_have_not():
+    run, rates = Run(seed=1), []
+    own = run.optimizer_f.param_groups[0]["lr"]
+    run.optimizer_f.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    found = disback.preflight(run.teacher, run.fake_score, run.fake_step)
+    assert [rate for rate in rates if rate != own] == [2 * own] * (found.fitted // 2)
+    assert rates[0] == rates[-1] == run.optimizer_f.param_groups[0]["lr"] == own
+
+
 def standalone(shift):
     """A teacher of unit noise about 0, and a student at `shift`."""
     teacher = nn.Linear(2, 2)
