@@ -90,8 +90,8 @@ def advice(excess_loss: float | None) -> str:
 
     Example:
         >>> print(advice(0.4))
-        It may help or harm: in the 6 regimes measured with an excess loss below 1, as here, auto ended at equal \
-compute at 0.89 to 1.18 times the trainer's own distance. Nothing that a recording shows says where in between.
+        It may help or harm: in the 5 regimes measured with an excess loss below 1, as here, auto ended at equal \
+compute at 0.95 to 1.05 times the trainer's own distance. Nothing that a recording shows says where in between.
     """
     near = excess_loss is not None and excess_loss < NEAR
     if excess_loss is None:
