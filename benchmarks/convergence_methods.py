@@ -28,6 +28,8 @@ __all__ = ["ABLATED", "BASELINE", "HALVES", "METHODS", "REGIMES", "Method", "Reg
 
 # In forward passes: an update of s_phi is the generator's samples, and a pass forwards and back.
 COST_OF_FAKE_STEP = 4
+# So many evaluations a final distance is the mean of.
+LAST = 3
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from statistics import geometric_mean, median
 
-from convergence_methods import COST_OF_FAKE_STEP, Regime
+from convergence_methods import COST_OF_FAKE_STEP, LAST, Regime
 
 __all__ = [
     "BASELINE",
@@ -84,8 +84,8 @@ def curves(values: list[list[float]]) -> list[list[float]]:
 
 
 def final(curve: list[float]) -> float:
-    """The average of the last three evaluations."""
-    return sum(curve[-3:]) / len(curve[-3:])
+    """The average of the last evaluations."""
+    return sum(curve[-LAST:]) / len(curve[-LAST:])
 
 
 class Result:
@@ -144,8 +144,8 @@ class Result:
         """The same, where the recording has cost the run so many of its last updates."""
         ratios = []
         for seed, curve in enumerate(self.ema[method]):
-            ends = [u - self.head_start(method, seed) for u in self.updates[-3:]]
-            ratios.append(sum(at(self.updates, curve, u) for u in ends) / 3 / self.finals[seed])
+            ends = [u - self.head_start(method, seed) for u in self.updates[-LAST:]]
+            ratios.append(sum(at(self.updates, curve, u) for u in ends) / len(ends) / self.finals[seed])
         return ratios
 
     def least(self, method: str) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from convergence_methods import Method, Regime
+from convergence_methods import LAST, Method, Regime
 from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
@@ -21,8 +21,8 @@ __all__ = ["RECORDING", "TRAINING", "Distillation"]
 
 EMA = 0.99
 SAMPLES = 1_000
-# Updates between two evaluations, and how many of them a final distance is the mean of.
-EVALUATE_EVERY, LAST = 20, 3
+# Updates between two evaluations.
+EVALUATE_EVERY = 20
 # A recording that never sees s' fitted ends here.
 LONGEST = 200
 # Purposes of a seed's noise.

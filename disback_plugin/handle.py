@@ -86,10 +86,8 @@ class Handle:
         locate(optimizers.parameters(generator_optimizers))
         self._generator_optimizers = generator_optimizers
         # Others, as a discriminator's, may step when they like.
-        weights = {id(tensor) for _, tensor in fake_score.named_tensors()}
-        self._fake_score_optimizers = [
-            o for o in fake_score_optimizers if weights & {id(p) for p in optimizers.parameters([o])}
-        ]
+        weights = (tensor for _, tensor in fake_score.named_tensors())
+        self._fake_score_optimizers = optimizers.steppers(fake_score_optimizers, weights)
         self._plugins = Plugins.of(plugins)
         self._log: RunLog | None = None
         self._stages = Stages(

@@ -45,21 +45,19 @@ class Borrowed:
 
     def steppers(self, network: ScoreNetwork) -> list[Optimizer]:
         """Return the optimizers that have stepped a network so far."""
-        weights = {id(tensor) for _, tensor in network.named_tensors()}
-        return [o for o in self._optimizers if weights & {id(p) for p in optimizers.parameters([o])}]
+        return optimizers.steppers(self._optimizers, (tensor for _, tensor in network.named_tensors()))
 
     @contextmanager
     def hastened(self, steppers: Sequence[Optimizer], haste: Callable[[], int]) -> Iterator[None]:
         """Multiply the learning rates of some optimizers at each of their steps."""
-        there: dict[Optimizer, list[Any]] = {}
+        rates = optimizers.Haste(haste)
 
         def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
             if optimizer in steppers:
-                there[optimizer] = optimizers.scale_rates(optimizer, haste())
+                rates.before_step(optimizer)
 
         def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            if optimizer in there:
-                optimizers.put_back_rates(optimizer, there.pop(optimizer))
+            rates.put_back(optimizer)
 
         hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
         try:

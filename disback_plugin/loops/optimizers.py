@@ -17,16 +17,16 @@ from disback_plugin.errors import RoleError
 from disback_plugin.networks.flattening import trains
 
 __all__ = [
+    "Haste",
     "Rounds",
     "before_step",
     "has_gradients",
     "has_rates",
     "innermost",
     "parameters",
-    "put_back_rates",
     "scale_gradients",
-    "scale_rates",
     "skipped_by_scaler",
+    "steppers",
     "take_gradients",
     "unwrap",
 ]
@@ -149,39 +149,55 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
         torch._foreach_mul_(gradients, factor)
 
 
+def steppers(candidates: Iterable[Optimizer], weights: Iterable[Tensor]) -> list[Optimizer]:
+    """Return the optimizers that step any of these weights."""
+    own = {id(weight) for weight in weights}
+    return [optimizer for optimizer in candidates if not own.isdisjoint(map(id, parameters([optimizer])))]
+
+
 def has_rates(optimizer: Optimizer) -> bool:
-    """Return whether every group has a learning rate that is a number, so that `scale_rates` does something."""
-    return all(_is_number(group.get("lr")) for group in optimizer.param_groups)
+    """Return whether every group has a learning rate that is a number, which `Haste` can multiply."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate.numel() == 1 if isinstance(rate, Tensor) else isinstance(rate, int | float) for rate in rates)
 
 
-def scale_rates(optimizer: Optimizer, factor: float) -> list[Any]:
-    """Multiply each group's learning rate by `factor`, and return what there was, for `put_back_rates`.
+class Haste:
+    """Multiplies an optimizer's learning rates for the length of a step, and puts them back to the last bit.
+
+    Args:
+        factor: Returns the factor, asked before each step; with another than 1 the optimizer `has_rates`.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.ones(1)], lr=0.1)
-        >>> there = scale_rates(sgd, 4)
+        >>> haste = Haste(lambda: 4)
+        >>> haste.before_step(sgd)
         >>> sgd.param_groups[0]["lr"]
         0.4
-        >>> put_back_rates(sgd, there)
+        >>> haste.put_back(sgd)
         >>> sgd.param_groups[0]["lr"]
         0.1
     """
-    there = []
-    for group in optimizer.param_groups:
-        rate = group["lr"]
-        there.append(rate.clone() if isinstance(rate, Tensor) else rate)
-        _write_rate(group, rate * factor)
-    return there
 
+    def __init__(self, factor: Callable[[], int]) -> None:
+        self._factor = factor
+        self._there: dict[Optimizer, list[Any]] = {}
 
-def put_back_rates(optimizer: Optimizer, there: list[Any]) -> None:
-    """Undo `scale_rates`, to the last bit."""
-    for group, rate in zip(optimizer.param_groups, there, strict=True):
-        _write_rate(group, rate)
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Multiply the rates."""
+        factor = self._factor()
+        if factor == 1:
+            return
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._there[optimizer] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            _write_rate(group, rate * factor)
 
-
-def _is_number(rate: Any) -> bool:
-    return isinstance(rate, int | float) or (isinstance(rate, Tensor) and rate.numel() == 1)
+    def put_back(self, optimizer: Optimizer) -> None:
+        """Put them back, if they are not yet: after a step, or later if that raised."""
+        there = self._there.pop(optimizer, None)
+        if there is not None:
+            for group, rate in zip(optimizer.param_groups, there, strict=True):
+                _write_rate(group, rate)
 
 
 def _write_rate(group: dict[str, Any], rate: Any) -> None:

@@ -78,9 +78,8 @@ class Ride:
         after_fake_score: Callable[[bool], None],
     ) -> None:
         self._generator, self._fake_score = generator, fake_score
-        self._before_step, self._factor, self._haste = before_step, factor, haste
+        self._before_step, self._factor, self._haste = before_step, factor, optimizers.Haste(haste)
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
-        self._rates: dict[Optimizer, list[Any]] = {}
         self._updates: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
         self._generator_rounds = optimizers.Rounds(generator, after_generator)
@@ -113,7 +112,7 @@ class Ride:
         self._hooks.clear()
         self._hidden.clear()
         for optimizer in self._fake_score:
-            self._put_back_rates(optimizer)
+            self._haste.put_back(optimizer)
         _RIDDEN.difference_update((*self._generator, *self._fake_score))
 
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -139,12 +138,10 @@ class Ride:
         self._generator_rounds.finish(optimizer, self._updated(optimizer) and not held_still)
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        self._put_back_rates(optimizer)  # if the last step raised
+        self._haste.put_back(optimizer)  # if the last step raised
         self._before_step(optimizer)
         self._fake_score_rounds.begin(optimizer)
-        haste = self._haste()
-        if haste != 1:
-            self._rates[optimizer] = optimizers.scale_rates(optimizer, haste)
+        self._haste.before_step(optimizer)
 
         def settle() -> None:
             self._updates[optimizer] = optimizers.has_gradients(optimizer)
@@ -152,13 +149,8 @@ class Ride:
         return optimizers.before_step(args, kwargs, settle)
 
     def _after_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
-        self._put_back_rates(optimizer)
+        self._haste.put_back(optimizer)
         self._fake_score_rounds.finish(optimizer, self._updated(optimizer))
-
-    def _put_back_rates(self, optimizer: Optimizer) -> None:
-        there = self._rates.pop(optimizer, None)
-        if there is not None:
-            optimizers.put_back_rates(optimizer, there)
 
     def _updated(self, optimizer: Optimizer) -> bool:
         return self._updates.pop(optimizer, False) and not optimizers.skipped_by_scaler(optimizer)
