@@ -1,9 +1,11 @@
-"""The losses as their authors write them, in float64 and in x_0 form: what the residual form has to equal."""
+"""The losses as their authors write them, in float64 and in x_0 form, which the residual form has to equal; batches."""
 
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 
+from disback_plugin.noise import add_noise
 from disback_plugin.scores import Prediction, convert
 
 
@@ -32,3 +34,19 @@ def sid_loss(kind, x, eps, networks, alpha, sigma, alpha_sid):
     weight = per_sample((x - d_real).detach().abs()).clamp(min=1e-5)
     loss = (d_real - d_fake) * ((d_real - x) - alpha_sid * (d_real - d_fake)) / weight
     return loss.sum() / len(x)
+
+
+@st.composite
+def batches(draw):
+    """x, x_t, eps, alpha, sigma and two random outputs, all float64."""
+    shape = [draw(st.integers(1, 5)), *draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))]
+    stream = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x, eps, real, fake = (torch.randn(shape, generator=stream, dtype=torch.float64) for _ in range(4))
+    column = [shape[0], *[1] * (len(shape) - 1)]
+    angle = 0.1 + 1.3 * torch.rand(column, generator=stream, dtype=torch.float64)
+    alpha, sigma = angle.cos(), angle.sin()
+    return x, add_noise(x, eps, alpha=alpha, sigma=sigma), eps, alpha, sigma, real, fake
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
