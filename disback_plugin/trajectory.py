@@ -25,15 +25,14 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import ranks
-from disback_plugin.errors import OptionError, PathError, TrainingError
+from disback_plugin.errors import OptionError, PathError
 from disback_plugin.networks.fingerprints import checksum, fingerprint
 from disback_plugin.networks.sharding import Part
 from disback_plugin.networks.states import State
 from disback_plugin.networks.writing import Source
-from disback_plugin.paths import files
+from disback_plugin.paths import additions, files
 from disback_plugin.paths.cards import aligned, card, html, short
-from disback_plugin.paths.encoding import encode
-from disback_plugin.paths.manifest import CONFIG, Manifest, Node, Recording, Teacher, is_ours, node_file, training_file
+from disback_plugin.paths.manifest import CONFIG, Manifest, Node, Recording
 from disback_plugin.paths.nodes import Between
 from disback_plugin.paths.probes import Probe
 from disback_plugin.paths.storage import Storage
@@ -104,30 +103,10 @@ class DegradationPath(
             )
 
         def write() -> Manifest:
-            for name in state.own():
-                if state.layout[name].dtype.is_floating_point and state[name].isnan().any():
-                    raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
-            new = [parent for parent in (root, *root.parents) if not parent.exists()]
-            node_0 = Teacher(fingerprint(state), checksum(state), teacher_id)
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                # Claimed before the first big write: a crash in between leaves a folder that is known to be ours.
-                Manifest(node_0, recording, generator).write(root)
-                path = cls(root)
-                path.complete_node_0(state)
-                return path.manifest
-            except (OSError, PathError) as error:
-                for name in (CONFIG, node_0.file):
-                    (root / name).unlink(missing_ok=True) if root.is_dir() else None
-                for parent in new:
-                    parent.rmdir() if parent.is_dir() else None
-                raise PathError(
-                    f"a folder that cannot be written, {root} ({error})",
-                    expected="room and rights",
-                    cure="pass another path=",
-                ) from error
+            additions.begin(root, state, recording, generator, teacher_id)
+            return Manifest.read(root)
 
         path = cls(root, ranks.on_rank_zero(write, state))
         if not recording.keep_teacher:
@@ -309,25 +288,7 @@ class DegradationPath(
             return
 
         state = State.of(teacher)
-
-        def write() -> None:
-            overlapping, keep = state.overlapping(), self._keep(state)
-            tensors: dict[str, Tensor] = {}
-            for name in state.own():
-                tensor = keep(state[name].cpu().contiguous())
-                tensors[name] = tensor.clone() if name in overlapping else tensor
-            file = self.folder / self.manifest.teacher.file
-            entry = files.write_tensors(file, tensors, about=json.dumps(state.aliases, sort_keys=True))
-            self._storage.trust(node_0 := replace(self.manifest.teacher, **entry))
-            replace(self.manifest, teacher=node_0).write(self.folder)
-
-        self._on_rank_zero(write, state)
-
-    def _keep(self, state: State) -> Callable[[Tensor], Tensor]:
-        """Return how tensors made of a state are kept until a file is written: those of a network that no process holds
-        as a whole may not fit into memory.
-        """
-        return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
+        self._on_rank_zero(lambda: additions.add_node_0(self._storage, self.manifest, state), state)
 
     def append(
         self,
@@ -353,29 +314,13 @@ class DegradationPath(
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
             PathError: If the folder cannot be written.
         """
-        index = len(self)
-        planned = Node(index, iteration, node_file(index), "", 0, 1.0, "exact", "", "", 0.0, None)
-        fault = replace(self.manifest, nodes=(*self.nodes, planned)).fault()
-        if fault:
-            raise OptionError(
-                f"{fault} in append(iteration={iteration})",
-                expected=f"the next iteration of {self.manifest.recording}",
-                cure="append nodes when they are due",
-            )
-
-        whole, codec = State.of(state), self.manifest.recording.codec
+        additions.check_due(self.manifest, iteration)
+        storage, whole = self._storage, State.of(state)
 
         def write() -> None:
-            previous = self._storage.node(self.manifest, index - 1)
-            made = encode(codec, whole, previous, probe, exactly=exactly, keep=self._keep(whole))
-            file = self.folder / node_file(index)
-            entry = files.write_tensors(file, made.delta.parts, about=made.delta.metadata())
-            node = Node(index, iteration, **entry, **made.measured())
-            self._storage.trust(node)
-            if training is not None:
-                about = json.dumps({"iteration": iteration, "checksum": checksum(training)})
-                files.write_tensors(self.folder / training_file(index), training, about=about)
-            replace(self.manifest, nodes=(*self.nodes, node)).write(self.folder)
+            additions.add_node(
+                storage, self.manifest, whole, iteration, probe=probe, exactly=exactly, training=training
+            )
 
         self._on_rank_zero(write, whole)
         self.tidy()
@@ -386,18 +331,7 @@ class DegradationPath(
         Raises:
             PathError: If it was changed since.
         """
-        file = self.folder / training_file(len(self.nodes))
-        if not file.exists():
-            return None
-        tensors, about = files.map_tensors(file, size=file.stat().st_size)
-        wanted = {"iteration": self.nodes[-1].iteration if self.nodes else 0, "checksum": checksum(tensors)}
-        if about != json.dumps(wanted):
-            raise PathError(
-                f"{file} that is not as it was written",
-                expected="the state of the recording at the last node",
-                cure="delete it: the recording then goes on from the last node, with fresh optimizer state",
-            )
-        return tensors
+        return additions.read_training(self.folder, self.manifest)
 
     def note(self, *, fitted: int, ended: int | None, haste: int = 1) -> None:
         """Write down after how many updates s' was `fitted`, at which update the recording ends because of that
@@ -408,14 +342,7 @@ class DegradationPath(
 
     def finish(self) -> None:
         """Mark the recording as complete and write the model card."""
-
-        def write() -> None:
-            # The state goes first: a path that is complete holds nothing else.
-            self._remove_unlisted(keep_training=False)
-            files.write_text(self.folder / "README.md", card(self.manifest))
-            replace(self.manifest, complete=True).write(self.folder)
-
-        self._on_rank_zero(write)
+        self._on_rank_zero(lambda: additions.finish(self.folder, self.manifest))
 
     def rewind(self, iteration: int) -> None:
         """Forget the nodes after `iteration`, to record them again from a training state saved there."""
@@ -424,20 +351,12 @@ class DegradationPath(
         rewound = replace(self.manifest, nodes=kept, complete=complete)
         if rewound != self.manifest:
             self._on_rank_zero(lambda: rewound.write(self.folder))
-            ranks.on_rank_zero(self._remove_unlisted)
+            ranks.on_rank_zero(lambda: additions.remove_unlisted(self.folder, self.manifest))
 
     def tidy(self) -> None:
         """Remove what is older than the last node, or was left behind by a crash before the manifest listed it."""
         if not self.complete:
-            ranks.on_rank_zero(self._remove_unlisted)
-
-    def _remove_unlisted(self, *, keep_training: bool = True) -> None:
-        listed = {entry.file for entry in self.manifest.entries}
-        if keep_training:
-            listed.add(training_file(len(self.nodes)))
-        for entry in list(self.folder.iterdir()):
-            if files.is_leftover(entry.name) or (is_ours(entry.name) and entry.name not in listed):
-                entry.unlink()
+            ranks.on_rank_zero(lambda: additions.remove_unlisted(self.folder, self.manifest))
 
     def _on_rank_zero(self, write: Callable[[], None], state: State | None = None) -> None:
         def then_read() -> Manifest:
