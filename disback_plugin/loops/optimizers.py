@@ -24,6 +24,7 @@ __all__ = [
     "has_rates",
     "innermost",
     "parameters",
+    "put",
     "scale_gradients",
     "skipped_by_scaler",
     "steppers",
@@ -190,21 +191,34 @@ class Haste:
         rates = [group["lr"] for group in optimizer.param_groups]
         self._there[optimizer] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            _write_rate(group, rate * factor)
+            put(group, "lr", rate * factor)
 
     def put_back(self, optimizer: Optimizer) -> None:
         """Put them back, if they are not yet: after a step, or later if that raised."""
         there = self._there.pop(optimizer, None)
         if there is not None:
             for group, rate in zip(optimizer.param_groups, there, strict=True):
-                _write_rate(group, rate)
+                put(group, "lr", rate)
 
 
-def _write_rate(group: dict[str, Any], rate: Any) -> None:
-    if isinstance(group["lr"], Tensor):  # the same tensor: a captured graph reads it
-        group["lr"].copy_(rate)
+def put(group: dict[str, Any], setting: str, value: Any) -> None:
+    """Put a value into a group; where it holds a tensor, into that very tensor: a captured graph reads it.
+
+    Example:
+        >>> group = {"lr": torch.tensor(0.5), "momentum": 0.5}
+        >>> rate = group["lr"]
+        >>> put(group, "lr", 0.25), put(group, "momentum", 0.25)
+        (None, None)
+        >>> rate, group["momentum"]
+        (tensor(0.2500), 0.25)
+    """
+    there = group[setting]
+    if not isinstance(there, Tensor):
+        group[setting] = value
+    elif isinstance(value, Tensor):
+        there.copy_(value)
     else:
-        group["lr"] = rate
+        there.fill_(value)
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:

@@ -212,8 +212,5 @@ def _merged(now: Any, then: Any) -> Any:
 
 def _write_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
     for group, then in zip(optimizer.param_groups[: len(groups)], groups, strict=True):
-        for key, value in then.items():
-            if isinstance(group[key], Tensor):  # the same tensor: a captured graph reads it
-                group[key].fill_(value)
-            else:
-                group[key] = _merged(group[key], value)
+        for setting, value in then.items():
+            optimizers.put(group, setting, _merged(group[setting], value))
