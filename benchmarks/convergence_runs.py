@@ -14,7 +14,7 @@ from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
 from disback_plugin.degradation.fitting import EVERY, SAMPLE, fitted_after
-from disback_plugin.recording import HASTE, LEAST
+from disback_plugin.degradation.recorder import HASTE, LEAST
 from disback_plugin.schedules import Settling
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]

@@ -14,9 +14,8 @@ from disback_plugin.handle import Handle
 from disback_plugin.hooks import Adapter, Plugins
 from disback_plugin.loops import optimizers
 from disback_plugin.loops.rewinding import Stateful
-from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, resolve
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights import Network, ScoreNetwork
 
 __all__ = ["attach"]
 

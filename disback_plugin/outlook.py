@@ -22,13 +22,14 @@ from disback_plugin import ranks
 from disback_plugin.backtracking.plan import Plan
 from disback_plugin.degradation.borrowing import Borrowed, borrowed
 from disback_plugin.degradation.opening import open_or_create
+from disback_plugin.degradation.recorder import Recorder
 from disback_plugin.errors import OptionError
 from disback_plugin.hooks import Plugins
 from disback_plugin.loops.optimizers import has_rates
 from disback_plugin.paths.manifest import Recording
-from disback_plugin.recording import Network, Recorder, updated
+from disback_plugin.recording import updated
 from disback_plugin.schedules import Auto
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights import Network, ScoreNetwork
 
 __all__ = ["Outlook", "advice", "preflight"]
 

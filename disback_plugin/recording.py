@@ -7,9 +7,8 @@ still the trainer's own fake-score step *is* Algorithm 1, and it ends where Algo
 from __future__ import annotations
 
 import copy
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,200 +19,21 @@ from tqdm.auto import tqdm
 
 from disback_plugin import ranks
 from disback_plugin.degradation import training
-from disback_plugin.degradation.fitting import EVERY, Fit
 from disback_plugin.degradation.opening import open_or_create
+from disback_plugin.degradation.recorder import Recorder
 from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.hooks import Plugins
 from disback_plugin.loops.roles import check_apart
 from disback_plugin.paths.manifest import Recording
-from disback_plugin.paths.probes import Probe
 from disback_plugin.plugging.masking import on_main_process
 from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights import Network, ScoreNetwork
 
-__all__ = ["PATIENCE", "Network", "Recorder", "record", "updated"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["PATIENCE", "record", "updated"]
 
 # So many steps in a row without an update are a broken loop, not a slow start: a GradScaler that starts at 2^16 skips
 # at most about 20, and no public trainer updates the generator more often than the fake score.
 PATIENCE = 100
-
-# Fewer updates are no recording, however soon s' is fitted: a warm start of ten is worth its price (EVIDENCE.md).
-LEAST = 10
-
-# Until s' is fitted, a recording that ends then has so many times the learning rate, and takes half as long. What is
-# left of the ten updates has the trainer's own (EVIDENCE.md).
-HASTE = 2
-
-Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
-
-
-class Recorder:
-    """Turns updates of a network into nodes: call `update` after each of them.
-
-    Args:
-        path: An unfinished path; node files are added to it.
-        network: s', the network that is fitted.
-        training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
-            None where the trainer's own checkpoint holds that.
-        until_fitted: Whether to end as soon as the network is fitted (`fitting`), after ten updates or later.
-        hastens: Whether the caller multiplies the learning rate of each update by `haste`.
-        plugins: Who hears of the nodes.
-
-    Attributes:
-        hastens: As given.
-        fit: What the gradients say of the fit.
-    """
-
-    def __init__(
-        self,
-        path: DegradationPath,
-        network: ScoreNetwork,
-        *,
-        training: Callable[[], dict[str, Tensor]] | None = None,
-        until_fitted: bool = False,
-        hastens: bool = False,
-        plugins: Plugins | Sequence[object] = (),
-    ) -> None:
-        self.path, self.network, self._training = path, network, training
-        self.fit, self._until_fitted = Fit(network), until_fitted
-        self.hastens = hastens
-        self._plugins = Plugins.of(plugins)
-        self.iteration = path.nodes[-1].iteration if path.nodes else 0
-        self._told = 0  # cosines that the plug-ins know of
-        self._losses: list[tuple[int, Tensor]] = []
-        self._probe: Probe | None = None
-
-    def start(self) -> None:
-        """Write the last recorded node, the teacher at first, into the network.
-
-        Raises:
-            MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
-            PathError: If the path is broken. Then nothing was written.
-        """
-        last = len(self.path) - 1
-        ranks.on_every_rank(lambda: self.network.write(self.path.source(last)), "read the last node")
-        self.watch()
-
-    def watch(self) -> None:
-        """Look at the network's forwards from now on, to measure on their inputs what a codec does."""
-        if not self.network.sharded:  # no process could run a copy of it on its own
-            self._probe = self._probe or Probe(self.network)
-
-    def close(self) -> None:
-        """Look no more."""
-        if self._probe is not None:
-            self._probe.close()
-        self._probe = None
-
-    @property
-    def done(self) -> bool:
-        """Whether node N is saved."""
-        return self.iteration >= self.path.manifest.iterations
-
-    @property
-    def haste(self) -> int:
-        """Factor on the learning rate of the next update."""
-        known = self.path.manifest
-        # What the path says may lie ahead, where the run goes on from an earlier checkpoint.
-        fitted = known.fitted is not None and self.iteration >= known.fitted
-        return HASTE if self.hastens and self._until_fitted and not fitted and not self.done else 1
-
-    def update(self, loss: object = None) -> None:
-        """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
-
-        Args:
-            loss: Of this update, to be logged; what is no tensor of one element is nothing.
-
-        Raises:
-            PluginError: If a plug-in that was asked for raised. The node is saved.
-        """
-        if self.done:
-            return
-        iteration = self.iteration + 1
-        self._keep(loss, iteration)
-        self._look(iteration)
-        due = self.path.manifest.due(iteration)
-        if due:
-            ranks.agree({"path": self.path.identity, "recording_iteration": iteration})
-            training = None if self._training is None else self._training()
-            self.path.append(
-                self.network.whole(),
-                iteration=iteration,
-                probe=self._probe,
-                exactly=self.network.buffers(),
-                training=training,
-            )
-            logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
-        self.iteration = iteration  # only now: a node that could not be written is due again
-        self._finish_if_done()
-        if self.done or iteration % EVERY == 0:
-            self._tell_losses()
-        if self.done:
-            self._tell()
-        if due:
-            self._plugins.node_recorded(self.path, self.path.nodes[-1])
-        if self.done:
-            self._plugins.path_completed(self.path)
-
-    def _look(self, iteration: int) -> None:
-        """See whether the network is fitted, and perhaps let the recording end for that."""
-        known = self.path.manifest
-        if known.ended is not None:
-            return
-        if known.fitted is None:  # after that nothing more is asked of the gradients
-            self.fit.look()
-        if iteration % EVERY:
-            return
-        fitted, haste = known.fitted, known.haste
-        if fitted is None:
-            haste = self.haste
-            fitted = iteration if ranks.on_rank_zero(self.fit.updates) is not None else None
-            self._tell()
-        ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
-        if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
-            self.path.note(fitted=fitted, ended=ended, haste=haste)
-
-    def _keep(self, loss: object, iteration: int) -> None:
-        if isinstance(loss, Tensor) and loss.numel() == 1 and on_main_process():
-            self._losses.append((iteration, loss.detach().reshape(())))
-
-    def _tell_losses(self) -> None:
-        """Report the losses that were kept: one read of the device for several."""
-        if self._losses:
-            iterations, losses = zip(*self._losses, strict=True)
-            self._losses.clear()
-            for iteration, loss in zip(iterations, torch.stack(losses).tolist(), strict=True):
-                self._plugins.log({"disback/recording": iteration, "disback/loss": loss}, 0)
-
-    def resume(self, fit: Tensor) -> None:
-        """Go on with the fit of an earlier process, whose weights the caller has restored."""
-        self.fit.load(fit)
-        self._told = len(self.fit.cosines())
-        self.watch()
-
-    def _tell(self) -> None:
-        """Report the cosines that have just been read from the device."""
-        if not on_main_process():
-            return
-        cosines = self.fit.cosines()
-        for i in range(self._told, len(cosines)):  # the first is between updates 1 and 2
-            self._plugins.log({"disback/recording": i + 2, "disback/agreement": cosines[i]}, 0)
-        self._told = len(cosines)
-
-    def rewind(self, iteration: int) -> None:
-        """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
-        self.path.rewind(iteration)
-        self.iteration, self._told = iteration, len(self.fit.cosines())
-        self.watch()
-        self._finish_if_done()
-
-    def _finish_if_done(self) -> None:
-        if self.done:
-            self.close()
-            if not self.path.complete:
-                self.path.finish()
 
 
 def record(

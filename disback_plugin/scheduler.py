@@ -22,10 +22,9 @@ from disback_plugin.errors import PathError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.paths.cards import aligned
 from disback_plugin.plugging.masking import MaskedSamples, on_main_process
-from disback_plugin.recording import Network
 from disback_plugin.schedules import Schedule, Settling, Target, resolve
 from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights import Network, ScoreNetwork
 
 __all__ = ["TrajectoryScheduler"]
 

@@ -32,7 +32,7 @@ from disback_plugin.networks.states import State
 from disback_plugin.networks.writing import Source, bump, part_of, write_tensor
 from disback_plugin.ranks import on_rank_zero
 
-__all__ = ["ScoreNetwork"]
+__all__ = ["Network", "ScoreNetwork"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ScoreNetwork:
             )
 
     @classmethod
-    def of(cls, network: ScoreNetwork | nn.Module | Mapping[str, nn.Module], *, role: str) -> ScoreNetwork:
+    def of(cls, network: Network, *, role: str) -> ScoreNetwork:
         """Return `network` as a ScoreNetwork that goes by the name of `role` in errors."""
         if isinstance(network, ScoreNetwork):
             named = copy.copy(network)
@@ -328,3 +328,7 @@ class ScoreNetwork:
                 write_tensor(live[name], source, name, layout[name], total, known)
             bump(live[name] for name in names)
         return total.digest()
+
+
+# What users pass as a role: `ScoreNetwork.of` takes it.
+Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]

@@ -263,7 +263,7 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     from pathlib import Path
 
     from disback_plugin.degradation.opening import open_or_create
-    from disback_plugin.recording import Recorder
+    from disback_plugin.degradation.recorder import Recorder
 
     teacher, *nodes = states(4)
     net = Score()

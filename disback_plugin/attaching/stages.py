@@ -14,12 +14,12 @@ from disback_plugin import ranks
 from disback_plugin.backtracking.monitoring import Monitor
 from disback_plugin.degradation.fitting import Fit
 from disback_plugin.degradation.opening import open_or_create
+from disback_plugin.degradation.recorder import Recorder
 from disback_plugin.errors import OptionError, PluginError, StateError
 from disback_plugin.hooks import Plugins
 from disback_plugin.loops.rewinding import Rewind
 from disback_plugin.paths.manifest import Manifest, Recording
 from disback_plugin.plugging.masking import on_main_process
-from disback_plugin.recording import Recorder
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
 from disback_plugin.schedules import Schedule, Settling
 from disback_plugin.trajectory import DegradationPath
