@@ -104,7 +104,7 @@ class Handle:
             self._fake_score_optimizers,
             before_step=self._stages.before_step,
             factor=self._gradient_factor,
-            haste=self._stages.haste,
+            haste=optimizers.Haste(self._stages.haste, lambda: (w for _, w in fake_score.named_tensors())),
             after_generator=self._after_generator_round,
             after_fake_score=self._after_fake_score_round,
         )
@@ -199,6 +199,7 @@ class Handle:
         if on_main_process():
             self._log = self._plugins.keep_log(log, path)
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
+        self._warn_of_another_rate()
         self._begin_log(recording, resumed=state is not None)
         self._announce()
         self._ride.begin()
@@ -278,6 +279,27 @@ class Handle:
         if pictures and self._log is not None:
             at = None if recorder is None else recorder.iteration
             self._log.log(pictures, self.generator_updates, recording=at)
+
+    def _warn_of_another_rate(self) -> None:
+        """Say so if the walk takes its length from a recording that was made at another learning rate."""
+        recorded = None if self.path is None else self.path.manifest.learning_rate
+        if recorded is None or not isinstance(self._stages.schedule, Settling) or not on_main_process():
+            return
+        here = [
+            rate
+            for optimizer in self._fake_score_optimizers
+            for group in optimizer.param_groups
+            if (rate := float(group.get("initial_lr", group.get("lr", recorded))))
+        ]
+        if here and not min(here) / 2 <= recorded <= 2 * max(here):
+            logger.warning(
+                "%s was recorded at a learning rate of %g, and the fake score has %g: the walk, as long as the "
+                "recording says, will be %s for it; record at its rate, or give the schedule its length: Auto(F)",
+                self._stages.path,
+                recorded,
+                max(here),
+                "too long" if recorded < max(here) else "too short",
+            )
 
     def _begin_log(self, recording: Mapping[str, Any], *, resumed: bool) -> None:
         if self._log is None:

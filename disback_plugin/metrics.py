@@ -96,7 +96,7 @@ def sliced_wasserstein(
         >>> round(sliced_wasserstein(a, torch.tensor([[3.0], [4.0], [4.0], [5.0]])) ** 2, 6)  # (9 + 16 + 4 + 9) / 4
         9.5
     """
-    a, b = a.detach().flatten(1), b.detach().flatten(1)
+    a, b = (x.detach().flatten(1) if x.ndim > 1 else x for x in (a, b))
     _check(a, b, at_least=1)
     if projections < 1:
         raise OptionError(f"projections={projections}", expected="a count >= 1", cure="pass projections=128")
@@ -208,7 +208,8 @@ def mode_coverage(
         )
     hits = torch.zeros_like(shares)
     for rows in torch.split(samples, max(1, _CHUNK // len(modes))):
-        distance, mode = torch.cdist(rows, modes).min(1)
+        # Not by the expanded square, which loses everything far from the origin.
+        distance, mode = torch.cdist(rows, modes, compute_mode="donot_use_mm_for_euclid_dist").min(1)
         hits += torch.bincount(mode[distance <= reach.expand(len(modes))[mode]], minlength=len(modes))
     near = hits.sum()
     apart = (hits / near - shares / shares.sum()).abs().sum() / 2 if near else torch.ones(())

@@ -5,7 +5,6 @@ A recording as `schedule="auto"` makes it, on borrowed networks and in a tempora
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 import time
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 
 from disback_plugin import ranks
 from disback_plugin.backtracking.plan import Plan
-from disback_plugin.degradation.borrowing import Borrowed, borrowed
+from disback_plugin.degradation.borrowing import Borrowed, borrowed, copy_of, private_stream
 from disback_plugin.degradation.opening import open_or_create
 from disback_plugin.degradation.recorder import Recorder
 from disback_plugin.errors import OptionError
@@ -49,7 +48,7 @@ class Outlook:
     Attributes:
         weights: Numbers in the teacher.
         excess_loss: L_teacher / L_s'N - 1 on the student's samples: 0 for a student that makes the teacher's data; None
-            if `fake_step` returns no loss.
+            if `fake_step` returns no loss, or one that is not positive.
         recorded: Updates that the recording took.
         fitted: Updates at the trainer's learning rate in which s' is fitted, F (`fitting`): the recording had a higher
             one until then. None if it was not within the updates allowed.
@@ -124,7 +123,8 @@ def preflight(
     """Record until s' is fitted, measure what that costs, put everything back, and say what to expect.
 
     Teacher, fake score, every optimizer that steps and the global random state are bit for bit as they were; only what
-    the functions keep for themselves, as the place in a data loader, moved on. Files go to a temporary folder.
+    the functions keep for themselves moved on, as the place in a data loader, or running statistics of a generator in
+    train mode. Files go to a temporary folder.
 
     Args:
         teacher: As in `record`.
@@ -180,9 +180,9 @@ def preflight(
     assert sample is not None
     assert loss is not None
     with borrowed(target) as found:
-        torch.manual_seed(seed)
         copied = _Copy(target, sample, loss, learning_rate)
-        return _measured(target, copied.network, copied, plan, found)
+        with private_stream(seed):
+            return _measured(target, copied.network, copied, plan, found)
 
 
 class _InLoop:
@@ -219,14 +219,7 @@ class _Copy:
         loss: Callable[[nn.Module, Tensor], Tensor],
         learning_rate: float,
     ) -> None:
-        module, *others = teacher.modules().values()
-        if others:
-            raise OptionError(
-                f"a teacher of {1 + len(others)} experts with sample and loss",
-                expected="one module",
-                cure="look at each expert on its own, or use fake_score and fake_step",
-            )
-        self._module = copy.deepcopy(module).requires_grad_(True)
+        self._module = copy_of(teacher)
         self._optimizer = torch.optim.Adam(self._module.parameters(), lr=learning_rate)
         self._sample, self._loss = sample, loss
         self.network = ScoreNetwork(self._module, role="recorded copy")
@@ -245,8 +238,7 @@ class _Copy:
 
     def losses(self) -> list[float]:
         """Return the losses of some batches at the present weights: each time the same noise."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
+        with private_stream(0), torch.no_grad():
             return [_number(self._loss(self._module, self._sample())) for _ in range(BATCHES)]
 
 
@@ -263,7 +255,7 @@ def _measured(
         with closing(recorder), found.hastened(steppers, lambda: recorder.haste):
             while not recorder.done:
                 with _clock(network) as seconds:
-                    updated(network, trainer.step)
+                    updated(recorder, trainer.step)
                 spent += seconds[0]
                 with _clock(network) as seconds:
                     recorder.update()
@@ -273,11 +265,11 @@ def _measured(
             network.write(path.source(1))
         manifest = path.manifest
         plans = Plan(Auto(manifest.clock), 1)
-        excess = sum(first) / sum(last) - 1
+        excess = _excess(sum(first), sum(last))
         tensors = dict(target.named_tensors())
         return Outlook(
             weights=sum(tensor.numel() for tensor in tensors.values()),
-            excess_loss=excess if math.isfinite(excess) else None,
+            excess_loss=excess,
             recorded=manifest.iterations,
             fitted=None if manifest.fitted is None else manifest.clock,
             update_seconds=spent / manifest.iterations,
@@ -288,8 +280,13 @@ def _measured(
             walk_updates=next(updates for updates, aim in plans.stages() if aim.position == 0),
             whole_updates=plans.horizon,
             rounds=4 * manifest.iterations / 9,
-            advice=advice(excess if math.isfinite(excess) else None),
+            advice=advice(excess),
         )
+
+
+def _excess(first: float, last: float) -> float | None:
+    """Return L_teacher / L_s'N - 1; None where the ratio says nothing: of losses that may be negative."""
+    return first / last - 1 if math.isfinite(first + last) and first > 0 and last > 0 else None
 
 
 def _number(loss: object) -> float:

@@ -6,10 +6,9 @@ still the trainer's own fake-score step *is* Algorithm 1, and it ends where Algo
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,10 +18,12 @@ from tqdm.auto import tqdm
 
 from disback_plugin import ranks
 from disback_plugin.degradation import training
+from disback_plugin.degradation.borrowing import copy_of, private_stream
 from disback_plugin.degradation.opening import open_or_create
 from disback_plugin.degradation.recorder import Recorder
 from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.hooks import Plugins
+from disback_plugin.loops import optimizers
 from disback_plugin.loops.roles import check_apart
 from disback_plugin.paths.manifest import Recording
 from disback_plugin.plugging.masking import on_main_process
@@ -74,7 +75,8 @@ def record(
         sample: Returns a batch of samples x_0 of the initial generator, shape (B, ...), without gradient. It draws from
             the global random stream and keeps no state of its own, or a recording does not resume bit for bit.
         loss: Takes the network and x_0 and returns the denoising loss, shape (); likewise.
-        learning_rate: Of Adam in the standalone form, > 0; 1e-5 in the paper (B.2).
+        learning_rate: Of Adam in the standalone form, > 0; 1e-5 in the paper (B.2). `schedule="auto"` takes the length
+            of its walk from the recording: for that pass the rate of the fake score in the training to come.
         seed: Of the random numbers that `sample` and `loss` draw in the standalone form. They draw from a stream of
             their own: the global random state is the same before and after.
         plugins: Who hears of the nodes: names of installed plug-ins, "no:NAME" for those that shall not, and plug-ins
@@ -147,22 +149,27 @@ def _record_in_loop(
     begin_log(recorder)
     with closing(recorder), _progress(recorder) as bar:
         while not recorder.done:
-            recorder.update(updated(network, step))
+            recorder.update(updated(recorder, step))
             bar.update()
     return path
 
 
-def updated(network: ScoreNetwork, step: Callable[[], object]) -> object:
-    """Call `step` until it has written a parameter, and return what it returned; a GradScaler may skip some.
+def updated(recorder: Recorder, step: Callable[[], object]) -> object:
+    """Call `step` until it has updated the network, and return what it returned; a GradScaler may skip some.
+
+    The gradients are looked at when its optimizer has stepped: `step` may clear them before it returns.
 
     Raises:
         TrainingError: If it goes on without.
     """
+    network = recorder.network
     before = _versions(network)
-    for _ in range(PATIENCE + 1):
-        returned = step()
-        if _versions(network) != before:
-            return returned
+    with optimizers.watched((tensor for _, tensor in network.named_tensors()), recorder.look):
+        for _ in range(PATIENCE + 1):
+            returned = step()
+            # Of an optimizer that writes `.data` no version tells; of a loop without an optimizer, no step.
+            if recorder.looked or _versions(network) != before:
+                return returned
     raise TrainingError(
         f"{PATIENCE + 1} calls of fake_step() in a row that did not write to the fake score",
         expected="one optimizer step of the fake score's parameters a call",
@@ -182,26 +189,7 @@ def _record_copy(
 ) -> DegradationPath:
     if path.complete:
         return path
-    module, *others = teacher.modules().values()
-    if teacher.adapter is not None:
-        raise OptionError(
-            "a teacher that is a LoRA adapter for a recording with sample and loss, which trains a copy of it",
-            expected="fake_score and fake_step",
-            cure="pass fake_score=ScoreNetwork(model, adapter=...), and a fake_step that trains that adapter",
-        )
-    if teacher.sharded:
-        raise OptionError(
-            "a sharded teacher for a recording with sample and loss, which trains a copy of it",
-            expected="a module that can be copied",
-            cure="record before sharding, or use fake_score and fake_step",
-        )
-    if others:
-        raise OptionError(
-            f"a teacher of {1 + len(others)} experts for a recording with sample and loss",
-            expected="one module",
-            cure="record each expert on its own, or use fake_score and fake_step",
-        )
-    student_score = copy.deepcopy(module).requires_grad_(True)
+    student_score = copy_of(teacher)
     optimizer = torch.optim.Adam(student_score.parameters(), lr=learning_rate)
     network = ScoreNetwork(student_score, role="recorded copy")
 
@@ -212,8 +200,10 @@ def _record_copy(
     saved = path.training_state()
     if saved is None:
         recorder.start()
+    if path.manifest.learning_rate != learning_rate:
+        path.note(learning_rate=learning_rate)
     begin_log(recorder, learning_rate=learning_rate, seed=seed)
-    with closing(recorder), _private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
+    with closing(recorder), private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
             training.restore(saved, network, optimizer)
             recorder.resume(saved["fit"])
@@ -236,13 +226,3 @@ def _versions(network: ScoreNetwork) -> int:
     # Parameters only: running statistics are written by a mere forward.
     parameters = [t for _, t in network.named_tensors() if isinstance(t, nn.Parameter)]
     return sum(parameter._version for parameter in parameters)
-
-
-@contextmanager
-def _private_stream(seed: int) -> Iterator[None]:
-    """Let the caller's functions draw from a stream of their own, and put the global one back."""
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if started else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

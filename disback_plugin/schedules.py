@@ -171,8 +171,8 @@ class Fixed:
         if len(self.budgets) > nodes - 1:
             raise OptionError(
                 f"{self!r} for a path whose last node is {nodes}",
-                expected=f"at most {nodes - 1} budgets, for nodes {nodes - 1} to 1",
-                cure="record more nodes (a smaller every=), or use Ramp or WarmStart, which fit any path",
+                expected=f"at most {nodes - 1} budgets, for nodes {nodes - 1} to 1, below the last",
+                cure="record more nodes in another folder (a smaller every=), or use Ramp or WarmStart, which fit any",
             )
 
     def _ends(self, nodes: int) -> list[int]:

@@ -232,7 +232,8 @@ class DegradationPath(
     def identity(self) -> str:
         """Digest of what was, or is being, recorded: teacher, generator and plan, but not how far it got."""
         recorded = asdict(replace(self.manifest, nodes=(), complete=False))
-        del recorded["fitted"], recorded["ended"], recorded["haste"]
+        for found_later in ("fitted", "ended", "haste", "learning_rate"):
+            del recorded[found_later]
         recorded["teacher"] = self.manifest.teacher.fingerprint
         return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
 
@@ -333,12 +334,10 @@ class DegradationPath(
         """
         return additions.read_training(self.folder, self.manifest)
 
-    def note(self, *, fitted: int, ended: int | None, haste: int = 1) -> None:
-        """Write down after how many updates s' was `fitted`, at which update the recording ends because of that
-        (`ended`), if it does, and how many times the learning rate it had until it was fitted (`haste`).
-        """
-        known = replace(self.manifest, fitted=fitted, ended=ended, haste=haste)
-        self._on_rank_zero(lambda: known.write(self.folder))
+    def note(self, **known: Any) -> None:
+        """Write down what is known of the recording: `fitted`, `ended`, `haste` or `learning_rate` of `Manifest`."""
+        manifest = replace(self.manifest, **known)
+        self._on_rank_zero(lambda: manifest.write(self.folder))
 
     def finish(self) -> None:
         """Mark the recording as complete and write the model card."""

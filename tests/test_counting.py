@@ -119,3 +119,15 @@ def test_fake_score_updates_in_any_ratio_are_recorded_as_they_come(tmp_path):
         path = disback.DegradationPath(tmp_path)
         assert [node.iteration for node in path.nodes] == [3, 6]
         assert difference(ScoreNetwork(run.fake_score).state_dict(), path[-1]) == []
+
+
+def test_a_step_that_raises_while_the_generator_is_held_still_costs_no_gradient(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=9, every=9):
+        run.fake_step()
+        run.generator_loss().backward()
+        before = [weight.grad.clone() for weight in run.generator.parameters()]
+        run.optimizer_g.register_step_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.optimizer_g.step()
+    assert all(map(torch.equal, before, [weight.grad for weight in run.generator.parameters()]))

@@ -185,7 +185,7 @@ def test_the_recording_of_auto_has_twice_the_learning_rate_until_s_phi_is_fitted
     assert (manifest.haste, manifest.clock) == (2, 2 * manifest.fitted)
 
 
-def test_a_rate_is_put_back_though_a_step_raised(tmp_path):
+def test_a_rate_is_put_back_though_a_step_raised_and_no_checkpoint_holds_another(tmp_path):
     run = Run(seed=1)
     own = run.optimizer_f.param_groups[0]["lr"]
     with attached(run, tmp_path):
@@ -194,7 +194,60 @@ def test_a_rate_is_put_back_though_a_step_raised(tmp_path):
         with pytest.raises(ZeroDivisionError):
             run.step()
         broken.remove()
+        assert run.optimizer_f.state_dict()["param_groups"][0]["lr"] == own
     assert run.optimizer_f.param_groups[0]["lr"] == own
+
+
+def test_groups_that_share_a_tensor_as_their_rate_have_twice_that_rate(tmp_path):
+    run = Run(seed=1)
+    rate = torch.tensor(0.01)
+    halves = [{"params": [weight]} for weight in run.fake_score.parameters()]
+    run.optimizer_f = torch.optim.Adam(halves, lr=rate, foreach=False)
+    during = []
+    with attached(run, tmp_path):
+        run.optimizer_f.register_step_pre_hook(
+            lambda *_: during.append({float(group["lr"]) for group in run.optimizer_f.param_groups})
+        )
+        run.step()
+    assert during == [{2 * float(rate)}]
+    assert float(rate) == pytest.approx(0.01, rel=1e-7)
+
+
+def test_what_else_the_optimizer_trains_keeps_its_rate(tmp_path):
+    run = Run(seed=1)
+    head, rates = nn.Linear(2, 1), []  # as a discriminator's on s_phi's features
+    run.optimizer_f.add_param_group({"params": head.parameters(), "lr": 0.5})
+    own = run.optimizer_f.param_groups[0]["lr"]
+    with attached(run, tmp_path):
+        run.optimizer_f.register_step_pre_hook(
+            lambda *_: rates.extend(group["lr"] for group in run.optimizer_f.param_groups)
+        )
+        run.step()
+    assert rates == [2 * own, 0.5]
+
+
+def test_a_recording_that_is_never_fitted_says_at_which_rate_it_was_and_counts_so(tmp_path, caplog):
+    run = Run(seed=1)
+    for group in run.optimizer_f.param_groups:
+        group["lr"] = 1e-6
+    with attached(run, tmp_path, record=20, every=20) as handle:
+        run.steps(20)
+        known = handle.path.manifest
+    assert (known.fitted, known.haste, known.clock) == (None, 2, 40)
+    assert "was not seen to be fitted" in caplog.text
+
+
+def test_a_recording_goes_on_at_the_rate_it_began_with_whatever_the_schedule(tmp_path):
+    run, rates = Run(seed=1), []
+    own = run.optimizer_f.param_groups[0]["lr"] = 1e-6
+    with attached(run, tmp_path, record=40, every=10):
+        run.steps(10)
+    with attached(run, tmp_path, record=40, every=10, schedule="warm") as handle:
+        run.optimizer_f.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        run.steps(31)
+        assert handle.phase == "done"
+        assert handle.path.manifest.clock == 80
+    assert rates == [2 * own] * 30 + [own]
 
 
 def test_an_optimizer_without_a_learning_rate_records_at_its_own_pace(tmp_path):
@@ -219,12 +272,12 @@ def test_an_optimizer_without_a_learning_rate_records_at_its_own_pace(tmp_path):
     assert (known.fitted, known.haste, known.clock) == (None, 1, 60)
 
 
-def test_a_recording_too_short_to_fit_is_walked_back_in_its_own_length(tmp_path):
+def test_a_recording_too_short_to_fit_is_walked_back_in_its_own_length_at_the_trainers_rate(tmp_path):
     run = Run(seed=1)
     with attached(run, tmp_path, record=3, every=3) as handle:
         run.steps(3)
         assert handle.path.manifest.fitted is None
-        assert handle.scheduler.stages()[-1][0] == 9
+        assert handle.scheduler.stages()[-1][0] == 3 * 3 * 2  # its rate was twice the trainer's
 
 
 def test_auto_without_a_path_changes_nothing(tmp_path):
@@ -260,15 +313,57 @@ def test_a_run_that_was_stopped_anywhere_decides_as_one_that_was_not(tmp_path, s
     assert difference(again.checkpoint(), whole.checkpoint()) == []
 
 
-def test_a_fake_step_that_clears_its_gradients_leaves_no_verdict(tmp_path):
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_fake_step_that_clears_its_gradients_at_its_end_is_seen_all_the_same(tmp_path, to_none):
+    fitted = []
+    for clears in (False, True):
+        run = Run(seed=1)
+
+        def step(run=run, clears=clears):
+            run.fake_step()
+            if clears:
+                run.optimizer_f.zero_grad(set_to_none=to_none)
+
+        folder = tmp_path / str(clears)
+        path = disback.record(run.teacher, run.fake_score, step, path=folder, iterations=40, every=20)
+        fitted.append(path.manifest.fitted)
+        found = disback.preflight(run.teacher, run.fake_score, step)
+        fitted.append(found.fitted)
+    assert fitted[:2] == fitted[2:]
+    assert None not in fitted
+
+
+def test_a_loop_whose_gradients_nobody_saw_is_told(tmp_path, caplog):
     run = Run()
 
-    def step():
-        run.fake_step()
-        run.optimizer_f.zero_grad(set_to_none=True)
+    def by_hand():  # no optimizer of torch
+        run.fake_step_gradients = torch.autograd.grad(run.generator(run.randn(4, 2)).sum(), run.generator.parameters())
+        with torch.no_grad():
+            for weight in run.fake_score.parameters():
+                weight += 0.01
 
-    path = disback.record(run.teacher, run.fake_score, step, path=tmp_path, iterations=30, every=30)
-    assert path.manifest.fitted is None
+    disback.record(run.teacher, run.fake_score, by_hand, path=tmp_path, iterations=6, every=6)
+    assert "no gradients of s' were seen" in caplog.text
+
+
+def test_gradients_that_are_all_zero_say_nothing():
+    net = nn.Linear(3, 3)
+    fit = Fit(ScoreNetwork(net))
+    for _ in range(20):
+        net.weight.grad, net.bias.grad = torch.zeros(3, 3), torch.zeros(3)
+        fit.look()
+    assert fit.updates() is None
+    assert all(map(math.isnan, fit.cosines()))
+
+
+def test_a_sparse_gradient_counts_as_none(tmp_path):
+    net = nn.ModuleDict({"table": nn.Embedding(10, 3, sparse=True), "head": nn.Linear(3, 1)})
+    fit = Fit(ScoreNetwork(net))
+    for _ in range(2):
+        net.zero_grad()
+        net["head"](net["table"](torch.tensor([1, 2]))).sum().backward()
+        fit.look()
+    assert fit.cosines() == pytest.approx([1.0])
 
 
 def test_a_standalone_recording_notes_the_fit(tmp_path):

@@ -173,6 +173,7 @@ def test_a_collapsed_student_is_seen():
     [
         lambda a: sliced_wasserstein(a, a, projections=0),
         lambda a: sliced_wasserstein(a, a[:, :1]),
+        lambda a: sliced_wasserstein(a[:, 0], a[:, 0]),
         lambda a: sliced_wasserstein(a, a[:0]),
         lambda a: coverage(a, a, k=0),
         lambda a: coverage(a, a, k=4),
@@ -186,3 +187,9 @@ def test_a_collapsed_student_is_seen():
 def test_what_does_not_fit_is_refused(wrong):
     with pytest.raises(OptionError):
         wrong(torch.ones(4, 2))
+
+
+def test_samples_far_from_the_origin_find_their_modes():
+    modes = 1e6 + torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = mode_coverage(modes + 1e-4, modes, radius=1e-3)
+    assert (found.modes, found.near) == (1.0, 1.0)

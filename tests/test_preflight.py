@@ -60,6 +60,49 @@ def test_gradients_that_were_there_stay_the_same_tensors():
         assert torch.equal(weight.grad, kept[name][1])
 
 
+def test_what_an_optimizer_holds_stays_the_same_objects():
+    run, rate = Run(), torch.tensor(0.01)
+    run.optimizer_f = torch.optim.Adam(run.fake_score.parameters(), lr=rate, foreach=False)
+    run.step()
+    moments = {weight: dict(state) for weight, state in run.optimizer_f.state.items()}
+    before = clone(run.optimizer_f.state_dict())
+    disback.preflight(run.teacher, run.fake_score, run.fake_step)
+    assert run.optimizer_f.param_groups[0]["lr"] is rate
+    for weight, state in run.optimizer_f.state.items():
+        assert all(state[name] is tensor for name, tensor in moments[weight].items())
+    assert difference(run.optimizer_f.state_dict(), before) == []
+
+
+def test_losses_that_may_be_negative_give_no_excess_loss():
+    run = Run()
+
+    def fake_step():
+        run.fake_step()
+        return -1.0
+
+    assert disback.preflight(run.teacher, run.fake_score, fake_step).excess_loss is None
+
+
+def test_a_seed_that_cuda_has_not_used_yet_is_still_the_users(tmp_path):
+    def queued():
+        calls = torch.cuda._lazy_seed_tracker.get_calls()
+        return [cell.cell_contents for call in calls if call for cell in call[0].__closure__]
+
+    def arguments():
+        run = Run()
+        return run.teacher, {
+            "sample": lambda: run.generator(torch.randn(8, 2)).detach(),
+            "loss": lambda net, x_0: (net(x_0, torch.ones(1)) - x_0).square().mean(),
+        }
+
+    (teacher, pair), (other, again) = arguments(), arguments()
+    torch.manual_seed(123)
+    before = queued()
+    disback.preflight(teacher, **pair, iterations=5)
+    disback.record(other, **again, path=tmp_path, iterations=2, every=2)
+    assert queued() == before
+
+
 def test_a_discriminator_that_trains_in_the_same_step_is_put_back():
     run, other = Run(), nn.Linear(2, 1)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)

@@ -271,6 +271,23 @@ def test_a_state_of_version_1_is_loaded_and_one_of_a_newer_version_is_refused(tm
     handle.detach()
 
 
+def test_a_state_saved_after_s_phi_went_on_beyond_the_last_node_resumes_as_the_run_went_on(tmp_path):
+    whole = Run()
+    with disback.attach(**whole.roles(), path=tmp_path, **PLAN) as handle:
+        for _ in range(7):  # node N is saved after five of them
+            whole.fake_step()
+        saved, state = clone(whole.checkpoint()), handle.state_dict()
+        assert state["phase"] == "recording"
+        whole.generator_step()
+        ended = all_of(whole, handle)
+    resumed = Run()
+    with disback.attach(**resumed.roles(), path=tmp_path, **PLAN) as handle:
+        resumed.load(saved)
+        handle.load_state_dict(state)
+        resumed.generator_step()
+        assert difference(all_of(resumed, handle), ended) == []
+
+
 # -- in any order -----------------------------------------------------------------------------------------------------
 
 

@@ -346,6 +346,8 @@ class Stages:
         self.recorder = self._new_recorder(self.path)
         self.recorder.fit.load_text(fit)
         self.recorder.rewind(iteration)
+        # After node N the saved s_phi may have gone on, or not: the scheduler looks, and writes only if it has.
+        self._went_on = self.recorder.done
 
     def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
         if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end

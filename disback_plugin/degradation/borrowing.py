@@ -1,4 +1,6 @@
-"""Networks and optimizers borrowed for a trial, and put back bit for bit: weights, gradients, moments, random state."""
+"""What a trial or a recording has for itself: networks and optimizers, borrowed and put back bit for bit; a copy of the
+teacher; a random stream.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from disback_plugin.errors import OptionError
 from disback_plugin.loops import optimizers
 from disback_plugin.weights import ScoreNetwork
 
-__all__ = ["Borrowed", "borrowed"]
+__all__ = ["Borrowed", "borrowed", "copy_of", "private_stream"]
+
+# Of one tensor or value in an optimizer: itself, and what it was.
+Kept = tuple[Any, Any]
 
 
 class Borrowed:
@@ -29,13 +35,13 @@ class Borrowed:
         self._gradients = [(tensor, _gradient(tensor)) for tensor in tensors.values()]
         self._known = set(tensors)
         self._others: list[tuple[Tensor, Tensor]] = []  # weights of further networks, as of a discriminator
-        self._optimizers: dict[Optimizer, dict[str, Any]] = {}
+        self._optimizers: dict[Optimizer, _Optimizer] = {}
 
     def before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Keep what an optimizer holds, the first time that it is about to step."""
         if optimizer in self._optimizers:
             return
-        self._optimizers[optimizer] = copy.deepcopy(optimizer.state_dict())
+        self._optimizers[optimizer] = _Optimizer(optimizer)
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 if id(weight) not in self._known:
@@ -50,7 +56,8 @@ class Borrowed:
     @contextmanager
     def hastened(self, steppers: Sequence[Optimizer], haste: Callable[[], int]) -> Iterator[None]:
         """Multiply the learning rates of some optimizers at each of their steps."""
-        rates = optimizers.Haste(haste)
+        networks = [network for network, _ in self._networks]
+        rates = optimizers.Haste(haste, lambda: (t for network in networks for _, t in network.named_tensors()))
 
         def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
             if optimizer in steppers:
@@ -73,12 +80,51 @@ class Borrowed:
         with torch.no_grad():
             for weight, found in self._others:
                 weight.copy_(found)
-        for optimizer, state in self._optimizers.items():
-            optimizer.load_state_dict(copy.deepcopy(state))
+        for kept_optimizer in self._optimizers.values():
+            kept_optimizer.put_back()
         for tensor, kept in self._gradients:
             if kept is not None:
                 kept[0].copy_(kept[1])
             tensor.grad = None if kept is None else kept[0]
+
+
+class _Optimizer:
+    """The groups and the state of an optimizer, put back into the very objects: a captured graph, or the trainer, may
+    hold them.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._groups = [_kept(group) for group in optimizer.param_groups]
+        self._state = {weight: (state, _kept(state)) for weight, state in optimizer.state.items()}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for group, kept in zip(self._optimizer.param_groups, self._groups, strict=True):
+            _put_back(group, kept)
+        self._optimizer.state.clear()
+        for weight, (state, kept) in self._state.items():
+            _put_back(state, kept)
+            self._optimizer.state[weight] = state
+
+
+def _kept(values: dict[str, Any]) -> dict[str, Kept]:
+    return {name: (value, _copied(value)) for name, value in values.items() if name != "params"}
+
+
+def _put_back(values: dict[str, Any], kept: dict[str, Kept]) -> None:
+    for name in values.keys() - kept.keys() - {"params"}:
+        del values[name]
+    for name, (there, was) in kept.items():
+        if isinstance(there, Tensor):
+            there.copy_(was)
+            values[name] = there
+        else:
+            values[name] = _copied(was)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _gradient(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -108,10 +154,65 @@ def borrowed(*networks: ScoreNetwork) -> Iterator[Borrowed]:
     """
     found = Borrowed(networks)
     hook = register_optimizer_step_pre_hook(found.before_step)
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if started else []):
+        with private_stream():
             yield found
     finally:
         hook.remove()
         found.put_back()
+
+
+@contextmanager
+def private_stream(seed: int | None = None) -> Iterator[None]:
+    """Let what runs inside draw from random streams of its own, and put the global ones back.
+
+    Args:
+        seed: Of these streams; None: they begin where the global ones stand.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with private_stream(0):
+        ...     x = torch.randn(1)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if started else []):
+        if seed is not None:
+            # Not torch.manual_seed: for CUDA before its first use that is remembered, and not undone.
+            torch.default_generator.manual_seed(seed)
+            if started:
+                torch.cuda.manual_seed_all(seed)
+        yield
+
+
+def copy_of(teacher: ScoreNetwork) -> nn.Module:
+    """Return a copy of the teacher's module that can be trained.
+
+    Raises:
+        OptionError: If it is a LoRA adapter, sharded, or made of several experts.
+
+    Example:
+        >>> copy_of(ScoreNetwork(nn.Linear(1, 1).requires_grad_(False))).weight.requires_grad
+        True
+    """
+    module, *others = teacher.modules().values()
+    if teacher.adapter is not None:
+        raise OptionError(
+            "a teacher that is a LoRA adapter, with sample and loss, which train a copy of it",
+            expected="fake_score and fake_step",
+            cure="pass fake_score=ScoreNetwork(model, adapter=...), and a fake_step that trains that adapter",
+        )
+    if teacher.sharded:
+        raise OptionError(
+            "a sharded teacher, with sample and loss, which train a copy of it",
+            expected="a module that can be copied",
+            cure="record before sharding, or use fake_score and fake_step",
+        )
+    if others:
+        raise OptionError(
+            f"a teacher of {1 + len(others)} experts, with sample and loss, which train a copy of it",
+            expected="one module",
+            cure="take each expert on its own, or use fake_score and fake_step",
+        )
+    return copy.deepcopy(module).requires_grad_(True)

@@ -92,7 +92,10 @@ class Fit:
             return
         # On another number of ranks than the saved run's, each sees another part.
         if self._sample is not None and len(self._sample) == len(sample):
-            self._pending.append(torch.nn.functional.cosine_similarity(sample, self._sample.to(sample), dim=0))
+            last = self._sample.to(sample)
+            cosine = torch.nn.functional.cosine_similarity(sample, last, dim=0)
+            # Gradients that are all zero, as after zero_grad(set_to_none=False), say nothing.
+            self._pending.append(torch.where(sample.any() & last.any(), cosine, math.nan))
         self._sample = sample
 
     def cosines(self) -> list[float]:
@@ -178,7 +181,8 @@ def _damaged(how: str) -> StateError:
 
 
 def sampled(network: ScoreNetwork) -> Tensor | None:
-    """Return every k-th number of a network's gradient, parameter after parameter; None if there is no gradient.
+    """Return every k-th number of a network's gradient, parameter after parameter; None if there is no gradient. One
+    that is sparse counts as none.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -187,9 +191,13 @@ def sampled(network: ScoreNetwork) -> Tensor | None:
         tensor([1., 2., 0.])
     """
     weights = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
-    if all(weight.grad is None for weight in weights):
+    gradients = [_dense(weight.grad) for weight in weights]
+    if all(gradient is None for gradient in gradients):
         return None
-    local = [(held(weight)[0], None if weight.grad is None else held(weight.grad)[0]) for weight in weights]
+    local = [
+        (held(weight)[0], None if gradient is None else held(gradient)[0])
+        for weight, gradient in zip(weights, gradients, strict=True)
+    ]
     stride = max(-(-sum(weight.numel() for weight, _ in local) // SAMPLE), 1)
     parts, offset = [], 0
     for weight, gradient in local:
@@ -198,3 +206,7 @@ def sampled(network: ScoreNetwork) -> Tensor | None:
             part = (weight if gradient is None else gradient).reshape(-1)[first::stride].float()
             parts.append(torch.zeros_like(part) if gradient is None else part)
     return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None or gradient.layout is not torch.strided else gradient

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from disback_plugin import ranks
-from disback_plugin.errors import PathError
+from disback_plugin.errors import OptionError, PathError
 from disback_plugin.paths.manifest import Manifest, Recording
 from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
@@ -49,7 +49,10 @@ def open_or_create(
         return opened[0].manifest
 
     def resume(path: DegradationPath) -> DegradationPath:
-        check(len(path) - 1 if path.complete else recording.nodes)
+        if path.complete:
+            _check_fits(path, recording, check)
+        else:
+            check(recording.nodes)
         path.bind(state)
         _check_same_recording(path, recording, generator)
         path.complete_node_0(state)
@@ -74,6 +77,19 @@ def open_or_create(
     # But each rank decodes for itself: all find the files and the same teacher, or all raise.
     ranks.on_every_rank(look, "find the path and the same teacher")
     return path
+
+
+def _check_fits(path: DegradationPath, recording: Recording, check: Callable[[int], None]) -> None:
+    """Raise unless a finished path fits; what a new recording would have made has nothing to do with it."""
+    try:
+        check(len(path) - 1)
+    except OptionError as error:
+        raise OptionError(
+            f"{error.found}: the finished one in {path.folder}, of {path.manifest.iterations} updates",
+            expected=error.expected,
+            cure=f"pass another path=, where {recording.iterations} updates would make {recording.nodes} nodes, or a "
+            "schedule that fits this one",
+        ) from error
 
 
 def _check_same_recording(path: DegradationPath, recording: Recording, generator: str | None) -> None:

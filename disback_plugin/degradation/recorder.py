@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,6 +44,7 @@ class Recorder:
     Attributes:
         hastens: As given.
         fit: What the gradients say of the fit.
+        looked: Whether the gradients of the coming update were looked at.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Recorder:
         self.hastens = hastens
         self._plugins = Plugins.of(plugins)
         self.iteration = path.nodes[-1].iteration if path.nodes else 0
+        self.looked = False
         self._told = 0  # cosines that the plug-ins know of
         self._losses: list[tuple[int, Tensor]] = []
         self._probe: Probe | None = None
@@ -97,7 +100,17 @@ class Recorder:
         known = self.path.manifest
         # What the path says may lie ahead, where the run goes on from an earlier checkpoint.
         fitted = known.fitted is not None and self.iteration >= known.fitted
-        return HASTE if self.hastens and self._until_fitted and not fitted and not self.done else 1
+        if fitted or self.done or not self.hastens:
+            return 1
+        # As it began, also where another schedule goes on with it.
+        return known.haste if self.iteration else HASTE if self._until_fitted else 1
+
+    def look(self) -> None:
+        """Look at the gradients of an update, while they are there; `update` does so where nobody has."""
+        known = self.path.manifest
+        if not self.looked and known.fitted is None and known.ended is None:  # then nothing more is asked of them
+            self.fit.look()
+        self.looked = True
 
     def update(self, loss: object = None) -> None:
         """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
@@ -112,7 +125,11 @@ class Recorder:
             return
         iteration = self.iteration + 1
         self._keep(loss, iteration)
-        self._look(iteration)
+        self.look()
+        self.looked = False
+        if iteration == 1 and self.haste != self.path.manifest.haste:
+            self.path.note(haste=self.haste)
+        self._judge(iteration)
         due = self.path.manifest.due(iteration)
         if due:
             ranks.agree({"path": self.path.identity, "recording_iteration": iteration})
@@ -131,28 +148,24 @@ class Recorder:
             self._tell_losses()
         if self.done:
             self._tell()
+            self._say_if_unfitted()
         if due:
             self._plugins.node_recorded(self.path, self.path.nodes[-1])
         if self.done:
             self._plugins.path_completed(self.path)
 
-    def _look(self, iteration: int) -> None:
+    def _judge(self, iteration: int) -> None:
         """See whether the network is fitted, and perhaps let the recording end for that."""
         known = self.path.manifest
-        if known.ended is not None:
+        if known.ended is not None or iteration % EVERY:
             return
-        if known.fitted is None:  # after that nothing more is asked of the gradients
-            self.fit.look()
-        if iteration % EVERY:
-            return
-        fitted, haste = known.fitted, known.haste
+        fitted = known.fitted
         if fitted is None:
-            haste = self.haste
             fitted = iteration if ranks.on_rank_zero(self.fit.updates) is not None else None
             self._tell()
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
-            self.path.note(fitted=fitted, ended=ended, haste=haste)
+            self.path.note(fitted=fitted, ended=ended)
 
     def _keep(self, loss: object, iteration: int) -> None:
         if isinstance(loss, Tensor) and loss.numel() == 1 and on_main_process():
@@ -178,8 +191,26 @@ class Recorder:
             return
         cosines = self.fit.cosines()
         for i in range(self._told, len(cosines)):  # the first is between updates 1 and 2
-            self._plugins.log({"disback/recording": i + 2, "disback/agreement": cosines[i]}, 0)
+            if math.isfinite(cosines[i]):
+                self._plugins.log({"disback/recording": i + 2, "disback/agreement": cosines[i]}, 0)
         self._told = len(cosines)
+
+    def _say_if_unfitted(self) -> None:
+        known = self.path.manifest
+        if known.fitted is not None or not on_main_process():
+            return
+        if self.iteration > EVERY and not any(map(math.isfinite, self.fit.cosines())):
+            logger.warning(
+                "no gradients of s' were seen at its %d updates, so that nobody knows whether it is fitted: "
+                'schedule="auto" takes all of them for the time that this takes',
+                self.iteration,
+            )
+        elif self._until_fitted:
+            logger.warning(
+                "s' was not seen to be fitted in its %d updates, and the walk takes as long as they did: is its "
+                "learning rate still warming up? record at the rate to come, or with a larger record=",
+                self.iteration,
+            )
 
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""

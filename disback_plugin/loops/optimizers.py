@@ -6,12 +6,14 @@ optimizer), not one without gradients, and not one that a GradScaler skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from disback_plugin.errors import RoleError
 from disback_plugin.networks.flattening import trains
@@ -30,6 +32,7 @@ __all__ = [
     "steppers",
     "take_gradients",
     "unwrap",
+    "watched",
 ]
 
 
@@ -156,6 +159,32 @@ def steppers(candidates: Iterable[Optimizer], weights: Iterable[Tensor]) -> list
     return [optimizer for optimizer in candidates if not own.isdisjoint(map(id, parameters([optimizer])))]
 
 
+@contextmanager
+def watched(weights: Iterable[Tensor], after: Callable[[], None]) -> Iterator[None]:
+    """Call `after` at the end of each step of any optimizer that updated one of these weights, gradients still there.
+
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> sgd = torch.optim.SGD([weight], lr=0.1)
+        >>> with watched([weight], lambda: print(weight.grad)):
+        ...     (3 * weight).backward()
+        ...     sgd.step()
+        ...     sgd.zero_grad()
+        tensor([3.])
+    """
+    own = [*weights]
+
+    def stepped(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if steppers([optimizer], own) and has_gradients(optimizer) and not skipped_by_scaler(optimizer):
+            after()
+
+    hook = register_optimizer_step_post_hook(stepped)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def has_rates(optimizer: Optimizer) -> bool:
     """Return whether every group has a learning rate that is a number, which `Haste` can multiply."""
     rates = [group.get("lr") for group in optimizer.param_groups]
@@ -163,14 +192,16 @@ def has_rates(optimizer: Optimizer) -> bool:
 
 
 class Haste:
-    """Multiplies an optimizer's learning rates for the length of a step, and puts them back to the last bit.
+    """Multiplies the learning rates of some weights for the length of a step, and puts them back to the last bit.
 
     Args:
         factor: Returns the factor, asked before each step; with another than 1 the optimizer `has_rates`.
+        weights: Returns the weights; groups of an optimizer that hold none of them go on at their own rate.
 
     Example:
-        >>> sgd = torch.optim.SGD([torch.ones(1)], lr=0.1)
-        >>> haste = Haste(lambda: 4)
+        >>> weight = torch.ones(1)
+        >>> sgd = torch.optim.SGD([weight], lr=0.1)
+        >>> haste = Haste(lambda: 4, lambda: [weight])
         >>> haste.before_step(sgd)
         >>> sgd.param_groups[0]["lr"]
         0.4
@@ -179,26 +210,31 @@ class Haste:
         0.1
     """
 
-    def __init__(self, factor: Callable[[], int]) -> None:
-        self._factor = factor
-        self._there: dict[Optimizer, list[Any]] = {}
+    def __init__(self, factor: Callable[[], int], weights: Callable[[], Iterable[Tensor]]) -> None:
+        self._factor, self._weights = factor, weights
+        self._there: dict[Optimizer, list[tuple[dict[str, Any], Any]]] = {}
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Multiply the rates."""
         factor = self._factor()
         if factor == 1:
             return
-        rates = [group["lr"] for group in optimizer.param_groups]
-        self._there[optimizer] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        own = {id(weight) for weight in self._weights()}
+        groups = [group for group in optimizer.param_groups if not own.isdisjoint(map(id, group["params"]))]
+        # All are read before one is written: groups may share the tensor that their rate is.
+        there = [(group, _copied(group["lr"])) for group in groups]
+        self._there[optimizer] = there
+        for group, rate in there:
             put(group, "lr", rate * factor)
 
     def put_back(self, optimizer: Optimizer) -> None:
         """Put them back, if they are not yet: after a step, or later if that raised."""
-        there = self._there.pop(optimizer, None)
-        if there is not None:
-            for group, rate in zip(optimizer.param_groups, there, strict=True):
-                put(group, "lr", rate)
+        for group, rate in self._there.pop(optimizer, ()):
+            put(group, "lr", rate)
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def put(group: dict[str, Any], setting: str, value: Any) -> None:

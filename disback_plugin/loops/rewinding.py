@@ -1,7 +1,8 @@
 """Learning-rate schedules that a recording consumed, put back: the generator stood still while its warm-up went by.
 
 Each optimizer's schedulers are put back just before its first step after the recording, so that this step has the
-learning rate that the trainer's own first step would have had, and a run that records equals one that reuses the path.
+learning rate that the trainer's own first step would have had, and a run that records has those of one that reuses the
+path.
 """
 
 from __future__ import annotations

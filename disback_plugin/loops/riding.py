@@ -36,7 +36,7 @@ class Ride:
         fake_score: Those of s_phi.
         before_step: Called before each step, with its optimizer.
         factor: Returns the factor on the generator's gradient, asked before each of its steps; None holds it still.
-        haste: Returns the factor on the learning rate of s_phi, asked before each of its steps.
+        haste: What scales the learning rate of s_phi for the length of its steps.
         after_generator: Called after each round of the generator's optimizers, held still or not, with whether it
             changed a weight.
         after_fake_score: Called after each round of those of s_phi, with whether it changed a weight.
@@ -52,7 +52,7 @@ class Ride:
         ...     [b],
         ...     before_step=lambda optimizer: None,
         ...     factor=lambda: 0.5,
-        ...     haste=lambda: 1,
+        ...     haste=optimizers.Haste(lambda: 1, lambda: []),
         ...     after_generator=print,
         ...     after_fake_score=print,
         ... )
@@ -73,12 +73,12 @@ class Ride:
         *,
         before_step: Callable[[Optimizer], None],
         factor: Callable[[], float | None],
-        haste: Callable[[], int],
+        haste: optimizers.Haste,
         after_generator: Callable[[bool], None],
         after_fake_score: Callable[[bool], None],
     ) -> None:
         self._generator, self._fake_score = generator, fake_score
-        self._before_step, self._factor, self._haste = before_step, factor, optimizers.Haste(haste)
+        self._before_step, self._factor, self._haste = before_step, factor, haste
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._updates: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
@@ -103,6 +103,8 @@ class Ride:
         for optimizer in self._fake_score:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_fake_score_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_fake_score_step))
+            # A checkpoint that is saved because a step raised.
+            self._hooks.append(optimizer.register_state_dict_pre_hook(self._haste.put_back))
         _RIDDEN.update((*self._generator, *self._fake_score))
 
     def end(self) -> None:
@@ -110,12 +112,14 @@ class Ride:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._hidden.clear()
+        for optimizer in self._generator:
+            self._show(optimizer)
         for optimizer in self._fake_score:
             self._haste.put_back(optimizer)
         _RIDDEN.difference_update((*self._generator, *self._fake_score))
 
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        self._hidden.pop(optimizer, None)  # if the last step raised
         # Decided before a round may end: these gradients belong to what was there when they were computed.
         self._before_step(optimizer)
         factor = self._factor()
@@ -131,11 +135,15 @@ class Ride:
         return optimizers.before_step(args, kwargs, settle)
 
     def _after_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
-        # The trainer finds its gradients as it left them, for its logs and its own zero_grad().
         held_still = optimizer in self._hidden
-        for parameter, gradient in self._hidden.pop(optimizer, []):
-            parameter.grad = gradient
+        self._show(optimizer)
         self._generator_rounds.finish(optimizer, self._updated(optimizer) and not held_still)
+
+    def _show(self, optimizer: Optimizer) -> None:
+        """Let the trainer find its gradients as it left them, for its logs and its own zero_grad()."""
+        for parameter, gradient in self._hidden.pop(optimizer, []):
+            if parameter.grad is None:
+                parameter.grad = gradient
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._haste.put_back(optimizer)  # if the last step raised

@@ -137,6 +137,7 @@ class Manifest:
         fitted: Updates after which s' was seen to be fitted (`fitting`); None if it was not.
         ended: Updates after which the recording was ended because of that; None if it went on as planned.
         haste: Factor on the learning rate until s' was fitted.
+        learning_rate: Of s', where that was a copy of the teacher that `record` trained; None: the trainer's own.
     """
 
     teacher: Teacher
@@ -147,6 +148,7 @@ class Manifest:
     fitted: int | None = None
     ended: int | None = None
     haste: int = 1
+    learning_rate: float | None = None
 
     @property
     def clock(self) -> int:
@@ -156,7 +158,7 @@ class Manifest:
             >>> Manifest(Teacher("", ""), Recording(200, 50), fitted=5, haste=4).clock
             20
         """
-        return self.iterations if self.fitted is None else self.fitted * self.haste
+        return self.haste * (self.iterations if self.fitted is None else self.fitted)
 
     @property
     def iterations(self) -> int:
@@ -254,6 +256,7 @@ class Manifest:
             fitted=_of_type(content.get("fitted"), int | None),
             ended=_of_type(content.get("ended"), int | None),
             haste=_of_type(content.get("haste", 1), int),
+            learning_rate=_of_type(content.get("learning_rate"), float | None),
         )
 
     def write(self, folder: Path) -> None:
