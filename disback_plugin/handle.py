@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from disback_plugin import ranks
+from disback_plugin.attaching import cautions
 from disback_plugin.attaching.stages import Stages
 from disback_plugin.backtracking.overview import agenda, cast, described
 from disback_plugin.backtracking.plan import Plan
@@ -169,8 +170,9 @@ class Handle:
             self._fake_score_optimizers,
             walks=path is not None,
         )
+        schedule = stages.schedule if self.scheduler is None else self.scheduler.settled
         return (
-            f"<disback {self.phase}: position {self.position:g} ({nodes}), {stages.schedule!r}, "
+            f"<disback {self.phase}: position {self.position:g} ({nodes}), {schedule!r}, "
             f"{self.generator_updates} generator updates, {self.fake_score_updates} fake-score updates>\n"
             f"{aligned(who)}\n{aligned(agenda(manifest, recorded, ahead, self.generator_updates))}"
         )
@@ -199,7 +201,10 @@ class Handle:
         if on_main_process():
             self._log = self._plugins.keep_log(log, path)
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
-        self._warn_of_another_rate()
+        if self.path is not None and on_main_process():
+            cautions.of_another_rate(self.path, self._stages.schedule, self._fake_score_optimizers)
+            if state is None and self.scheduler is not None:
+                cautions.of_an_earlier_walk(self._log, self.path)
         self._begin_log(recording, resumed=state is not None)
         self._announce()
         self._ride.begin()
@@ -279,27 +284,6 @@ class Handle:
         if pictures and self._log is not None:
             at = None if recorder is None else recorder.iteration
             self._log.log(pictures, self.generator_updates, recording=at)
-
-    def _warn_of_another_rate(self) -> None:
-        """Say so if the walk takes its length from a recording that was made at another learning rate."""
-        recorded = None if self.path is None else self.path.manifest.learning_rate
-        if recorded is None or not isinstance(self._stages.schedule, Settling) or not on_main_process():
-            return
-        here = [
-            rate
-            for optimizer in self._fake_score_optimizers
-            for group in optimizer.param_groups
-            if (rate := float(group.get("initial_lr", group.get("lr", recorded))))
-        ]
-        if here and not min(here) / 2 <= recorded <= 2 * max(here):
-            logger.warning(
-                "%s was recorded at a learning rate of %g, and the fake score has %g: the walk, as long as the "
-                "recording says, will be %s for it; record at its rate, or give the schedule its length: Auto(F)",
-                self._stages.path,
-                recorded,
-                max(here),
-                "too long" if recorded < max(here) else "too short",
-            )
 
     def _begin_log(self, recording: Mapping[str, Any], *, resumed: bool) -> None:
         if self._log is None:

@@ -82,17 +82,23 @@ class Outlook:
         return asdict(self)
 
 
-def advice(excess_loss: float | None) -> str:
+def advice(excess_loss: float | None, *, fitted: bool = True) -> str:
     """Return what the evidence supports saying beforehand; made true by `benchmarks/EVIDENCE.md`, regime by regime.
 
     Args:
         excess_loss: As in `Outlook`.
+        fitted: Whether s' was fitted: in every regime measured it was.
 
     Example:
         >>> print(advice(0.4))
         It may help or harm: in the 5 regimes measured with an excess loss below 1, as here, auto ended at equal \
 compute at 0.95 to 1.05 times the trainer's own distance. Nothing that a recording shows says where in between.
     """
+    if not fitted:
+        return (
+            "Nothing can be said: s' was not fitted in these updates, as it was wherever this was measured. Allow more "
+            "of them, or take the learning rate of the training to come."
+        )
     near = excess_loss is not None and excess_loss < NEAR
     if excess_loss is None:
         count = sum(regimes for regimes, _, _ in MEASURED.values())
@@ -280,7 +286,7 @@ def _measured(
             walk_updates=next(updates for updates, aim in plans.stages() if aim.position == 0),
             whole_updates=plans.horizon,
             rounds=4 * manifest.iterations / 9,
-            advice=advice(excess),
+            advice=advice(excess, fitted=manifest.fitted is not None),
         )
 
 

@@ -24,6 +24,7 @@ from disback_plugin.degradation.recorder import Recorder
 from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.hooks import Plugins
 from disback_plugin.loops import optimizers
+from disback_plugin.loops.rewinding import rewound
 from disback_plugin.loops.roles import check_apart
 from disback_plugin.paths.manifest import Recording
 from disback_plugin.plugging.masking import on_main_process
@@ -63,7 +64,7 @@ def record(
     Args:
         teacher: The teacher s_theta. Never changed.
         fake_score: s_phi, of the teacher's architecture. It is set to the teacher (or to the last node of an unfinished
-            path), trained by `fake_step`, and left at s'_N.
+            path), trained by `fake_step`, and left at s'_N. Learning-rate schedulers of whoever steps it are put back.
         fake_step: Does one update of s_phi on samples of the initial generator, optimizer step included. If it returns
             the loss, a tensor of one element, that is logged.
         path: Folder for the nodes.
@@ -147,7 +148,8 @@ def _record_in_loop(
     recorder = Recorder(path, network, plugins=plugins)
     recorder.start()
     begin_log(recorder)
-    with closing(recorder), _progress(recorder) as bar:
+    weights = (tensor for _, tensor in network.named_tensors())
+    with closing(recorder), rewound(weights), _progress(recorder) as bar:
         while not recorder.done:
             recorder.update(updated(recorder, step))
             bar.update()

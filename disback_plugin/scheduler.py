@@ -135,6 +135,11 @@ class TrajectoryScheduler:
         return self.started and self._plan.finished
 
     @property
+    def settled(self) -> Schedule:
+        """The schedule of this walk: as given, or as the recording settled it (`schedules.Settling`)."""
+        return self._plan.schedule
+
+    @property
     def horizon(self) -> int:
         """Generator updates of the whole walk, as planned."""
         return self._plan.horizon
@@ -406,7 +411,7 @@ def check_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: tup
             )
         if key in fixed and state[key] != value:
             raise StateError(
-                f"a state of another {key} ({str(state[key])[:40]!r})",
-                expected=f"{str(value)[:40]!r}",
+                f"a state of another {key} ({str(state[key])[:100]!r})",
+                expected=f"{str(value)[:100]!r}",
                 cure=f"attach with the {key} that the state was saved under",
             )

@@ -188,6 +188,15 @@ def test_the_advice_says_what_was_measured_and_no_more(excess, group):
     assert "Nothing that a recording shows says where" in text
 
 
+def test_of_a_recording_that_is_not_fitted_nothing_is_said_but_that():
+    run = Run()
+    for group in run.optimizer_f.param_groups:
+        group["lr"] = 1e-7
+    found = disback.preflight(run.teacher, run.fake_score, run.fake_step, iterations=10)
+    assert found.fitted is None
+    assert found.advice.startswith("Nothing can be said: s' was not fitted")
+
+
 def test_wrong_use_is_one_line_and_changes_nothing():
     run, narrow = Run(), Score(width=4)
     before = all_of(run)
@@ -232,7 +241,7 @@ def build():
 def test_the_command_says_it_in_lines_and_in_json(tmp_path, monkeypatch, capsys):
     (tmp_path / "preflight_networks.py").write_text(BUILD)
     monkeypatch.chdir(tmp_path)
-    command = ["preflight", "preflight_networks:build", "--learning-rate", "0.01", "--iterations", "40"]
+    command = ["preflight", "preflight_networks:build", "--learning-rate", "0.05"]
     assert main(command) == 0
     lines = capsys.readouterr().out
     assert "a move of the teacher takes" in lines

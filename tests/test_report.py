@@ -277,3 +277,13 @@ def test_pictures_are_shown_though_no_number_was_logged(tmp_path):
     text = page([read(log.file)])
     assert text.count("data:image/png;base64,") == 1
     assert "y.png is not there any more" in text
+
+
+def test_runs_of_one_name_in_two_folders_are_told_apart(tmp_path, capsys):
+    for folder in ("baseline", "ours"):
+        (tmp_path / folder / "runs").mkdir(parents=True)
+        RunLog(tmp_path / folder / "runs" / "path.log.jsonl").begin("attach")
+    runs = [str(tmp_path / folder / "runs" / "path.log.jsonl") for folder in ("baseline", "ours")]
+    assert cli.main(["report", *runs, "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["run"] for run in told] == ["baseline/runs/path", "ours/runs/path"]

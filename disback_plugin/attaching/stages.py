@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from disback_plugin import ranks
+from disback_plugin.attaching import cautions
 from disback_plugin.backtracking.monitoring import Monitor
 from disback_plugin.degradation.fitting import Fit
 from disback_plugin.degradation.opening import open_or_create
@@ -34,7 +35,7 @@ COUNTS = ("generator_updates", "plan_updates", "node_since")
 # Signs of a run that goes wrong (`monitoring`), and what is said of them.
 SIGNS = {
     "stalled": "the fake score does not follow the student, its gradients at updates in a row agree: give it a higher "
-    "learning rate or more updates per generator update",
+    "learning rate or more updates per generator update, unless its rate is still warming up",
     "diverged": "the fake score's gradients have grown thirtyfold or are not finite: the student runs away from it; "
     "lower the generator's learning rate",
 }
@@ -178,6 +179,8 @@ class Stages:
         Raises:
             DisbackError: As `attach` says.
         """
+        if state is not None:
+            self._check_form(state)
         where = None if folder is None else str(Path(folder).absolute())
         ranks.agree(
             {"path": where, "record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
@@ -213,6 +216,7 @@ class Stages:
 
     def _begin(self, folder: str | os.PathLike[str], recording: Recording, generator: Callable[[], str | None]) -> None:
         self.path = open_or_create(folder, self.teacher, recording, generator=generator(), check=self.schedule.check)
+        cautions.of_other_weights(self.fake_score, self.path)
         if self.path.complete:
             self._begin_backtracking()
             return
@@ -296,17 +300,28 @@ class Stages:
             StateError: If not.
             RankError: If so, but not on another rank, or if that was given another state.
         """
+        self._check_form(state)
         holds = self.fake_score.bears(str(state.get("fake_score", "")))  # all ranks look together
         counts = {name: state.get(name) for name in ("phase", "recording_iteration", "generator_updates")}
         ranks.on_every_rank(lambda: self._check(state, holds), "be given the state that fits it", counts)
 
-    def _check(self, state: Mapping[str, Any], holds: bool) -> None:
+    def _check_form(self, state: object) -> None:
+        """Raise unless this is a state, of whatever run."""
+        if not isinstance(state, Mapping):
+            raise StateError(
+                f"a state that is {state!r:.60}",
+                expected="what handle.state_dict() returned",
+                cure="save it beside the trainer's checkpoint; of a checkpoint from before DisBack there is none",
+            )
         version = state.get("version")
         if type(version) is int and version > VERSION:
             raise StateError(
                 f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin"
             )
-        check_state(state, like=self.state_dict(), fixed=("version", "path", "schedule"))
+        check_state(state, like=self.state_dict(), fixed=("version",))
+
+    def _check(self, state: Mapping[str, Any], holds: bool) -> None:
+        check_state(state, like=self.state_dict(), fixed=("path", "schedule"))
         if not holds:
             raise StateError(
                 "a fake score whose weights are not those of the saved moment",

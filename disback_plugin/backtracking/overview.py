@@ -99,7 +99,7 @@ def agenda(
             what = f"{recorded} of {most}{manifest.iterations} fake-score updates, {nodes}, the next one at {due}"
             rows.append(("->", "recording", what))
     if not stages:
-        rows.append(("", "then", "back along the path, in as many generator updates as s_phi needed to be fitted"))
+        rows.append(("", "then", "back along the path, in the F generator updates that s_phi needs to be fitted"))
     now = None if recorded is not None else max((start for start, _ in stages if start <= updates), default=None)
     last = len(stages) - 1
     for index, (start, target) in enumerate(stages):

@@ -61,5 +61,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
     print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
     haste = f" at {path.manifest.haste} times the learning rate" if path.manifest.haste > 1 else ""
     fitted = "not seen to be fitted" if about["fitted"] is None else f"s_phi fitted after {about['fitted']}{haste}"
-    print(f"{about['iterations']} iterations, {fitted}; teacher {about['teacher']}\n")
+    saved = path.nodes[-1].iteration if path.nodes else 0
+    done = f"{saved}" if path.complete else f"{saved} of at most {about['iterations']}"
+    print(f"{done} iterations, {fitted}; teacher {about['teacher']}\n")
     print(table(rows))

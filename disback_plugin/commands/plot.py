@@ -32,11 +32,11 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> None:
     """Draw the picture."""
     from disback_plugin.errors import PathError
-    from disback_plugin.plugging.history import load
+    from disback_plugin.plugging.history import load_all
     from disback_plugin.reporting.panels import panels
     from disback_plugin.reporting.plots import save
 
-    runs = load(options.source)
+    runs = load_all([options.source])
     drawn = panels(runs)
     if not drawn:
         raise PathError(

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _lines(found: Outlook) -> list[str]:
     excess = "not known: fake_step() returns no loss" if found.excess_loss is None else f"{found.excess_loss:.2f}"
-    fitted = f"F = {found.fitted}" if found.fitted else "not fitted yet: pass a greater --iterations"
+    fitted = f"F = {found.fitted}" if found.fitted else "not fitted: more --iterations, or another --learning-rate"
     return [
         f"teacher          {found.weights:,} weights, {found.teacher_bytes:,} bytes",
         f"excess loss      {excess}",

@@ -37,11 +37,11 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the page."""
     from disback_plugin.paths import files
-    from disback_plugin.plugging.history import load
+    from disback_plugin.plugging.history import load_all
     from disback_plugin.reporting.panels import compare
     from disback_plugin.reporting.report import page
 
-    runs = list({history.file.absolute(): history for name in options.runs for history in load(name)}.values())
+    runs = load_all(options.runs)
     text = page(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(options.out, text)

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from disback_plugin.errors import OptionError
 from disback_plugin.loops import optimizers
+from disback_plugin.loops.rewinding import Rewind
 from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["Borrowed", "borrowed", "copy_of", "private_stream"]
@@ -90,13 +91,19 @@ class Borrowed:
 
 class _Optimizer:
     """The groups and the state of an optimizer, put back into the very objects: a captured graph, or the trainer, may
-    hold them.
+    hold them; and its learning-rate schedulers.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._groups = [_kept(group) for group in optimizer.param_groups]
         self._state = {weight: (state, _kept(state)) for weight, state in optimizer.state.items()}
+        self._rewind = self._taken()
+
+    def _taken(self) -> Rewind:
+        rewind = Rewind("schedulers", [], [self._optimizer])
+        rewind.take()
+        return rewind
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -106,6 +113,8 @@ class _Optimizer:
         for weight, (state, kept) in self._state.items():
             _put_back(state, kept)
             self._optimizer.state[weight] = state
+        self._rewind.put_back()
+        self._rewind = self._taken()  # there may be another trial
 
 
 def _kept(values: dict[str, Any]) -> dict[str, Kept]:
@@ -137,8 +146,8 @@ def _gradient(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
 def borrowed(*networks: ScoreNetwork) -> Iterator[Borrowed]:
     """Lend networks to whoever trains them inside; at the end all is as it was found, the global random state too.
 
-    Optimizers that step inside are put back with their weights. What else the user's functions keep, as the place in a
-    data loader or a learning-rate schedule, is theirs.
+    Optimizers that step inside are put back with their weights, and their learning-rate schedulers. What else the
+    user's functions keep, as the place in a data loader, is theirs.
 
     Args:
         networks: Whose weights, buffers and gradients are kept, in memory of their size.

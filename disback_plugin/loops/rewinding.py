@@ -10,17 +10,19 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disback_plugin.errors import OptionError, StateError
 from disback_plugin.loops import optimizers
 
-__all__ = ["Rewind", "Stateful"]
+__all__ = ["Rewind", "Stateful", "rewound"]
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +186,38 @@ class Rewind:
         ]
         driven = {id(inner) for item in found for inner in getattr(item, "_schedulers", ())}
         return [item for item in found if id(item) not in driven]
+
+
+@contextmanager
+def rewound(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Put back, at the end, the learning-rate schedulers of every optimizer that steps one of these weights inside.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> sgd = torch.optim.SGD([weight], lr=1.0)
+        >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
+        >>> with rewound([weight]):
+        ...     sgd.step()
+        ...     warmup.step()
+        >>> warmup.get_last_lr(), sgd.param_groups[0]["lr"]
+        ([0.25], 0.25)
+    """
+    own = [*weights]
+    found: dict[Optimizer, Rewind] = {}
+
+    def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if optimizer not in found and optimizers.steppers([optimizer], own):
+            found[optimizer] = Rewind("schedulers", [], [optimizer])
+            found[optimizer].take()
+
+    hook = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for rewind in found.values():
+            rewind.put_back()
 
 
 def _encoded(state: Any) -> str | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from disback_plugin.errors import PathError
 from disback_plugin.plugging.runlog import RESERVED, SUFFIX, RunLog
 
-__all__ = ["OURS", "Curve", "History", "find", "load", "read", "settle"]
+__all__ = ["OURS", "Curve", "History", "find", "load", "load_all", "read", "settle"]
 
 Line = Mapping[str, Any]
 # A moment of a run: (0, updates recorded) while recording, then (1, generator updates).
@@ -149,6 +150,22 @@ def load(run: Path) -> list[History]:
     """
     histories = [read(file) for file in find(run)]
     return sorted(histories, key=lambda history: str(history.begun[0].get("time", "")) if history.begun else "")
+
+
+def load_all(runs: Iterable[Path]) -> list[History]:
+    """Return the histories that several names stand for (`load`), each once, and by names that tell them apart.
+
+    Raises:
+        PathError: If a name stands for none, or one does not read.
+    """
+    found = list({history.file.absolute(): history for run in runs for history in load(run)}.values())
+    for name in {history.name for history in found}:
+        same = [history for history in found if history.name == name]
+        folders = [history.file.absolute().parent.parts[::-1] for history in same]
+        apart = next(n for n in count() if len({folder[:n] for folder in folders}) == len({*folders}))
+        for history, folder in zip(same, folders, strict=True):
+            history.name = "/".join((*folder[:apart][::-1], name))
+    return found
 
 
 def find(run: Path) -> list[Path]:

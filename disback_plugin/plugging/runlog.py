@@ -144,6 +144,15 @@ class RunLog:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _torn(self) -> bool:
+        """Whether the file ends within a line."""
+        size = self.file.stat().st_size
+        if not size:  # or a device
+            return False
+        with self.file.open("rb") as file:
+            file.seek(size - 1)
+            return file.read(1) != b"\n"
+
     def _relative(self, picture: Path) -> str:
         folder, picture = self.file.parent.absolute(), picture.absolute()
         return (picture.relative_to(folder) if picture.is_relative_to(folder) else picture).as_posix()
@@ -160,7 +169,7 @@ class RunLog:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a", encoding="utf-8") as file:
                     # A run that was killed within a line must not swallow the first of this one.
-                    file.write("\n" + text if anew and self.file.stat().st_size else text)
+                    file.write("\n" + text if anew and self._torn() else text)
             except OSError as error:
                 self._broken = True
                 logger.warning("the run goes on without its log: %s cannot be written (%s)", self.file, error)

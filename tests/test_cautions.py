@@ -1,0 +1,136 @@
+"""What is said at the start of a run, because it would go wrong silently; and that nothing is said of sound ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from worlds import Run
+
+import disback_plugin as disback
+from disback_plugin.errors import StateError
+from disback_plugin.schedules import Auto
+
+PLAN = {"record": 3, "every": 3, "schedule": "ramp:4"}
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_of_a_sound_run_nothing_is_said(tmp_path, caplog):
+    with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN) as handle:
+        run.steps(5)
+        checkpoint, state = run.checkpoint(), handle.state_dict()
+    resumed = Run()
+    with disback.attach(**resumed.roles(), path=tmp_path / "path", **PLAN, state=None) as handle:
+        assert any("came to generator update" in message for message in said(caplog))
+        caplog.clear()
+        resumed.load(checkpoint)
+        handle.load_state_dict(state)
+        resumed.steps(5)
+    again = Run()
+    again.load(checkpoint)
+    with disback.attach(**again.roles(), path=tmp_path / "path", **PLAN, state=state):
+        again.steps(5)
+    assert said(caplog) == []
+
+
+def test_a_run_that_goes_on_without_its_state_is_told_how_far_the_earlier_one_came(tmp_path, caplog):
+    with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN):
+        run.steps(5)
+    with disback.attach(**Run().roles(), path=tmp_path / "path", **PLAN):
+        pass
+    (message,) = said(caplog)[:1]
+    assert "came to generator update 2, and here one begins" in message
+    assert "handle.load_state_dict(state)" in message
+
+
+def test_a_fake_score_that_was_trained_is_not_overwritten_in_silence(tmp_path, caplog):
+    run = Run()
+    run.steps(3)
+    with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN):
+        pass
+    assert "the fake score holds other weights than the teacher, and begins at node 0" in said(caplog)[0]
+
+
+def test_a_walk_as_long_as_a_recording_at_another_rate_says_is_not_begun_in_silence(tmp_path, caplog):
+    def recorded(rate):
+        run = Run()
+        disback.record(
+            run.teacher,
+            sample=lambda: run.generator(torch.randn(8, 2)).detach(),
+            loss=lambda net, x_0: (net(x_0, torch.ones(1)) - x_0).square().mean(),
+            path=tmp_path / f"{rate}",
+            iterations=10,
+            every=10,
+            learning_rate=rate,
+        )
+        return run, tmp_path / f"{rate}"
+
+    run, path = recorded(1e-5)
+    rate = run.optimizer_f.param_groups[0]["lr"]
+    for schedule, expected in (("auto", 1), (Auto(5), 1), ("ramp:5", 0)):
+        caplog.clear()
+        disback.attach(**run.roles(), path=path, schedule=schedule, plugins=("no:run_log",)).detach()
+        assert sum("was recorded at a learning rate of 1e-05" in message for message in said(caplog)) == expected
+    run, path = recorded(rate)
+    caplog.clear()
+    disback.attach(**run.roles(), path=path).detach()
+    assert not any("was recorded at" in message for message in said(caplog))
+
+
+def test_a_recording_apart_puts_its_learning_rate_schedule_back(tmp_path):
+    run = Run()
+    warmup = torch.optim.lr_scheduler.LambdaLR(run.optimizer_f, lambda step: min(1.0, (step + 1) / 50))
+    before = warmup.state_dict(), run.optimizer_f.param_groups[0]["lr"]
+
+    def fake_step():
+        run.fake_step()
+        warmup.step()
+
+    disback.preflight(run.teacher, run.fake_score, fake_step, iterations=20)
+    assert (warmup.state_dict(), run.optimizer_f.param_groups[0]["lr"]) == before
+    disback.record(run.teacher, run.fake_score, fake_step, path=tmp_path, iterations=7, every=7)
+    assert (warmup.state_dict(), run.optimizer_f.param_groups[0]["lr"]) == before
+
+
+@pytest.mark.parametrize("state", [None, 3, {"a": 1}], ids=repr)
+def test_what_is_no_state_is_named_before_anything_else(tmp_path, state):
+    handle = disback.attach(**Run().roles(), path=tmp_path / "path", **PLAN)
+    with pytest.raises(StateError, match="a state"):
+        handle.load_state_dict(state)
+    handle.detach()
+    if state is not None:
+        with pytest.raises(StateError, match="a state"):
+            disback.attach(**Run().roles(), path=tmp_path / "new", **PLAN, state=state)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_path_that_does_not_fit_is_named_as_such(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "path", record=20, every=20, schedule="warm"):
+        run.steps(20)
+    with pytest.raises(ValueError, match=r"the finished one in .*, of 20 updates; .* pass another path=, where 200"):
+        disback.attach(**Run().roles(), path=tmp_path / "path", schedule="fixed:5,5", record=200, every=50)
+
+
+def test_a_lora_begins_at_random_and_nothing_is_said(tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"]), adapter_name="teacher")
+    model.add_adapter("fake", peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    teacher = disback.ScoreNetwork(model, adapter="teacher")
+    fake = disback.ScoreNetwork(model, adapter="fake")
+    generator = nn.Linear(2, 2)
+    weights = [weight for name, weight in model.named_parameters() if ".fake." in name]
+    for weight in weights:
+        weight.requires_grad_(True)
+    disback.attach(
+        teacher=teacher,
+        fake_score=fake,
+        generator_optimizer=torch.optim.Adam(generator.parameters()),
+        fake_score_optimizer=torch.optim.Adam(weights),
+        path=tmp_path / "path",
+    ).detach()
+    assert not any("other weights" in message for message in said(caplog))
