@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.errors import StateError
+from disback_plugin.paths.manifest import Recording
 from disback_plugin.schedules import Auto
 
 PLAN = {"record": 3, "every": 3, "schedule": "ramp:4"}
@@ -134,3 +137,20 @@ def test_a_lora_begins_at_random_and_nothing_is_said(tmp_path, caplog):
         path=tmp_path / "path",
     ).detach()
     assert not any("other weights" in message for message in said(caplog))
+
+
+def test_settings_that_a_finished_path_does_not_have_are_not_left_out_in_silence(tmp_path, caplog):
+    run = Run()
+    disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path / "path", iterations=3, every=3)
+    for more, expected in (({}, 0), ({"record": 3, "every": 3}, 0), ({"codec": "exact"}, 1), ({"every": 1}, 1)):
+        caplog.clear()
+        disback.attach(**Run().roles(), path=tmp_path / "path", **more).detach()
+        assert sum("is finished, and used as it is" in message for message in said(caplog)) == expected
+
+
+def test_the_settings_of_a_recording_are_the_same_wherever_they_are_left_away():
+    for recording in (disback.attach, disback.record):
+        given = inspect.signature(recording).parameters
+        first = "record" if "record" in given else "iterations"
+        chosen = [given[name].default for name in (first, "every", "codec", "keep_teacher")]
+        assert Recording(*chosen) == Recording()

@@ -98,6 +98,8 @@ def _check_same_recording(path: DegradationPath, recording: Recording, generator
     if path.complete:
         if other_student:
             logger.warning("%s was recorded on another initial generator than the one at hand", path.folder)
+        if recording not in (recorded.recording, Recording()):  # asked for, and not what is there
+            logger.warning("%s is finished, and used as it is: %s, not %s", path.folder, recorded.recording, recording)
         return
     if other_student or recorded.recording != recording:
         raise PathError(

@@ -48,8 +48,8 @@ class Recording:
         3
     """
 
-    iterations: int
-    every: int
+    iterations: int = 200
+    every: int = 50
     codec: str = "int8"
     keep_teacher: bool = True
 
