@@ -110,6 +110,7 @@ class Handle:
             after_fake_score=self._after_fake_score_round,
         )
         self._generator_steps = 0
+        self._caution = ""  # said at the first step, unless a state is loaded before it
         self.signal: Any = None
 
     # -- where we are -------------------------------------------------------------------------------------------------
@@ -201,10 +202,10 @@ class Handle:
         if on_main_process():
             self._log = self._plugins.keep_log(log, path)
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
-        if self.path is not None and on_main_process():
-            cautions.of_another_rate(self.path, self._stages.schedule, self._fake_score_optimizers)
-            if state is None and self.scheduler is not None:
-                cautions.of_an_earlier_walk(self._log, self.path)
+        if self.path is not None and self.scheduler is not None and state is None and on_main_process():
+            stages = self._stages
+            cautions.of_another_rate(self.path, stages.schedule, stages.fake_score, self._fake_score_optimizers)
+            self._caution = cautions.of_an_earlier_walk(self._log, self.path)
         self._begin_log(recording, resumed=state is not None)
         self._announce()
         self._ride.begin()
@@ -252,6 +253,7 @@ class Handle:
             recording = int(state["recording_iteration"]) if state["phase"] == "recording" else None
             self._log.resume(update=int(state["generator_updates"]), recording=recording)
         self._stages.load(state)
+        self._caution = ""
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -307,6 +309,9 @@ class Handle:
 
     def _after_generator_round(self, updated: bool) -> None:
         self._generator_steps += 1
+        if self._caution:
+            logger.warning(self._caution)
+            self._caution = ""
         if self.path is not None and not self.fake_score_updates and self._generator_steps > PATIENCE:
             raise TrainingError(
                 f"{self._generator_steps} generator steps and none of the fake score",

@@ -258,7 +258,7 @@ def _measured(
         first, spent, encode = trainer.losses(), 0.0, 0.0
         steppers = trainer.steppers(found)
         recorder.hastens = bool(steppers) and all(has_rates(optimizer) for optimizer in steppers)
-        with closing(recorder), found.hastened(steppers, lambda: recorder.haste):
+        with closing(recorder), found.hastened(network, steppers, lambda: recorder.haste):
             while not recorder.done:
                 with _clock(network) as seconds:
                     updated(recorder, trainer.step)

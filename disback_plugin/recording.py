@@ -202,8 +202,8 @@ def _record_copy(
     saved = path.training_state()
     if saved is None:
         recorder.start()
-    if path.manifest.learning_rate != learning_rate:
-        path.note(learning_rate=learning_rate)
+    if path.manifest.fitted is None:  # else it is known at which rate
+        path.note(learning_rate=float(learning_rate))
     begin_log(recorder, learning_rate=learning_rate, seed=seed)
     with closing(recorder), private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers

@@ -33,6 +33,8 @@ def odd_one_out(folder, how):
     start = time.monotonic()
     try:
         handle = disback.attach(**roles, **options)
+        if how == "another state":
+            handle.load_state_dict(handle.state_dict() | ({"version": 9} if odd else {}))
         for step in range(8):
             if odd and how == "a failed read" and step == 4:
                 handle.path.source = lambda position: (_ for _ in ()).throw(OSError("the disk is gone"))
@@ -56,6 +58,7 @@ def odd_one_out(folder, how):
         ("another schedule", r"schedule='Fixed\(3.* on rank 1"),
         ("a wrong role", r"rank 1 failed \(MismatchError"),
         ("a failed read", r"rank 1 failed \(OSError: the disk is gone"),
+        ("another state", r"rank 1 failed \(StateError: found a state of version 9"),
         ("another position", r"generator_updates=\d on rank 1"),
     ],
 )

@@ -26,9 +26,7 @@ def test_of_a_sound_run_nothing_is_said(tmp_path, caplog):
         run.steps(5)
         checkpoint, state = run.checkpoint(), handle.state_dict()
     resumed = Run()
-    with disback.attach(**resumed.roles(), path=tmp_path / "path", **PLAN, state=None) as handle:
-        assert any("came to generator update" in message for message in said(caplog))
-        caplog.clear()
+    with disback.attach(**resumed.roles(), path=tmp_path / "path", **PLAN) as handle:
         resumed.load(checkpoint)
         handle.load_state_dict(state)
         resumed.steps(5)
@@ -42,10 +40,10 @@ def test_of_a_sound_run_nothing_is_said(tmp_path, caplog):
 def test_a_run_that_goes_on_without_its_state_is_told_how_far_the_earlier_one_came(tmp_path, caplog):
     with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN):
         run.steps(5)
-    with disback.attach(**Run().roles(), path=tmp_path / "path", **PLAN):
-        pass
-    (message,) = said(caplog)[:1]
-    assert "came to generator update 2, and here one begins" in message
+    with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN):
+        run.steps(3)
+    (message,) = said(caplog)
+    assert "came to generator update 2 at least, and here one begins" in message
     assert "handle.load_state_dict(state)" in message
 
 
@@ -55,6 +53,17 @@ def test_a_fake_score_that_was_trained_is_not_overwritten_in_silence(tmp_path, c
     with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN):
         pass
     assert "the fake score holds other weights than the teacher, and begins at node 0" in said(caplog)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_fake_score_of_another_precision_or_with_other_running_statistics_is_the_teacher_all_the_same(
+    tmp_path, caplog, dtype
+):
+    run = Run(dtype=dtype)
+    run.fake_score.load_state_dict(run.teacher.state_dict())
+    run.fake_score.train()(torch.randn(8, 2), torch.ones(1))
+    disback.attach(**run.roles(), path=tmp_path / "path", **PLAN).detach()
+    assert not any("other weights" in message for message in said(caplog))
 
 
 def test_a_walk_as_long_as_a_recording_at_another_rate_says_is_not_begun_in_silence(tmp_path, caplog):
@@ -79,6 +88,12 @@ def test_a_walk_as_long_as_a_recording_at_another_rate_says_is_not_begun_in_sile
         assert sum("was recorded at a learning rate of 1e-05" in message for message in said(caplog)) == expected
     run, path = recorded(rate)
     caplog.clear()
+    group = run.optimizer_f.param_groups[0]
+    for more in ({}, {"lr": 0.0}, {"lr": rate / 25, "max_lr": rate}, {"lr": rate / 100, "initial_lr": rate}):
+        group |= more  # as a scheduler leaves it
+        disback.attach(**run.roles(), path=path).detach()
+    group["lr"] = group["max_lr"] = rate
+    run.optimizer_f.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "max_lr": 1.0})
     disback.attach(**run.roles(), path=path).detach()
     assert not any("was recorded at" in message for message in said(caplog))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 
 import pytest
@@ -71,6 +72,20 @@ def test_what_an_optimizer_holds_stays_the_same_objects():
     for weight, state in run.optimizer_f.state.items():
         assert all(state[name] is tensor for name, tensor in moments[weight].items())
     assert difference(run.optimizer_f.state_dict(), before) == []
+
+
+def test_an_optimizer_that_keeps_something_beside_its_weights_states_is_put_back():
+    run = Run()
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.state["steps"] = self.state.get("steps", 0) + 1
+
+    run.optimizer_f = Counting(run.fake_score.parameters(), lr=0.01, momentum=0.9)
+    run.step()
+    disback.preflight(run.teacher, run.fake_score, run.fake_step)
+    assert run.optimizer_f.state["steps"] == 1
 
 
 def test_losses_that_may_be_negative_give_no_excess_loss():
@@ -143,6 +158,19 @@ def test_the_recording_has_twice_the_learning_rate_until_s_phi_is_fitted_and_the
     found = disback.preflight(run.teacher, run.fake_score, run.fake_step)
     assert [rate for rate in rates if rate != own] == [2 * own] * (found.fitted // 2)
     assert rates[0] == rates[-1] == run.optimizer_f.param_groups[0]["lr"] == own
+
+
+def test_so_it_has_without_a_loop_of_the_trainers_own(monkeypatch):
+    module, rates = sys.modules["torch.optim.adam"], []
+    adam_step = module.adam
+
+    def adam(*args, lr, **options):
+        rates.append(round(lr / 0.05, 6))
+        return adam_step(*args, lr=lr, **options)
+
+    monkeypatch.setattr(module, "adam", adam)
+    found = disback.preflight(**standalone(2.0))
+    assert rates == [2.0] * (found.fitted // 2) + [1.0] * (found.recorded - found.fitted // 2)
 
 
 def standalone(shift):

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, OptionError, PathError, TrainingError
+from disback_plugin.trajectory import DegradationPath
 from disback_plugin.weights import ScoreNetwork
 
 
@@ -303,3 +305,38 @@ def test_a_crash_in_the_middle_of_a_node_leaves_nothing_foreign(tmp_path):
     path = record_in_loop(run, tmp_path)
     path.verify()
     assert len(path) == 4
+
+
+def test_a_fit_that_is_known_is_not_counted_at_another_rate_when_the_recording_goes_on(tmp_path):
+    run = Run(seed=1)
+
+    def stopping():
+        run.fake_step()
+        if (tmp_path / "path" / "config.json").read_text().count('"fitted": null') == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disback.record(run.teacher, run.fake_score, stopping, path=tmp_path / "path", iterations=200, every=100)
+    before = DegradationPath(tmp_path / "path").manifest
+    assert before.fitted < 100
+    with disback.attach(**Run(seed=1).roles(), path=tmp_path / "path", record=200, every=100) as handle:
+        assert handle.path.manifest.clock == before.clock == before.fitted
+    again = Run(seed=1)
+    with disback.attach(**again.roles(), path=tmp_path / "path", record=200, every=100) as handle:
+        again.steps(10)
+        assert handle.path.manifest.clock == before.clock
+
+
+@pytest.mark.parametrize("rate", [1, np.float32(0.5), torch.tensor(0.5)], ids=repr)
+def test_a_learning_rate_is_any_kind_of_number(tmp_path, rate):
+    run = Run()
+    path = disback.record(
+        run.teacher,
+        sample=lambda: run.generator(torch.randn(8, 2)).detach(),
+        loss=lambda net, x_0: (net(x_0, torch.ones(1)) - x_0).square().mean(),
+        path=tmp_path,
+        iterations=2,
+        every=2,
+        learning_rate=rate,
+    )
+    assert DegradationPath(tmp_path).manifest.learning_rate == path.manifest.learning_rate == float(rate)

@@ -179,13 +179,13 @@ class Stages:
         Raises:
             DisbackError: As `attach` says.
         """
-        if state is not None:
-            self._check_form(state)
         where = None if folder is None else str(Path(folder).absolute())
         ranks.agree(
             {"path": where, "record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
             | {"schedule": repr(self.schedule), "resumes": state is not None}
         )
+        if state is not None:
+            ranks.on_every_rank(lambda: self._check_form(state), "be given a state")
         try:
             if record == 0 and not isinstance(record, bool):
                 self._begin_without_path(folder)
@@ -216,7 +216,7 @@ class Stages:
 
     def _begin(self, folder: str | os.PathLike[str], recording: Recording, generator: Callable[[], str | None]) -> None:
         self.path = open_or_create(folder, self.teacher, recording, generator=generator(), check=self.schedule.check)
-        cautions.of_other_weights(self.fake_score, self.path)
+        cautions.of_other_weights(self.teacher, self.fake_score, self.path)
         if self.path.complete:
             self._begin_backtracking()
             return
@@ -300,7 +300,7 @@ class Stages:
             StateError: If not.
             RankError: If so, but not on another rank, or if that was given another state.
         """
-        self._check_form(state)
+        ranks.on_every_rank(lambda: self._check_form(state), "be given a state")
         holds = self.fake_score.bears(str(state.get("fake_score", "")))  # all ranks look together
         counts = {name: state.get(name) for name in ("phase", "recording_iteration", "generator_updates")}
         ranks.on_every_rank(lambda: self._check(state, holds), "be given the state that fits it", counts)

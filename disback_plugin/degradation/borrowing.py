@@ -55,10 +55,11 @@ class Borrowed:
         return optimizers.steppers(self._optimizers, (tensor for _, tensor in network.named_tensors()))
 
     @contextmanager
-    def hastened(self, steppers: Sequence[Optimizer], haste: Callable[[], int]) -> Iterator[None]:
-        """Multiply the learning rates of some optimizers at each of their steps."""
-        networks = [network for network, _ in self._networks]
-        rates = optimizers.Haste(haste, lambda: (t for network in networks for _, t in network.named_tensors()))
+    def hastened(
+        self, network: ScoreNetwork, steppers: Sequence[Optimizer], haste: Callable[[], int]
+    ) -> Iterator[None]:
+        """Multiply the learning rates that some optimizers have for a network, at each of their steps."""
+        rates = optimizers.Haste(haste, lambda: (tensor for _, tensor in network.named_tensors()))
 
         def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
             if optimizer in steppers:
@@ -97,7 +98,10 @@ class _Optimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._groups = [_kept(group) for group in optimizer.param_groups]
-        self._state = {weight: (state, _kept(state)) for weight, state in optimizer.state.items()}
+        self._state = {
+            weight: (state, _kept(state) if isinstance(state, dict) else _copied(state))
+            for weight, state in optimizer.state.items()
+        }
         self._rewind = self._taken()
 
     def _taken(self) -> Rewind:
@@ -111,8 +115,11 @@ class _Optimizer:
             _put_back(group, kept)
         self._optimizer.state.clear()
         for weight, (state, kept) in self._state.items():
-            _put_back(state, kept)
-            self._optimizer.state[weight] = state
+            if isinstance(state, dict):
+                _put_back(state, kept)
+                self._optimizer.state[weight] = state
+            else:  # what an optimizer keeps beside its weights' states
+                self._optimizer.state[weight] = _copied(kept)
         self._rewind.put_back()
         self._rewind = self._taken()  # there may be another trial
 

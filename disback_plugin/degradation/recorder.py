@@ -61,7 +61,7 @@ class Recorder:
         self.fit, self._until_fitted = Fit(network), until_fitted
         self.hastens = hastens
         self._plugins = Plugins.of(plugins)
-        self.iteration = path.nodes[-1].iteration if path.nodes else 0
+        self.iteration = self._since = path.nodes[-1].iteration if path.nodes else 0
         self.looked = False
         self._told = 0  # cosines that the plug-ins know of
         self._losses: list[tuple[int, Tensor]] = []
@@ -102,8 +102,9 @@ class Recorder:
         fitted = known.fitted is not None and self.iteration >= known.fitted
         if fitted or self.done or not self.hastens:
             return 1
-        # As it began, also where another schedule goes on with it.
-        return known.haste if self.iteration else HASTE if self._until_fitted else 1
+        if self.iteration or known.fitted is not None:
+            return known.haste  # as it began, also where another schedule goes on with it
+        return HASTE if self._until_fitted else 1
 
     def look(self) -> None:
         """Look at the gradients of an update, while they are there; `update` does so where nobody has."""
@@ -127,7 +128,7 @@ class Recorder:
         self._keep(loss, iteration)
         self.look()
         self.looked = False
-        if iteration == 1 and self.haste != self.path.manifest.haste:
+        if iteration == 1 and self.path.manifest.fitted is None and self.haste != self.path.manifest.haste:
             self.path.note(haste=self.haste)
         self._judge(iteration)
         due = self.path.manifest.due(iteration)
@@ -199,7 +200,7 @@ class Recorder:
         known = self.path.manifest
         if known.fitted is not None or not on_main_process():
             return
-        if self.iteration > EVERY and not any(map(math.isfinite, self.fit.cosines())):
+        if self.iteration - self._since > EVERY and not any(map(math.isfinite, self.fit.cosines())):
             logger.warning(
                 "no gradients of s' were seen at its %d updates, so that nobody knows whether it is fitted: "
                 'schedule="auto" takes all of them for the time that this takes',
@@ -215,7 +216,8 @@ class Recorder:
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
         self.path.rewind(iteration)
-        self.iteration, self._told = iteration, len(self.fit.cosines())
+        self.iteration = self._since = iteration
+        self._told = len(self.fit.cosines())
         self.watch()
         self._finish_if_done()
 
