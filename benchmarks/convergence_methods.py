@@ -103,8 +103,8 @@ class Regime:
     def seeds(self, part: str) -> list[int]:
         planar = self.world.endswith("2d")
         if part == "shown":
-            return list(range(40, 80) if planar else range(10, 20))
-        return list(range(100, 110 if planar else 103))
+            return list(range(200, 300) if planar else range(10, 20))
+        return list(range(100, 140 if planar else 103))
 
 
 REGIMES = {

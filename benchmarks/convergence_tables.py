@@ -118,7 +118,7 @@ def text(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
         f"Of {len(rows)} goals {counts[0]} are reached and {counts[1]} missed. Not measured: "
         f"{', '.join(missing) or 'nothing'}; the geometric means are of what is.",
         "",
-        f"Each method is at its own best rate in {owned(results)}; in the others all are at Diff-Instruct's.",
+        f"Each method is at its own best rate in {owned(results)}.",
         "",
         "| goal | auto | |",
         "|---|---|---|",
@@ -163,7 +163,15 @@ def _means(title: str, means: dict[str, list[float]]) -> list[str]:
 
 
 def owned(results: dict[str, Result]) -> str:
-    return ", ".join(name for name, r in results.items() if r.own) or "no regime"
+    own = [name for name, r in results.items() if r.own]
+    if len(own) == len(results):
+        return "every regime"
+    return f"{', '.join(own) or 'no regime'}; in the others all are at Diff-Instruct's"
+
+
+def _how_many(results: dict[str, Result]) -> str:
+    own = sum(r.own for r in results.values())
+    return "each" if own == len(results) else f"{own} of them"
 
 
 def hurry(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
@@ -181,11 +189,12 @@ def hurry(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
         told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} better)")
     better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
     unknown = "" if unknown.startswith("0") else f", {unknown} not measured yet"
+    every = "all" if len(results) == len(regimes) else f"{len(results)} of"
     return (
-        f"1. Over {len(results)} of {len(regimes)} regimes, all methods at Diff-Instruct's best rate, `auto` ends, at "
+        f"1. Over {every} {len(regimes)} regimes, all methods at Diff-Instruct's best rate, `auto` ends, at "
         f"equal compute, at {means[OURS][5]:.2f} of Diff-Instruct's distance in the geometric mean ({controls}), and "
         f"is {means[OURS][0]:.2f} times as fast in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's "
-        f"final distance; with each method at its own best rate in {sum(r.own for r in results.values())} of them it "
+        f"final distance; with each method at its own best rate in {_how_many(results)} it "
         f"is {own[OURS][5]:.2f} ({owns}).\n"
         f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached{unknown}; the first "
         "table has each.\n"

@@ -33,9 +33,6 @@ State = dict[str, Tensor]
 
 # EDM's distribution of ln(sigma) (arXiv 2206.00364, Table 1). Teachers are trained on it.
 P_MEAN, P_STD = -1.2, 1.2
-# Seeds of the teachers: every choice was made on the first five, every number shown is of the others. Those between
-# were shown before `auto` was changed.
-TEACHERS = {"tuning": range(5), "shown": range(10, 15)}
 # Updates, rate and batch of a teacher's training.
 RECIPES = {
     "digits-mlp": (6_000, 2e-3, 256),
@@ -194,11 +191,21 @@ def fit(world: World, start: State, seeds: Sequence[int], data: Tensor, recipe: 
     return dict(zip(network.state_dict(), average, strict=True))
 
 
+def teacher_seeds(world: World, part: str) -> range:
+    """Return the seeds of a part's five teachers: every choice was made on the first, every number shown is of others.
+
+    Those between were shown before `auto` was changed, or in the plane before rates were chosen on more seeds.
+    """
+    if part == "tuning":
+        return range(5)
+    return range(15, 20) if world.kind == "2d" else range(10, 15)
+
+
 def teachers(world: World, part: str, folder: Path) -> State:
     """Return the five teachers of a part, "tuning" or "shown"; trained once, then read from the folder."""
     file = folder / f"{world.name}-{part}.safetensors"
     if not file.exists():
-        seeds = TEACHERS[part]
+        seeds = teacher_seeds(world, part)
         save_file(fit(world, world.random(seeds), seeds, world.data, RECIPES[world.name]), file)
     return load_file(file)
 
@@ -210,7 +217,7 @@ def students(world: World, kind: str, part: str, seeds: Sequence[int], folder: P
     file = folder / f"{world.name}-{part}-{kind}.safetensors"
     if kind != "teacher" and not file.exists():
         start = teachers(world, part, folder)
-        save_file(fit(world, start, range(len(TEACHERS[part])), other_data(world, kind), FAR), file)
+        save_file(fit(world, start, range(len(teacher_seeds(world, part))), other_data(world, kind), FAR), file)
     state = teachers(world, part, folder) if kind == "teacher" else load_file(file)
     return {name: weight[[seed % len(weight) for seed in seeds]] for name, weight in state.items()}
 
