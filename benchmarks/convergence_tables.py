@@ -171,7 +171,7 @@ def owned(results: dict[str, Result]) -> str:
 
 def _how_many(results: dict[str, Result]) -> str:
     own = sum(r.own for r in results.values())
-    return "each" if own == len(results) else f"{own} of them"
+    return "everywhere" if own == len(results) else f"in {own} of them"
 
 
 def hurry(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
@@ -194,7 +194,7 @@ def hurry(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
         f"1. Over {every} {len(regimes)} regimes, all methods at Diff-Instruct's best rate, `auto` ends, at "
         f"equal compute, at {means[OURS][5]:.2f} of Diff-Instruct's distance in the geometric mean ({controls}), and "
         f"is {means[OURS][0]:.2f} times as fast in updates, {means[OURS][2]:.2f} in compute, to twice Diff-Instruct's "
-        f"final distance; with each method at its own best rate in {_how_many(results)} it "
+        f"final distance; with each method at its own best rate {_how_many(results)} it "
         f"is {own[OURS][5]:.2f} ({owns}).\n"
         f"2. Of {len(rows)} goals that were set beforehand {missed} are missed, {reached} reached{unknown}; the first "
         "table has each.\n"

@@ -9,7 +9,7 @@ from bench_convergence import beyond
 from coloured_shapes import images
 from convergence_goals import verdict
 from convergence_methods import BASELINE, METHODS, REGIMES, Method, Regime, SingleAuto
-from convergence_results import Result, at, crossing, read
+from convergence_results import Result, at, crossing
 from convergence_runs import RECORDING, TRAINING, Distillation
 from convergence_tables import EVIDENCE
 from convergence_worlds import P_MEAN, P_STD, denoising, seeded, world
