@@ -302,17 +302,19 @@ def run(
         )
     options = {"record": record, "every": every, "codec": codec, "schedule": schedule}
     with Launch(adapter, path, plugins=plugins, roles=roles, **options) as launch:
+        refused = False
         try:
             with _as_main(script, arguments):
                 runpy.run_path(os.fspath(script), run_name="__main__")
         except BaseException as reason:
+            refused = isinstance(reason, DisbackError)  # which says itself what is wrong
             if not (isinstance(reason, SystemExit) and reason.code in (None, 0)):
                 _say_how_to_go_on(launch)
             raise
         finally:
-            if launch.handle is None:
+            if launch.handle is None and not refused:
                 logger.warning("the script ended before a training step: nothing was attached")
-            else:
+            elif launch.handle is not None:
                 logger.info("ended: %r", launch.handle)
 
 
