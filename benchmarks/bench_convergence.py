@@ -50,7 +50,7 @@ def distil(regime, methods, rates, part, folder, title, *, curves=True):
     result = {}
     for i, method in enumerate(methods):
         mine = slice(i * len(seeds), (i + 1) * len(seeds))
-        fitted = [f or r for f, r in zip(runs.fitted[mine], runs.recorded[mine], strict=True)]
+        fitted = [runs.clock(member) for member in range(len(runs.methods))[mine]]
         result[method.name] = {
             "updates": found["updates"],
             "ema": [values[mine] for values in found["ema"]],

@@ -127,6 +127,11 @@ class Distillation:
                         planned[member] = done
         self.recorded, self._fake_adam.rates = planned, rates
 
+    def clock(self, member: int) -> int:
+        """F of a member, or, if it was never fitted, the updates that it had at the learning rate itself."""
+        hastened = self.methods[member].record is None
+        return self.fitted[member] or (HASTE if hastened else 1) * self.recorded[member]
+
     @torch.no_grad()
     def excess(self) -> list[float]:
         """Each member's excess loss of the teacher over s_phi on the student's samples (`outlook.Outlook`)."""
@@ -153,9 +158,7 @@ class Distillation:
                 weight.lerp_(start, along(cold, weight))
         self._fake_adam.forget(cold)
         schedules = [
-            method.schedule.settle(self.fitted[i] or self.recorded[i])
-            if isinstance(method.schedule, Settling)
-            else method.schedule
+            method.schedule.settle(self.clock(i)) if isinstance(method.schedule, Settling) else method.schedule
             for i, method in enumerate(self.methods)
         ]
         everyone, stands = torch.ones(len(self.methods)), torch.zeros(len(self.methods))
