@@ -128,4 +128,5 @@ REGIMES = {
     "mlp scratch sid": Regime("digits-mlp", "scratch", 80.0, 300, "sid"),
     "conv teacher five to one": Regime("digits-conv", "teacher", 20.0, 150, ratio=5),
     "mlp teacher slow": Regime("digits-mlp", "teacher", 2.5, 1_000, rate=1e-4),
+    "mlp teacher slower": Regime("digits-mlp", "teacher", 2.5, 4_000, rate=1e-5),
 }
