@@ -30,6 +30,8 @@ __all__ = ["ABLATED", "BASELINE", "HALVES", "METHODS", "REGIMES", "Method", "Reg
 COST_OF_FAKE_STEP = 4
 # So many evaluations a final distance is the mean of.
 LAST = 3
+# A recording that never sees s' fitted ends here.
+LONGEST = 200
 
 
 @dataclass(frozen=True)

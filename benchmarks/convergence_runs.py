@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from convergence_methods import LAST, Method, Regime
+from convergence_methods import LAST, LONGEST, Method, Regime
 from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
@@ -23,8 +23,6 @@ EMA = 0.99
 SAMPLES = 1_000
 # Updates between two evaluations.
 EVALUATE_EVERY = 20
-# A recording that never sees s' fitted ends here.
-LONGEST = 200
 # Purposes of a seed's noise.
 TRAINING, RECORDING, EVALUATION = 1, 2, 3
 

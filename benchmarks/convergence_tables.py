@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from statistics import median
 
 from convergence_goals import VERDICTS, goals, verdict
-from convergence_methods import Regime
+from convergence_methods import LONGEST, Regime
 from convergence_results import BASELINE, CONTROLS, OURS, RECORDED, Result, over_all, read
 
 from disback_plugin.outlook import MEASURED, NEAR, advice
@@ -72,23 +73,24 @@ def foretold(results: dict[str, Result]) -> list[str]:
     lines = [
         "### What the preflight says, and what was measured",
         "",
-        "Its sentence is one of two, by the excess loss of the recording (median over seeds); it is true where the "
-        "measured ratio, auto's final distance at equal compute and Diff-Instruct's rate, is in its range.",
+        "Its sentence is one of three, by whether s' was fitted and by the excess loss of the recording (median over "
+        "seeds); it is true where the measured ratio, auto's final distance at equal compute and Diff-Instruct's rate, "
+        "is in its range.",
         "",
         *(f"* {kind}: {advice(excess)}" for kind, excess in (("near", 0.0), ("far", NEAR))),
+        f"* unfitted: {advice(0.0, fitted=False)}",
         "",
         "| regime | excess loss | F | sentence | its range | measured | |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, r in known.items():
-        kind = "near" if r.excess < NEAR else "far"
-        _, low, high = MEASURED[kind]
         found = median(r.equal_compute(OURS))
-        fitted = median(pair[1] for pair in r.fitted[OURS])
+        recorded, fitted = (median(column) for column in zip(*r.fitted[OURS], strict=True))
+        kind = "unfitted" if recorded == LONGEST else "near" if r.excess < NEAR else "far"
+        _, low, high = MEASURED.get(kind, (0, 0.0, math.inf))
         true = "true" if low <= round(found, 2) <= high else "**false**"
-        lines.append(
-            f"| {name} | {r.excess:.2f} | {fitted:g} | {kind} | {low:.2f} to {high:.2f} | {found:.2f} | {true} |"
-        )
+        span = f"{low:.2f} to {high:.2f}" if kind in MEASURED else "any"
+        lines.append(f"| {name} | {r.excess:.2f} | {fitted:g} | {kind} | {span} | {found:.2f} | {true} |")
     if len(known) > 4:
         lines += ["", _signs(known)]
     return [*lines, ""]

@@ -310,7 +310,7 @@ class Handle:
     def _after_generator_round(self, updated: bool) -> None:
         self._generator_steps += 1
         if self._caution:
-            logger.warning(self._caution)
+            logger.warning("%s", self._caution)
             self._caution = ""
         if self.path is not None and not self.fake_score_updates and self._generator_steps > PATIENCE:
             raise TrainingError(

@@ -210,7 +210,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 )
 def test_the_advice_says_what_was_measured_and_no_more(excess, group):
     text = advice(excess)
-    regimes, low, high = MEASURED[group] if group else (21, 0.83, 1.65)
+    regimes, low, high = MEASURED[group] if group else (20, 0.83, 1.65)
     assert f"{regimes} regimes measured" in text
     assert f"{low:.2f} to {high:.2f} times" in text
     assert "Nothing that a recording shows says where" in text

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from disback_plugin.errors import PathError
+from disback_plugin.loops import optimizers
 from disback_plugin.networks.sharding import held
 from disback_plugin.plugging.history import read
 from disback_plugin.plugging.masking import on_main_process
@@ -30,7 +31,8 @@ def of_other_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork, path: Degr
     if fake_score.adapter is not None:  # a LoRA begins at random, without effect
         return
     known = {checksum for node in path.nodes for checksum in (node.checksum, node.recorded)}
-    if fake_score.checksum() not in known and not _alike(teacher, fake_score) and on_main_process():
+    recorded = bool(known) and fake_score.checksum() in known
+    if not recorded and not _alike(teacher, fake_score) and on_main_process():
         logger.warning(
             "the fake score holds other weights than the teacher, and begins at node %d of the path. If this goes on "
             "with an earlier run, pass that run's handle.state_dict(): attach(..., state=state)",
@@ -66,19 +68,18 @@ def of_an_earlier_walk(log: RunLog | None, path: DegradationPath) -> str:
 
 
 def of_another_rate(
-    path: DegradationPath, schedule: Schedule, fake_score: ScoreNetwork, optimizers: Sequence[Optimizer]
+    path: DegradationPath, schedule: Schedule, fake_score: ScoreNetwork, steppers: Sequence[Optimizer]
 ) -> None:
-    """Say so if the walk takes its length from a recording at another learning rate than that of these optimizers."""
+    """Say so if the walk takes its length from a recording at another learning rate than that of s_phi's optimizers."""
     recorded = path.manifest.learning_rate
     if recorded is None or not isinstance(schedule, Settling):
         return
-    own = {id(tensor) for _, tensor in fake_score.named_tensors()}
+    own = [tensor for _, tensor in fake_score.named_tensors()]
     rates = [
         float(group.get("max_lr") or group.get("initial_lr") or group.get("lr") or 0.0)
-        for optimizer in optimizers
+        for optimizer in steppers
         if "adam" in type(optimizer).__name__.lower()  # as the recording's was; of others a rate means something else
-        for group in optimizer.param_groups
-        if not own.isdisjoint(map(id, group["params"]))
+        for group in optimizers.groups_of(optimizer, own)
     ]
     if any(rates) and not min(filter(None, rates)) / 2 <= recorded <= 2 * max(rates):
         logger.warning(

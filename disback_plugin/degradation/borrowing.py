@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from disback_plugin.errors import OptionError
 from disback_plugin.loops import optimizers
-from disback_plugin.loops.rewinding import Rewind
+from disback_plugin.loops.rewinding import taken
 from disback_plugin.weights import ScoreNetwork
 
 __all__ = ["Borrowed", "borrowed", "copy_of", "private_stream"]
@@ -55,15 +55,12 @@ class Borrowed:
         return optimizers.steppers(self._optimizers, (tensor for _, tensor in network.named_tensors()))
 
     @contextmanager
-    def hastened(
-        self, network: ScoreNetwork, steppers: Sequence[Optimizer], haste: Callable[[], int]
-    ) -> Iterator[None]:
-        """Multiply the learning rates that some optimizers have for a network, at each of their steps."""
+    def hastened(self, network: ScoreNetwork, haste: Callable[[], int]) -> Iterator[None]:
+        """Multiply the learning rates that optimizers have for a network, at each of their steps."""
         rates = optimizers.Haste(haste, lambda: (tensor for _, tensor in network.named_tensors()))
 
         def before(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            if optimizer in steppers:
-                rates.before_step(optimizer)
+            rates.before_step(optimizer)
 
         def after(optimizer: Optimizer, args: object, kwargs: object) -> None:
             rates.put_back(optimizer)
@@ -99,15 +96,10 @@ class _Optimizer:
         self._optimizer = optimizer
         self._groups = [_kept(group) for group in optimizer.param_groups]
         self._state = {
-            weight: (state, _kept(state) if isinstance(state, dict) else _copied(state))
+            weight: (state, _kept(state) if isinstance(state, dict) else optimizers.copied(state))
             for weight, state in optimizer.state.items()
         }
-        self._rewind = self._taken()
-
-    def _taken(self) -> Rewind:
-        rewind = Rewind("schedulers", [], [self._optimizer])
-        rewind.take()
-        return rewind
+        self._rewind = taken(optimizer)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -119,13 +111,13 @@ class _Optimizer:
                 _put_back(state, kept)
                 self._optimizer.state[weight] = state
             else:  # what an optimizer keeps beside its weights' states
-                self._optimizer.state[weight] = _copied(kept)
+                self._optimizer.state[weight] = optimizers.copied(kept)
         self._rewind.put_back()
-        self._rewind = self._taken()  # there may be another trial
+        self._rewind = taken(self._optimizer)  # there may be another trial
 
 
 def _kept(values: dict[str, Any]) -> dict[str, Kept]:
-    return {name: (value, _copied(value)) for name, value in values.items() if name != "params"}
+    return {name: (value, optimizers.copied(value)) for name, value in values.items() if name != "params"}
 
 
 def _put_back(values: dict[str, Any], kept: dict[str, Kept]) -> None:
@@ -136,11 +128,7 @@ def _put_back(values: dict[str, Any], kept: dict[str, Kept]) -> None:
             there.copy_(was)
             values[name] = there
         else:
-            values[name] = _copied(was)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            values[name] = optimizers.copied(was)
 
 
 def _gradient(tensor: Tensor) -> tuple[Tensor, Tensor] | None:

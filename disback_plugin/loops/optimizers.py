@@ -6,6 +6,7 @@ optimizer), not one without gradients, and not one that a GradScaler skipped.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,8 @@ __all__ = [
     "Haste",
     "Rounds",
     "before_step",
+    "copied",
+    "groups_of",
     "has_gradients",
     "has_rates",
     "innermost",
@@ -155,8 +158,14 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
 
 def steppers(candidates: Iterable[Optimizer], weights: Iterable[Tensor]) -> list[Optimizer]:
     """Return the optimizers that step any of these weights."""
+    own = [*weights]
+    return [optimizer for optimizer in candidates if groups_of(optimizer, own)]
+
+
+def groups_of(optimizer: Optimizer, weights: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer that hold any of these weights."""
     own = {id(weight) for weight in weights}
-    return [optimizer for optimizer in candidates if not own.isdisjoint(map(id, parameters([optimizer])))]
+    return [group for group in optimizer.param_groups if not own.isdisjoint(map(id, group["params"]))]
 
 
 @contextmanager
@@ -219,10 +228,8 @@ class Haste:
         factor = self._factor()
         if factor == 1:
             return
-        own = {id(weight) for weight in self._weights()}
-        groups = [group for group in optimizer.param_groups if not own.isdisjoint(map(id, group["params"]))]
         # All are read before one is written: groups may share the tensor that their rate is.
-        there = [(group, _copied(group["lr"])) for group in groups]
+        there = [(group, copied(group["lr"])) for group in groups_of(optimizer, self._weights())]
         self._there[optimizer] = there
         for group, rate in there:
             put(group, "lr", rate * factor)
@@ -233,8 +240,9 @@ class Haste:
             put(group, "lr", rate)
 
 
-def _copied(rate: Any) -> Any:
-    return rate.clone() if isinstance(rate, Tensor) else rate
+def copied(value: Any) -> Any:
+    """Return a copy of what a group or a state holds."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def put(group: dict[str, Any], setting: str, value: Any) -> None:

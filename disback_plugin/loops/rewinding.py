@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from disback_plugin.errors import OptionError, StateError
 from disback_plugin.loops import optimizers
 
-__all__ = ["Rewind", "Stateful", "rewound"]
+__all__ = ["Rewind", "Stateful", "rewound", "taken"]
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +188,13 @@ class Rewind:
         return [item for item in found if id(item) not in driven]
 
 
+def taken(optimizer: Optimizer) -> Rewind:
+    """Return the present states of one optimizer's schedulers."""
+    rewind = Rewind("schedulers", [], [optimizer])
+    rewind.take()
+    return rewind
+
+
 @contextmanager
 def rewound(weights: Iterable[Tensor]) -> Iterator[None]:
     """Put back, at the end, the learning-rate schedulers of every optimizer that steps one of these weights inside.
@@ -208,8 +215,7 @@ def rewound(weights: Iterable[Tensor]) -> Iterator[None]:
 
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if optimizer not in found and optimizers.steppers([optimizer], own):
-            found[optimizer] = Rewind("schedulers", [], [optimizer])
-            found[optimizer].take()
+            found[optimizer] = taken(optimizer)
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
