@@ -73,7 +73,7 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             "a fake score that is LoRA layers on frozen weights",
             expected="one of the teacher's own layers, since s_phi starts as s'_N and s'_N becomes the first target",
             cure="train the whole fake_unet, without LoRA; a loop of your own can have both as adapters on one base "
-            "(disback_plugin.lora)",
+            "(disback_plugin.weights.lora)",
         )
     if getattr(trainer, "gan_classifier", False) or getattr(trainer, "cls_on_clean_image", False):
         logger.warning(

@@ -24,16 +24,16 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from disback_plugin import losses
-from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.demo import regimes, study
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
-from disback_plugin.paths.cards import percent
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.paths.probes import Probe
+from disback_plugin.path.codecs import SMALLEST_FIRST
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
+from disback_plugin.path.model_card import percent
+from disback_plugin.path.probes import Probe
+from disback_plugin.prediction import Prediction
 from disback_plugin.schedules import Ramp
-from disback_plugin.scores import Prediction
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 SIGMA_DATA = 0.5
 

@@ -25,11 +25,11 @@ from ranks import Nursery, returned
 from test_sharding import Counted
 
 import disback_plugin as disback
-from disback_plugin.codecs import BLOCK
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.paths.nodes import Decoded
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.codecs import BLOCK
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.delta import Decoded
+from disback_plugin.path.manifest import Recording
+from disback_plugin.weights.network import ScoreNetwork
 
 ROUNDS = 5
 RANKS = (1, 2, 4)

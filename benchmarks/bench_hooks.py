@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import disback_plugin as disback
-from disback_plugin.hooks import Plugins
+from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.schedules import Fixed
 
 LIMIT = 5e-6  # seconds
@@ -68,7 +68,7 @@ def recorded(tmp_path_factory):
 def on_node_3(recorded, plug_ins):
     """A scheduler that stands on node 3 for longer than this benchmark lasts."""
     teacher, path = recorded
-    plugins = Plugins(*(Listener() for _ in range(plug_ins)), autoload=False)
+    plugins = PluginManager(*(Listener() for _ in range(plug_ins)), autoload=False)
     scheduler = disback.TrajectoryScheduler(path, copy.deepcopy(teacher), schedule=Fixed(10**9), plugins=plugins)
     scheduler.start()
     return scheduler, plugins

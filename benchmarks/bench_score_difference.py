@@ -25,7 +25,7 @@ import torch
 import trainers
 
 from disback_plugin import kernels, losses
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 
 SHAPES = {"latent 4x4x64x64": (4, 4, 64, 64), "image 16x3x256x256": (16, 3, 256, 256)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -18,8 +18,8 @@ import torch
 
 from disback_plugin import kernels
 from disback_plugin.noise import Discrete, expand
+from disback_plugin.prediction import Prediction
 from disback_plugin.rounds import Draw, play
-from disback_plugin.scores import Prediction
 
 SCHEDULE = Discrete((1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0))
 SHAPE = (4, 3, 32, 32)

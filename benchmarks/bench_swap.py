@@ -16,10 +16,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from disback_plugin.networks.layouts import pieces
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.tensor_meta import pieces
 
 SD15 = {
     "sample_size": 64,

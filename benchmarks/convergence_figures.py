@@ -18,7 +18,7 @@ from convergence_worlds import seeded, students, world
 from matplotlib.figure import Figure
 
 from disback_plugin.metrics import mismatch_degree
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 
 SIGMAS = (0.5, 1.0, 2.0)
 # Regimes of the runs made here, their seeds, when samples of the first are shown, and when the target is measured.

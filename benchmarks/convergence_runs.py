@@ -13,8 +13,8 @@ from convergence_methods import LAST, LONGEST, Method, Regime
 from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
-from disback_plugin.degradation.fitting import EVERY, SAMPLE, fitted_after
-from disback_plugin.degradation.recorder import HASTE, LEAST
+from disback_plugin.fitting import EVERY, SAMPLE, fitted_after
+from disback_plugin.recorder import HASTE, LEAST
 from disback_plugin.schedules import Settling
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]
@@ -229,7 +229,7 @@ class Distillation:
 
 
 def sampled(gradients: Sequence[Tensor]) -> Tensor:
-    """Every k-th number of each member's gradient, as `disback_plugin.degradation.fitting` takes them."""
+    """Every k-th number of each member's gradient, as `disback_plugin.fitting` takes them."""
     flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
     return flat[:, :: -(-flat.shape[1] // SAMPLE)]
 

@@ -13,22 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disback_plugin import hooks, kernels, lora, losses, metrics, noise, pipelines, rounds, schedules
+    from disback_plugin import kernels, losses, metrics, noise, plugins, rounds, schedules
     from disback_plugin.attachment import attach
-    from disback_plugin.backtracking.features import OriginalFeatures
     from disback_plugin.errors import DisbackError
     from disback_plugin.handle import Handle
-    from disback_plugin.hooks import Adapter, hookimpl
-    from disback_plugin.loops.watching import Watch
+    from disback_plugin.launch.watch import Watch
     from disback_plugin.outlook import preflight
-    from disback_plugin.plugging.masking import MaskedSamples
-    from disback_plugin.plugging.runlog import RunLog
-    from disback_plugin.plugging.trackers import Trackers
+    from disback_plugin.path.degradation_path import DegradationPath
+    from disback_plugin.plugins.manager import Adapter, hookimpl
+    from disback_plugin.plugins.nonfinite_counter import MaskedSamples
+    from disback_plugin.plugins.run_log import RunLog
+    from disback_plugin.plugins.teacher_features import OriginalFeatures
+    from disback_plugin.plugins.trackers import Trackers
+    from disback_plugin.prediction import Prediction
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
-    from disback_plugin.scores import Prediction
-    from disback_plugin.trajectory import DegradationPath
-    from disback_plugin.weights import ScoreNetwork
+    from disback_plugin.weights.network import ScoreNetwork
 
 __all__ = [
     "Adapter",
@@ -45,13 +45,12 @@ __all__ = [
     "Watch",
     "attach",
     "hookimpl",
-    "hooks",
     "kernels",
     "lora",
     "losses",
     "metrics",
     "noise",
-    "pipelines",
+    "plugins",
     "preflight",
     "record",
     "rounds",
@@ -59,23 +58,25 @@ __all__ = [
 ]
 
 _HOME = {
-    "Adapter": "hooks",
-    "DegradationPath": "trajectory",
+    "Adapter": "plugins.hookspecs",
+    "DegradationPath": "path.degradation_path",
     "DisbackError": "errors",
     "Handle": "handle",
-    "MaskedSamples": "plugging.masking",
-    "OriginalFeatures": "backtracking.features",
-    "Prediction": "scores",
-    "RunLog": "plugging.runlog",
-    "ScoreNetwork": "weights",
-    "Trackers": "plugging.trackers",
+    "MaskedSamples": "plugins.nonfinite_counter",
+    "OriginalFeatures": "plugins.teacher_features",
+    "Prediction": "prediction",
+    "RunLog": "plugins.run_log",
+    "ScoreNetwork": "weights.network",
+    "Trackers": "plugins.trackers",
     "TrajectoryScheduler": "scheduler",
-    "Watch": "loops.watching",
+    "Watch": "launch.watch",
     "attach": "attachment",
-    "hookimpl": "hooks",
+    "hookimpl": "plugins.hookspecs",
     "preflight": "outlook",
     "record": "recording",
 }
+# Public modules that do not stand at the top of the package.
+_MODULES = {"lora": "weights.lora"}
 
 
 def __getattr__(name: str) -> object:
@@ -83,7 +84,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":
         return import_module("importlib.metadata").version("disback-plugin")
-    home = import_module(f"{__name__}.{_HOME.get(name, name)}")
+    home = import_module(f"{__name__}.{_HOME.get(name) or _MODULES.get(name, name)}")
     value = getattr(home, name) if name in _HOME else home
     globals()[name] = value
     return value

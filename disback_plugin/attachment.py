@@ -8,14 +8,14 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import ranks
+from disback_plugin import distributed
 from disback_plugin.errors import OptionError
 from disback_plugin.handle import Handle
-from disback_plugin.hooks import Adapter, Plugins
-from disback_plugin.loops import optimizers
-from disback_plugin.loops.rewinding import Stateful
+from disback_plugin.loop import optimizers
+from disback_plugin.loop.lr_schedulers import Stateful
+from disback_plugin.plugins.manager import Adapter, PluginManager
 from disback_plugin.schedules import Schedule, resolve
-from disback_plugin.weights import Network, ScoreNetwork
+from disback_plugin.weights.network import Network, ScoreNetwork
 
 __all__ = ["attach"]
 
@@ -38,7 +38,7 @@ def attach(
     schedule: Schedule | str = "auto",
     prefetch: bool | None = None,
     state: Mapping[str, Any] | None = None,
-    plugins: Plugins | Sequence[object] = (),
+    plugins: PluginManager | Sequence[object] = (),
     restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
     log: str | os.PathLike[str] | None = None,
 ) -> Handle:
@@ -139,7 +139,7 @@ def attach(
     }
 
     def build() -> Handle:
-        taking_part = Plugins.of(plugins)
+        taking_part = PluginManager.of(plugins)
         roles = _roles(trainer, adapter, given, taking_part)
         return Handle(
             teacher=ScoreNetwork.of(roles.teacher, role="teacher"),
@@ -152,12 +152,12 @@ def attach(
             restore=restore,
         )
 
-    handle = ranks.on_every_rank(build, "have its roles")
+    handle = distributed.on_every_rank(build, "have its roles")
     handle.begin(path, record=record, every=every, codec=codec, keep_teacher=keep_teacher, state=state, log=log)
     return handle
 
 
-def _roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: Plugins) -> Adapter:
+def _roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: PluginManager) -> Adapter:
     named = [name for name, value in given.items() if value is not None]
     if trainer is None and adapter is None and len(named) == len(given):
         return Adapter(**given)

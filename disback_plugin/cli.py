@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import disback_plugin
-from disback_plugin import launch
 from disback_plugin.commands import COMMANDS
+from disback_plugin.launch import command_line
 
 __all__ = ["main", "parser"]
 
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted."""
     options = parser().parse_args(arguments)
-    return launch.exit_code(options.run, options)
+    return command_line.exit_code(options.run, options)
 
 
 if __name__ == "__main__":

@@ -11,28 +11,27 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import ranks
-from disback_plugin.attaching import cautions
-from disback_plugin.attaching.stages import Stages
-from disback_plugin.backtracking.overview import agenda, cast, described
-from disback_plugin.backtracking.plan import Plan
+from disback_plugin import distributed, startup_warnings
 from disback_plugin.errors import StateError, TrainingError
-from disback_plugin.hooks import Plugins
-from disback_plugin.loops import optimizers
-from disback_plugin.loops.rewinding import Rewind, Stateful
-from disback_plugin.loops.riding import Ride
-from disback_plugin.loops.roles import check_roles
-from disback_plugin.networks.fingerprints import fingerprint
-from disback_plugin.networks.flattening import locate
-from disback_plugin.networks.states import State
-from disback_plugin.paths.cards import aligned
-from disback_plugin.plugging.masking import on_main_process
-from disback_plugin.plugging.runlog import RunLog, numbers_and_pictures
+from disback_plugin.loop import optimizers
+from disback_plugin.loop.lr_schedulers import SchedulerSnapshot, Stateful
+from disback_plugin.loop.optimizer_hooks import OptimizerHooks
+from disback_plugin.loop.roles import check_roles
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.model_card import aligned
+from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.plugins.nonfinite_counter import on_main_process
+from disback_plugin.plugins.run_log import RunLog, numbers_and_pictures
 from disback_plugin.recording import PATIENCE
+from disback_plugin.schedule_cursor import Plan
 from disback_plugin.scheduler import TrajectoryScheduler
 from disback_plugin.schedules import Schedule, Settling
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.session import Session
+from disback_plugin.summary import agenda, cast, described
+from disback_plugin.weights.checksum import fingerprint
+from disback_plugin.weights.fsdp1 import locate
+from disback_plugin.weights.full_state import FullState
+from disback_plugin.weights.network import ScoreNetwork
 
 __all__ = ["Handle"]
 
@@ -80,7 +79,7 @@ class Handle:
         fake_score_optimizers: list[Optimizer],
         schedule: Schedule,
         prefetch: bool | None = None,
-        plugins: Plugins | Sequence[object] = (),
+        plugins: PluginManager | Sequence[object] = (),
         restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
     ) -> None:
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
@@ -89,23 +88,23 @@ class Handle:
         # Others, as a discriminator's, may step when they like.
         weights = (tensor for _, tensor in fake_score.named_tensors())
         self._fake_score_optimizers = optimizers.steppers(fake_score_optimizers, weights)
-        self._plugins = Plugins.of(plugins)
+        self._plugins = PluginManager.of(plugins)
         self._log: RunLog | None = None
-        self._stages = Stages(
+        self._stages = Session(
             teacher,
             fake_score,
             schedule=schedule,
             prefetch=prefetch,
             plugins=self._plugins,
-            rewind=Rewind(restore, generator_optimizers, self._fake_score_optimizers),
+            rewind=SchedulerSnapshot(restore, generator_optimizers, self._fake_score_optimizers),
             hastens=all(optimizers.has_rates(optimizer) for optimizer in self._fake_score_optimizers),
         )
-        self._ride = Ride(
+        self._ride = OptimizerHooks(
             generator_optimizers,
             self._fake_score_optimizers,
             before_step=self._stages.before_step,
             factor=self._gradient_factor,
-            haste=optimizers.Haste(self._stages.haste, lambda: (w for _, w in fake_score.named_tensors())),
+            haste=optimizers.LearningRateScale(self._stages.haste, lambda: (w for _, w in fake_score.named_tensors())),
             after_generator=self._after_generator_round,
             after_fake_score=self._after_fake_score_round,
         )
@@ -204,8 +203,8 @@ class Handle:
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
         if self.path is not None and self.scheduler is not None and state is None and on_main_process():
             stages = self._stages
-            cautions.of_another_rate(self.path, stages.schedule, stages.fake_score, self._fake_score_optimizers)
-            self._caution = cautions.of_an_earlier_walk(self._log, self.path)
+            startup_warnings.of_another_rate(self.path, stages.schedule, stages.fake_score, self._fake_score_optimizers)
+            self._caution = startup_warnings.of_an_earlier_walk(self._log, self.path)
         self._begin_log(recording, resumed=state is not None)
         self._announce()
         self._ride.begin()
@@ -335,5 +334,5 @@ class Handle:
 def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str:
     """Return the fingerprint of what the optimizers step; all ranks must call if it is sharded."""
     weights = optimizers.parameters(generator_optimizers)
-    state = State({str(index): weight for index, weight in enumerate(weights)})
-    return ranks.on_rank_zero(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
+    state = FullState({str(index): weight for index, weight in enumerate(weights)})
+    return distributed.on_rank_zero(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)

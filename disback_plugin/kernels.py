@@ -56,7 +56,7 @@ def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
         OptionError: If `compile` is none of these.
 
     Example:
-        >>> from disback_plugin.scores import Prediction
+        >>> from disback_plugin.prediction import Prediction
         >>> x = torch.zeros(2, 3, requires_grad=True)
         >>> loss = fuse(losses.diff_instruct)(x, x + 1.0, x, alpha=1.0, sigma=1.0, prediction=Prediction.SCORE)
         >>> loss.backward()

@@ -24,7 +24,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from disback_plugin.scores import Prediction, ratio
+from disback_plugin.prediction import Prediction, ratio
 from disback_plugin.terms import formulas
 from disback_plugin.terms.batches import (
     Number,

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from disback_plugin import ranks
-from disback_plugin.backtracking.plan import Plan
-from disback_plugin.degradation.borrowing import Borrowed, borrowed, copy_of, private_stream
-from disback_plugin.degradation.opening import open_or_create
-from disback_plugin.degradation.recorder import Recorder
+from disback_plugin import distributed
 from disback_plugin.errors import OptionError
-from disback_plugin.hooks import Plugins
-from disback_plugin.loops.optimizers import has_rates
-from disback_plugin.paths.manifest import Recording
+from disback_plugin.loop.optimizers import has_rates
+from disback_plugin.opening import open_or_create
+from disback_plugin.path.manifest import Recording
+from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.recorder import Recorder
 from disback_plugin.recording import updated
+from disback_plugin.schedule_cursor import Plan
 from disback_plugin.schedules import Auto
-from disback_plugin.weights import Network, ScoreNetwork
+from disback_plugin.snapshot import TrainingSnapshot, borrowed, copy_of, private_stream
+from disback_plugin.weights.network import Network, ScoreNetwork
 
 __all__ = ["Outlook", "advice", "preflight"]
 
@@ -160,7 +160,7 @@ def preflight(
         (6, True)
     """
     target = ScoreNetwork.of(teacher, role="teacher")
-    if ranks.several() or target.sharded:
+    if distributed.several() or target.sharded:
         raise OptionError(
             "a preflight of several processes or sharded networks",
             expected="one process with whole networks",
@@ -195,10 +195,10 @@ def preflight(
 class _InLoop:
     """The trainer's own fake score and step."""
 
-    def __init__(self, network: ScoreNetwork, step: Callable[[], object], found: Borrowed) -> None:
+    def __init__(self, network: ScoreNetwork, step: Callable[[], object], found: TrainingSnapshot) -> None:
         self._network, self.step, self._found = network, step, found
 
-    def steppers(self, found: Borrowed) -> list[Optimizer]:
+    def steppers(self, found: TrainingSnapshot) -> list[Optimizer]:
         """Return the optimizers of the fake score, which has been stepped before."""
         return found.steppers(self._network)
 
@@ -231,7 +231,7 @@ class _Copy:
         self._sample, self._loss = sample, loss
         self.network = ScoreNetwork(self._module, role="recorded copy")
 
-    def steppers(self, found: Borrowed) -> list[Optimizer]:
+    def steppers(self, found: TrainingSnapshot) -> list[Optimizer]:
         """Return the copy's optimizer."""
         return [self._optimizer]
 
@@ -250,11 +250,11 @@ class _Copy:
 
 
 def _measured(
-    target: ScoreNetwork, network: ScoreNetwork, trainer: _InLoop | _Copy, plan: Recording, found: Borrowed
+    target: ScoreNetwork, network: ScoreNetwork, trainer: _InLoop | _Copy, plan: Recording, found: TrainingSnapshot
 ) -> Outlook:
     with tempfile.TemporaryDirectory(prefix="disback-preflight-") as folder:
         path = open_or_create(f"{folder}/path", target, plan)
-        recorder = Recorder(path, network, until_fitted=True, plugins=Plugins(autoload=False))
+        recorder = Recorder(path, network, until_fitted=True, plugins=PluginManager(autoload=False))
         recorder.start()
         first, spent, encode = trainer.losses(), 0.0, 0.0
         steppers = trainer.steppers(found)

@@ -16,20 +16,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from disback_plugin import ranks
-from disback_plugin.degradation import training
-from disback_plugin.degradation.borrowing import copy_of, private_stream
-from disback_plugin.degradation.opening import open_or_create
-from disback_plugin.degradation.recorder import Recorder
+from disback_plugin import distributed, training_state
 from disback_plugin.errors import OptionError, TrainingError
-from disback_plugin.hooks import Plugins
-from disback_plugin.loops import optimizers
-from disback_plugin.loops.rewinding import rewound
-from disback_plugin.loops.roles import check_apart
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.plugging.masking import on_main_process
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import Network, ScoreNetwork
+from disback_plugin.loop import optimizers
+from disback_plugin.loop.lr_schedulers import rewound
+from disback_plugin.loop.roles import check_apart
+from disback_plugin.opening import open_or_create
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
+from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.plugins.nonfinite_counter import on_main_process
+from disback_plugin.recorder import Recorder
+from disback_plugin.snapshot import copy_of, private_stream
+from disback_plugin.weights.network import Network, ScoreNetwork
 
 __all__ = ["PATIENCE", "record", "updated"]
 
@@ -52,7 +51,7 @@ def record(
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     learning_rate: float = 1e-5,
     seed: int = 0,
-    plugins: Plugins | Sequence[object] = (),
+    plugins: PluginManager | Sequence[object] = (),
     log: str | os.PathLike[str] | None = None,
 ) -> DegradationPath:
     """Algorithm 1. A finished path in the folder is reused, an unfinished one resumed, anything else refused.
@@ -105,7 +104,7 @@ def record(
     """
     target = ScoreNetwork.of(teacher, role="teacher")
     folder, plan = Path(path), Recording(iterations, every, codec, keep_teacher)
-    listening = Plugins.of(plugins)
+    listening = PluginManager.of(plugins)
     settings = {"iterations": iterations, "every": every, "codec": codec, "keep_teacher": keep_teacher}
 
     def begin_log(recorder: Recorder, **more: Any) -> None:
@@ -139,11 +138,11 @@ def _record_in_loop(
     path: DegradationPath,
     network: ScoreNetwork,
     step: Callable[[], object],
-    plugins: Plugins,
+    plugins: PluginManager,
     begin_log: Callable[..., None],
 ) -> DegradationPath:
     if path.complete:
-        ranks.on_every_rank(lambda: network.write(path.source(len(path) - 1)), "read the last node")
+        distributed.on_every_rank(lambda: network.write(path.source(len(path) - 1)), "read the last node")
         return path
     recorder = Recorder(path, network, plugins=plugins)
     recorder.start()
@@ -186,7 +185,7 @@ def _record_copy(
     loss: Callable[[nn.Module, Tensor], Tensor],
     learning_rate: float,
     seed: int,
-    plugins: Plugins,
+    plugins: PluginManager,
     begin_log: Callable[..., None],
 ) -> DegradationPath:
     if path.complete:
@@ -196,7 +195,7 @@ def _record_copy(
     network = ScoreNetwork(student_score, role="recorded copy")
 
     def capture() -> dict[str, Tensor]:
-        return training.capture(network, optimizer) | {"fit": recorder.fit.state()}
+        return training_state.capture(network, optimizer) | {"fit": recorder.fit.state()}
 
     recorder = Recorder(path, network, training=capture, plugins=plugins)
     saved = path.training_state()
@@ -207,7 +206,7 @@ def _record_copy(
     begin_log(recorder, learning_rate=learning_rate, seed=seed)
     with closing(recorder), private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
-            training.restore(saved, network, optimizer)
+            training_state.restore(saved, network, optimizer)
             recorder.resume(saved["fit"])
         while not recorder.done:
             optimizer.zero_grad()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from disback_plugin import losses
 from disback_plugin.noise import add_noise
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 from disback_plugin.terms.batches import Number
 
 __all__ = ["Draw", "play"]

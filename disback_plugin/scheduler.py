@@ -15,16 +15,16 @@ from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import kernels
-from disback_plugin.backtracking.overview import agenda
-from disback_plugin.backtracking.plan import Plan, length
-from disback_plugin.backtracking.teacher import WalkingTeacher
 from disback_plugin.errors import PathError, StateError
-from disback_plugin.hooks import Plugins
-from disback_plugin.paths.cards import aligned
-from disback_plugin.plugging.masking import MaskedSamples, on_main_process
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.model_card import aligned
+from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.plugins.nonfinite_counter import MaskedSamples, on_main_process
+from disback_plugin.schedule_cursor import Plan, length
 from disback_plugin.schedules import Schedule, Settling, Target, resolve
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import Network, ScoreNetwork
+from disback_plugin.summary import agenda
+from disback_plugin.teacher import MovingTeacher
+from disback_plugin.weights.network import Network, ScoreNetwork
 
 __all__ = ["TrajectoryScheduler"]
 
@@ -91,7 +91,7 @@ class TrajectoryScheduler:
         schedule: Schedule | str = "auto",
         prefetch: bool | None = None,
         together: bool | None = None,
-        plugins: Plugins | Sequence[object] = (),
+        plugins: PluginManager | Sequence[object] = (),
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
@@ -99,7 +99,7 @@ class TrajectoryScheduler:
         self.schedule = resolve(schedule)
         network = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
-        self._plugins = Plugins.of(plugins)
+        self._plugins = PluginManager.of(plugins)
         self.generator_updates = 0
         self.started = False
         self.behind = False
@@ -109,7 +109,7 @@ class TrajectoryScheduler:
         if self.path is not None:
             self._check(self.path, network)
         self._plan = Plan(self._settled(), self.last_node)
-        self._teacher = WalkingTeacher(network, self.path, prefetch=prefetch, together=together)
+        self._teacher = MovingTeacher(network, self.path, prefetch=prefetch, together=together)
         self._teacher.warn_if_swallowed()
 
     # -- where we are -------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from disback_plugin.backtracking.recipes import Recipe, names, recipe
 from disback_plugin.errors import OptionError
+from disback_plugin.recipes import Recipe, names, recipe
 
 __all__ = [
     "Adaptive",

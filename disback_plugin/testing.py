@@ -62,11 +62,11 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
     import tempfile
 
     import disback_plugin as disback
-    from disback_plugin.loops.optimizers import parameters, unwrap
-    from disback_plugin.networks.fingerprints import checksum
+    from disback_plugin.loop.optimizers import parameters, unwrap
+    from disback_plugin.weights.checksum import checksum
 
     def parts(trainer: object) -> tuple[disback.ScoreNetwork, disback.ScoreNetwork, dict[str, Any]]:
-        roles = disback.hooks.find_adapter(trainer, adapter)
+        roles = disback.plugins.find_adapter(trainer, adapter)
         optimizers = unwrap(roles.generator_optimizer, role="generator_optimizer")
         generator = {str(index): tensor.detach() for index, tensor in enumerate(parameters(optimizers))}
         teacher = disback.ScoreNetwork.of(roles.teacher, role="teacher")

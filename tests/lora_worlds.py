@@ -9,7 +9,7 @@ from torch import nn
 from worlds import Run, clone
 
 from disback_plugin import lora
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 TARGETS = ["0", "2", "4"]
 X_T, SIGMA = torch.linspace(-2, 2, 10).view(5, 2), torch.tensor([0.5])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from disback_plugin.noise import add_noise
-from disback_plugin.scores import Prediction, convert
+from disback_plugin.prediction import Prediction, convert
 
 
 def predictions(kind, x, eps, real, fake, alpha, sigma):

@@ -18,9 +18,9 @@ from worlds import Run, Score, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.loops.prepared import Prepared
+from disback_plugin.launch.prepared_networks import Prepared
 from disback_plugin.testing import check_adapter
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 TRAINERS = Path(__file__).parent / "trainers"
 PLAN = ("--record", "6", "--every", "2", "--codec", "exact", "--schedule", "fixed:2,2")
@@ -124,7 +124,7 @@ def test_the_scripts_own_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_wrong_roles_stop_the_script_before_its_first_step(script, roles, arguments, message, tmp_path, monkeypatch):
-    from disback_plugin.attaching.injection import run as launch
+    from disback_plugin.launch.run import run as launch
 
     monkeypatch.syspath_prepend(str(TRAINERS))
     with pytest.raises(disback.DisbackError) as raised:
@@ -148,7 +148,7 @@ def test_a_wrong_role_is_one_line_of_the_command(tmp_path):
 
 
 def test_an_adapter_that_knows_the_roles_takes_none(tmp_path):
-    from disback_plugin.attaching.injection import run as launch
+    from disback_plugin.launch.run import run as launch
 
     with pytest.raises(disback.DisbackError, match="which knows where the roles are"):
         launch(TRAINERS / "sid_train.py", adapter="sid", roles={"teacher": "net"})

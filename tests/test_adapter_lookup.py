@@ -12,9 +12,10 @@ from torch import nn
 from worlds import Run, difference
 
 import disback_plugin as disback
-from disback_plugin import hookimpl, hooks
+from disback_plugin import hookimpl
 from disback_plugin.errors import OptionError, PluginError, RoleError
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.plugins.manager import GROUP, find_adapter
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.mark.parametrize("adapter", ["dmd2", None])
@@ -94,7 +95,7 @@ def test_a_broken_adapter_stops_nobody_who_did_not_ask_for_it(site, tmp_path, mi
 
 @pytest.mark.parametrize("answer", ["raise ValueError('oops')", "return 7"])
 def test_an_adapter_that_fails_when_asked_is_passed_over(site, tmp_path, caplog, answer):
-    install(site, "theirs", f"@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n    {answer}", group=hooks.GROUP)
+    install(site, "theirs", f"@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n    {answer}", group=GROUP)
     with disback.attach(Dmd2Trainer(), path=tmp_path / "path", record=1, every=1):
         pass
     assert "theirs of disback-theirs 1.0 is broken" in caplog.text
@@ -104,10 +105,10 @@ def test_an_adapter_that_fails_when_asked_is_passed_over(site, tmp_path, caplog,
 
 def test_a_refusal_counts_only_if_nobody_else_knows_the_trainer(site):
     refuses = "from disback_plugin.errors import RoleError\n@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n"
-    install(site, "no", f"{refuses}    raise RoleError('a thing', expected='another', cure='go')", group=hooks.GROUP)
-    assert hooks.find_adapter(Dmd2Trainer())
+    install(site, "no", f"{refuses}    raise RoleError('a thing', expected='another', cure='go')", group=GROUP)
+    assert find_adapter(Dmd2Trainer())
     with pytest.raises(RoleError, match="found a thing"):
-        hooks.find_adapter({})
+        find_adapter({})
 
 
 def test_only_the_adapter_that_is_asked_for_is_imported(site, tmp_path):

@@ -14,8 +14,8 @@ from test_sharding import Sharded, trained
 
 import disback_plugin as disback
 from disback_plugin.errors import RankError
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.weights.network import ScoreNetwork
 
 
 def odd_one_out(folder, how):

@@ -8,7 +8,7 @@ from worlds import OPTIMIZERS, Run, clone, difference, everything, hooks
 
 import disback_plugin as disback
 from disback_plugin.schedules import Fixed, GradientRamp, Ramp
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from disback_plugin import DegradationPath, cli
-from disback_plugin.building import built
+from disback_plugin.entry_function import built
 from disback_plugin.errors import OptionError, RoleError
 
 NETWORKS = """

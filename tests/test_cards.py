@@ -9,7 +9,7 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.errors import PathError
-from disback_plugin.paths.cards import ROWS
+from disback_plugin.path.model_card import ROWS
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_scheduler_shows_where_it_stands_and_what_comes(paths):
 
 
 def test_an_error_that_names_a_path_stays_one_line(tmp_path):
-    from disback_plugin.paths.manifest import Recording
+    from disback_plugin.path.manifest import Recording
 
     run = Run()
     path = disback.DegradationPath.create(tmp_path / "p", run.teacher.state_dict(), Recording(4, 2))

@@ -11,7 +11,7 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.errors import StateError
-from disback_plugin.paths.manifest import Recording
+from disback_plugin.path.manifest import Recording
 from disback_plugin.schedules import Auto
 
 PLAN = {"record": 3, "every": 3, "schedule": "ramp:4"}

@@ -6,10 +6,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disback_plugin import codecs
-from disback_plugin.codecs import BLOCK, CODES, SMALLEST_FIRST, check_codec, code_for
 from disback_plugin.errors import OptionError, PathError
-from disback_plugin.networks.layouts import PIECE, pieces
+from disback_plugin.path import codecs
+from disback_plugin.path.codecs import BLOCK, CODES, SMALLEST_FIRST, check_codec, code_for
+from disback_plugin.weights.tensor_meta import PIECE, pieces
 
 LOSSY = [name for name in SMALLEST_FIRST if name != "exact"]
 LENGTHS = st.sampled_from([0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3])

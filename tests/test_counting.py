@@ -11,7 +11,7 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.schedules import Fixed, Ramp
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @given(events=st.lists(st.sampled_from(["fake", "generator", "accumulate", "empty"]), max_size=25))

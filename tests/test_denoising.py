@@ -15,7 +15,7 @@ from disback_plugin.losses import (
     gan_generator,
     snr_weight,
 )
-from disback_plugin.scores import Prediction, convert, target
+from disback_plugin.prediction import Prediction, convert, target
 
 KINDS = list(Prediction)
 

@@ -9,7 +9,7 @@ from references import relative_error
 from disback_plugin import losses
 from disback_plugin.errors import DisbackError, MismatchError
 from disback_plugin.losses import denoising, diff_instruct, dmd, sid
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 
 
 @pytest.mark.parametrize("name", ["diff_instruct", "vsd", "dmd", "sid", "denoising"])

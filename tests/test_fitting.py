@@ -14,9 +14,9 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.degradation.fitting import SAMPLE, Fit, fitted_after
+from disback_plugin.fitting import SAMPLE, Fit, fitted_after
 from disback_plugin.schedules import Auto, Target
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 numbers = st.floats(-1, 1) | st.just(math.nan)
 

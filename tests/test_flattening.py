@@ -12,10 +12,10 @@ from worlds import OPTIMIZERS, Run, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import RoleError
-from disback_plugin.networks.sharding import is_sharded
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sharding import is_sharded
 
 
 def fsdp1(module, form="nested", use_orig_params=True):

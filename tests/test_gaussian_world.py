@@ -9,7 +9,7 @@ from worlds import clone
 
 import disback_plugin as disback
 from disback_plugin.noise import add_noise, lognormal_sigma
-from disback_plugin.scores import Prediction, convert
+from disback_plugin.prediction import Prediction, convert
 
 TARGET_MEAN, TARGET_STD = (2.0, -1.0), (0.5, 1.5)
 

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Run, difference
 
 import disback_plugin as disback
-from disback_plugin import hookimpl, hooks
+from disback_plugin import hookimpl
 from disback_plugin.errors import OptionError, PluginError
-from disback_plugin.hooks import Plugins
+from disback_plugin.plugins.manager import PluginManager, register
 from disback_plugin.schedules import Fixed, Ramp
 
 
@@ -180,17 +180,17 @@ class Operations(TorchDispatchMode):
 def test_plug_ins_add_no_operation_to_a_step_and_no_sync(tmp_path, schedule):
     a_run(tmp_path)
     counted = []
-    for plugins in ((), tuple(Everything() for _ in range(8))):
+    for given in ((), tuple(Everything() for _ in range(8))):
         run = Run()
         path = disback.DegradationPath(tmp_path)
-        scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score, schedule=schedule, plugins=plugins)
+        scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score, schedule=schedule, plugins=given)
         scheduler.start()
         with Operations() as operations:
             for _ in range(4):
                 scheduler.step()
         counted.append(operations.names)
     assert counted[0] == counted[1] != []
-    assert all(event[0] in ("swapped", "log") for event in plugins[0].heard)
+    assert all(event[0] in ("swapped", "log") for event in given[0].heard)
 
 
 def test_order_and_fewer_arguments_are_pluggys():
@@ -204,14 +204,16 @@ def test_order_and_fewer_arguments_are_pluggys():
 
         return Listener()
 
-    plugins = Plugins(listener("a"), listener("last", trylast=True), listener("first", tryfirst=True), listener("b"))
+    plugins = PluginManager(
+        listener("a"), listener("last", trylast=True), listener("first", tryfirst=True), listener("b")
+    )
     plugins.node_swapped(None, 2.0, 3.0, 7)
     assert heard == [("first", 7, 2.0), ("b", 7, 2.0), ("a", 7, 2.0), ("last", 7, 2.0)]
 
 
 def test_an_argument_with_a_default_is_never_passed_and_its_author_is_told(site, caplog):
     install(site, "theirs", "got = []\n@hookimpl\ndef disback_log(values, step=None):\n    got.append(step)")
-    plugins = Plugins()
+    plugins = PluginManager()
     plugins.log({}, 7)
     assert sys.modules["disback_theirs_theirs"].got == [None]
     note = "disback_log never gets step: an argument with a default is not passed"
@@ -222,7 +224,7 @@ def test_an_argument_with_a_default_is_never_passed_and_its_author_is_told(site,
 def test_tracing_names_each_call_and_its_answer(site, monkeypatch, caplog):
     install(site, "theirs", "@hookimpl\ndef disback_should_advance(position):\n    return position > 1")
     monkeypatch.setenv("DISBACK_TRACE_PLUGINS", "1")
-    Plugins().should_advance(None, 3.0, 5, 0.25)
+    PluginManager().should_advance(None, 3.0, 5, 0.25)
     assert "theirs: disback_should_advance(None, 3.0, 5, 0.25) -> True" in caplog.text
 
 
@@ -230,11 +232,11 @@ def test_tracing_names_each_call_and_its_answer(site, monkeypatch, caplog):
 
 
 def test_a_registered_plug_in_hears_runs_under_way_until_it_is_taken_out():
-    plugins, plugin = Plugins(), Everything()
-    unregister = hooks.register(plugin)
+    plugins, plugin = PluginManager(), Everything()
+    unregister = register(plugin)
     plugins.log({"a": 1}, 1)
     with pytest.raises(OptionError, match="registered already"):
-        hooks.register(plugin)
+        register(plugin)
     assert any(listed.name.startswith("Everything at 0x") for listed in plugins.listed())
     unregister()
     unregister()
@@ -245,15 +247,15 @@ def test_a_registered_plug_in_hears_runs_under_way_until_it_is_taken_out():
 
 def test_one_that_is_registered_and_passed_is_called_once():
     plugin = Everything()
-    unregister = hooks.register(plugin)
+    unregister = register(plugin)
     try:
-        Plugins(plugin).log({}, 1)
+        PluginManager(plugin).log({}, 1)
     finally:
         unregister()
     assert len(plugin.heard) == 1
 
 
-@pytest.mark.parametrize("way", [hooks.register, Plugins])
+@pytest.mark.parametrize("way", [register, PluginManager])
 def test_what_is_no_plug_in_is_refused(way):
     class Misspelt:
         @hookimpl

@@ -8,7 +8,7 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin import cli
-from disback_plugin.paths.inspection import inspect, table
+from disback_plugin.path.inspection import inspect, table
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from disback_plugin import kernels, losses
 from disback_plugin.errors import OptionError
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 from disback_plugin.terms import formulas
 from disback_plugin.terms.artefacts import Artefact
 

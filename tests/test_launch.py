@@ -13,7 +13,7 @@ import torch
 from worlds import difference
 
 import disback_plugin as disback
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 TRAINERS = Path(__file__).parent / "trainers"
 PLAN = ("--record", "6", "--every", "2", "--codec", "exact", "--schedule", "fixed:2,2")
@@ -257,7 +257,7 @@ def _trainers(monkeypatch):
 def test_nothing_is_left_in_the_process(renamed, tmp_path):
     from torch.optim import optimizer
 
-    from disback_plugin.attaching.injection import run as launch
+    from disback_plugin.launch.run import run as launch
 
     before = (
         sys.argv[:], sys.path[:], sys.meta_path[:], sys.modules["__main__"],

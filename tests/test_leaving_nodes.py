@@ -127,18 +127,18 @@ RANK = """
 import json, sys
 import torch.distributed as dist
 from disback_plugin.errors import PluginError
-from disback_plugin.hooks import Plugins
+from disback_plugin.plugins.manager import PluginManager
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 if rank == 0:  # without such a plug-in nothing is exchanged: the other rank is not there
-    assert Plugins("no:theirs").should_advance(None, 1.0, 1, None) is None
-plugins, answers = Plugins(), []
+    assert PluginManager("no:theirs").should_advance(None, 1.0, 1, None) is None
+plugins, answers = PluginManager(), []
 for updates in (1, 2, 3):
     answers.append(plugins.should_advance(None, 1.0, updates, None))
 answers.append([plugin.reason for plugin in plugins.listed() if plugin.name == "theirs"])
 try:
-    Plugins("theirs").should_advance(None, 1.0, 2, None)
+    PluginManager("theirs").should_advance(None, 1.0, 2, None)
 except PluginError as error:
     answers.append(str(error))
 open(f"{sys.argv[1]}/rank{rank}.json", "w").write(json.dumps(answers))

@@ -9,7 +9,7 @@ from worlds import Run, clone, difference, everything, hooks
 import disback_plugin as disback
 from disback_plugin.errors import OptionError, PathError, RoleError
 from disback_plugin.schedules import Fixed, GradientRamp, Ramp
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 def test_a_teacher_in_train_mode_may_write_its_running_statistics(tmp_path):
@@ -216,7 +216,7 @@ def test_a_bf16_teacher_that_swallows_the_nodes_is_mentioned_with_the_figure(tmp
 
 
 def test_a_folder_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path, monkeypatch):
-    from disback_plugin.paths import files
+    from disback_plugin.path import files
 
     run = Run()
     (tmp_path / "file").write_text("in the way")
@@ -269,7 +269,7 @@ def test_a_state_saved_before_a_crash_in_the_middle_of_a_node(tmp_path):
 
 
 def test_a_node_that_could_not_be_written_is_due_again(tmp_path, monkeypatch):
-    from disback_plugin.paths import files
+    from disback_plugin.path import files
 
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule="warm") as handle:

@@ -16,8 +16,8 @@ from worlds import clone, difference
 import disback_plugin as disback
 from disback_plugin import lora
 from disback_plugin.errors import RoleError
-from disback_plugin.networks.adapting import runs_under
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.peft_layers import runs_under
 
 # -- a frozen teacher -------------------------------------------------------------------------------------------------
 

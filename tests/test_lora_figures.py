@@ -14,9 +14,9 @@ from torch import nn
 
 import disback_plugin as disback
 from disback_plugin import lora, losses, metrics
-from disback_plugin.codecs import CODES
-from disback_plugin.scores import Prediction
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.codecs import CODES
+from disback_plugin.prediction import Prediction
+from disback_plugin.weights.network import ScoreNetwork
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from peft import get_peft_model
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, OptionError, RoleError
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 REFUSED = {
     "no such adapter": (lambda: adapted("fake"), "no LoRA adapter 'fak'.*add_adapter"),

@@ -14,7 +14,7 @@ from worlds import clone, difference
 import disback_plugin as disback
 from disback_plugin import lora
 from disback_plugin.errors import MismatchError, PathError, RoleError
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 # -- both stages ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from references import batches, relative_error
 from disback_plugin import kernels, losses
 from disback_plugin.errors import OptionError
 from disback_plugin.losses import diff_instruct, dmd, sid, vsd
-from disback_plugin.scores import Prediction, convert, target
+from disback_plugin.prediction import Prediction, convert, target
 
 KINDS = list(Prediction)
 FORMS = {"plain": lambda loss: loss, "fused": lambda loss: kernels.fuse(loss, compile=True)}

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Run
 
 import disback_plugin as disback
-from disback_plugin import hookimpl, hooks, kernels, losses
+from disback_plugin import hookimpl, kernels, losses
 from disback_plugin.errors import OptionError
-from disback_plugin.plugging.masking import PENDING, MaskedSamples
-from disback_plugin.scores import Prediction
+from disback_plugin.plugins.manager import register
+from disback_plugin.plugins.nonfinite_counter import PENDING, MaskedSamples
+from disback_plugin.prediction import Prediction
 
 
 class Listener:
@@ -28,7 +29,7 @@ class Listener:
 @pytest.fixture
 def listener():
     plugin = Listener()
-    unregister = hooks.register(plugin)
+    unregister = register(plugin)
     yield plugin
     unregister()
 

@@ -16,10 +16,10 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.backtracking.monitoring import GROWTH, Monitor
+from disback_plugin.convergence import GROWTH, Monitor
 from disback_plugin.errors import StateError
 from disback_plugin.schedules import Adaptive, Auto
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 def monitor_of(gradients, horizon=60):

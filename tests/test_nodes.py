@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 from worlds import Score, difference
 
-from disback_plugin import codecs
-from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.errors import MismatchError, PathError
-from disback_plugin.networks.fingerprints import checksum
-from disback_plugin.networks.layouts import PIECE, pieces
-from disback_plugin.networks.states import State
-from disback_plugin.paths.nodes import Between, Decoded, Delta
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path import codecs
+from disback_plugin.path.codecs import SMALLEST_FIRST
+from disback_plugin.path.delta import Between, Decoded, Delta
+from disback_plugin.weights.checksum import checksum
+from disback_plugin.weights.full_state import FullState
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.tensor_meta import PIECE, pieces
 
 
 def moved(state, seed, size=1e-2):
@@ -43,7 +43,7 @@ def chain(codec, count, dtype=torch.float32, size=1e-2):
     deltas = []
     for seed in range(count):
         states.append(moved(states[-1], seed, size))
-        deltas.append(Delta.encode(codec, State(states[-1]), Decoded(states[0], deltas)))
+        deltas.append(Delta.encode(codec, FullState(states[-1]), Decoded(states[0], deltas)))
     return Decoded(states[0], deltas), states
 
 
@@ -66,7 +66,7 @@ def test_errors_do_not_add_up_along_the_path(codec, dtype):
 def test_a_half_precision_teacher_and_nodes_in_float32():
     teacher = {name: t.bfloat16() if t.is_floating_point() else t for name, t in chain("exact", 0)[1][0].items()}
     state = moved({n: t.float() if t.is_floating_point() else t for n, t in teacher.items()}, 0)
-    node = Decoded(teacher, [Delta.encode("exact", State(state), Decoded(teacher, ()))])
+    node = Decoded(teacher, [Delta.encode("exact", FullState(state), Decoded(teacher, ()))])
     assert difference(node.state_dict(), state) == []
 
 
@@ -96,14 +96,14 @@ def test_interpolation_into_bf16_rounds_once():
 def test_an_attention_masks_infinities_stay_between_nodes():
     teacher = {"mask": torch.tensor([0.0, -torch.inf]), "w": torch.zeros(2)}
     state = {"mask": torch.tensor([1.0, -torch.inf]), "w": torch.ones(2)}
-    node = Decoded(teacher, [Delta.encode("int8", State(state), Decoded(teacher, ()))])
+    node = Decoded(teacher, [Delta.encode("int8", FullState(state), Decoded(teacher, ()))])
     assert node.deltas[0].entries["mask"].code == "exact"
     assert Between(node, 0.5).read("mask", 0, 2).tolist() == [0.5, -torch.inf]
 
 
 def test_a_tensor_that_did_not_move_costs_nothing():
     teacher = {"w": torch.randn(1000), "filter": torch.randn(1000)}
-    delta = Delta.encode("int8", State(teacher | {"w": teacher["w"] + 1}), Decoded(teacher, ()))
+    delta = Delta.encode("int8", FullState(teacher | {"w": teacher["w"] + 1}), Decoded(teacher, ()))
     assert {name.partition("|")[0] for name in delta.parts} == {"w"}
 
 
@@ -120,7 +120,7 @@ def test_reading_never_writes_into_the_teacher():
 
 def test_a_move_needs_a_few_pieces_of_memory_and_no_node():
     teacher = {"w": torch.randn(12 * PIECE)}
-    deltas = [Delta.encode("int8", State({"w": teacher["w"] + 1}), Decoded(teacher, ()))]
+    deltas = [Delta.encode("int8", FullState({"w": teacher["w"] + 1}), Decoded(teacher, ()))]
     net = nn.Module()
     net.w = nn.Parameter(torch.empty(12 * PIECE))
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -141,7 +141,7 @@ def test_the_callers_defaults_do_not_matter(surroundings):
     codecs._MEMORY.__dict__.clear()
     source = Between(node, 0.5)
     with SURROUNDINGS[surroundings]():
-        again = Delta.encode("int6", State(states[2]), Decoded(node.teacher, node.deltas[:1]))
+        again = Delta.encode("int6", FullState(states[2]), Decoded(node.teacher, node.deltas[:1]))
         assert checksum(Decoded(node.teacher, (node.deltas[0], again)).state_dict()) == checksum(known)
         source.read("inner.0.weight", 0, 24)
     assert torch.equal(source.read("inner.0.weight", 0, 24), expected)
@@ -166,7 +166,7 @@ SURROUNDINGS = {
 def test_a_position_has_the_dtypes_of_its_node_though_a_tensor_did_not_move():
     teacher = {"w": torch.randn(4), "frozen": torch.ones(4)}
     state = {"w": teacher["w"].bfloat16() + 1, "frozen": torch.ones(4).bfloat16()}
-    node = Decoded(teacher, [Delta.encode("int8", State(state), Decoded(teacher, ()))])
+    node = Decoded(teacher, [Delta.encode("int8", FullState(state), Decoded(teacher, ()))])
     assert Between(node, 0.5).read("frozen", 0, 4).dtype == torch.bfloat16
 
 
@@ -180,7 +180,7 @@ def test_a_tied_network_is_not_written_from_a_node_that_does_not_tie():
     net = Score()
     teacher = ScoreNetwork(net).state_dict()
     state = moved(teacher, 0) | {"right.weight": teacher["right.weight"] + 3}
-    node = Decoded(teacher, [Delta.encode("int8", State(state), Decoded(teacher, ()))])
+    node = Decoded(teacher, [Delta.encode("int8", FullState(state), Decoded(teacher, ()))])
     before = checksum(teacher)
     for source in (node, Between(node, 0.5)):
         with pytest.raises(MismatchError, match="two values for the tied weights"):
@@ -232,7 +232,7 @@ DAMAGE = {
 def test_parts_that_do_not_fit_are_one_named_error_before_anything_is_decoded(damage):
     teacher = {"w": torch.zeros(300), "i": torch.zeros(3).long()}
     state = {"w": torch.ones(300), "i": torch.ones(3).long()}
-    delta = Delta.encode("int8", State(state), Decoded(teacher, ()))
+    delta = Delta.encode("int8", FullState(state), Decoded(teacher, ()))
     parts = dict(delta.parts)
     content = damage(json.loads(delta.metadata()), parts)
     text = content if isinstance(content, str) else json.dumps(content)

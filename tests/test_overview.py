@@ -5,8 +5,8 @@ from __future__ import annotations
 from worlds import Run
 
 import disback_plugin as disback
-from disback_plugin.backtracking.overview import ROWS, agenda
 from disback_plugin.schedules import Fixed, GradientRamp, Target
+from disback_plugin.summary import ROWS, agenda
 
 
 def lines(handle):

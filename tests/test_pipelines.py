@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from disback_adapters.lcm_lora.pipelines import denoiser
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_pipelines import text_time, unet
@@ -15,8 +16,7 @@ from tiny_pipelines import text_time, unet
 from disback_plugin import noise
 from disback_plugin.errors import OptionError, RoleError
 from disback_plugin.noise import Discrete, RectifiedFlow, add_noise, expand
-from disback_plugin.pipelines import denoiser
-from disback_plugin.scores import Prediction, convert, target
+from disback_plugin.prediction import Prediction, convert, target
 
 PREDICTIONS = {"epsilon": Prediction.EPS, "sample": Prediction.X0, "v_prediction": Prediction.V}
 schedules = st.fixed_dictionaries(

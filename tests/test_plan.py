@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disback_plugin.backtracking.plan import Plan, length
+from disback_plugin.schedule_cursor import Plan, length
 from disback_plugin.schedules import Fixed, GradientRamp, Ramp, WarmStart
 
 NODES = st.integers(1, 6)

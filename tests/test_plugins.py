@@ -18,10 +18,10 @@ from worlds import Run, clone, difference
 import disback_plugin as disback
 from disback_plugin import hookimpl
 from disback_plugin.errors import OptionError, PluginError, RoleError
-from disback_plugin.hooks import Plugins
-from disback_plugin.plugging.hookspecs import ARGUMENTS
+from disback_plugin.plugins.hookspecs import ARGUMENTS
+from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.schedules import Fixed
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -33,7 +33,7 @@ def test_a_plug_in_that_is_wrong_stops_nobody_and_is_named_with_its_distribution
     assert beside[0] == plain[0]
     assert difference(beside[1], plain[1]) == []
     assert f"theirs of disback-theirs 1.0 is broken and left out ({reason}" in caplog.text
-    plugin = found(Plugins(), "theirs")
+    plugin = found(PluginManager(), "theirs")
     assert plugin.status == "broken"
     assert plugin.reason.startswith(reason)
 
@@ -121,7 +121,7 @@ def test_a_blocked_plug_in_is_never_imported(site, tmp_path, monkeypatch, how, c
     else:
         a_run(tmp_path, plugins=("no:theirs",) if how == "argument" else ())
     assert module not in sys.modules
-    assert found(Plugins("no:theirs"), "theirs").status == "blocked"
+    assert found(PluginManager("no:theirs"), "theirs").status == "blocked"
 
 
 def test_without_autoload_only_what_is_named_takes_part(site, tmp_path, monkeypatch):
@@ -131,26 +131,26 @@ def test_without_autoload_only_what_is_named_takes_part(site, tmp_path, monkeypa
     a_run(tmp_path, plugins=("one",))
     assert [module in sys.modules for module in modules] == [True, False, True]
     with pytest.raises(RoleError, match=r"asked \[\]"):
-        Plugins().adapter(Dmd2Trainer())
-    assert Plugins().adapter(Dmd2Trainer(), "dmd2")
+        PluginManager().adapter(Dmd2Trainer())
+    assert PluginManager().adapter(Dmd2Trainer(), "dmd2")
 
 
 def test_a_name_that_is_not_there_or_both_wanted_and_not_is_refused(site):
     install(site, "theirs", WELL)
     with pytest.raises(OptionError, match=r"found plug-in 'their'; expected one of \[.*'dmd2', .*'theirs'.*\]"):
-        Plugins("their")
+        PluginManager("their")
     with pytest.raises(OptionError, match="both asked for and blocked"):
-        Plugins("theirs", "no:theirs")
+        PluginManager("theirs", "no:theirs")
     with pytest.raises(OptionError, match="adapter='dmd2', which is blocked"):
-        Plugins("no:dmd2").adapter(Dmd2Trainer(), "dmd2")
+        PluginManager("no:dmd2").adapter(Dmd2Trainer(), "dmd2")
     with pytest.raises(OptionError, match=r"plugins=\(plugin,\)"):
-        Plugins.of("theirs")
+        PluginManager.of("theirs")
 
 
 def test_of_two_with_one_name_one_is_meant_and_the_other_named(site):
     install(site, "dmd2", "raise RuntimeError('imported')", group="disback.adapters", distribution="somebody-else")
-    assert Plugins().adapter(Dmd2Trainer(), "dmd2").teacher
-    both = [plugin for plugin in Plugins().listed() if plugin.name == "dmd2"]
+    assert PluginManager().adapter(Dmd2Trainer(), "dmd2").teacher
+    both = [plugin for plugin in PluginManager().listed() if plugin.name == "dmd2"]
     assert [(plugin.distribution, plugin.status) for plugin in both] == [
         ("disback-plugin", "installed"),
         ("somebody-else", "broken"),
@@ -169,7 +169,7 @@ def test_a_distribution_that_cannot_be_read_hides_nobody(site):
         info.mkdir()
         (info / "entry_points.txt").write_text(points)
         (info / "METADATA").write_text(metadata)
-    plugins = Plugins()
+    plugins = PluginManager()
     assert found(plugins, "theirs").status == "ready"
     assert found(plugins, "dmd2").status == "installed"
     garbage = found(plugins, "garbage")
@@ -186,7 +186,7 @@ def test_a_distribution_that_is_there_twice_counts_once(site, tmp_path, monkeypa
     install(tmp_path, "theirs", "raise RuntimeError('the shadowed one')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(site))
-    assert found(Plugins(), "theirs").status == "ready"
+    assert found(PluginManager(), "theirs").status == "ready"
 
 
 KINDS = {"well": WELL, "adapter": KNOWS} | {name: source for name, (source, _) in MISTAKES.items()}
@@ -215,9 +215,9 @@ def several(kinds):
 def test_listed_is_ready_and_blocked_and_broken_and_each_is_one_of_them(data, kinds):
     with several(kinds) as names:
         blocked = data.draw(st.sets(st.sampled_from(sorted(names)))) if names else set()
-        plugins = Plugins(*(f"no:{name}" for name in blocked), autoload=False)
+        plugins = PluginManager(*(f"no:{name}" for name in blocked), autoload=False)
         listed = {plugin.name for plugin in plugins.listed()}
-        assert listed == names.keys() | {p.name for p in Plugins(autoload=False).listed()}
+        assert listed == names.keys() | {p.name for p in PluginManager(autoload=False).listed()}
         assert not any(module in sys.modules for _, module in names.values())
         checked = plugins.check()
         by_status = {}

@@ -13,11 +13,11 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.backtracking.prefetch import Ahead
 from disback_plugin.errors import PathError
-from disback_plugin.paths.nodes import Decoded
+from disback_plugin.path.delta import Decoded
+from disback_plugin.prefetch import Ahead
 from disback_plugin.schedules import Fixed, Ramp
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_script_that_ends_in_the_middle_of_a_decoding_ends_well(folder):
     script = """
 import sys, time
 import disback_plugin as disback
-from disback_plugin.paths.nodes import Decoded
+from disback_plugin.path.delta import Decoded
 from disback_plugin.schedules import Ramp
 from worlds import Run
 read = Decoded.read

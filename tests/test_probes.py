@@ -12,11 +12,11 @@ from torch import nn
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.codecs import SMALLEST_FIRST
-from disback_plugin.paths.encoding import encode
-from disback_plugin.paths.nodes import Decoded
-from disback_plugin.paths.probes import Probe
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.codecs import SMALLEST_FIRST
+from disback_plugin.path.delta import Decoded
+from disback_plugin.path.encoding import encode
+from disback_plugin.path.probes import Probe
+from disback_plugin.weights.network import ScoreNetwork
 
 TESTS = Path(__file__).parent
 
@@ -276,7 +276,7 @@ def test_a_network_that_is_copied_or_saved_whole_while_it_is_watched_carries_not
     torch.save(run.fake_score, tmp_path / "whole.pt")  # as Diff-Instruct's and SiD's snapshots do
     script = f"import sys, torch; torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=TESTS, check=True, capture_output=True, text=True)
-    assert "disback_plugin.paths.probes" not in loaded.stdout.split()
+    assert "disback_plugin.path.probes" not in loaded.stdout.split()
     copy.deepcopy(run.fake_score)(torch.ones(2, 2), torch.ones(2, 1))
     assert not probe.ready
     run.fake_score(torch.ones(2, 2), torch.ones(2, 1))

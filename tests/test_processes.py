@@ -75,9 +75,9 @@ torch.set_num_threads(1)
 from torch.nn.parallel import DistributedDataParallel
 from worlds import Run
 import disback_plugin as disback
-from disback_plugin.paths.manifest import Manifest
+from disback_plugin.path.manifest import Manifest
 from disback_plugin.schedules import Fixed
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 folder = sys.argv[1]
 dist.init_process_group("gloo")

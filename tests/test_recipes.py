@@ -9,9 +9,9 @@ import pytest
 from worlds import Run
 
 import disback_plugin as disback
-from disback_plugin import launch
-from disback_plugin.backtracking.recipes import names, recipe
 from disback_plugin.errors import OptionError
+from disback_plugin.launch import command_line
+from disback_plugin.recipes import names, recipe
 from disback_plugin.schedules import Fixed, parse
 
 # What the paper says of each node of index i, by the quotes that speak of steps.
@@ -92,15 +92,15 @@ def test_an_unknown_recipe_is_named_with_those_there_are():
 
 def _options(*arguments):
     parser = argparse.ArgumentParser()
-    launch.add_arguments(parser)
+    command_line.add_arguments(parser)
     return parser.parse_args(["--adapter", "sid", *arguments, "script.py"])
 
 
 def test_the_command_takes_a_recipe_or_the_three_options_but_not_both():
-    assert launch._plan(_options("--recipe", "sdxl")) == {"record": 1_000, "every": 100, "schedule": "sdxl"}
-    assert launch._plan(_options("--record", "0")) == {"record": 0}
-    assert launch._plan(_options()) == {}
+    assert command_line._plan(_options("--recipe", "sdxl")) == {"record": 1_000, "every": 100, "schedule": "sdxl"}
+    assert command_line._plan(_options("--record", "0")) == {"record": 0}
+    assert command_line._plan(_options()) == {}
     with pytest.raises(OptionError, match="--recipe sdxl and --record, --schedule"):
-        launch._plan(_options("--recipe", "sdxl", "--record", "5", "--schedule", "warm"))
+        command_line._plan(_options("--recipe", "sdxl", "--record", "5", "--schedule", "warm"))
     with pytest.raises(OptionError, match="one of edm-64"):
-        launch._plan(_options("--recipe", "edm"))
+        command_line._plan(_options("--recipe", "edm"))

@@ -9,8 +9,8 @@ from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, OptionError, PathError, TrainingError
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.weights.network import ScoreNetwork
 
 
 def denoising_loss(net, x_0):

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disback_plugin import cli
-from disback_plugin.plugging.history import read, settle
-from disback_plugin.plugging.runlog import RunLog
-from disback_plugin.reporting.panels import compare, crossing, panels
-from disback_plugin.reporting.plots import svg
-from disback_plugin.reporting.report import page
+from disback_plugin.plugins.log_reader import read, settle
+from disback_plugin.plugins.run_log import RunLog
+from disback_plugin.report.page import page
+from disback_plugin.report.panels import compare, crossing, panels
+from disback_plugin.report.plots import svg
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

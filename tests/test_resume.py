@@ -23,10 +23,10 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import StateError
-from disback_plugin.paths.manifest import Recording
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
 from disback_plugin.schedules import Ramp
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 PLAN = {"record": 5, "every": 2, "schedule": Ramp(6)}
 STEPS = 14

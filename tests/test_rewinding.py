@@ -195,14 +195,14 @@ def test_two_schedulers_that_cannot_be_told_apart_are_left_alone_and_named(tmp_p
 
 
 def test_a_scheduler_that_the_trainer_drops_is_not_looked_for_at_each_step(tmp_path, monkeypatch):
-    from disback_plugin.loops import rewinding
+    from disback_plugin.loop import lr_schedulers
 
     run, looked = Scheduled(), []
-    objects = rewinding.gc.get_objects
+    objects = lr_schedulers.gc.get_objects
     with disback.attach(**run.roles(), path=tmp_path, record=2, every=1):
         run.steps(2)
         run.schedulers.clear()
-        monkeypatch.setattr(rewinding.gc, "get_objects", lambda: looked.append(1) or objects())
+        monkeypatch.setattr(lr_schedulers.gc, "get_objects", lambda: looked.append(1) or objects())
         run.steps(5)
     assert len(looked) == 2  # once for each optimizer
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from disback_plugin import kernels, losses
+from disback_plugin.prediction import Prediction
 from disback_plugin.rounds import Draw, play
-from disback_plugin.scores import Prediction
 
 
 class World:

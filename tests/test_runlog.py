@@ -18,8 +18,8 @@ from worlds import Run, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import OptionError, PathError
-from disback_plugin.plugging.history import find, read, settle
-from disback_plugin.plugging.runlog import RunLog
+from disback_plugin.plugins.log_reader import find, read, settle
+from disback_plugin.plugins.run_log import RunLog
 
 OPTIONS = {"record": 10, "every": 5, "schedule": "ramp:4"}
 

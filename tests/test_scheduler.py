@@ -12,7 +12,7 @@ import disback_plugin as disback
 from disback_plugin import schedules
 from disback_plugin.errors import OptionError, PathError, StateError
 from disback_plugin.schedules import Fixed, Ramp, WarmStart
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disback_plugin import scores
+from disback_plugin import prediction
 from disback_plugin.noise import add_noise
-from disback_plugin.scores import Prediction, coefficients, convert, target
+from disback_plugin.prediction import Prediction, coefficients, convert, target
 
 PAIRS = list(permutations(Prediction, 2))
 
@@ -106,6 +106,6 @@ def test_the_difference_of_two_outputs_does_not_see_x_t():
 def test_the_ratio_is_the_second_coefficient_alone(source, to, world):
     _, _, alpha, sigma = world
     _, c_o = coefficients(source, to, alpha=alpha, sigma=sigma)
-    found = scores.ratio(source.value, to.value, alpha=alpha, sigma=sigma)  # the kinds' names do as well
+    found = prediction.ratio(source.value, to.value, alpha=alpha, sigma=sigma)  # the kinds' names do as well
     torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64), c_o, rtol=1e-9, atol=0)
     assert found == 1.0 or source is not to

@@ -15,11 +15,11 @@ from torch import nn
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.networks.layouts import GRAIN, PIECE
-from disback_plugin.networks.sharding import Part, chunk_of
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sharding import Part, chunk_of
+from disback_plugin.weights.tensor_meta import GRAIN, PIECE
 
 CODECS = ["exact", "bf16", "int8", "int6", "int4"]
 

@@ -15,12 +15,12 @@ from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import PathError, StateError
-from disback_plugin.networks.fingerprints import checksum, fingerprint
-from disback_plugin.networks.states import State
-from disback_plugin.paths import files
-from disback_plugin.paths.nodes import Decoded, Delta
+from disback_plugin.path import files
+from disback_plugin.path.delta import Decoded, Delta
 from disback_plugin.schedules import Fixed, Ramp
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.weights.checksum import checksum, fingerprint
+from disback_plugin.weights.full_state import FullState
+from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def nan_in_the_middle(folder):
     states[1]["inner.0.weight"] = torch.full_like(states[1]["inner.0.weight"], torch.nan)
     deltas, manifest = [], config(folder)
     for i in (1, 2, 3):
-        deltas.append(Delta.encode("exact", State(states[i]), Decoded(states[0], deltas)))
+        deltas.append(Delta.encode("exact", FullState(states[i]), Decoded(states[0], deltas)))
         name = f"node-{i:03d}.safetensors"
         about = files.write_tensors(folder / name, deltas[-1].parts, about=deltas[-1].metadata())
         manifest["nodes"][i - 1] |= about | {"checksum": checksum(states[i]), "codec": "exact"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from disback_plugin.errors import OptionError
 from disback_plugin.metrics import mismatch_degree, stable_target_field
-from disback_plugin.scores import Prediction, convert
+from disback_plugin.prediction import Prediction, convert
 
 MEAN, STD = 0.3, 0.7
 

@@ -15,7 +15,7 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.errors import OptionError, PluginError
-from disback_plugin.plugging import history
+from disback_plugin.plugins import log_reader
 
 
 class Memory(GeneralTracker):
@@ -60,7 +60,7 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     names = ("position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates", "recording", "agreement")
     assert set(read) == {f"disback/{name}" for name in names}
-    logged = history.read(tmp_path / "path.log.jsonl").curves(recording=True)["agreement"]
+    logged = log_reader.read(tmp_path / "path.log.jsonl").curves(recording=True)["agreement"]
     assert [value for _, value in read["disback/recording"]] == [x for x, _ in logged] == [2, 3, 4]
     assert [value for _, value in read["disback/agreement"]] == pytest.approx([y for _, y in logged])
     assert read["disback/position"] == [(0, 1.0), (2, 0.0)]

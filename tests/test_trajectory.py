@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from worlds import Score, clone, difference
 
-from disback_plugin.codecs import SMALLEST_FIRST
 from disback_plugin.errors import MismatchError, OptionError, PathError, TrainingError
-from disback_plugin.paths.manifest import Recording
-from disback_plugin.trajectory import DegradationPath
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.codecs import SMALLEST_FIRST
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
+from disback_plugin.weights.network import ScoreNetwork
 
 RECORDING = Recording(iterations=20, every=10, codec="exact")
 
@@ -262,8 +262,8 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     """Fail at each rename in turn; what is there afterwards must open, and end equal to an undisturbed recording."""
     from pathlib import Path
 
-    from disback_plugin.degradation.opening import open_or_create
-    from disback_plugin.degradation.recorder import Recorder
+    from disback_plugin.opening import open_or_create
+    from disback_plugin.recorder import Recorder
 
     teacher, *nodes = states(4)
     net = Score()

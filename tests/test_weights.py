@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import Score, clone, difference
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.networks.fingerprints import checksum, fingerprint
-from disback_plugin.networks.modules import unwrap
-from disback_plugin.paths.nodes import Decoded
-from disback_plugin.weights import ScoreNetwork
+from disback_plugin.path.delta import Decoded
+from disback_plugin.weights.checksum import checksum, fingerprint
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.tensors import unwrap
 
 
 class Root(nn.Module):

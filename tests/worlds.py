@@ -7,7 +7,7 @@ from torch import nn
 
 from disback_plugin import losses
 from disback_plugin.noise import add_noise
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2),

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from disback_adapters.lcm_lora import pipelines
 from disback_adapters.lcm_lora.options import Options
 from torch import nn
 
-from disback_plugin import Prediction, pipelines
+from disback_plugin import Prediction
 from disback_plugin.errors import MismatchError, OptionError, RoleError
 
 __all__ = ["check", "forget_text", "load", "pixels_of"]

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
+from disback_adapters.lcm_lora import pipelines
 from disback_adapters.lcm_lora.options import Options
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from disback_plugin import ScoreNetwork, lora, noise, pipelines
+from disback_plugin import ScoreNetwork, lora, noise
 from disback_plugin.errors import OptionError
 
 __all__ = ["Cast", "Role", "Student", "cast"]

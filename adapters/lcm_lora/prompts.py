@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from disback_adapters.lcm_lora import pipelines
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from disback_plugin import pipelines
 from disback_plugin.errors import OptionError
 
 __all__ = ["Embeddings", "described", "encode", "prompts_of"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from disback_plugin.commands import Commands, command, json_option
 
 if TYPE_CHECKING:
-    from disback_plugin.trajectory import DegradationPath
+    from disback_plugin.path.degradation_path import DegradationPath
 
 __all__ = ["add", "describe"]
 
@@ -31,7 +31,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Verify a path, and print its nodes."""
-    from disback_plugin.trajectory import DegradationPath
+    from disback_plugin.path.degradation_path import DegradationPath
 
     describe(DegradationPath.from_pretrained(options.path), as_json=options.json)
 
@@ -40,7 +40,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
     """Verify a path, and print what it holds as a table or as one JSON object."""
     from dataclasses import asdict
 
-    from disback_plugin.paths.inspection import inspect, table
+    from disback_plugin.path.inspection import inspect, table
 
     rows = inspect(path)
     about = {

@@ -32,9 +32,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> None:
     """Draw the picture."""
     from disback_plugin.errors import PathError
-    from disback_plugin.plugging.history import load_all
-    from disback_plugin.reporting.panels import panels
-    from disback_plugin.reporting.plots import save
+    from disback_plugin.plugins.log_reader import load_all
+    from disback_plugin.report.panels import panels
+    from disback_plugin.report.plots import save
 
     runs = load_all([options.source])
     drawn = panels(runs)

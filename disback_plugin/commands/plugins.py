@@ -33,10 +33,10 @@ def run(options: argparse.Namespace) -> int:
     import logging
     from dataclasses import asdict
 
-    from disback_plugin.hooks import Plugins
-    from disback_plugin.plugging.plugins import environment, table
+    from disback_plugin.plugins.installed import environment, table
+    from disback_plugin.plugins.manager import PluginManager
 
-    plugins = Plugins(*options.plugins, autoload=False)
+    plugins = PluginManager(*options.plugins, autoload=False)
     logger = logging.getLogger("disback_plugin")
     before = logger.level
     logger.setLevel(logging.ERROR)  # the table says what the warnings would

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     """Look ahead, and print what was found."""
     import json
 
-    from disback_plugin.building import built
+    from disback_plugin.entry_function import built
     from disback_plugin.outlook import preflight
 
     with built(options.build, learning_rate=options.learning_rate) as networks:

@@ -51,8 +51,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Record a path, and print its nodes."""
-    from disback_plugin.building import built
     from disback_plugin.commands.inspect import describe
+    from disback_plugin.entry_function import built
     from disback_plugin.recording import record
 
     with built(options.build, learning_rate=options.learning_rate) as networks:

@@ -36,10 +36,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page."""
-    from disback_plugin.paths import files
-    from disback_plugin.plugging.history import load_all
-    from disback_plugin.reporting.panels import compare
-    from disback_plugin.reporting.report import page
+    from disback_plugin.path import files
+    from disback_plugin.plugins.log_reader import load_all
+    from disback_plugin.report.page import page
+    from disback_plugin.report.panels import compare
 
     runs = load_all(options.runs)
     text = page(runs)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from disback_plugin import launch
 from disback_plugin.commands import Commands, command
+from disback_plugin.launch import command_line
 
 __all__ = ["add"]
 
@@ -23,5 +23,5 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         torchrun --nproc_per_node=8 -m disback_plugin.launch --adapter dmd2 --path runs/path main/edm/train_edm.py ...
         """,
     )
-    launch.add_arguments(run)
-    run.set_defaults(run=launch.launch)
+    command_line.add_arguments(run)
+    run.set_defaults(run=command_line.launch)

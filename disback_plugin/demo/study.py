@@ -32,8 +32,8 @@ from disback_plugin.demo.networks import PIXELS
 from disback_plugin.demo.regimes import Plan
 from disback_plugin.demo.trainer import Streams, Trainer, generate
 from disback_plugin.metrics import frechet_distance, mismatch_degree
+from disback_plugin.prediction import Prediction
 from disback_plugin.schedules import GradientRamp, Schedule, WarmStart
-from disback_plugin.scores import Prediction
 
 __all__ = ["Run", "Study", "summarise"]
 

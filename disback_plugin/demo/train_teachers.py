@@ -19,7 +19,7 @@ from disback_plugin import losses
 from disback_plugin.demo import digits
 from disback_plugin.demo.networks import SIGMA_DATA, TEACHERS, Denoiser, build
 from disback_plugin.noise import add_noise, lognormal_sigma
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 
 __all__ = ["RECIPES", "Recipe", "train"]
 

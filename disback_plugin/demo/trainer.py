@@ -20,7 +20,7 @@ from disback_plugin import kernels, losses
 from disback_plugin.demo.digits import load
 from disback_plugin.demo.networks import PIXELS, SIGMA_DATA, Denoiser, build, expand_members, load_teacher
 from disback_plugin.noise import add_noise, lognormal_sigma
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 
 __all__ = ["Settings", "Streams", "Trainer"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from disback_plugin.errors import OptionError
 from disback_plugin.noise import add_noise, expand
-from disback_plugin.scores import Prediction, convert
+from disback_plugin.prediction import Prediction, convert
 
 __all__ = ["Mismatch", "mismatch_degree", "stable_target_field"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import MismatchError, OptionError, TrainingError
-from disback_plugin.scores import Prediction, mixture
+from disback_plugin.prediction import Prediction, mixture
 from disback_plugin.terms import formulas
 
 __all__ = [

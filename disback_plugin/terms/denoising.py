@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from disback_plugin.scores import Prediction, ratio
+from disback_plugin.prediction import Prediction, ratio
 from disback_plugin.terms import formulas
 from disback_plugin.terms.batches import (
     Number,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from disback_plugin import losses
-from disback_plugin.scores import Prediction
+from disback_plugin.prediction import Prediction
 from disback_plugin.terms import formulas
 
 

@@ -1,1 +1,0 @@
-"""Both stages on a live loop: begun, handed over, resumed, shown."""

@@ -1,1 +1,0 @@
-"""Algorithm 2, its parts: the plan, and the teacher that walks it."""

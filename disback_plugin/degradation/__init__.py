@@ -1,1 +1,0 @@
-"""Algorithm 1, its parts: what a recording needs, and when it ends."""

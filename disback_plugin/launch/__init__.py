@@ -1,0 +1,1 @@
+"""`disback run`: attach DisBack to a trainer's script without editing it."""

@@ -1,0 +1,52 @@
+"""The states of a handle at the trainer's own checkpoints, kept beside the path: "PATH.states.jsonl".
+
+Which of them is a checkpoint's is told by the fake score: it holds the very weights of that moment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from disback_plugin.handle import Handle
+from disback_plugin.path import files
+from disback_plugin.weights.network import ScoreNetwork
+
+__all__ = ["States"]
+
+logger = logging.getLogger(__name__)
+
+
+class States:
+    """The file of the states, one JSON object a line.
+
+    Args:
+        path: Folder of the path.
+
+    Example:
+        >>> States(Path("runs/path")).file.as_posix()
+        'runs/path.states.jsonl'
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.with_name(f"{path.name}.states.jsonl")
+
+    def append(self, handle: Handle) -> None:
+        """Save the state of a handle, on the first rank."""
+        if os.environ.get("RANK", "0") != "0":
+            return
+        state = handle.state_dict()
+        earlier = self.file.read_text() if self.file.exists() else ""
+        files.write_text(self.file, f"{earlier}{json.dumps(state)}\n")
+        logger.info("saved the state at %d generator updates with the trainer's checkpoint", handle.generator_updates)
+
+    def of(self, fake_score: ScoreNetwork) -> dict[str, Any] | None:
+        """Return the last state that was saved when the fake score held what it holds now, or None."""
+        if not self.file.exists():
+            return None
+        states = [json.loads(line) for line in self.file.read_text().splitlines()]
+        now = fake_score.checksum()
+        return next((state for state in reversed(states) if state["fake_score"] == now), None)

@@ -1,0 +1,1 @@
+"""The training loop's optimizers, learning-rate schedulers and roles."""

@@ -1,1 +1,0 @@
-"""A live training loop: its optimizers, roles and trainer."""

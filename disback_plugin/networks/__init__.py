@@ -1,1 +1,0 @@
-"""One network's weights: names, layouts, shards, fingerprints."""

@@ -1,0 +1,1 @@
+"""A degradation path on disk."""

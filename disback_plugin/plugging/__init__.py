@@ -1,1 +1,0 @@
-"""What others plug in, and what is plugged in for them."""

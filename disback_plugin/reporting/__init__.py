@@ -1,1 +1,0 @@
-"""What there is to see of a run: curves, pictures, a page."""

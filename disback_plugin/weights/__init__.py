@@ -1,0 +1,1 @@
+"""The weights of one role: named, read, written in place, sharded or LoRA."""
