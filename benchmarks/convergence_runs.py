@@ -132,7 +132,7 @@ class Distillation:
 
     @torch.no_grad()
     def excess(self) -> list[float]:
-        """Each member's excess loss of the teacher over s_phi on the student's samples (`outlook.Outlook`)."""
+        """Each member's excess loss of the teacher over s_phi on the student's samples (L_teacher / L_s'N - 1)."""
         stream, shape = seeded(77), (256, self.world.size)
         z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (shape, shape[:1], shape))
         z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from disback_plugin.errors import DisbackError
     from disback_plugin.handle import Handle
     from disback_plugin.launch.watch import Watch
-    from disback_plugin.outlook import preflight
     from disback_plugin.path.degradation_path import DegradationPath
     from disback_plugin.plugins.manager import Adapter, hookimpl
     from disback_plugin.plugins.nonfinite_counter import MaskedSamples
@@ -51,7 +50,6 @@ __all__ = [
     "metrics",
     "noise",
     "plugins",
-    "preflight",
     "record",
     "rounds",
     "schedules",
@@ -72,7 +70,6 @@ _HOME = {
     "Watch": "launch.watch",
     "attach": "attachment",
     "hookimpl": "plugins.hookspecs",
-    "preflight": "outlook",
     "record": "recording",
 }
 # Public modules that do not stand at the top of the package.

@@ -1,4 +1,4 @@
-"""What all commands have in common: help, exit codes, Ctrl-C; and `disback bench`."""
+"""What all commands have in common: help, exit codes, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -121,61 +121,3 @@ def test_a_reader_that_leaves_early_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
-
-
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A checkout with two small benchmarks, from within one of its folders."""
-    benchmarks = tmp_path / "benchmarks"
-    benchmarks.mkdir()
-    (tmp_path / "pyproject.toml").write_text(
-        '[tool.pytest.ini_options]\npython_files = ["bench_*.py"]\npython_functions = ["bench_*"]\n'
-        'addopts = ["-p", "disback_plugin.testing"]\n'
-    )
-    (benchmarks / "bench_sum.py").write_text("def bench_sum(benchmark):\n    assert benchmark(sum, (1, 2)) == 3\n")
-    (benchmarks / "bench_wrong.py").write_text("def bench_wrong(benchmark):\n    assert benchmark(sum, (1, 2)) == 4\n")
-    (benchmarks / "bench_convergence.py").write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))\n")
-    monkeypatch.chdir(benchmarks)
-    return tmp_path
-
-
-def test_a_benchmark_of_the_checkout_is_run_and_its_numbers_are_json(checkout):
-    out = disback("bench", "sum", "--json")
-    assert out.returncode == 0, out.stderr
-    (found,) = json.loads(out.stdout)["benchmarks"]
-    assert found["name"] == "bench_sum"
-    assert "1 passed" in out.stderr
-
-
-def test_a_benchmark_that_misses_its_goal_is_exit_code_1(checkout):
-    out = disback("bench", "wrong")
-    assert out.returncode == 1
-    assert "1 failed" in out.stdout
-
-
-def test_the_study_of_convergence_gets_its_regimes_and_its_folder(checkout):
-    out = disback("bench", "convergence", "mlp scratch", "--out", "results")
-    assert out.returncode == 0
-    assert json.loads(out.stdout) == ["mlp scratch", "--out", str(checkout / "benchmarks" / "results")]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["fly"], "no benchmark 'fly'; expected some of convergence, sum, wrong"),
-        (["convergence"], "convergence without --out"),
-        (["sum", "--out", "x"], "--out without convergence"),
-    ],
-)
-def test_a_wrong_benchmark_is_exit_code_2(checkout, arguments, message, capsys):
-    assert cli.main(["bench", *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_without_a_checkout_it_says_what_to_do(tmp_path, monkeypatch, capsys):
-    from disback_plugin.commands import bench
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
-    assert cli.main(["bench"]) == 2
-    assert "they are no part of what is installed" in capsys.readouterr().err

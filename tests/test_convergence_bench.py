@@ -8,14 +8,12 @@ import torch
 from bench_convergence import beyond
 from coloured_shapes import images
 from convergence_goals import verdict
-from convergence_methods import BASELINE, METHODS, REGIMES, Method, Regime, SingleAuto
+from convergence_methods import BASELINE, METHODS, Method, Regime, SingleAuto
 from convergence_results import Result, at, crossing
 from convergence_runs import RECORDING, TRAINING, Distillation
-from convergence_tables import EVIDENCE
 from convergence_worlds import P_MEAN, P_STD, denoising, seeded, world
 
 import disback_plugin as disback
-from disback_plugin.outlook import MEASURED, NEAR, advice
 from disback_plugin.schedules import Auto
 
 REGIME = Regime("gauss10-2d", "scratch", 10.0, 0)
@@ -213,20 +211,3 @@ def test_a_method_at_its_own_best_rate_is_told_apart_from_it_at_diff_instructs()
     assert both.last(both.best["auto"], both.ema) == [0.5]
     assert both.last("auto", both.ema) == [1.5]
     assert [both.head_start(label, 0) for label in ("auto", "auto, 0.002")] == [0.0, 40.0]
-
-
-def test_the_preflights_sentence_is_true_in_every_regime_of_the_table():
-    page = EVIDENCE.read_text()
-    rows = [
-        line.split(" | ")
-        for line in page.splitlines()
-        if line.count(" | ") == 6 and line.endswith(("true |", "false** |"))
-    ]
-    assert {row[0].removeprefix("| ") for row in rows} == set(REGIMES)
-    for kind, excess in (("near", 0.0), ("far", NEAR)):
-        count, low, high = MEASURED[kind]
-        mine = [row for row in rows if row[3] == kind]
-        assert len(mine) == count
-        assert min(float(row[5]) for row in mine) == low
-        assert max(float(row[5]) for row in mine) == high
-        assert advice(excess) in page

@@ -327,9 +327,7 @@ def test_a_fake_step_that_clears_its_gradients_at_its_end_is_seen_all_the_same(t
         folder = tmp_path / str(clears)
         path = disback.record(run.teacher, run.fake_score, step, path=folder, iterations=40, every=20)
         fitted.append(path.manifest.fitted)
-        found = disback.preflight(run.teacher, run.fake_score, step)
-        fitted.append(found.fitted)
-    assert fitted[:2] == fitted[2:]
+    assert fitted[0] == fitted[1]
     assert None not in fitted
 
 

@@ -207,26 +207,15 @@ def test_the_command_writes_a_page_of_a_folder_and_says_so_in_json(two, tmp_path
     assert "1 run," in capsys.readouterr().out
 
 
-def test_a_plot_is_of_the_kind_that_its_suffix_says(two, tmp_path, capsys):
-    assert cli.main(["plot", str(two[1].file), "--out", str(tmp_path / "x.png")]) == 0
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["plot", str(two[0].file.parent), "--out", str(tmp_path / "x.svg")]) == 0
-    assert "<svg" in (tmp_path / "x.svg").read_text()
-    assert cli.main(["plot", str(two[0].file), "--out", str(tmp_path / "x.xyz")]) == 2
-    assert "a suffix among" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["report", "plot"])
-def test_without_matplotlib_it_says_what_to_install(command, two, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_it_says_what_to_install(two, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main([command, str(two[0].file), "--out", str(tmp_path / "x.png")]) == 2
+    assert cli.main(["report", str(two[0].file), "--out", str(tmp_path / "x.png")]) == 2
     assert "pip install 'disback-plugin[plots]'" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("command", ["report", "plot"])
-def test_no_log_is_one_line_and_exit_code_1(command, tmp_path, capsys):
-    assert cli.main([command, str(tmp_path / "nothing"), "--out", str(tmp_path / "x.png")]) == 1
+def test_no_log_is_one_line_and_exit_code_1(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "x.png")]) == 1
     told = capsys.readouterr().err
     assert told.startswith("disback: found no log of a run at")
     assert told.count("\n") == 1

@@ -12,17 +12,7 @@ import textwrap
 __all__ = ["COMMANDS", "Commands", "command", "json_option"]
 
 # In the order of `disback --help`; each is a module of this package.
-COMMANDS = (
-    "demo",
-    "run",
-    "preflight",
-    "record",
-    "report",
-    "plot",
-    "inspect",
-    "plugins",
-    "bench",
-)
+COMMANDS = ("demo", "run", "record", "inspect", "report", "plugins")
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns has no public name
 
