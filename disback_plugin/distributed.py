@@ -19,7 +19,7 @@ import torch.distributed as dist
 from disback_plugin.errors import RankError
 from disback_plugin.weights.full_state import FullState
 
-__all__ = ["agree", "on_every_rank", "on_rank_zero", "several"]
+__all__ = ["agree", "gather", "is_main_process", "on_every_rank", "on_rank_zero", "several"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,32 @@ def several() -> bool:
         False
     """
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _ALONE.get()
+
+
+def is_main_process() -> bool:
+    """Return whether this process is rank 0, or the run is not distributed.
+
+    Example:
+        >>> is_main_process()
+        True
+    """
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the value that each rank passed, in the order of the ranks. Collective.
+
+    Args:
+        value: Plain JSON: None, a bool, a number, a string, or a list or dict of those.
+
+    Raises:
+        RankError: If a rank does not call this function within the timeout of the process group.
+
+    Example:
+        >>> gather(True)
+        [True]
+    """
+    return [answer["value"] for answer in _exchange({"value": value})] if several() else [value]
 
 
 def on_rank_zero(action: Callable[[], T], state: FullState | None = None) -> T:

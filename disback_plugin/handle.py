@@ -20,7 +20,6 @@ from disback_plugin.loop.roles import check_roles
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.model_card import aligned
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.plugins.nonfinite_counter import on_main_process
 from disback_plugin.plugins.run_log import RunLog, numbers_and_pictures
 from disback_plugin.recording import PATIENCE
 from disback_plugin.schedule_cursor import Plan
@@ -198,10 +197,10 @@ class Handle:
         Raises:
             DisbackError: As `attach` says. Then no hook is left.
         """
-        if on_main_process():
+        if distributed.is_main_process():
             self._log = self._plugins.keep_log(log, path)
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
-        if self.path is not None and self.scheduler is not None and state is None and on_main_process():
+        if self.path is not None and self.scheduler is not None and state is None and distributed.is_main_process():
             stages = self._stages
             startup_warnings.of_another_rate(self.path, stages.schedule, stages.fake_score, self._fake_score_optimizers)
             self._caution = startup_warnings.of_an_earlier_walk(self._log, self.path)
@@ -274,7 +273,7 @@ class Handle:
             >>> def after_a_while(handle: Handle, loss: Any) -> None:
             ...     handle.log({"loss": loss, "distance": 3.2, "samples": Path("samples/000100.png")})
         """
-        if not on_main_process():
+        if not distributed.is_main_process():
             return
         numbers, pictures = numbers_and_pictures(values)
         recorder = self._stages.recorder

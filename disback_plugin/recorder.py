@@ -14,7 +14,6 @@ from disback_plugin.fitting import EVERY, Fit
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.probes import Probe
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.plugins.nonfinite_counter import on_main_process
 from disback_plugin.weights.network import ScoreNetwork
 
 __all__ = ["HASTE", "LEAST", "Recorder"]
@@ -169,7 +168,7 @@ class Recorder:
             self.path.note(fitted=fitted, ended=ended)
 
     def _keep(self, loss: object, iteration: int) -> None:
-        if isinstance(loss, Tensor) and loss.numel() == 1 and on_main_process():
+        if isinstance(loss, Tensor) and loss.numel() == 1 and distributed.is_main_process():
             self._losses.append((iteration, loss.detach().reshape(())))
 
     def _tell_losses(self) -> None:
@@ -188,7 +187,7 @@ class Recorder:
 
     def _tell(self) -> None:
         """Report the cosines that have just been read from the device."""
-        if not on_main_process():
+        if not distributed.is_main_process():
             return
         cosines = self.fit.cosines()
         for i in range(self._told, len(cosines)):  # the first is between updates 1 and 2
@@ -198,7 +197,7 @@ class Recorder:
 
     def _say_if_unfitted(self) -> None:
         known = self.path.manifest
-        if known.fitted is not None or not on_main_process():
+        if known.fitted is not None or not distributed.is_main_process():
             return
         if self.iteration - self._since > EVERY and not any(map(math.isfinite, self.fit.cosines())):
             logger.warning(

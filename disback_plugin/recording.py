@@ -25,7 +25,6 @@ from disback_plugin.opening import open_or_create
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.plugins.nonfinite_counter import on_main_process
 from disback_plugin.recorder import Recorder
 from disback_plugin.snapshot import copy_of, private_stream
 from disback_plugin.weights.network import Network, ScoreNetwork
@@ -109,7 +108,7 @@ def record(
 
     def begin_log(recorder: Recorder, **more: Any) -> None:
         """Begin the log, now that nothing is refused any more."""
-        kept = listening.keep_log(log, folder) if on_main_process() else None
+        kept = listening.keep_log(log, folder) if distributed.is_main_process() else None
         if kept is not None:
             at = recorder.iteration
             kept.begin("record", recording=at, resumed=at > 0, **recorder.path.about(), settings=settings | more)

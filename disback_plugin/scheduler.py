@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
-from disback_plugin import kernels
+from disback_plugin import distributed, kernels
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.model_card import aligned
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.plugins.nonfinite_counter import MaskedSamples, on_main_process
+from disback_plugin.plugins.nonfinite_counter import MaskedSamples
 from disback_plugin.schedule_cursor import Plan, length
 from disback_plugin.schedules import Schedule, Settling, Target, resolve
 from disback_plugin.summary import agenda
@@ -365,7 +365,7 @@ class TrajectoryScheduler:
             norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
             values["disback/swap_ms"] = self._teacher.swap_ms
             values["disback/delta_norm"] = length(norms, previous, position)
-        if not on_main_process():
+        if not distributed.is_main_process():
             return
         self._plugins.log(values, self.generator_updates)
         if moved and not self._plugins.listens("disback_log"):

@@ -19,7 +19,6 @@ from disback_plugin.opening import open_or_create
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Manifest, Recording
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.plugins.nonfinite_counter import on_main_process
 from disback_plugin.recorder import Recorder
 from disback_plugin.scheduler import TrajectoryScheduler, check_state
 from disback_plugin.schedules import Schedule, Settling
@@ -134,7 +133,7 @@ class Session:
             self._monitor = None
 
     def _warn(self, sign: str, warning: str, scheduler: TrajectoryScheduler, gives_up: bool) -> None:
-        if not on_main_process():
+        if not distributed.is_main_process():
             return
         ending = "; the teacher is back at itself for good" if sign == "diverged" and gives_up else ""
         logger.warning("update %d, position %g: %s%s", scheduler.generator_updates, scheduler.position, warning, ending)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from disback_plugin import distributed
 from disback_plugin.errors import PathError
 from disback_plugin.loop import optimizers
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.log_reader import read
-from disback_plugin.plugins.nonfinite_counter import on_main_process
 from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.schedules import Schedule, Settling
 from disback_plugin.weights.network import ScoreNetwork
@@ -32,7 +32,7 @@ def of_other_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork, path: Degr
         return
     known = {checksum for node in path.nodes for checksum in (node.checksum, node.recorded)}
     recorded = bool(known) and fake_score.checksum() in known
-    if not recorded and not _alike(teacher, fake_score) and on_main_process():
+    if not recorded and not _alike(teacher, fake_score) and distributed.is_main_process():
         logger.warning(
             "the fake score holds other weights than the teacher, and begins at node %d of the path. If this goes on "
             "with an earlier run, pass that run's handle.state_dict(): attach(..., state=state)",

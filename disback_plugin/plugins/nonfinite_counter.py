@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from disback_plugin import distributed
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.terms.batches import LISTENER
 
-__all__ = ["MaskedSamples", "on_main_process"]
+__all__ = ["MaskedSamples"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class MaskedSamples:
             return 0
         masked = sum(int(count.item()) for count in self._counts.values())
         self._counts.clear()
-        if not on_main_process():
+        if not distributed.is_main_process():
             return masked
         self._plugins.log({"disback/masked_samples": masked}, self.steps)
         if masked and not self._plugins.listens("disback_log"):
@@ -117,8 +117,3 @@ class MaskedSamples:
             masked = torch.cat(batches).logical_not().sum()
             self._counts[device] = self._counts[device] + masked if device in self._counts else masked
         self._finite.clear()
-
-
-def on_main_process() -> bool:
-    """Return whether this is rank 0, or no distributed run."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
