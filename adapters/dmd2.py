@@ -1,4 +1,4 @@
-"""DMD2 (arXiv 2405.14867): the trainers of `main/edm/train_edm.py` and `main/train_sd.py`, and their forks.
+"""Adapt DMD2 (arXiv 2405.14867): the trainers of `main/edm/train_edm.py` and `main/train_sd.py`, and their forks.
 
 Teacher and fake score are `real_unet` and `fake_unet` inside one guidance model (`main/edm/edm_guidance.py:27-35`,
 `main/sd_guidance.py:45-58`), which accelerate may have wrapped in DDP as a whole (`main/edm/train_edm.py:126-132`,
@@ -6,20 +6,23 @@ Teacher and fake score are `real_unet` and `fake_unet` inside one guidance model
 model is called twice a step, first for the generator's turn (`main/edm/train_edm.py:237`, `main/train_sd.py:386`): at
 its first call, before any step, the trainer is the `self` of `train_one_step`.
 
-What to know of these trainers:
+Properties of these trainers that matter here:
 
 * The generator's turn comes first, at step 0 and then every `dfake_gen_update_ratio` steps. Recording counts updates of
   the fake score, backtracking those of the generator, and the second stage begins at the end of a generator's turn.
 * Each turn sets `requires_grad` of the whole guidance model, the teacher with it (`main/sd_unified_model.py:304-310`),
-  so a teacher with `requires_grad` is no sign of anything. No optimizer holds the teacher's parameters.
-* Both learning-rate schedules go on at every step (`main/train_sd.py:383`); a recording would use up most of their 500
-  steps of warm-up, so they are put back after it (`restore=` of `attach`).
+  so `requires_grad` does not tell the teacher from the fake score. No optimizer holds the teacher's parameters.
+* Both learning-rate schedulers advance at every step (`main/train_sd.py:383`). A recording would use up most of their
+  500 steps of warm-up, so `attach` resets them after it.
 * The teacher is part of the trainer's own checkpoint (`accelerator.save_state`). Under `disback run` it is s'_0 there.
-* `--use_fp16` keeps the SD teacher in bfloat16, which may round the steps between nodes away: that is logged.
+* `--use_fp16` keeps the SD teacher in bfloat16, which may round the differences between nodes away; a warning says so.
 * With a discriminator (`gan_classifier`, `main/edm/train_edm.py:281`, `cls_on_clean_image`, `main/train_sd.py:400`)
-  its loss trains s_phi while recording too, unlike Eq. 7: that is logged. It is the trainer's own update of
-  s_phi all the same, so the nodes lead to where s_phi really is when the walk begins.
-* What it passed to `Accelerator(log_with=...)` gets the numbers of the walk, under the trainer's own step.
+  the adversarial loss trains s_phi during the recording as well, unlike Eq. 7; a warning says so. The nodes still end
+  at the s_phi with which backtracking begins.
+* The trackers that the trainer passed to `Accelerator(log_with=...)` receive DisBack's values under the trainer's step.
+
+flash-diffusion (gojasper/flash-diffusion) is the nearest trainer that cannot have DisBack. Its student takes the fake
+score's place in the DMD term (`src/flash/models/flash/flash_diffusion_model.py:446`), so s'_N would overwrite it.
 """
 
 from __future__ import annotations
@@ -56,17 +59,26 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     """Return the roles of a DMD2 `Trainer`; None for anything else.
 
     Raises:
-        RoleError: If its teacher is gone, or its fake score is the teacher's weights plus LoRA layers.
+        RoleError: If the trainer has no teacher, a fake score of LoRA layers, or is a flash-diffusion model.
     """
+    flash = hasattr(trainer, "teacher_denoiser") and hasattr(trainer, "student_denoiser")
+    if flash and not hasattr(trainer, "fake_score"):
+        raise RoleError(
+            "a flash-diffusion model, which has no fake score: its student takes the fake score's place in the DMD "
+            "term, and s'_N would overwrite the student",
+            expected="a network s_phi of its own, trained on the generator's samples",
+            cure="train with score distillation: DMD2, SiD, Diff-Instruct, FastGen's DMD2, or your own loop with a "
+            "fake score",
+        )
     guidance = getattr(getattr(trainer, "model", None), "guidance_model", None)
     if guidance is None or not all(hasattr(trainer, name) for name in OPTIMIZERS):
         return None
     inner = getattr(guidance, "module", guidance)
     if not hasattr(inner, "real_unet"):
         raise RoleError(
-            "a DMD2 trainer without model.guidance_model.real_unet, as --gan_alone leaves it",
+            "a DMD2 trainer without model.guidance_model.real_unet, as with --gan_alone",
             expected="a teacher",
-            cure="train without --gan_alone: there is no score distillation that DisBack could help",
+            cure="train without --gan_alone, which has no score distillation that DisBack could help",
         )
     if any(".lora_" in name for name, _ in inner.fake_unet.named_parameters()):
         raise RoleError(
@@ -77,8 +89,8 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         )
     if getattr(trainer, "gan_classifier", False) or getattr(trainer, "cls_on_clean_image", False):
         logger.warning(
-            "the discriminator's loss goes on training the fake score while it is recorded, which Eq. 7 does not have: "
-            "for nodes of the denoising loss alone record without it"
+            "the discriminator's loss also trains the fake score during the recording, unlike Eq. 7; switch the "
+            "discriminator off to record nodes of the denoising loss alone"
         )
     tracked = bool(getattr(getattr(trainer, "accelerator", None), "trackers", None))
     return Adapter(

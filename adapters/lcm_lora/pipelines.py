@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from disback_plugin import Prediction
+from disback_plugin import noise as noises
 from disback_plugin.errors import OptionError, RoleError
-from disback_plugin.noise import Discrete, RectifiedFlow, from_diffusers
-from disback_plugin.prediction import Prediction
-from disback_plugin.weights.tensors import unwrap
 
 __all__ = ["Denoiser", "denoiser"]
 
@@ -55,14 +55,14 @@ class Denoiser:
         >>> class Net(nn.Module):
         ...     def forward(self, x_t, timestep, return_dict):
         ...         return (x_t * timestep.view(-1, 1, 1, 1),)
-        >>> net = Denoiser("transformer", Net(), RectifiedFlow(), Prediction.FLOW, (), 1000.0, 4)
+        >>> net = Denoiser("transformer", Net(), noises.RectifiedFlow(), Prediction.FLOW, (), 1000.0, 4)
         >>> net(torch.ones(1, 4, 2, 2), torch.tensor([0.5]), {}).mean()
         tensor(500.)
     """
 
     component: str
     network: nn.Module
-    noise: Discrete | RectifiedFlow
+    noise: noises.Discrete | noises.RectifiedFlow
     prediction: Prediction
     conditions: tuple[str, ...]
     time_scale: float
@@ -80,7 +80,7 @@ class Denoiser:
 
         Example:
             >>> import torch
-            >>> net = Denoiser("transformer", nn.Identity(), RectifiedFlow(), Prediction.FLOW, (), 1000.0, 4)
+            >>> net = Denoiser("transformer", nn.Identity(), noises.RectifiedFlow(), Prediction.FLOW, (), 1000.0, 4)
             >>> net.arguments(torch.tensor([0.5]), {})["timestep"].tolist()
             [500.0]
         """
@@ -130,11 +130,11 @@ def denoiser(pipeline: object) -> Denoiser:
         (<Prediction.EPS: 'eps'>, ('encoder_hidden_states', 'text_embeds', 'time_ids'))
     """
     component, network = _component(pipeline)
-    plain = unwrap(network)
+    plain = extract_model_from_parallel(network)
     name, config = type(plain).__name__, dict(getattr(plain, "config", {}))
     scheduler: Any = pipeline.scheduler  # type: ignore[attr-defined]
-    noise, prediction = from_diffusers(scheduler), Prediction.from_diffusers(scheduler)
-    steps = float(scheduler.config["num_train_timesteps"]) if isinstance(noise, RectifiedFlow) else 1.0
+    noise, prediction = noises.from_diffusers(scheduler), Prediction.from_diffusers(scheduler)
+    steps = float(scheduler.config["num_train_timesteps"]) if isinstance(noise, noises.RectifiedFlow) else 1.0
     conditions: tuple[str, ...] = ("encoder_hidden_states",)
     if name == "UNet2DConditionModel":
         odd = [f"{key}={config[key]!r}" for key, known in UNET.items() if config.get(key) not in known]
@@ -149,7 +149,7 @@ def denoiser(pipeline: object) -> Denoiser:
         if name == "FluxTransformer2DModel":
             conditions += ("txt_ids", "img_ids", *(("guidance",) if config.get("guidance_embeds") else ()))
             steps = 1.0  # it multiplies by 1000 itself
-        if not isinstance(noise, RectifiedFlow):
+        if not isinstance(noise, noises.RectifiedFlow):
             raise RoleError(
                 f"{name} under a {type(scheduler).__name__}",
                 expected="a flow-matching scheduler, for a flow model",
