@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,6 +21,7 @@ from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.model_card import aligned
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.nonfinite_counter import MaskedSamples
+from disback_plugin.progress import Phase, Progress
 from disback_plugin.schedule_cursor import Plan, length
 from disback_plugin.schedules import Schedule, Settling, Target, resolve
 from disback_plugin.summary import agenda
@@ -50,6 +52,7 @@ class TrajectoryScheduler:
         together: Whether all ranks of the process group walk: then they agree at each move, or all of them stop. None:
             where the teacher is sharded; `attach` does so always.
         plugins: Who hears of the walk, and may overrule it: a `hooks.Plugins`, or names and objects for one.
+        progress: The phase and the counters of the run, which `attach` shares with the recorder; None for new ones.
 
     Attributes:
         behind: Whether s_phi is behind the student, for a schedule that then waits (`Adaptive`); `attach` sets it.
@@ -92,6 +95,7 @@ class TrajectoryScheduler:
         prefetch: bool | None = None,
         together: bool | None = None,
         plugins: PluginManager | Sequence[object] = (),
+        progress: Progress | None = None,
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
@@ -100,8 +104,7 @@ class TrajectoryScheduler:
         network = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
         self._plugins = PluginManager.of(plugins)
-        self.generator_updates = 0
-        self.started = False
+        self.progress = Progress() if progress is None else progress
         self.behind = False
         self._told, self._told_gradient = 0.0, 1.0  # what the plug-ins know of
         self._away = False
@@ -123,6 +126,16 @@ class TrajectoryScheduler:
     def position(self) -> float:
         """Where the teacher stands, in [0, N]; 0.0 is the teacher itself."""
         return self._teacher.position
+
+    @property
+    def generator_updates(self) -> int:
+        """Finished generator updates."""
+        return self.progress.generator_updates
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` was called, or a state of a started scheduler loaded."""
+        return self.progress.phase is not Phase.RECORDING
 
     @property
     def gradient_factor(self) -> float:
@@ -179,7 +192,7 @@ class TrajectoryScheduler:
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
                 fake_score, source = self._fake_score, self.path.source
                 self._teacher.all(lambda: fake_score.write(source(self.last_node)), "read the last node")
-        self.started = True
+        self._commit()
         self._tell()
 
     def step(self, signal: Any = None) -> None:
@@ -195,15 +208,15 @@ class TrajectoryScheduler:
         self._require_start()
         self._teacher.check_untouched(self.generator_updates)
         plan = self._plan
-        before = plan.updates, plan.node_since, plan.target
-        self.generator_updates += 1
+        before, target = replace(self.progress), plan.target
+        self.progress.generator_updates += 1
         try:
             if not (plan.finished or (self._waits and self.generator_updates % BRAKED)):
                 self._walk(signal)
         except BaseException:
             if self._teacher.failed:  # the teacher could not be moved: as if the update had not ended
-                self.generator_updates -= 1
-                plan.updates, plan.node_since, plan.target = before
+                self.progress.commit(before)
+                plan.updates, plan.node_since, plan.target = before.schedule_step, before.node_since, target
             raise
         finally:
             self._masked.step()
@@ -212,7 +225,7 @@ class TrajectoryScheduler:
         """Return `loss` with the same signature; when it runs, the right node is in the teacher, or it raises.
 
         Samples that the losses of `disback_plugin.losses` mask inside it are reported every 50 updates, and by
-        `restore` (`masking.MaskedSamples`).
+        `restore_teacher` (`masking.MaskedSamples`).
 
         Args:
             loss: Any callable that evaluates the teacher, or is given its output.
@@ -246,7 +259,7 @@ class TrajectoryScheduler:
             self._place(together=False)  # one rank may have looked at the teacher on its own
             self._tell()
 
-    def let_go(self) -> None:
+    def end_backtracking(self) -> None:
         """End the walk here: the teacher is s'_0 and the gradient whole, as if it had come to its end.
 
         Raises:
@@ -254,13 +267,16 @@ class TrajectoryScheduler:
         """
         self._require_start()
         self._plan.go_to(self._plan.horizon, now=self.generator_updates)
+        self._commit()
         self._place()
         self._tell()
 
-    def restore(self) -> None:
+    def restore_teacher(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever it holds now, and leave it there for good."""
         self._teacher.put_back()
         self._plan.stop()
+        if self.started:
+            self.progress.phase = Phase.DONE
         self._tell()
         self._masked.report()
 
@@ -290,9 +306,17 @@ class TrajectoryScheduler:
         for key in ("generator_updates", "plan_updates", "node_since"):
             if state[key] < 0 or (key == "node_since" and state[key] > state["generator_updates"]):
                 raise StateError(f"{key} of {state[key]} updates", expected="a count", cure="pass an unedited state")
-        self.generator_updates, self.started = state["generator_updates"], state["started"]
-        self._plan.go_to(state["plan_updates"], now=self.generator_updates)
-        self._plan.node_since = state["node_since"]
+        names = {"generator_updates": "generator_updates", "schedule_step": "plan_updates", "node_since": "node_since"}
+        phase = Phase.BACKTRACKING if state["started"] else Phase.RECORDING
+        self.resume(replace(self.progress, phase=phase, **{name: state[key] for name, key in names.items()}))
+
+    def resume(self, progress: Progress) -> None:
+        """Continue at `progress`: take over its counters and write the teacher from the path, whatever it holds."""
+        self.progress.commit(progress)
+        self._plan.go_to(progress.schedule_step, now=progress.generator_updates)
+        self._plan.node_since = progress.node_since
+        if self.started:
+            self._commit()
         self._masked.steps = self.generator_updates
         if self.path is not None and self.last_node:
             if self.started:
@@ -302,6 +326,11 @@ class TrajectoryScheduler:
         self._tell()
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """Bring the shared progress to where the plan is."""
+        self.progress.schedule_step, self.progress.node_since = self._plan.updates, self._plan.node_since
+        self.progress.phase = Phase.DONE if self._plan.finished else Phase.BACKTRACKING
 
     @property
     def _waits(self) -> bool:
@@ -343,6 +372,7 @@ class TrajectoryScheduler:
             following = self._plan.following(self._overruled(signal))
         finally:
             self._plan.go_to(following, now=self.generator_updates)
+            self._commit()
             self._place()
             self._tell()
 

@@ -129,7 +129,7 @@ class Session:
             if getattr(monitor, sign) and not known[sign]:
                 self._warn(sign, warning, scheduler, gives_up)
         if gives_up:
-            scheduler.let_go()
+            scheduler.end_backtracking()
             self._monitor = None
 
     def _warn(self, sign: str, warning: str, scheduler: TrajectoryScheduler, gives_up: bool) -> None:
@@ -146,7 +146,7 @@ class Session:
         if self.recorder is not None:
             self.recorder.close()
         if self.scheduler is not None:
-            self.scheduler.restore()
+            self.scheduler.restore_teacher()
         elif self.path is not None:  # in train mode it may have changed its running statistics
             self.teacher.write(self.path.original())
 
@@ -200,7 +200,7 @@ class Session:
                 self._continue(folder, state)
         except PluginError:  # it heard of the start, and raised
             if self.scheduler is not None:
-                self.scheduler.restore()
+                self.scheduler.restore_teacher()
             raise
 
     def _begin_without_path(self, folder: str | os.PathLike[str] | None) -> None:
@@ -351,7 +351,7 @@ class Session:
     def _resume_recording(self, iteration: int, fit: str) -> None:
         assert self.path is not None
         if self.scheduler is not None:
-            self.scheduler.restore()
+            self.scheduler.restore_teacher()
             self.scheduler = None
         if self.recorder is not None:
             self.recorder.close()

@@ -138,7 +138,7 @@ def test_the_two_stages_by_hand_tell_the_same(tmp_path):
     scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score, schedule=Fixed(1), plugins=[plugin])
     scheduler.start()
     scheduler.step()
-    scheduler.restore()
+    scheduler.restore_teacher()
     assert [event[1:] for event in plugin.heard if event[0] == "swapped"] == [(0.0, 1.0, 0), (1.0, 0.0, 1)]
 
 

@@ -56,8 +56,8 @@ def test_a_wrapped_loss_reports_its_masked_samples_every_50_updates_and_at_the_e
     for update in range(120):
         loss(broken=update % 3)
         made.step()
-    made.restore()
-    made.restore()
+    made.restore_teacher()
+    made.restore_teacher()
     masked = [sum(u % 3 for u in range(*part)) for part in ((0, 50), (50, 100), (100, 120))]
     assert listener.heard == [
         (step, {"disback/masked_samples": count}) for step, count in zip((50, 100, 120), masked, strict=True)

@@ -184,7 +184,7 @@ def test_adaptive_waits_while_s_phi_is_behind(tmp_path):
         for _ in range(20):
             scheduler.step()
         assert scheduler.position == Auto(200)(expected, 1).position
-        scheduler.restore()
+        scheduler.restore_teacher()
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "auto"])

@@ -57,7 +57,7 @@ def test_a_walk_is_the_same_bit_for_bit_with_and_without(folder, schedule):
                     assert difference(dict(run.teacher.state_dict()), dict(Run().teacher.state_dict())) == []
             scheduler.step()
         walks.append(seen)
-        scheduler.restore()
+        scheduler.restore_teacher()
     assert difference(*walks) == []
     assert not threads()
 
@@ -173,5 +173,5 @@ def test_its_memory_is_given_back_at_the_end(folder):
     scheduler.start()
     scheduler.step()
     assert scheduler._teacher._ahead._memory
-    scheduler.restore()
+    scheduler.restore_teacher()
     assert not scheduler._teacher._ahead._memory

@@ -224,7 +224,7 @@ def test_without_a_path_nothing_is_ever_written():
     scheduler.step()
     with scheduler.original_teacher():
         pass
-    scheduler.restore()
+    scheduler.restore_teacher()
     assert (scheduler.position, scheduler.gradient_factor, scheduler.done) == (0.0, 1.0, True)
     assert run.teacher.left.weight._version == version
 

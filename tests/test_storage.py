@@ -365,7 +365,7 @@ def test_a_teacher_file_cut_short_under_a_running_walk_is_an_error_and_no_crash(
     scheduler.start()
     os.truncate(folder / "teacher.safetensors", 8)
     with pytest.raises(PathError, match="cut to 8 bytes"):
-        scheduler.restore()
+        scheduler.restore_teacher()
 
 
 def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path):

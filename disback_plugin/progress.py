@@ -1,0 +1,138 @@
+"""Where a run stands: its phase and every counter, in one value that the session owns and a checkpoint saves.
+
+The recorder and the scheduler are given this object, read it and change it; nothing else counts. A
+`TrajectoryScheduler` that is used without `attach` makes one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from disback_plugin.errors import StateError
+
+__all__ = ["VERSION", "Phase", "Progress", "upgrade_state", "validate_state"]
+
+# Version of a state; `upgrade_state` translates the earlier ones.
+VERSION = 2
+# Version 1 had other names for two counters.
+RENAMED = {"recording_iteration": "recorded", "plan_updates": "schedule_step"}
+
+
+class Phase(str, Enum):
+    """The phase of a run. DONE means that the teacher is s'_0 for good and the generator's gradient is unchanged.
+
+    Example:
+        >>> Phase("done") is Phase.DONE, Phase.DONE == "done"
+        (True, True)
+    """
+
+    RECORDING = "recording"
+    BACKTRACKING = "backtracking"
+    DONE = "done"
+
+
+@dataclass
+class Progress:
+    """The phase and the counters of one run.
+
+    Attributes:
+        phase: The phase; RECORDING until `TrajectoryScheduler.start`.
+        recorded: Recording iterations, in updates of s'.
+        generator_updates: Finished generator updates since backtracking began.
+        fake_score_updates: Finished updates of s_phi, recording included.
+        schedule_step: Update of the schedule that holds now, >= 0. It differs from `generator_updates` where a plug-in
+            has kept or ended a node.
+        node_since: `generator_updates` at which the teacher came to its present position.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> progress = Progress(Phase.BACKTRACKING, generator_updates=3, schedule_step=3)
+        >>> following = replace(progress, generator_updates=4, schedule_step=4)
+        >>> progress.commit(following)  # after the teacher has moved
+        >>> progress.to_state()["generator_updates"], Progress.from_state(progress.to_state()) == progress
+        (4, True)
+    """
+
+    phase: Phase = Phase.RECORDING
+    recorded: int = 0
+    generator_updates: int = 0
+    fake_score_updates: int = 0
+    schedule_step: int = 0
+    node_since: int = 0
+
+    def commit(self, other: Progress) -> None:
+        """Take over every field of another `Progress`, in place: the recorder and the scheduler share this object."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(other, field.name))
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the fields as plain scalars."""
+        return asdict(self) | {"phase": self.phase.value}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Return the progress that a validated state holds.
+
+        Raises:
+            StateError: If its phase is unknown, or a counter is negative or contradicts another one.
+        """
+        values = {field.name: state[field.name] for field in fields(cls)}
+        if values["phase"] not in [phase.value for phase in Phase]:
+            raise StateError(f"phase {values['phase']!r}", expected="a phase", cure="pass an unedited state")
+        progress = cls(**values | {"phase": Phase(values["phase"])})
+        for name, count in values.items():
+            if name != "phase" and (count < 0 or (name == "node_since" and count > progress.generator_updates)):
+                raise StateError(f"{name} of {count} updates", expected="a count", cure="pass an unedited state")
+        return progress
+
+
+def upgrade_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state of any released version under the keys of the present one.
+
+    Raises:
+        StateError: If it is of a later version.
+
+    Example:
+        >>> upgrade_state({"version": 1, "plan_updates": 7})
+        {'version': 2, 'schedule_step': 7}
+    """
+    version = state.get("version", 1)
+    if type(version) is int and version > VERSION:
+        raise StateError(f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin")
+    if version != 1:
+        return dict(state)
+    return {RENAMED.get(key, key): value for key, value in state.items()} | {"version": VERSION}
+
+
+def validate_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: tuple[str, ...] = ()) -> None:
+    """Raise unless a state has every key of `like` with a value of the same type. Further keys are ignored.
+
+    Args:
+        state: The state, as `upgrade_state` returns it.
+        like: The state of the object that is to continue from it.
+        fixed: Keys whose values must be those of `like`.
+
+    Raises:
+        StateError: If a key is missing, or a value differs in type, or is fixed and differs.
+    """
+    missing = sorted(like.keys() - state.keys())
+    if missing:
+        raise StateError(
+            f"a state without {', '.join(missing)}, with keys {sorted(state)}",
+            expected=f"keys {sorted(like)}",
+            cure="pass what state_dict() of the same kind of object returned",
+        )
+    for key, value in like.items():
+        if type(state[key]) is not type(value):
+            raise StateError(
+                f"{key}={state[key]!r}", expected=f"a {type(value).__name__}", cure="pass an unedited state"
+            )
+        if key in fixed and state[key] != value:
+            raise StateError(
+                f"a state of another {key} ({str(state[key])[:100]!r})",
+                expected=f"{str(value)[:100]!r}",
+                cure=f"attach with the {key} that the state was saved under",
+            )
