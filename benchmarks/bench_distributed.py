@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_step import Loop
 from bench_swap import Peak, network
 from ranks import Nursery, returned
+from small_unet_loop import Loop
 from test_sharding import Counted
 
 import disback_plugin as disback
@@ -152,7 +152,7 @@ def bench_a_plug_in_without_a_path_costs_less_than_a_hundredth_of_a_step(benchma
 
     def interleaved():
         start = time.perf_counter()
-        loop.round()
+        loop.step()
         steps.append(time.perf_counter() - start)
         for name in both:
             roles = {"teacher": loop.teacher, "fake_score": loop.fake}

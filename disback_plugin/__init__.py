@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from disback_plugin import kernels, losses, metrics, noise, plugins, rounds, schedules
+    from disback_plugin import kernels, losses, metrics, noise, plugins, schedules
     from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
     from disback_plugin.handle import Handle
@@ -51,7 +51,6 @@ __all__ = [
     "noise",
     "plugins",
     "record",
-    "rounds",
     "schedules",
 ]
 

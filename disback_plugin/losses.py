@@ -64,8 +64,6 @@ def diff_instruct(
     real: Tensor,
     fake: Tensor,
     *,
-    x_t: Tensor | None = None,
-    eps: Tensor | None = None,
     alpha: Number,
     sigma: Number,
     prediction: Prediction,
@@ -81,8 +79,6 @@ def diff_instruct(
         real: The teacher's output on x_t = alpha x + sigma eps, shape (B, ...); no gradient flows into it. With
             `guidance`, its output on the doubled batch, shape (2 B, ...), the unconditional half first.
         fake: The fake score's output on the same x_t, shape (B, ...); no gradient flows into it.
-        x_t: Not needed; accepted so that every generator loss is called alike.
-        eps: Not needed; accepted so that every generator loss is called alike.
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
         prediction: The kind of `real` and `fake`.
@@ -118,8 +114,6 @@ def vsd(
     real: Tensor,
     fake: Tensor,
     *,
-    x_t: Tensor | None = None,
-    eps: Tensor | None = None,
     alpha: Number,
     sigma: Number,
     prediction: Prediction,
@@ -136,8 +130,6 @@ def vsd(
         x: Generated sample that carries the graph, shape (B, ...).
         real: Output of the teacher, shape of x.
         fake: Output of s_phi, shape of x.
-        x_t: Not needed, as in `diff_instruct`.
-        eps: Not needed, as in `diff_instruct`.
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
         prediction: What both networks predict.
@@ -164,7 +156,6 @@ def dmd(
     real: Tensor,
     fake: Tensor,
     *,
-    x_t: Tensor | None = None,
     eps: Tensor,
     alpha: Number,
     sigma: Number,
@@ -185,7 +176,6 @@ def dmd(
         x: As in `diff_instruct`; so are the arguments not named here.
         real: As in `diff_instruct`.
         fake: As in `diff_instruct`.
-        x_t: Not needed; accepted so that every generator loss is called alike.
         eps: The noise in x_t, shape (B, ...).
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
@@ -209,6 +199,7 @@ def dmd(
         >>> x.grad.tolist()
         [[-0.5, 0.5]]
     """
+    alpha, sigma = numbers(x, alpha, sigma)
     # Of c in D_phi - D_theta = c (f - r) only the sign is left by the normaliser: more eps, v or flow is less x_0.
     sign = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0
     gradient, values, finite = run(
@@ -229,7 +220,6 @@ def sid(
     real: Tensor,
     fake: Tensor,
     *,
-    x_t: Tensor | None = None,
     eps: Tensor,
     alpha: Number,
     sigma: Number,
@@ -248,7 +238,6 @@ def sid(
             from x, over x_t and over the bracket, cancel, and only their remainder is computed.
         real: The teacher's output on x_t, shape (B, ...), with its graph.
         fake: The fake score's output on x_t, shape (B, ...), with its graph.
-        x_t: Not needed; accepted so that every generator loss is called alike.
         eps: The noise in x_t, shape (B, ...).
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.

@@ -8,6 +8,14 @@ from hypothesis import strategies as st
 from disback_plugin.noise import add_noise
 from disback_plugin.prediction import Prediction, convert
 
+# The generator losses that read the noise: their normaliser compares the teacher with the target.
+READ_EPS = ("dmd", "sid")
+
+
+def noise_of(name, eps):
+    """The argument `eps` for the losses that read it."""
+    return {"eps": eps} if name in READ_EPS else {}
+
 
 def predictions(kind, x, eps, real, fake, alpha, sigma):
     """The two x_0-predictions in float64, computed from the very outputs that the loss sees."""

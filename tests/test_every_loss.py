@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from references import relative_error
+from references import noise_of, relative_error
 
 from disback_plugin import losses
 from disback_plugin.errors import DisbackError, MismatchError
@@ -20,7 +20,7 @@ def test_every_shape_of_batch_is_taken(name, shape):
     if name == "denoising":
         value = denoising(x, a.detach(), eps.detach(), **options)
     else:
-        value = getattr(losses, name)(x, a, b, eps=eps.detach(), **options)
+        value = getattr(losses, name)(x, a, b, **noise_of(name, eps.detach()), **options)
     value.backward()
     assert value.shape == ()
     assert value.isfinite()
@@ -52,7 +52,7 @@ def test_a_broken_sample_is_left_out_and_counted(name, broken):
     for value in (0.5, broken):
         real[1, 2] = value
         parts = [t.clone().requires_grad_() for t in (x, real, fake)]
-        out = loss(*parts, eps=eps, **options, skipped=skipped)
+        out = loss(*parts, **noise_of(name, eps), **options, skipped=skipped)
         out.backward()
         assert out.isfinite()
         gradients.append(parts[0].grad)
@@ -65,7 +65,7 @@ def test_a_broken_sample_is_left_out_and_counted(name, broken):
 def test_guidance_on_one_batch_equals_guidance_by_hand(name):
     loss = getattr(losses, name)
     u, c, fake, eps = (torch.randn(3, 4, dtype=torch.float64) for _ in range(4))
-    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.EPS}
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.EPS} | noise_of(name, eps)
     gradients = []
     for real, guidance in ((torch.cat([u, c]), 7.5), (u + 7.5 * (c - u), None)):
         x = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
@@ -100,7 +100,7 @@ def test_a_coefficient_that_is_the_same_number_everywhere_is_the_tensor_of_it(na
     found = []
     for one in (1.0, torch.ones(3, 1, dtype=torch.float64)):
         leaf = x.clone().requires_grad_()
-        options = {"eps": eps, "alpha": one, "sigma": one, "weight": one, "prediction": Prediction.V}
+        options = {"alpha": one, "sigma": one, "weight": one, "prediction": Prediction.V} | noise_of(name, eps)
         value = getattr(losses, name)(leaf, real, fake, **options)
         value.backward()
         found.append((value.detach(), leaf.grad))
@@ -130,7 +130,7 @@ def test_a_factor_that_would_be_broadcast_along_the_wrong_axis_is_refused(name):
     x, alpha = torch.randn(4, 1, 4, 4), torch.linspace(0.5, 0.9, 4)
     options = {"alpha": alpha, "sigma": 0.5, "weight": alpha, "prediction": Prediction.V}
     with pytest.raises(MismatchError, match=r"noise\.expand"):
-        getattr(losses, name)(x, x, x, eps=x, **options) if name != "denoising" else denoising(x, x, x, **options)
+        getattr(losses, name)(x, x, x, **noise_of(name, x), **options)
 
 
 @pytest.mark.parametrize("name", ["dmd", "sid"])

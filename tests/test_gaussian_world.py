@@ -65,13 +65,11 @@ class World:
 
     def step(self):
         self.fake_step()
-        x, x_t, eps, sigma = self.noisy()
+        x, x_t, _, sigma = self.noisy()
         loss = disback.losses.diff_instruct(
             x,
             self.teacher(x_t, sigma),
             self.fake_score(x_t, sigma),
-            x_t=x_t,
-            eps=eps,
             alpha=1.0,
             sigma=sigma,
             prediction=Prediction.EPS,

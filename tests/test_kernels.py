@@ -39,7 +39,7 @@ def run(loss, name, kind, batch, shape=(3, 8, 8), dtype=torch.float32, seed=0, *
     if name == "denoising":
         value = loss(real, x, eps.detach(), **options)
     else:
-        value = loss(x, real, fake, eps=eps.detach(), **options)
+        value = loss(x, real, fake, **references.noise_of(name, eps.detach()), **options)
     value.backward()
     return [value.detach(), *(t.grad for t in (x, real, fake) if t.grad is not None)]
 
@@ -206,7 +206,7 @@ def test_a_learned_weight_gets_its_gradient_from_the_fused_form_too():
 def test_guidance_on_one_batch_is_the_same_in_the_fused_form(name):
     x, fake, eps = (torch.randn(3, 4, 5, 5) for _ in range(3))
     real = torch.randn(6, 4, 5, 5)
-    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.V}
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.V} | references.noise_of(name, eps)
     loss, gradients = getattr(losses, name), []
     for form, guidance in ((loss, 7.5), (kernels.fuse(loss, compile=True), 7.5), (kernels.fuse(loss, compile=True), 2)):
         leaf = x.clone().requires_grad_()
@@ -220,7 +220,8 @@ def test_guidance_on_one_batch_is_the_same_in_the_fused_form(name):
 def test_the_zero_mode_is_nan_to_num_in_the_fused_form_too(name):
     x, eps, fake, real = (torch.randn(4, 3, 8, 8) for _ in range(4))
     fake[0, 0, 1, 1], fake[1, 1, 2, 2], fake[2, 0, 0, 0] = torch.nan, torch.inf, -torch.inf
-    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.X0, "nonfinite": "zero"}
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.X0, "nonfinite": "zero"}
+    options |= references.noise_of(name, eps)
     found = []
     for loss in (kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name)):
         leaf = x.clone().requires_grad_()
@@ -258,7 +259,8 @@ def test_broken_samples_are_masked_and_counted_in_the_fused_form_too(name):
     found = []
     for loss in (kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name)):
         skipped, leaf = torch.zeros((), dtype=torch.int64), x.clone().requires_grad_()
-        loss(leaf, real, fake, eps=eps, alpha=0.6, sigma=0.8, prediction=Prediction.X0, skipped=skipped).backward()
+        options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.X0, "skipped": skipped}
+        loss(leaf, real, fake, **references.noise_of(name, eps), **options).backward()
         assert skipped.item() == 1
         assert not leaf.grad[2].any()
         found.append(leaf.grad)

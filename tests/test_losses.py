@@ -25,12 +25,12 @@ def _gradient(x, real, fake, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @given(batch=batches(), weight=st.floats(0.1, 10))
 def test_the_gradient_of_diff_instruct_is_the_score_difference_of_equation_8(kind, batch, weight):
-    x, x_t, eps, alpha, sigma, real, fake = batch
+    x, x_t, _, alpha, sigma, real, fake = batch
     scales = {"x_t": x_t, "alpha": alpha, "sigma": sigma}
     s_theta = convert(real, kind, Prediction.SCORE, **scales)
     s_phi = convert(fake, kind, Prediction.SCORE, **scales)
     expected = weight * alpha * (s_phi - s_theta) / len(x)
-    found = _gradient(x, real, fake, x_t=x_t, eps=eps, alpha=alpha, sigma=sigma, prediction=kind, weight=weight)
+    found = _gradient(x, real, fake, alpha=alpha, sigma=sigma, prediction=kind, weight=weight)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -54,7 +54,7 @@ def test_every_difference_is_zero_where_networks_agree_odd_linear_and_points_fro
     loss, stream = FORMS[form](getattr(losses, name)), torch.Generator().manual_seed(seed)
     # Every other column of a larger batch: nothing is contiguous.
     x, eps, real, fake = (torch.randn(batch, 3, 8, generator=stream)[..., ::2] for _ in range(4))
-    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": kind}
+    options = {"alpha": 0.6, "sigma": 0.8, "prediction": kind} | references.noise_of(name, eps)
 
     def gradient(real, fake):
         leaf = x.clone().requires_grad_()

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from references import noise_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Run
 
@@ -39,7 +40,8 @@ def some_loss(broken=0, loss=losses.diff_instruct, device="cpu"):
     x = torch.zeros(4, 3, device=device, requires_grad=True)
     real = torch.ones(4, 3)
     real[:broken] = torch.nan
-    return loss(x, real.to(device), x.detach(), eps=x.detach(), alpha=0.6, sigma=0.8, prediction=Prediction.EPS)
+    eps = noise_of(loss.__name__, x.detach())
+    return loss(x, real.to(device), x.detach(), alpha=0.6, sigma=0.8, prediction=Prediction.EPS, **eps)
 
 
 def scheduler():
@@ -118,7 +120,7 @@ def test_no_loss_reads_a_value_forward_backward_or_counting(loss):
         x, real, fake = (torch.zeros(4, 3, 8, 8, device="meta", requires_grad=True) for _ in range(3))
         sigma = torch.zeros(4, 1, 1, 1, device="meta")
         options = {"alpha": sigma, "sigma": sigma, "weight": 2.0, "prediction": Prediction.V, "skipped": skipped}
-        watched(x, real, fake, eps=x.detach(), **options).backward()
+        watched(x, real, fake, **noise_of(loss.__name__, x.detach()), **options).backward()
         assert x.grad.shape == x.shape
     with pytest.raises(RuntimeError, match="meta"):
         masked.report()

@@ -65,7 +65,7 @@ class Updates:
         conditions = self._conditions()
         x = self._generate(conditions)
         t = self._times(*COMPARED)
-        x_t, eps, alpha, sigma = self._noised(x.detach(), t)
+        x_t, _, alpha, sigma = self._noised(x.detach(), t)
         with torch.no_grad(), self.accelerator.autocast():
             fake = self.cast.fake_score(x_t, t, conditions)
             real = self._real(x_t, t, conditions)
@@ -73,7 +73,6 @@ class Updates:
             x,
             real,
             fake,
-            eps=eps,
             alpha=alpha,
             sigma=sigma,
             prediction=self.denoiser.prediction,

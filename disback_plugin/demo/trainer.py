@@ -8,9 +8,10 @@ This is Diff-Instruct's generator; the others are `losses.dmd` and `losses.sid`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,13 +111,14 @@ class Trainer:
         with torch.set_grad_enabled(through):
             real, fake = self.teacher(x_t, sigma[..., 0]), self.fake_score(x_t, sigma[..., 0])
         # The members are one batch of E * B samples to the loss.
-        flat = [tensor.flatten(0, 1) for tensor in (x, real, fake, x_t, eps, sigma)]
-        x, real, fake, x_t, eps, sigma = flat
-        loss_fn, options = _LOSSES[self.settings.loss]
-        weight = sigma**2 if self.settings.loss == "diff-instruct" else 1.0
-        loss = loss_fn(
-            x, real, fake, x_t=x_t, eps=eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight, **options
-        )
+        x, real, fake, eps, sigma = (tensor.flatten(0, 1) for tensor in (x, real, fake, eps, sigma))
+        arguments: dict[str, Any] = {"alpha": 1.0, "sigma": sigma, "prediction": Prediction.X0}
+        if self.settings.loss == "diff-instruct":
+            loss = kernels.diff_instruct(x, real, fake, weight=sigma**2, **arguments)
+        elif self.settings.loss == "dmd":
+            loss = kernels.dmd(x, real, fake, eps=eps, **arguments)
+        else:
+            loss = kernels.sid(x, real, fake, eps=eps, alpha_sid=1.2, **arguments)  # a = 1.2, as its authors use
         return self._update(self.generator_optimizer, loss)
 
     def sample(self) -> Tensor:
@@ -137,14 +139,6 @@ class Trainer:
 
     def _adam(self, network: Denoiser) -> torch.optim.Optimizer:
         return torch.optim.Adam(network.parameters(), lr=self.settings.rate, betas=(0.0, 0.999))
-
-
-# SiD at the a = 1.2 of its authors.
-_LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
-    "diff-instruct": (kernels.diff_instruct, {}),
-    "dmd": (kernels.dmd, {}),
-    "sid": (kernels.sid, {"alpha_sid": 1.2}),
-}
 
 
 def first_student(settings: Settings, seeds: Sequence[int]) -> Denoiser:

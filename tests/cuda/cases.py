@@ -35,10 +35,12 @@ def formula(
     if nan_in_sample is not None:
         fake[nan_in_sample].view(-1)[0] = torch.nan
     sigma = torch.rand(batch, 1, 1, 1, generator=stream) * 0.8 + 0.1
-    options |= {"eps": eps, "alpha": (1 - sigma**2).sqrt(), "sigma": sigma, "prediction": Prediction[prediction]}
+    options |= {"alpha": (1 - sigma**2).sqrt(), "sigma": sigma, "prediction": Prediction[prediction]}
     if guided:
         options["guidance"] = 7.5
-    arguments = (real, x, options.pop("eps")) if loss == "denoising" else (x, real, fake)
+    arguments = (real, x, eps) if loss == "denoising" else (x, real, fake)
+    if loss in ("dmd", "sid"):
+        options["eps"] = eps
     token = formulas.RUN.set(record)
     try:
         getattr(losses, loss)(*arguments, **options)
