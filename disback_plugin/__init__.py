@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
     from disback_plugin.handle import Handle
-    from disback_plugin.launch.watch import Watch
+    from disback_plugin.launch.import_hooks import Watch
     from disback_plugin.path.degradation_path import DegradationPath
     from disback_plugin.plugins.manager import Adapter, hookimpl
     from disback_plugin.plugins.nonfinite_counter import MaskedSamples
@@ -66,7 +66,7 @@ _HOME = {
     "ScoreNetwork": "weights.network",
     "Trackers": "plugins.trackers",
     "TrajectoryScheduler": "scheduler",
-    "Watch": "launch.watch",
+    "Watch": "launch.import_hooks",
     "attach": "attachment",
     "hookimpl": "plugins.hookspecs",
     "record": "recording",

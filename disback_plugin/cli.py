@@ -1,16 +1,30 @@
-"""The command line `disback`: its parser; `commands` has the commands. Nothing heavy is imported before one runs."""
+"""The command line `disback`: its parser and exit codes. Each module of `commands` adds one command.
+
+A command imports heavy libraries inside its run function, so that `disback --help` imports none.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 
 import disback_plugin
-from disback_plugin.commands import COMMANDS
-from disback_plugin.launch import command_line
+from disback_plugin.errors import DisbackError, OptionError, RoleError
 
-__all__ = ["main", "parser"]
+__all__ = ["COMMANDS", "Commands", "command", "json_option", "main", "parser"]
+
+# In the order of `disback --help`.
+COMMANDS = ("demo", "run", "record", "inspect", "report", "plugins")
+
+DEBUG = "show the traceback of an error"
+PLUGIN = "use an installed plug-in, and fail if it is broken; no:NAME blocks it"
+
+Commands = argparse._SubParsersAction  # the type that `add_subparsers` returns has no public name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,29 +33,91 @@ def parser() -> argparse.ArgumentParser:
         prog="disback",
         description="DisBack (Distribution Backtracking Distillation, arXiv 2408.15991) for existing trainers.",
         epilog="Exit codes: 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted. "
-        "`disback COMMAND --help` explains each with an example; `disback demo` is a good first one.",
+        "`disback COMMAND --help` explains each command with an example; begin with `disback demo`.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"disback-plugin {disback_plugin.__version__}")
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    top.add_argument(
-        "-p",
-        dest="plugins",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="use an installed plug-in, which has to work; no:NAME blocks it",
-    )
+    top.add_argument("--debug", action="store_true", help=DEBUG)
+    top.add_argument("-p", dest="plugins", action="append", default=[], metavar="NAME", help=PLUGIN)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name in COMMANDS:
         import_module(f"disback_plugin.commands.{name}").add(commands)
     return top
 
 
+def command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    *,
+    help: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """Add a command with the options that all commands have, and return its parser.
+
+    Args:
+        commands: The return value of `add_subparsers` of the top parser.
+        name: Name of the command.
+        help: One line for the list of commands.
+        description: What the command does and leaves behind, and its exit codes where they need a word.
+        examples: Whole command lines, or code, shown as they are.
+
+    Example:
+        >>> top = argparse.ArgumentParser(prog="disback").add_subparsers()
+        >>> greet = command(top, "greet", help="say it", description="Greets.", examples="disback greet")
+        >>> print(greet.format_help().splitlines()[-1])
+          disback greet
+    """
+    width = max(min(shutil.get_terminal_size().columns - 2, 100), 20)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        allow_abbrev=False,
+        help=help,
+        description=textwrap.fill(description, width),
+        epilog="example:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # The values of a command's own options replace those given before its name: hence no default, and another list.
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG)
+    parser.add_argument("-p", dest="more_plugins", action="append", default=[], metavar="NAME", help=PLUGIN)
+    return parser
+
+
+def json_option(parser: argparse.ArgumentParser, instead: str = "a table") -> None:
+    """Add --json to a parser."""
+    parser.add_argument("--json", action="store_true", help=f"print one JSON object instead of {instead}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 fine, 1 the path or the run is broken, 2 wrong use, 130 interrupted."""
+    """Run a command and return its exit code: its own, or 0 fine, 1 the path or the run is broken, 2 wrong use, 130
+    interrupted. An error is one line on stderr.
+
+    A command may set defaults in its parser: `interrupted`, a format of the other options that says after Ctrl-C how to
+    go on, and `runs_user_code`, whose own errors keep their traceback.
+    """
     options = parser().parse_args(arguments)
-    return command_line.exit_code(options.run, options)
+    options.plugins += options.more_plugins
+    try:
+        code = options.run(options)
+        sys.stdout.flush()  # a reader that has left, as `head` does, is noticed here
+    except DisbackError as error:
+        if options.debug:
+            raise
+        print(f"disback: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (OptionError, RoleError)) else 1
+    except OSError as error:
+        if options.debug or getattr(options, "runs_user_code", False):
+            raise
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the output that is still buffered
+            return 141  # the exit code that a shell gives a process that SIGPIPE ended
+        print(f"disback: {error}; --debug shows where", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        advice = getattr(options, "interrupted", "").format(**vars(options))
+        print(f"disback: interrupted{advice and '; '}{advice}", file=sys.stderr)
+        return 130
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from disback_plugin.commands import Commands, command, json_option
+from disback_plugin.cli import Commands, command, json_option
 
 if TYPE_CHECKING:
     from disback_plugin.path.degradation_path import DegradationPath

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from disback_plugin.commands import Commands, command, json_option
+from disback_plugin.cli import Commands, command, json_option
 
 __all__ = ["add"]
 

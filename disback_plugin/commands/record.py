@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from disback_plugin.commands import Commands, command, json_option
+from disback_plugin.cli import Commands, command, json_option
 
 __all__ = ["add"]
 
@@ -45,7 +45,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     json_option(record, "a table of the nodes")
     record.set_defaults(
-        run=run, code_of_users=True, interrupted="the same command goes on from the last node that is in {path}"
+        run=run, runs_user_code=True, interrupted="the same command goes on from the last node that is in {path}"
     )
 
 

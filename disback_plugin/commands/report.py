@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from disback_plugin.commands import Commands, command, json_option
+from disback_plugin.cli import Commands, command, json_option
 
 __all__ = ["add"]
 

@@ -1,5 +1,7 @@
-"""`python -m disback_plugin.launch`, for torchrun and accelerate launch."""
+"""Run `disback run` as a module, which torchrun and accelerate launch need: `torchrun -m disback_plugin.launch ...`."""
 
-from disback_plugin.launch.command_line import main
+import sys
 
-raise SystemExit(main())
+from disback_plugin.cli import main
+
+raise SystemExit(main(["run", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
-"""The states of a handle at the trainer's own checkpoints, kept beside the path: "PATH.states.jsonl".
+"""Keep the handle's state for each checkpoint of the trainer, in a file beside the path: "PATH.states.jsonl".
 
-Which of them is a checkpoint's is told by the fake score: it holds the very weights of that moment.
+A state is found again by the checksum of the fake score, which has the same weights when the checkpoint is loaded.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from disback_plugin.handle import Handle
 from disback_plugin.path import files
 from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["States"]
+__all__ = ["CheckpointStates"]
 
 logger = logging.getLogger(__name__)
 
 
-class States:
+class CheckpointStates:
     """The file of the states, one JSON object a line.
 
     Args:
-        path: Folder of the path.
+        path: Folder of the degradation path.
 
     Example:
-        >>> States(Path("runs/path")).file.as_posix()
+        >>> CheckpointStates(Path("runs/path")).file.as_posix()
         'runs/path.states.jsonl'
     """
 
@@ -35,7 +35,7 @@ class States:
         self.file = path.with_name(f"{path.name}.states.jsonl")
 
     def append(self, handle: Handle) -> None:
-        """Save the state of a handle, on the first rank."""
+        """Save the state of a handle, on rank 0."""
         if os.environ.get("RANK", "0") != "0":
             return
         state = handle.state_dict()
@@ -43,10 +43,10 @@ class States:
         files.write_text(self.file, f"{earlier}{json.dumps(state)}\n")
         logger.info("saved the state at %d generator updates with the trainer's checkpoint", handle.generator_updates)
 
-    def of(self, fake_score: ScoreNetwork) -> dict[str, Any] | None:
-        """Return the last state that was saved when the fake score held what it holds now, or None."""
+    def find(self, fake_score: ScoreNetwork) -> dict[str, Any] | None:
+        """Return the last state that was saved when the fake score had its present weights, or None."""
         if not self.file.exists():
             return None
         states = [json.loads(line) for line in self.file.read_text().splitlines()]
-        now = fake_score.checksum()
-        return next((state for state in reversed(states) if state["fake_score"] == now), None)
+        checksum = fake_score.checksum()
+        return next((state for state in reversed(states) if state["fake_score"] == checksum), None)

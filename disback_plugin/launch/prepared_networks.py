@@ -1,35 +1,34 @@
-"""Networks that a script prepares in one place and uses in another: when the first of them is about to run.
-
-Where a script has no function of its own to wrap, `attach` waits for the first forward whose gradients are recorded.
-Nothing of a step has been computed then, and a validation that only some ranks do goes by.
-"""
+"""Networks that a script prepares in one place and uses in another, and the moment before the first of them runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["Prepared"]
+__all__ = ["PreparedNetworks"]
 
 
-class Prepared:
-    """What was prepared so far, and a call back before each forward of a network among it that records gradients.
+class PreparedNetworks:
+    """The objects that a script has prepared, and a callback before each forward with gradients of a network in them.
+
+    Before the first such forward nothing of a training step has been computed. A validation, which some scripts run on
+    one rank only, records no gradients and does not count.
 
     Args:
-        before: Called before such a forward, until `close`.
+        before_forward: Called before such a forward, until `close`.
 
     Attributes:
-        objects: Networks, optimizers and whatever else, each once.
+        objects: Networks, optimizers and whatever else was prepared, each once.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1))
-        >>> prepared = Prepared(lambda: print("about to run"))
+        >>> prepared = PreparedNetworks(lambda: print("about to run"))
         >>> prepared.add((net, net))
         >>> prepared.objects == [net]
         True
@@ -38,35 +37,34 @@ class Prepared:
         >>> prepared.close()
     """
 
-    def __init__(self, before: Callable[[], None]) -> None:
+    def __init__(self, before_forward: Callable[[], None]) -> None:
         self.objects: list[object] = []
-        self._before = before
-        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self._before_forward = before_forward
+        self._hooks = ExitStack()
+        self._hooked: set[nn.Module] = set()
         self._ran: set[int] = set()
 
-    def add(self, objects: object) -> None:
-        """Take in what a call has prepared: one object, or several in a tuple or list."""
-        for each in objects if isinstance(objects, (tuple, list)) else (objects,):
+    def add(self, result: object) -> None:
+        """Add what a call has prepared: one object, or several in a tuple or list."""
+        for each in result if isinstance(result, (tuple, list)) else (result,):
             if not any(each is known for known in self.objects):
                 self.objects.append(each)
             if isinstance(each, nn.Module):
-                # All inside too: a script may call a method of the network, or what it wraps.
-                for module in each.modules():
-                    if module not in self._hooks:
-                        self._hooks[module] = module.register_forward_pre_hook(self._about_to_run)
+                # All modules inside too: a script may call a method of the network, or a part of it.
+                for module in set(each.modules()) - self._hooked:
+                    self._hooked.add(module)
+                    self._hooks.callback(module.register_forward_pre_hook(self._about_to_run).remove)
 
     def close(self) -> None:
-        """Take out every hook; a second call changes nothing."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        """Remove every hook; a second call changes nothing."""
+        self._hooks.close()
+        self._hooked.clear()
 
     def have_run(self, networks: Iterable[ScoreNetwork]) -> bool:
-        """Return whether a forward of one of these may be waiting for its backward."""
+        """Return whether a forward with gradients of one of these networks has been seen."""
         return any(id(tensor) in self._ran for network in networks for _, tensor in network.named_tensors())
 
     def _about_to_run(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled() or not self._hooks:
-            return
-        self._before()
-        self._ran.update(id(tensor) for tensor in module.parameters(recurse=False))
+        if torch.is_grad_enabled() and module in self._hooked:
+            self._before_forward()
+            self._ran.update(id(parameter) for parameter in module.parameters(recurse=False))

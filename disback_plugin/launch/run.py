@@ -1,27 +1,26 @@
-"""Both stages on a script that nobody edits.
+"""Run a trainer's script with DisBack, without editing the script.
 
-The script runs as `__main__`, with its own arguments. When it imports the module that the adapter watches, one function
-of it is wrapped; at that function's first call, before the first optimizer step, `attach` is given the trainer that
-the callers hold, and the wrapper is gone. Where that function only prepares the networks, the moment is the first
-forward of one of them, and the user names the roles (`Watch.prepares`). If an optimizer steps before that, the script
-is stopped.
+The script runs as `__main__` with its own arguments. When the script imports the module that the adapter's `Watch`
+names, one function of that module is wrapped. At the function's first call, before the first optimizer step, `attach`
+gets the trainer that the callers hold, and the wrapper is removed. Where the function only prepares networks
+(`Watch.prepares`), `attach` is called before the first forward with gradients of a prepared network, with the roles
+that the user named. An optimizer step before that stops the script.
 
-Whenever the trainer saves its checkpoint, the teacher is s'_0 meanwhile, and the handle's state is appended to
-"PATH.states.jsonl". A later run whose fake score holds the weights of one of them, because the trainer has loaded that
-checkpoint, goes on from there.
+While the trainer saves its checkpoint, the teacher is s'_0; afterwards the handle's state is appended to
+"PATH.states.jsonl". When a later run loads that checkpoint, its fake score has the weights of that moment, by which the
+state is found, and the run resumes there.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
 import logging
 import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,35 +32,35 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from disback_plugin.attachment import attach
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.handle import Handle
-from disback_plugin.launch.checkpoint_states import States
-from disback_plugin.launch.prepared_networks import Prepared
-from disback_plugin.launch.watch import AfterImport, Undo, Watch, replace
-from disback_plugin.plugins.manager import GROUP, Adapter, PluginManager
-from disback_plugin.schedules import Schedule
+from disback_plugin.launch.checkpoint_states import CheckpointStates
+from disback_plugin.launch.import_hooks import Watch, call_after_import, replace
+from disback_plugin.launch.prepared_networks import PreparedNetworks
+from disback_plugin.plugins.manager import GROUP, PluginManager
 from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["Launch", "run"]
+__all__ = ["ScriptRunner"]
 
 logger = logging.getLogger(__name__)
 
+ROLES = ("teacher", "fake_score", "generator_optimizer", "fake_score_optimizer")
 
-class Launch:
-    """Waits for a trainer in this process and attaches to it; a context manager that leaves nothing behind.
+
+class ScriptRunner:
+    """Run one script and attach DisBack to the trainer in it.
 
     Args:
         adapter: Name of an installed adapter whose module has a `WATCH`.
-        path: Folder of the path.
+        path: Folder of the degradation path.
         plugins: As in `attach`.
         roles: Variables of the script by role, for an adapter that lets the user name them.
         options: Further arguments of `attach`: record, every, codec, schedule.
 
     Attributes:
-        handle: What `attach` returned, or None before.
-        states: The handle's states at the trainer's checkpoints.
+        handle: The handle that `attach` returned, or None before that.
 
     Raises:
-        OptionError: If there is no such adapter, or roles are named and it finds them itself.
-        RoleError: If it cannot be imported, or says nothing about scripts.
+        OptionError: If there is no such adapter, or `roles` are given for an adapter that finds them itself.
+        RoleError: If the adapter cannot be imported or has no `WATCH`.
     """
 
     def __init__(
@@ -76,142 +75,173 @@ class Launch:
         self.handle: Handle | None = None
         self._plugins = PluginManager.of(plugins)
         self._adapter, self._path, self._options = adapter, Path(path), options
-        self.states = States(self._path)
         self._watches = _watches(adapter)
-        self._roles = _checked(roles or {}, adapter, self._watches)
-        self._prepared = Prepared(self._before_forward)
-        self._undo: list[Undo] = []
-        self._waiting: list[Undo] = []
-        self._imports: AfterImport | None = None
+        self._roles = _validated_roles(roles or {}, adapter, self._watches)
+        self._states = CheckpointStates(self._path)
+        self._prepared = PreparedNetworks(self._before_forward)
+        self._until_attached, self._until_exit = ExitStack(), ExitStack()
         self._failure: DisbackError | None = None
 
-    def __enter__(self) -> Launch:
-        self._waiting.append(register_optimizer_step_pre_hook(self._too_early).remove)
-        callbacks: dict[str, list[Callable[[ModuleType], None]]] = {}
-        for watch in self._watches:
-            callbacks.setdefault(watch.module, []).append(functools.partial(self._wrap_call, watch))
-        for save in dict.fromkeys(save for watch in self._watches for save in watch.saves):
-            module, _, name = save.partition(":")
-            callbacks.setdefault(module, []).append(functools.partial(self._wrap_save, name))
-        self._imports = AfterImport({name: functools.partial(_call_all, calls) for name, calls in callbacks.items()})
-        return self
+    def run(self, script: str | os.PathLike[str], arguments: Sequence[str] = ()) -> None:
+        """Run a script as `__main__`. Afterwards the teacher is s'_0 and no hook, wrapper or argument is left.
 
-    def __exit__(self, *reason: object) -> None:
-        if self._imports is not None:
-            self._imports.close()
-        self._wait_no_more()
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-        if self.handle is not None:
-            self.handle.detach()
+        Args:
+            script: File of the script.
+            arguments: The script's own command-line arguments.
 
-    # -- before the trainer is found ----------------------------------------------------------------------------------
+        Raises:
+            OptionError: If there is no such script, or an option is out of its domain.
+            RoleError: If the adapter does not know a trainer of this shape; raised before the first optimizer step.
+
+            Whatever the script raises, SystemExit too, is passed on.
+        """
+        if not Path(script).is_file():
+            raise OptionError(
+                f"no file {os.fspath(script)!r}",
+                expected="a Python script",
+                cure="correct the name; options come before it",
+            )
+        refused = False
+        with self._until_exit, self._until_attached:
+            try:
+                self._watch_script()
+                with _as_main(script, arguments):
+                    runpy.run_path(os.fspath(script), run_name="__main__")
+            except BaseException as error:
+                refused = isinstance(error, DisbackError)
+                if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+                    self._log_how_to_resume()
+                raise
+            finally:
+                if self.handle is not None:
+                    logger.info("ended: %r", self.handle)
+                elif not refused:
+                    logger.warning("the script ended before a training step: nothing was attached")
+
+    # -- until the trainer is found -----------------------------------------------------------------------------------
+
+    def _watch_script(self) -> None:
+        self._until_attached.callback(register_optimizer_step_pre_hook(self._refuse_early_step).remove)
+        self._until_attached.callback(self._prepared.close)
+        saves = dict.fromkeys(save for watch in self._watches for save in watch.saves)
+        callbacks: list[tuple[str, Callable[[ModuleType], object]]] = [
+            *((watch.module, partial(self._wrap_call, watch)) for watch in self._watches),
+            *((save.partition(":")[0], partial(self._wrap_save, save.partition(":")[2])) for save in saves),
+        ]
+        self._until_exit.enter_context(call_after_import(callbacks))
 
     def _wrap_call(self, watch: Watch, module: ModuleType) -> None:
         if self.handle is not None:
             return
         name = watch.call.partition(":")[2]
-
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            def first_call(*args: Any, **kwargs: Any) -> Any:
-                if self.handle is None:
-                    with self._remembered():
-                        self._attach(watch.trainer(inspect.currentframe()), watch)
-                return original(*args, **kwargs)
-
-            def preparation(*args: Any, **kwargs: Any) -> Any:
-                answer = original(*args, **kwargs)
-                if self.handle is None:
-                    self._prepared.add(answer)
-                return answer
-
-            return preparation if watch.prepares else first_call
-
-        with self._remembered():
+        wrap = self._collect_results if watch.prepares else partial(self._attach_at_first_call, watch)
+        with self._remembered_failure():
             try:
-                self._waiting.append(replace(module, name, make))
+                self._until_attached.enter_context(replace(module, name, wrap))
             except AttributeError as error:
-                raise watch.missed(f"no {name} in {module.__name__} ({error})") from None
+                raise watch.mismatch(f"no {name} in {module.__name__} ({error})") from None
+
+    def _attach_at_first_call(self, watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+        def first_call(*args: Any, **kwargs: Any) -> Any:
+            if self.handle is None:
+                with self._remembered_failure():
+                    self._attach(watch.find_trainer(inspect.currentframe()), watch)
+            return original(*args, **kwargs)
+
+        return first_call
+
+    def _collect_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.handle is None:
+                self._prepared.add(result)
+            return result
+
+        return prepare
 
     def _before_forward(self) -> None:
         watch = next(watch for watch in self._watches if watch.prepares)
         try:
-            trainer = watch.named(inspect.currentframe(), self._roles)
+            trainer = watch.find_roles(inspect.currentframe(), self._roles)
         except RoleError:
-            return  # not all is there yet; if nothing comes before the first step, it is said then
-        with self._remembered():
+            return  # perhaps some are yet to be made; if not, the first optimizer step raises this error
+        with self._remembered_failure():
             self._attach(SimpleNamespace(**vars(trainer), prepared=self._prepared.objects), watch)
 
-    def _attach(self, trainer: object, watch: Watch) -> None:
-        roles = self._plugins.adapter(trainer, self._adapter)
-        networks = (
-            ScoreNetwork.of(roles.teacher, role="teacher"),
-            ScoreNetwork.of(roles.fake_score, role="fake score"),
-        )
-        if self._prepared.have_run(networks):
-            raise watch.missed("a forward of teacher or fake score before all the roles could be seen from there")
-        path = None if self._options.get("record") == 0 else self._path
-        self.handle = attach(
-            teacher=networks[0],
-            fake_score=networks[1],
-            generator_optimizer=roles.generator_optimizer,
-            fake_score_optimizer=roles.fake_score_optimizer,
-            path=path,
-            state=None if path is None else self.states.of(networks[1]),
-            plugins=self._plugins,
-            **self._options,
-        )
-        logger.info("attached to %s: %r", watch.knows, self.handle)
-        self._wait_no_more()
-
-    def _wait_no_more(self) -> None:
-        self._prepared.close()
-        for undo in reversed(self._waiting):
-            undo()
-        self._waiting.clear()
+    def _refuse_early_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise, before the first step of any optimizer, the reason why DisBack is not attached yet."""
+        if self._failure is not None:
+            raise self._failure
+        first, calls = self._watches[0], " or ".join(watch.call for watch in self._watches)
+        step = f"a first step of {type(optimizer).__name__} before"
+        if not self._prepared.objects:
+            frames = " or ".join(dict.fromkeys(watch.frame for watch in self._watches))
+            raise first.mismatch(f"{step} any call of {calls}" + f" below {frames}()" * bool(frames))
+        first.find_roles(inspect.currentframe(), self._roles)  # raises, and names the role that is missing
+        raise first.mismatch(f"{step} any forward of what {calls} returned, where all roles can be seen")
 
     @contextmanager
-    def _remembered(self) -> Iterator[None]:
-        """A script that swallows our error must not get any further."""
+    def _remembered_failure(self) -> Iterator[None]:
+        """Keep an error, so that a script that catches it is stopped at its first optimizer step."""
         try:
             yield
         except DisbackError as error:
             self._failure = error
             raise
 
-    def _too_early(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._failure is not None:
-            raise self._failure
-        watched = " or ".join(watch.call for watch in self._watches)
-        step = f"a first step of {type(optimizer).__name__} before"
-        if not self._prepared.objects:
-            frames = " or ".join(dict.fromkeys(watch.frame for watch in self._watches))
-            raise self._watches[0].missed(f"{step} any call of {watched}" + f" below {frames}()" * bool(frames))
-        self._watches[0].named(inspect.currentframe(), self._roles)  # says which role is missing
-        raise self._watches[0].missed(f"{step} any forward of what {watched} returned, where all roles can be seen")
+    # -- from then on -------------------------------------------------------------------------------------------------
+
+    def _attach(self, trainer: object, watch: Watch) -> None:
+        roles = self._plugins.adapter(trainer, self._adapter)
+        teacher = ScoreNetwork.of(roles.teacher, role="teacher")
+        fake_score = ScoreNetwork.of(roles.fake_score, role="fake score")
+        if self._prepared.have_run((teacher, fake_score)):
+            raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
+        path = None if self._options.get("record") == 0 else self._path
+        self.handle = self._until_exit.enter_context(
+            attach(
+                teacher=teacher,
+                fake_score=fake_score,
+                generator_optimizer=roles.generator_optimizer,
+                fake_score_optimizer=roles.fake_score_optimizer,
+                path=path,
+                state=None if path is None else self._states.find(fake_score),
+                plugins=self._plugins,
+                **self._options,
+            )
+        )
+        logger.info("attached to %s: %r", watch.knows, self.handle)
+        self._until_attached.close()
 
     def _wrap_save(self, name: str, module: ModuleType) -> None:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def save(*args: Any, **kwargs: Any) -> Any:
                 if self.handle is None or self.handle.path is None:
                     return original(*args, **kwargs)
                 with self.handle.original_teacher():
-                    saved = original(*args, **kwargs)
-                self.states.append(self.handle)
-                return saved
+                    result = original(*args, **kwargs)
+                self._states.append(self.handle)
+                return result
 
             return save
 
         try:
-            self._undo.append(replace(module, name, make))
+            self._until_exit.enter_context(replace(module, name, wrap))
         except AttributeError:
-            logger.warning("no %s in %s: the trainer's checkpoints will not be followed", name, module.__name__)
+            logger.warning("no %s in %s: no state is saved with the trainer's checkpoints", name, module.__name__)
 
-
-def _call_all(calls: Sequence[Callable[[ModuleType], None]], module: ModuleType) -> None:
-    for call in calls:
-        call(module)
+    def _log_how_to_resume(self) -> None:
+        handle = self.handle
+        if handle is None or handle.path is None:
+            return
+        file = self._states.file
+        logger.warning(
+            "stopped while %s, after %d generator updates. The path in %s is kept: the same command goes on with it%s",
+            handle.phase,
+            handle.generator_updates,
+            handle.path.folder,
+            f"; with a checkpoint of {file} loaded it goes on from there" if file.exists() else "",
+        )
 
 
 def _watches(adapter: str) -> tuple[Watch, ...]:
@@ -241,101 +271,26 @@ def _watches(adapter: str) -> tuple[Watch, ...]:
     return watches
 
 
-def _checked(roles: Mapping[str, str], adapter: str, watches: Sequence[Watch]) -> dict[str, str]:
-    """Return the roles that the user named."""
+def _validated_roles(roles: Mapping[str, str], adapter: str, watches: Sequence[Watch]) -> dict[str, str]:
     if roles and not any(watch.prepares for watch in watches):
         raise OptionError(
             f"--role {next(iter(roles))} with --adapter {adapter}, which knows where the roles are",
             expected="an adapter that lets you name them, as accelerate_loop",
-            cure="leave --role out",
+            cure="omit --role",
         )
-    known = [field.name for field in dataclasses.fields(Adapter)]
     for role, variable in roles.items():
-        if role not in known or not all(part.isidentifier() for part in variable.split(".")):
+        if role not in ROLES or not all(part.isidentifier() for part in variable.split(".")):
             raise OptionError(
                 f"--role {role}={variable}",
-                expected=f"one of {', '.join(known)}, and a variable of the script, perhaps with dots",
+                expected=f"one of {', '.join(ROLES)}, and a variable of the script, perhaps with dots",
                 cure="write --role fake_score=fake_unet",
             )
     return dict(roles)
 
 
-def run(
-    script: str | os.PathLike[str],
-    arguments: Sequence[str] = (),
-    *,
-    adapter: str,
-    path: str | os.PathLike[str] = "disback-path",
-    record: int = 200,
-    every: int = 50,
-    codec: str = "int8",
-    schedule: Schedule | str = "auto",
-    plugins: Sequence[object] = (),
-    roles: Mapping[str, str] | None = None,
-) -> None:
-    """Run a script as `__main__` with DisBack on the trainer in it, whose files are not touched.
-
-    Args:
-        script: File of the script.
-        arguments: Its command-line arguments.
-        adapter: Name of the adapter that knows the trainer; its module has a `WATCH`.
-        path: As in `attach`.
-        record: As in `attach`.
-        every: As in `attach`.
-        codec: As in `attach`.
-        schedule: As in `attach`.
-        plugins: As in `attach`.
-        roles: Variables of the script by role (teacher, fake_score, ...), for an adapter that lets the user name them.
-
-    Raises:
-        OptionError: If there is no such script or adapter, or an option is out of its domain.
-        RoleError: If the trainer's shape is not the one that the adapter knows: before its first optimizer step.
-
-        What the script raises, SystemExit too, is passed on. However it ends, the teacher is s'_0 again, and no hook,
-        wrapper or argument is left in the process.
-    """
-    if not Path(script).is_file():
-        raise OptionError(
-            f"no file {os.fspath(script)!r}",
-            expected="a Python script",
-            cure="correct the name; options come before it",
-        )
-    options = {"record": record, "every": every, "codec": codec, "schedule": schedule}
-    with Launch(adapter, path, plugins=plugins, roles=roles, **options) as launch:
-        refused = False
-        try:
-            with _as_main(script, arguments):
-                runpy.run_path(os.fspath(script), run_name="__main__")
-        except BaseException as reason:
-            refused = isinstance(reason, DisbackError)  # which says itself what is wrong
-            if not (isinstance(reason, SystemExit) and reason.code in (None, 0)):
-                _say_how_to_go_on(launch)
-            raise
-        finally:
-            if launch.handle is None and not refused:
-                logger.warning("the script ended before a training step: nothing was attached")
-            elif launch.handle is not None:
-                logger.info("ended: %r", launch.handle)
-
-
-def _say_how_to_go_on(launch: Launch) -> None:
-    handle = launch.handle
-    if handle is None or handle.path is None:
-        return
-    file = launch.states.file
-    saved = f"; with a checkpoint of {file} loaded it goes on from there" if file.exists() else ""
-    logger.warning(
-        "stopped while %s, after %d generator updates. The path in %s is kept: the same command goes on with it%s",
-        handle.phase,
-        handle.generator_updates,
-        handle.path.folder,
-        saved,
-    )
-
-
 @contextmanager
 def _as_main(script: str | os.PathLike[str], arguments: Sequence[str]) -> Iterator[None]:
-    """Give a script the arguments and the import path that Python would have given it."""
+    """Give a script the arguments and the import path that Python itself would give it."""
     argv, path = sys.argv[:], sys.path[:]
     sys.argv[:] = [os.fspath(script), *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
