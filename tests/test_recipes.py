@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 
 import pytest
 from worlds import Run
 
 import disback_plugin as disback
+from disback_plugin.cli import parser
+from disback_plugin.commands.run import _recording_and_schedule
 from disback_plugin.errors import OptionError
-from disback_plugin.launch import command_line
 from disback_plugin.recipes import names, recipe
 from disback_plugin.schedules import Fixed, parse
 
@@ -91,16 +91,14 @@ def test_an_unknown_recipe_is_named_with_those_there_are():
 
 
 def _options(*arguments):
-    parser = argparse.ArgumentParser()
-    command_line.add_arguments(parser)
-    return parser.parse_args(["--adapter", "sid", *arguments, "script.py"])
+    return parser().parse_args(["run", "--adapter", "sid", *arguments, "script.py"])
 
 
 def test_the_command_takes_a_recipe_or_the_three_options_but_not_both():
-    assert command_line._plan(_options("--recipe", "sdxl")) == {"record": 1_000, "every": 100, "schedule": "sdxl"}
-    assert command_line._plan(_options("--record", "0")) == {"record": 0}
-    assert command_line._plan(_options()) == {}
+    assert _recording_and_schedule(_options("--recipe", "sdxl")) == {"record": 1_000, "every": 100, "schedule": "sdxl"}
+    assert _recording_and_schedule(_options("--record", "0")) == {"record": 0}
+    assert _recording_and_schedule(_options()) == {}
     with pytest.raises(OptionError, match="--recipe sdxl and --record, --schedule"):
-        command_line._plan(_options("--recipe", "sdxl", "--record", "5", "--schedule", "warm"))
+        _recording_and_schedule(_options("--recipe", "sdxl", "--record", "5", "--schedule", "warm"))
     with pytest.raises(OptionError, match="one of edm-64"):
-        command_line._plan(_options("--recipe", "edm"))
+        _recording_and_schedule(_options("--recipe", "edm"))

@@ -16,7 +16,7 @@ from torch import nn
 
 import disback_plugin as disback
 from disback_plugin.errors import RoleError
-from disback_plugin.launch.run import run as launch
+from disback_plugin.launch.run import ScriptRunner
 
 TRAINERS = Path(__file__).parent / "trainers"
 PLAN = {"record": 3, "every": 1, "schedule": "fixed:1,1"}
@@ -27,7 +27,7 @@ def run(out, **options):
     out.mkdir(exist_ok=True)
     script, arguments = TRAINERS / "lcm_train.py", ["--output_path", str(out)]
     if options:
-        launch(script, arguments, adapter="lcm_lora", **options)
+        ScriptRunner("lcm_lora", **{"path": out / "path"} | options).run(script, arguments)
     else:
         subprocess.run([sys.executable, script, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return json.loads((out / "losses.json").read_text()), torch.load(out / "networks.pt", weights_only=True)

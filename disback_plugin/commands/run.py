@@ -67,6 +67,7 @@ def launch(options: argparse.Namespace) -> None:
     logger = logging.getLogger("disback_plugin")
     level = logger.level
     logger.addHandler(handler)
+    # The launcher's variable: no process group exists before the script makes one.
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         runner = ScriptRunner(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
+from disback_plugin import distributed
 from disback_plugin.handle import Handle
 from disback_plugin.path import files
 from disback_plugin.weights.network import ScoreNetwork
@@ -36,7 +36,7 @@ class CheckpointStates:
 
     def append(self, handle: Handle) -> None:
         """Save the state of a handle, on rank 0."""
-        if os.environ.get("RANK", "0") != "0":
+        if not distributed.is_main_process():
             return
         state = handle.state_dict()
         earlier = self.file.read_text() if self.file.exists() else ""

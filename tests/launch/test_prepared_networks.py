@@ -3,106 +3,99 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import GradientState
+from scripts import PLAN, TRAINERS, disback_run, networks, python, run_plain
 from torch import nn
 from worlds import Run, Score, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.launch.prepared_networks import Prepared
+from disback_plugin.launch.prepared_networks import PreparedNetworks
+from disback_plugin.launch.run import ScriptRunner
 from disback_plugin.testing import check_adapter
 from disback_plugin.weights.network import ScoreNetwork
 
-TRAINERS = Path(__file__).parent / "trainers"
-PLAN = ("--record", "6", "--every", "2", "--codec", "exact", "--schedule", "fixed:2,2")
 ROLES = {
     "accelerate_globals.py": ("--role", "teacher=real_unet", "--role", "fake_score=fake_unet"),
     "accelerate_function.py": ("--role", "teacher=run.critics.real", "--role", "fake_score=run.critics.fake"),
 }
-LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-                   "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1",
-                   "--main_process_port=0"),
-}  # fmt: skip
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = (
+    *("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
+    *("--dynamo_backend=no", "--num_cpu_threads_per_process=1", "--main_process_port=0"),
+)
 
 
-def run(script, out, *options, arguments=(), launcher=("disback_plugin.cli", "run")):
-    out.mkdir(exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(TRAINERS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, "--adapter", "accelerate_loop", *map(str, options)]
-    done = subprocess.run(
-        [*command, TRAINERS / script, "--outdir", out, *map(str, arguments)],
-        capture_output=True, text=True, check=False, env=environment, cwd=out, timeout=120,
-    )  # fmt: skip
-    return done.returncode, done.stderr
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run a script with a path in the working folder; return its exit code and what it said."""
+
+    def run(script, *options, out="out", arguments=()):
+        (tmp_path / out).mkdir(exist_ok=True)
+        options = ("--adapter", "accelerate_loop", "--path", tmp_path / "path", *options)
+        code = disback_run(*options, TRAINERS / script, "--outdir", tmp_path / out, *arguments)
+        return code, capsys.readouterr().err
+
+    return run
 
 
-def networks(out, monkeypatch):
-    monkeypatch.syspath_prepend(str(TRAINERS))
-    return [ScoreNetwork(net).state_dict() for net in torch.load(out / "networks.pt", weights_only=False)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    GradientState._reset_state()  # all accelerators of a process share it
-
-
-def test_two_names_are_enough_for_both_stages(tmp_path, monkeypatch):
+def test_two_names_are_enough_for_both_stages(run, tmp_path):
     script = "accelerate_function.py"
-    code, errors = run(script, tmp_path, "--path", tmp_path / "path", *ROLES[script], *PLAN)
+    code, errors = run(script, *ROLES[script], *PLAN)
     assert code == 0, errors
     assert "disback: ended: <disback done: position 0 (N = 3" in errors
     path = disback.DegradationPath(tmp_path / "path")
     path.verify()
     assert [node.iteration for node in path.nodes] == [2, 4, 6]
-    assert difference(networks(tmp_path, monkeypatch)[0], path[0]) == []
+    assert difference(networks(tmp_path / "out")[0], path[0]) == []
 
 
 @pytest.mark.parametrize("script", ROLES)
-def test_without_recording_the_losses_are_the_scripts_own_bit_for_bit(script, tmp_path):
-    code, errors = run(script, tmp_path / "out", *ROLES[script], "--record", 0)
+def test_without_recording_the_losses_are_the_scripts_own_bit_for_bit(script, run, tmp_path):
+    code, errors = run(script, *ROLES[script], "--record", 0)
     assert code == 0, errors
     (tmp_path / "plain").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(TRAINERS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TRAINERS / script, "--outdir", tmp_path / "plain"]
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    run_plain(TRAINERS / script, "--outdir", tmp_path / "plain")
     assert (tmp_path / "out" / "losses.json").read_text() == (tmp_path / "plain" / "losses.json").read_text()
 
 
-@pytest.mark.parametrize(("script", "launcher"), list(zip(ROLES, LAUNCHERS, strict=True)))
-def test_two_processes_walk_together(script, launcher, tmp_path, monkeypatch):
-    launcher = (*LAUNCHERS[launcher], "-m", "disback_plugin.launch")
-    code, errors = run(script, tmp_path, "--path", tmp_path / "path", *ROLES[script], *PLAN, launcher=launcher)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "launcher"),
+    [
+        pytest.param("accelerate_globals.py", TORCHRUN, id="torchrun"),
+        pytest.param("accelerate_function.py", ACCELERATE, id="accelerate"),
+    ],
+)
+def test_two_processes_backtrack_together(script, launcher, tmp_path):
+    code, errors = python(
+        *("-m", *launcher, "-m", "disback_plugin.launch", "--adapter", "accelerate_loop", "--path", "path"),
+        *(*ROLES[script], *PLAN, TRAINERS / script, "--outdir", tmp_path),
+        cwd=tmp_path,
+    )
     assert code == 0, errors
     assert errors.count("disback: attached to") == 1
     assert errors.count("disback: ended: <disback done: position 0 (N = 3") == 1
-    assert difference(networks(tmp_path, monkeypatch)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
+    assert difference(networks(tmp_path)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
 
 
-def test_the_scripts_own_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
+def test_a_run_resumes_from_the_scripts_own_checkpoint(run, tmp_path):
     script = "accelerate_globals.py"
-    options = ("--path", tmp_path / "path", *ROLES[script], *PLAN, "--schedule", "fixed:3,3")
-    code, errors = run(script, tmp_path / "whole", *options, arguments=("--save_at", 18))
+    options = (*ROLES[script], *PLAN, "--schedule", "fixed:3,3")
+    code, errors = run(script, *options, out="whole", arguments=("--save_at", 18))
     assert code == 0, errors
     (state,) = map(json.loads, (tmp_path / "path.states.jsonl").read_text().splitlines())
     assert (state["phase"], state["generator_updates"]) == ("backtracking", 2)
-    assert difference(networks(tmp_path / "whole", monkeypatch)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
+    assert difference(networks(tmp_path / "whole")[0], disback.DegradationPath(tmp_path / "path")[0]) == []
     saved = tmp_path / "whole" / "checkpoint-18"
-    code, errors = run(script, tmp_path / "rest", *options, arguments=("--load", saved))
+    code, errors = run(script, *options, out="rest", arguments=("--load", saved))
     assert code == 0, errors
     assert "backtracking: position 2 (N = 3" in errors
-    assert difference(networks(tmp_path / "rest", monkeypatch), networks(tmp_path / "whole", monkeypatch)) == []
+    assert difference(networks(tmp_path / "rest"), networks(tmp_path / "whole")) == []
 
 
 @pytest.mark.parametrize(
@@ -123,38 +116,29 @@ def test_the_scripts_own_checkpoint_is_gone_on_from(tmp_path, monkeypatch):
         ("sid_train.py", ("teacher=real_unet", "fake_score=fake_unet"), (), "before any call of accelerate."),
     ],
 )  # fmt: skip
-def test_wrong_roles_stop_the_script_before_its_first_step(script, roles, arguments, message, tmp_path, monkeypatch):
-    from disback_plugin.launch.run import run as launch
-
-    monkeypatch.syspath_prepend(str(TRAINERS))
+def test_wrong_roles_stop_the_script_before_its_first_step(script, roles, arguments, message, tmp_path):
+    roles = dict(role.partition("=")[::2] for role in roles)
     with pytest.raises(disback.DisbackError) as raised:
-        launch(
-            TRAINERS / script,
-            ("--outdir", str(tmp_path), *arguments),
-            adapter="accelerate_loop",
-            path=tmp_path / "path",
-            roles=dict(role.partition("=")[::2] for role in roles),
+        ScriptRunner("accelerate_loop", tmp_path / "path", roles=roles).run(
+            TRAINERS / script, ("--outdir", str(tmp_path), *arguments)
         )
     assert message in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_role_is_one_line_of_the_command(tmp_path):
-    roles = ("--role", "teacher=real_unet")
-    code, errors = run("accelerate_globals.py", tmp_path, "--path", tmp_path / "path", *roles)
+def test_a_wrong_role_is_one_line_of_the_command(run):
+    code, errors = run("accelerate_globals.py", "--role", "teacher=real_unet")
     assert code == 2
     assert "disback: found no variable 'fake_score'" in errors.splitlines()[-1]
     assert "Traceback" not in errors
 
 
 def test_an_adapter_that_knows_the_roles_takes_none(tmp_path):
-    from disback_plugin.launch.run import run as launch
-
     with pytest.raises(disback.DisbackError, match="which knows where the roles are"):
-        launch(TRAINERS / "sid_train.py", adapter="sid", roles={"teacher": "net"})
+        ScriptRunner("sid", tmp_path / "path", roles={"teacher": "net"})
 
 
-# -- in this process --------------------------------------------------------------------------------------------------
+# -- without a script --------------------------------------------------------------------------------------------------
 
 
 def prepared_run(run):
@@ -195,7 +179,7 @@ def test_a_fake_score_of_another_architecture_is_refused_with_what_works(tmp_pat
 
 def test_only_a_forward_that_records_gradients_is_the_moment_and_nothing_stays():
     net, seen = nn.Sequential(Score(), nn.Identity()), []
-    prepared = Prepared(lambda: seen.append("now"))
+    prepared = PreparedNetworks(lambda: seen.append("now"))
     prepared.add((net, "a scheduler"))
     prepared.add(net)
     assert prepared.objects == [net, "a scheduler"]
