@@ -12,7 +12,7 @@ import time
 import pytest
 
 from disback_plugin import DegradationPath, cli
-from disback_plugin.commands import COMMANDS
+from disback_plugin.cli import COMMANDS
 
 
 def disback(*arguments, **options):
