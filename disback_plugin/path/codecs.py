@@ -1,296 +1,286 @@
-"""How one tensor of a node is stored: as its difference to the node before, coded.
+"""The two codecs of a path, and the int8 difference of one tensor.
 
-| codec                  | the difference is stored as                             | bits a weight | exact |
-|------------------------|---------------------------------------------------------|---------------|-------|
-| `exact`                | that of the bit patterns as integers, byte planes, zstd | about 20      | yes   |
-| `bf16`                 | bfloat16, byte planes, zstd                             | about 11      | no    |
-| `int8`                 | 255 steps of each block's largest, as they are          | 8.125         | no    |
-| `int6`, `int5`, `int4` | 63, 31, 15 steps of each block's largest, zstd          | 6, 5, 4       | no    |
+| codec   | a node's file holds                                                                  | bits a weight |
+|---------|--------------------------------------------------------------------------------------|---------------|
+| `exact` | its weights: a plain safetensors state dict under canonical names                    | 32 in float32 |
+| `int8`  | differences to the node before, in 255 steps of the largest of each block of weights | 8.125         |
 
-The loop is closed: the difference is that to the previous node *as it is decoded*, so errors do not add up along the
-path. Whatever the codec, a tensor that did not change is stored as nothing, and one that is no float of at most 32
-bits, or is not finite (an attention mask), exactly.
+The difference is taken to the previous node *as it is decoded*, so errors do not add up along the path. Under `int8`, a
+tensor that equals the previous node's takes no space; a tensor that is not floating, has more than 32 bits a number, is
+a buffer or is not finite (an attention mask) is stored whole.
 
 A decoded node is the same bit for bit on every machine that keeps denormals: a step q and its scale have 7 and 8
-significant bits, so the product is exact in float32, and a fused multiply-add rounds as a product and a sum do.
+significant bits, so their product is exact in float32, and a fused multiply-add rounds as a product and a sum do.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from disback_plugin.errors import OptionError
-from disback_plugin.path.packing import pack, packed_sizes, unpack
-from disback_plugin.weights.tensor_meta import GRAIN, PIECE, pieces, room
+from disback_plugin.errors import COPY_AGAIN, PathError
+from disback_plugin.weights.tensor_meta import PIECE, TensorMeta, pieces, room
 
-__all__ = ["BLOCK", "CODES", "SMALLEST_FIRST", "Code", "Parts", "check_codec", "code_for", "fault"]
+__all__ = [
+    "BLOCK",
+    "CODECS",
+    "Delta",
+    "Entry",
+    "decode_int8",
+    "encode_int8",
+    "equal_bits",
+    "fits_int8",
+    "retired_codec",
+]
 
-# Neighbours that share a scale: 0.125 bits a weight.
+CODECS = ("int8", "exact")
+# Neighbouring weights that share a scale: 0.125 bits a weight.
 BLOCK = 128
-
-Parts = Mapping[str, Tensor]
-
-
-class Code(Protocol):
-    """A way to store one tensor's difference to its predecessor. Tensors are flat and on the CPU.
-
-    Attributes:
-        grain: What is decoded at once begins at a multiple of it, and ends at one or at the tensor's end.
-    """
-
-    @property
-    def grain(self) -> int:
-        """See above."""
-        ...
-
-    def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
-        """Return the parts to store, for a value and its decoded predecessor of the same dtype, shape (n,)."""
-        ...
-
-    def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
-        """Return the dtype and the length of each part of n elements; None where the length depends on the values."""
-        ...
-
-    def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
-        """Write the elements from `start` on into `out`, of which `previous` is the predecessor; they may be one."""
-        ...
-
-
-@dataclass(frozen=True)
-class Same:
-    """A tensor that did not change."""
-
-    grain = GRAIN
-
-    def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
-        """Return nothing."""
-        return {}
-
-    def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
-        """Return nothing."""
-        return {}
-
-    def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
-        """Copy the predecessor."""
-        if out is not previous:
-            out.copy_(previous)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Steps of a block's largest difference: delta = q scale, q an integer in [-levels, levels].
-
-    Args:
-        levels: Largest |q|, 1 to 127.
-        packed: Whether the steps are compressed; they are read faster if not.
-    """
-
-    levels: int
-    packed: bool
-
-    @property
-    def grain(self) -> int:
-        """Blocks are decoded one by one, unless they are compressed together."""
-        return PIECE if self.packed else GRAIN
-
-    def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
-        """Return the steps, shape (n,), and the scales in bfloat16, shape (ceil(n / BLOCK),)."""
-        q = room(len(value), torch.int8)
-        scale = room(_blocks(len(value)), torch.bfloat16)
-        for start, stop in pieces(len(value)):
-            blocks = slice(start // BLOCK, _blocks(stop))
-            delta = room(_blocks(stop - start) * BLOCK, torch.float32).zero_().view(-1, BLOCK)
-            torch.sub(value[start:stop].float(), previous[start:stop].float(), out=delta.view(-1)[: stop - start])
-            scale[blocks] = delta.abs().amax(dim=1) / self.levels
-            # A scale of 0 stands for differences that bfloat16 cannot hold.
-            divisor = torch.where(scale[blocks] > 0, scale[blocks].float(), math.inf)
-            q[start:stop] = delta.div_(divisor[:, None]).round_().view(-1)[: stop - start]
-        return {"scale": scale, **(pack(q) if self.packed else {"q": q})}
-
-    def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
-        """Return what `encode` makes."""
-        steps = packed_sizes(elements) if self.packed else {"q": (torch.int8, elements)}
-        return {"scale": (torch.bfloat16, _blocks(elements)), **steps}
-
-    def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
-        """Add the difference in float32 and cast once."""
-        n, first = len(previous), start // BLOCK
-        q = unpack(parts, start, n, torch.int8) if self.packed else parts["q"][start : start + n]
-        scale = parts["scale"][first : first + _blocks(n)].float()
-        steps = _scratch(n).copy_(q)
-        if out.dtype == torch.float32:
-            _add(previous.float(), steps, scale, out)
-        else:
-            out.copy_(_add(previous.float(), steps, scale, steps))
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """The difference in bfloat16."""
-
-    grain = PIECE
-
-    def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
-        """Return the compressed difference."""
-        return pack((value.float() - previous.float()).bfloat16().view(torch.int16))
-
-    def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
-        """Return what `encode` makes."""
-        return packed_sizes(elements)
-
-    def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
-        """Add the difference in float32 and cast once."""
-        delta = unpack(parts, start, len(previous), torch.int16).view(torch.bfloat16)
-        out.copy_(previous.float() + delta)
-
-
-@dataclass(frozen=True)
-class Exact:
-    """The difference of the bit patterns as integers that are ordered as the numbers are: it is small if that is.
-
-    Numbers of one exponent stand together, for their differences are of one size and compress 4 % better for it.
-    """
-
-    grain = PIECE
-
-    def encode(self, value: Tensor, previous: Tensor) -> dict[str, Tensor]:
-        """Return the compressed difference, its sign in the lowest bit."""
-        d = _ordered(_bits(value)) - _ordered(_bits(previous))
-        z = (d << 1) ^ (d >> _sign(d))
-        for start, stop in pieces(len(z)):
-            z[start:stop] = z[start:stop][_by_exponent(previous[start:stop])]
-        return pack(z)
-
-    def sizes(self, elements: int, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, int | None]]:
-        """Return what `encode` makes."""
-        return packed_sizes(elements)
-
-    def decode(self, parts: Parts, previous: Tensor, start: int, out: Tensor) -> None:
-        """Add the integer difference."""
-        grouped = unpack(parts, start, len(previous), _WORDS[previous.element_size()])
-        z = torch.empty_like(grouped)
-        z[_by_exponent(previous)] = grouped
-        d = (z >> 1) & ~(-1 << _sign(z)) ^ -(z & 1)
-        _bits(out).copy_(_ordered(_ordered(_bits(previous)) + d))
-
-
-CODES: dict[str, Code] = {
-    "same": Same(),
-    "exact": Exact(),
-    "bf16": Rounded(),
-    "int8": Blocks(127, packed=False),
-    "int6": Blocks(31, packed=True),
-    "int5": Blocks(15, packed=True),
-    "int4": Blocks(7, packed=True),
-}
-
-# What `codec="auto"` tries, in this order.
-SMALLEST_FIRST = ("int4", "int5", "int6", "int8", "bf16", "exact")
-
-
-def check_codec(codec: str) -> None:
-    """Raise OptionError unless `codec` names a codec, or is "auto", or "auto:" and a bound on the error.
-
-    Example:
-        >>> check_codec("int8"), check_codec("auto:0.005")
-        (None, None)
-    """
-    name, _, bound = str(codec).partition(":")
-    try:
-        fits = codec in SMALLEST_FIRST or (name == "auto" and (codec == "auto" or 0 < float(bound) < 1))
-    except ValueError:
-        fits = False
-    if not fits:
-        raise OptionError(
-            f"codec={codec!r}",
-            expected=f"'auto', 'auto:BOUND' with a bound in (0, 1), or one of {', '.join(SMALLEST_FIRST)}",
-            cure="leave it away for 'int8'",
-        )
-
-
-def code_for(codec: str, value: Tensor, previous: Tensor) -> str:
-    """Return the name in `CODES` of what stores this tensor under a codec, given its decoded predecessor.
-
-    Example:
-        >>> (
-        ...     code_for("int8", torch.ones(2), torch.zeros(2)),
-        ...     code_for("int8", torch.ones(2).long(), torch.zeros(2).long()),
-        ... )
-        ('int8', 'exact')
-    """
-    if torch.equal(_bits(value), _bits(previous)):
-        return "same"
-    short = value.is_floating_point() and value.element_size() <= 4
-    finite = short and all(
-        (value[a:b].float() - previous[a:b].float()).abs().amax().isfinite() for a, b in pieces(len(value))
-    )
-    return codec if finite else "exact"
-
-
-def fault(parts: Parts) -> str | None:
-    """Return what is wrong with the values of a tensor's parts, if anything, before they are decoded."""
-    if "frames" in parts:
-        frames = parts["frames"]
-        if bool((frames < 0).any()) or int(frames.sum()) != len(parts["bytes"]):
-            return "frames that do not add up to its bytes"
-    if "scale" in parts and not parts["scale"].isfinite().all():
-        return "a scale that is not finite"
-    return None
-
+# Steps on each side of 0.
+LEVELS = 127
 
 _MEMORY = threading.local()
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _blocks(elements: int) -> int:
+def retired_codec(found: str) -> PathError:
+    """Return the error for nodes that only an earlier version of this package reads.
+
+    Args:
+        found: The nodes in question, with their codec and file.
+    """
+    return PathError(
+        found,
+        expected="nodes stored by codec 'int8' or 'exact' without compression",
+        cure="read the path with disback-plugin 0.1.0, or record it again in an empty folder",
+    )
+
+
+def encode_int8(value: Tensor, previous: Tensor) -> dict[str, Tensor]:
+    """Return the difference of two tensors as integers and the scale of each block.
+
+    Args:
+        value: Weights of the node, flat, on the CPU, shape (n,); finite, of at most 32 bits.
+        previous: Weights of the node before as they are decoded, of the same dtype, shape (n,).
+
+    Returns:
+        "q": steps in [-127, 127] as int8, shape (n,); "scale": bfloat16, shape (ceil(n / BLOCK),).
+    """
+    q = room(len(value), torch.int8)
+    scale = room(blocks_of(len(value)), torch.bfloat16)
+    for start, stop in pieces(len(value)):
+        blocks = slice(start // BLOCK, blocks_of(stop))
+        delta = room(blocks_of(stop - start) * BLOCK, torch.float32).zero_().view(-1, BLOCK)
+        torch.sub(value[start:stop].float(), previous[start:stop].float(), out=delta.view(-1)[: stop - start])
+        scale[blocks] = delta.abs().amax(dim=1) / LEVELS
+        # A scale of 0 stands for differences that bfloat16 cannot hold.
+        divisor = torch.where(scale[blocks] > 0, scale[blocks].float(), math.inf)
+        q[start:stop] = delta.div_(divisor[:, None]).round_().view(-1)[: stop - start]
+    return {"q": q, "scale": scale}
+
+
+def decode_int8(q: Tensor, scale: Tensor, previous: Tensor, start: int, out: Tensor) -> None:
+    """Add a piece of a difference to the previous node's weights: in float32, cast once.
+
+    Args:
+        q: All steps of the tensor.
+        scale: All scales of the tensor.
+        previous: The piece of the node before, shape (m,).
+        start: First element of the piece, a multiple of BLOCK.
+        out: Memory for the decoded piece, shape (m,); it may be `previous`.
+    """
+    n, first = len(previous), start // BLOCK
+    whole = n // BLOCK * BLOCK
+    before, factor = previous.float(), scale[first : first + -(-n // BLOCK)].float()
+    steps = _scratch(n).copy_(q[start : start + n])
+    total = out if out.dtype == torch.float32 else steps
+    a, b, c = (tensor[:whole].view(-1, BLOCK) for tensor in (before, steps, total))
+    torch.addcmul(a, b, factor[: len(a), None], out=c)
+    if n > whole:  # the tensor's last block may be shorter
+        torch.addcmul(before[whole:], steps[whole:], factor[-1], out=total[whole:])
+    if total is not out:
+        out.copy_(total)
+
+
+def fits_int8(value: Tensor, previous: Tensor) -> bool:
+    """Return whether `encode_int8` can hold a tensor: a float of at most 32 bits at a finite difference.
+
+    Example:
+        >>> fits_int8(torch.ones(2), torch.zeros(2)), fits_int8(torch.ones(2).long(), torch.zeros(2).long())
+        (True, False)
+    """
+    if not value.is_floating_point() or value.element_size() > 4:
+        return False
+    return all((value[a:b].float() - previous[a:b].float()).abs().amax().isfinite() for a, b in pieces(len(value)))
+
+
+def equal_bits(value: Tensor, previous: Tensor) -> bool:
+    """Return whether two flat tensors of one dtype are equal bit for bit: 0.0 and -0.0 differ, equal NaNs do not.
+
+    Example:
+        >>> equal_bits(torch.zeros(2), -torch.zeros(2))
+        False
+    """
+    return torch.equal(value.view(torch.uint8), previous.view(torch.uint8))
+
+
+def blocks_of(elements: int) -> int:
+    """Return the number of blocks of a tensor.
+
+    Example:
+        >>> blocks_of(BLOCK + 1)
+        2
+    """
     return -(-elements // BLOCK)
 
 
+# What a node's file can hold of a tensor: a difference, all of it, or nothing because the node before has the same.
+CODES = ("int8", "plain", "same")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one tensor of a node is stored.
+
+    Attributes:
+        code: One of `CODES`.
+        layout: Dtype and shape of the decoded tensor.
+    """
+
+    code: str
+    layout: TensorMeta
+
+    def stored(self, name: str) -> dict[str, TensorMeta]:
+        """Return the tensors of the file that hold tensor `name`."""
+        if self.code == "plain":
+            return {name: self.layout}
+        if self.code == "same":
+            return {}
+        elements = self.layout.shape.numel()
+        scales = TensorMeta(torch.bfloat16, torch.Size([blocks_of(elements)]))
+        return {f"{name}|q": TensorMeta(torch.int8, torch.Size([elements])), f"{name}|scale": scales}
+
+    def to_json(self) -> list[Any]:
+        """Return the entry as a JSON value."""
+        return [self.code, str(self.layout.dtype).removeprefix("torch."), list(self.layout.shape)]
+
+    @classmethod
+    def from_json(cls, value: Any) -> Entry:
+        """Return the entry that `to_json` wrote.
+
+        Raises:
+            PathError: If it has a code of an earlier version.
+            TypeError, ValueError, AttributeError: If it is none.
+        """
+        code, name, shape = value
+        if code in ("exact", "bf16", "int6", "int5", "int4"):
+            raise retired_codec(f"weights stored as {code!r}")
+        dtype = getattr(torch, name)
+        sizes = all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
+        if code not in CODES or not sizes or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value!r:.80}")
+        if code == "int8" and not dtype.is_floating_point:
+            raise ValueError(f"{value!r:.80}")
+        return cls(code, TensorMeta(dtype, torch.Size(shape)))
+
+
+class Delta:
+    """The content of a node's file: for each tensor its difference to the node before, or its values.
+
+    Args:
+        entries: How each tensor is stored, by canonical name; of tied weights the first name only.
+        aliases: {name: first name} of the other names of tied weights.
+        parts: The tensors of the file, by name.
+
+    Attributes:
+        layout: Dtype and shape of each decoded tensor; tied ones under each name.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], aliases: Mapping[str, str], parts: Mapping[str, Tensor]) -> None:
+        self.entries, self.aliases, self.parts = dict(entries), dict(aliases), parts
+        own = {name: entry.layout for name, entry in self.entries.items()}
+        self.layout: dict[str, TensorMeta] = own | {alias: own[name] for alias, name in self.aliases.items()}
+
+    def decode(self, name: str, previous: Tensor, start: int, *memory: Tensor | None) -> Tensor:
+        """Return a piece of a tensor, given that of the node before in any dtype.
+
+        Args:
+            name: The name under which the tensor is stored.
+            previous: The piece at the node before, shape (m,).
+            start: First element of the piece.
+            memory: Tensors of shape (m,). A decoded difference is written into the first that has its dtype.
+        """
+        entry = self.entries[name]
+        if entry.code == "plain":
+            return self.parts[name].view(-1)[start : start + len(previous)]
+        dtype = entry.layout.dtype
+        previous = previous.to(dtype)
+        if entry.code == "same":
+            return previous
+        out = next((m for m in memory if m is not None and m.dtype == dtype), None)
+        out = room(len(previous), dtype) if out is None else out
+        decode_int8(self.parts[f"{name}|q"], self.parts[f"{name}|scale"], previous, start, out)
+        return out
+
+    # -- in a file ----------------------------------------------------------------------------------------------------
+
+    def metadata(self) -> str:
+        """Return entries and aliases as JSON, to be stored beside the parts."""
+        entries = {name: entry.to_json() for name, entry in self.entries.items()}
+        return json.dumps({"entries": entries, "aliases": self.aliases}, sort_keys=True)
+
+    @classmethod
+    def from_parts(cls, metadata: str, parts: Mapping[str, Tensor], *, source: str) -> Delta:
+        """Return the Delta that `metadata` and `parts` were made from, after a check that they fit each other.
+
+        Args:
+            metadata: Text that `metadata()` returned.
+            parts: Tensors that may be mapped from a file: their values are not read, but for the scales.
+            source: Where they come from, for errors.
+
+        Raises:
+            PathError: If they do not fit, or are stored as only an earlier version could.
+        """
+        try:
+            content = json.loads(metadata)
+            entries = {str(name): Entry.from_json(value) for name, value in content["entries"].items()}
+            aliases = {str(alias): str(name) for alias, name in content["aliases"].items()}
+            fits = all(name in entries for name in aliases.values()) and not aliases.keys() & entries.keys()
+        except PathError as error:
+            raise retired_codec(f"{error.found} in {source}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise PathError(
+                f"{source} whose layout does not read ({error})", expected="a node", cure=COPY_AGAIN
+            ) from error
+        wanted = {part: meta for name, entry in entries.items() for part, meta in entry.stored(name).items()}
+        if not fits or wanted.keys() != parts.keys():
+            odd = sorted(wanted.keys() ^ parts.keys())[:3]
+            raise PathError(f"{source} with parts missing or too many {odd}", expected="a node", cure=COPY_AGAIN)
+        for name, meta in wanted.items():
+            part = parts[name]
+            if part.dtype != meta.dtype or part.shape != meta.shape:
+                raise PathError(
+                    f"{name} of {part.dtype} and shape {tuple(part.shape)} in {source}",
+                    expected=f"{meta.dtype} and shape {tuple(meta.shape)}",
+                    cure=COPY_AGAIN,
+                )
+        for name, entry in entries.items():
+            if entry.code == "int8" and not parts[f"{name}|scale"].isfinite().all():
+                raise PathError(
+                    f"{name} with a scale that is not finite in {source}", expected="a node", cure=COPY_AGAIN
+                )
+        return cls(entries, aliases, parts)
+
+
 def _scratch(elements: int) -> Tensor:
-    """Return memory of this thread, in float32, that the next call hands out again: fresh pages cost more than sums."""
+    """Return float32 memory of this thread, which the next call returns again: new pages cost more than the sums."""
     if not hasattr(_MEMORY, "piece"):
         _MEMORY.piece = room(PIECE, torch.float32)
     piece: Tensor = _MEMORY.piece
     return piece[:elements]
-
-
-def _add(previous: Tensor, q: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Write previous + q scale into `out`: whole blocks at once, and then what is left."""
-    blocks, rest = divmod(len(q), BLOCK)
-    whole = blocks * BLOCK
-    a, b, sum_ = (tensor[:whole].view(blocks, BLOCK) for tensor in (previous, q, out))
-    torch.addcmul(a, b, scale[:blocks, None], out=sum_)
-    if rest:
-        torch.addcmul(previous[whole:], q[whole:], scale[-1], out=out[whole:])
-    return out
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(_WORDS[tensor.element_size()])
-
-
-def _sign(words: Tensor) -> int:
-    """Return the place of the sign bit."""
-    return 8 * words.element_size() - 1
-
-
-def _ordered(words: Tensor) -> Tensor:
-    """Turn the bits of floats, sign and magnitude, into integers of the same order, and back."""
-    return words ^ ((words >> _sign(words)) & ~(-1 << _sign(words)))
-
-
-def _by_exponent(tensor: Tensor) -> Tensor:
-    """Return the order in which floats of one exponent stand together, small ones first; other numbers stay."""
-    if not tensor.is_floating_point():
-        return torch.arange(len(tensor), device="cpu")
-    mantissa = round(-math.log2(torch.finfo(tensor.dtype).eps))
-    exponents = (_bits(tensor) >> mantissa) & ~(-1 << (_sign(_bits(tensor)) - mantissa))
-    return torch.from_numpy(np.argsort(exponents.to(torch.int16).numpy(), kind="stable"))

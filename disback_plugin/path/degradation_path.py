@@ -1,8 +1,8 @@
 """The degradation path {s'_i | i = 0 ... N} as a folder: node 0 is the teacher, node N fits the first student.
 
-    config.json             what is there: teacher, generator, recording plan, nodes and their SHA-256
+    config.json             the manifest: teacher, generator, plan of the recording, nodes and their SHA-256
     teacher.safetensors     s'_0, unless the path was recorded without it
-    node-001.safetensors …  s'_1 to s'_N, one file a node: its coded difference to the node before
+    node-001.safetensors …  s'_1 to s'_N, one file a node
     README.md               model card, once the recording is complete
 
 Every file is written under a temporary name, flushed to disk and renamed, and `config.json` after the file that it
@@ -16,7 +16,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,12 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import distributed
+from disback_plugin._text_table import aligned, html_table
 from disback_plugin.errors import OptionError, PathError
-from disback_plugin.path import files, writer
-from disback_plugin.path.delta import Between
+from disback_plugin.path import files
+from disback_plugin.path.delta import InterpolatedSource
 from disback_plugin.path.manifest import CONFIG, Manifest, Node, Recording
-from disback_plugin.path.model_card import aligned, card, html, short
-from disback_plugin.path.probes import Probe
-from disback_plugin.path.store import Storage
+from disback_plugin.path.store import Store
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.full_state import FullState
 from disback_plugin.weights.inplace_copy import Source
@@ -50,10 +48,11 @@ class DegradationPath(
 
     Args:
         folder: An existing path on disk; `DegradationPath.create` begins a new one.
-        manifest: What another rank has read there already; None reads it.
+        manifest: Its manifest, if another rank has read that already; None reads it.
 
     Raises:
-        PathError: If there is no path, or its manifest is broken or of a newer format.
+        PathError: If there is no path, its manifest is broken, or its format or codec is one that this version does
+            not read.
 
     Example:
         >>> import tempfile, torch
@@ -66,8 +65,9 @@ class DegradationPath(
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         self.folder = Path(folder).absolute()  # a run may change its directory
-        self.manifest = Manifest.read(self.folder) if manifest is None else manifest
-        self._storage = Storage(self.folder)
+        self._store = Store(self.folder, Manifest.read(self.folder) if manifest is None else manifest)
+        if manifest is None:
+            self._store.refuse_retired_nodes()
 
     # -- open and create ----------------------------------------------------------------------------------------------
 
@@ -84,14 +84,15 @@ class DegradationPath(
         """Begin a path in an empty or missing folder; node 0 is written at once.
 
         Args:
-            folder: Where.
-            teacher: FullState of the teacher s'_0, under canonical names.
+            folder: The folder, which is made if it is missing.
+            teacher: All weights of the teacher s'_0, under canonical names.
             recording: The plan.
             generator: Fingerprint of the initial generator, if known.
-            teacher_id: Where the teacher comes from, as a hub id; for people only.
+            teacher_id: Hub id that the teacher comes from; for people only.
 
         Raises:
             PathError: If the folder holds anything, or cannot be written.
+            OptionError: If the teacher is sharded and the path shall not hold it.
             TrainingError: If the teacher holds a NaN.
         """
         root, state = Path(folder).absolute(), FullState.of(teacher)
@@ -99,18 +100,19 @@ class DegradationPath(
             raise OptionError(
                 "keep_teacher=False and a sharded teacher, of which no rank could keep a copy",
                 expected="a path that holds node 0",
-                cure="leave keep_teacher= away",
+                cure="omit keep_teacher=",
             )
 
         def write() -> Manifest:
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
-            writer.begin(root, state, recording, generator, teacher_id)
-            return Manifest.read(root)
+            return Store.create(root, state, recording, generator, teacher_id)
 
         path = cls(root, distributed.on_rank_zero(write, state))
-        if not recording.keep_teacher:
-            path._storage.bind(state)
+        if recording.keep_teacher:
+            path._store.trust(path.manifest.teacher)
+        else:
+            path._store.keep_teacher(state)
         return path
 
     @classmethod
@@ -162,22 +164,22 @@ class DegradationPath(
         return str(self.folder)
 
     def __len__(self) -> int:
-        """Return N + 1, as far as recorded."""
+        """Return the number of nodes recorded so far, the teacher among them: N + 1 at the end."""
         return 1 + len(self.manifest.nodes)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return the full state of node `index` on the CPU, under canonical names; negative indices count from the end.
+        """Return all weights of node `index` on the CPU, under canonical names; negative indices count from the end.
 
         Raises:
             IndexError: If there is no such node.
-            PathError: If its file is missing, of another size than recorded, or unreadable, or decodes to something
-                else than was recorded.
+            PathError: If a file is missing, is not as long as recorded, does not read, or decodes to other weights than
+                were recorded.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"node {index} of a path with nodes 0 to {len(self) - 1}")
         index %= len(self)
-        state = self._storage.node(self.manifest, index).state_dict()
-        self.check_decoded(index, checksum(state))
+        state = self._store.source(index).state_dict()
+        self.verify_checksum(index, checksum(state))
         return state
 
     def source(self, position: float) -> Source:
@@ -187,40 +189,47 @@ class DegradationPath(
             position: In [0, N]; between two nodes their weights are interpolated.
 
         Raises:
-            PathError: If a file is missing or changed. All files are read and compared before the first use, and again
-                when one of them was written since.
+            PathError: If a file is missing or changed. All files are verified before the first use, and again when one
+                of them was written since.
         """
         index = math.ceil(position)
-        self._storage.ensure(self.manifest, index)
-        node = self._storage.node(self.manifest, index)
-        return node if position == index else Between(node, position - (index - 1))
+        node = self._store.verified_source(index)
+        return node if position == index else InterpolatedSource(node, position - (index - 1))
 
-    def original(self) -> Source:
-        """Return node 0, to be written into the teacher at the end: as it was read, though its file may be gone by now.
+    def teacher_source(self) -> Source:
+        """Return node 0 as it was first read, to restore the teacher at the end, though its file may be gone by now.
 
         Raises:
             PathError: If it is not what was recorded any more.
         """
-        return self._storage.original(self.manifest)
+        return self._store.teacher_source()
 
     def part_checksums(self, parts: Mapping[str, Part]) -> list[str]:
-        """Return the checksum of what one process holds of each node (`ScoreNetwork.parts`), once all was verified.
+        """Return the checksum of what one process holds of each node (`ScoreNetwork.parts`), after `verify`.
 
         Raises:
             PathError: If a file is missing or changed.
         """
-        self._storage.ensure(self.manifest, len(self) - 1)
-        return self._storage.part_checksums(self.manifest, parts)
+        return self._store.part_checksums(parts)
 
-    def check_decoded(self, index: int, found: str, expected: str | None = None) -> None:
-        """Raise PathError unless `found` is the checksum that node `index` was recorded with; of a part of it, the one
-        expected.
+    def verify_checksum(self, index: int, found: str, expected: str | None = None) -> None:
+        """Raise PathError unless decoded weights are those that were recorded.
+
+        Args:
+            index: Node that was decoded.
+            found: Checksum of what was decoded.
+            expected: Checksum of the parts that this process holds, if that is not the whole node.
         """
-        self._storage.check_decoded(self.manifest, index, found, expected)
+        self._store.verify_checksum(index, found, expected)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The content of `config.json`."""
+        return self._store.manifest
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """Nodes 1 ... N, as far as recorded: what the manifest says of them."""
+        """The manifest's entries of nodes 1 ... N, as far as recorded."""
         return self.manifest.nodes
 
     @property
@@ -231,19 +240,15 @@ class DegradationPath(
     @property
     def identity(self) -> str:
         """Digest of what was, or is being, recorded: teacher, generator and plan, but not how far it got."""
-        recorded = asdict(replace(self.manifest, nodes=(), complete=False))
-        for found_later in ("fitted", "ended", "haste", "learning_rate"):
-            del recorded[found_later]
-        recorded["teacher"] = self.manifest.teacher.fingerprint
-        return sha256(json.dumps(recorded, sort_keys=True).encode()).hexdigest()
+        return self.manifest.identity.digest()
 
-    def about(self) -> dict[str, Any]:
-        """Return what tells this path from others, for a log: its folder, identity, and the networks' fingerprints."""
+    def log_fields(self) -> dict[str, Any]:
+        """Return what tells this path from others in a log: folder, identity, fingerprints of teacher and generator."""
         names = {"folder": str(self.folder), "path": self.identity}
         return names | {"teacher": self.manifest.teacher.fingerprint, "generator": self.manifest.generator}
 
-    def digest(self, iteration: int | None = None) -> str:
-        """Return a digest of the nodes recorded up to an iteration, or of all: of what is in them."""
+    def nodes_digest(self, iteration: int | None = None) -> str:
+        """Return a digest of the files of the nodes recorded up to an iteration; None: of all."""
         nodes = [n.sha256 for n in self.nodes if iteration is None or n.iteration <= iteration]
         return sha256(json.dumps(nodes).encode()).hexdigest()
 
@@ -253,14 +258,12 @@ class DegradationPath(
         Raises:
             PathError: If a file is missing, changed or foreign, or holds no node.
         """
-        self._storage.verify(self.manifest)
+        self._store.verify()
 
-    def bind(self, state: Mapping[str, Tensor]) -> None:
-        """Make sure that `state` is the teacher that this path was recorded from, bit for bit; keep it if the path
-        does not. All ranks must call with a sharded one.
+    def verify_teacher(self, state: Mapping[str, Tensor]) -> None:
+        """Raise PathError unless `state` is the teacher that this path was recorded from, bit for bit.
 
-        Raises:
-            PathError: If it is another one.
+        A path that does not hold node 0 keeps a copy of it. All ranks must call with a sharded teacher.
         """
         whole = FullState.of(state)
         found = distributed.on_rank_zero(lambda: fingerprint(whole), whole) if whole.sharded else fingerprint(whole)
@@ -279,34 +282,30 @@ class DegradationPath(
                     expected="a path that holds node 0, of which each rank can read its part",
                     cure="record with keep_teacher=True, or attach before sharding",
                 )
-            self._storage.bind(whole)
+            self._store.keep_teacher(whole)
 
     # -- write --------------------------------------------------------------------------------------------------------
 
-    def complete_node_0(self, teacher: Mapping[str, Tensor]) -> None:
-        """Write node 0 unless it is there; `bind` says whether `teacher` is it."""
-        if not self.manifest.teacher_missing:
-            return
-
-        state = FullState.of(teacher)
-        self._on_rank_zero(lambda: writer.add_node_0(self._storage, self.manifest, state), state)
+    def write_teacher(self, teacher: Mapping[str, Tensor]) -> None:
+        """Write node 0 unless it is there; call `verify_teacher` with the same weights before."""
+        if self.manifest.teacher_missing:
+            state = FullState.of(teacher)
+            self._on_rank_zero(lambda: self._store.write_teacher(state), state)
 
     def append(
         self,
         state: Mapping[str, Tensor],
         *,
         iteration: int,
-        probe: Probe | None = None,
         exactly: Collection[str] = (),
         training: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add the next node, coded as the difference to the last one.
+        """Add the next node.
 
         Args:
             state: All weights of s'_i, under canonical names. All ranks must call, if there are several.
-            iteration: Updates of s' behind it, larger than the last node's.
-            probe: What evaluates the network that holds `state`, to measure the codec's error; None: weights only.
-            exactly: Names of tensors to be stored exactly, whatever the codec: those of buffers.
+            iteration: Updates of s' before this node, more than before the last one.
+            exactly: Names of tensors that are stored whole, whatever the codec: those of buffers.
             training: What a recording needs to go on from here bit for bit (`training_state` returns it), kept until
                 the next node or the end.
 
@@ -315,14 +314,10 @@ class DegradationPath(
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
             PathError: If the folder cannot be written.
         """
-        writer.check_due(self.manifest, iteration)
-        storage, whole = self._storage, FullState.of(state)
-
-        def write() -> None:
-            writer.add_node(storage, self.manifest, whole, iteration, probe=probe, exactly=exactly, training=training)
-
-        self._on_rank_zero(write, whole)
-        self.tidy()
+        self._store.require_due(iteration)
+        whole = FullState.of(state)
+        self._on_rank_zero(lambda: self._store.append(whole, iteration, exactly=exactly, training=training), whole)
+        self.remove_leftovers()
 
     def training_state(self) -> dict[str, Tensor] | None:
         """Return what `append` was given as `training` with the last node; None if nothing.
@@ -330,50 +325,49 @@ class DegradationPath(
         Raises:
             PathError: If it was changed since.
         """
-        return writer.read_training(self.folder, self.manifest)
+        return self._store.read_training()
 
-    def note(self, **known: Any) -> None:
-        """Write down what is known of the recording: `fitted`, `ended`, `haste` or `learning_rate` of `Manifest`."""
-        manifest = replace(self.manifest, **known)
-        self._on_rank_zero(lambda: manifest.write(self.folder))
+    def update_manifest(self, **known: Any) -> None:
+        """Write what is now known of the recording: `fitted`, `ended`, `haste` or `learning_rate` of `Manifest`."""
+        self._on_rank_zero(lambda: self._store.write_manifest(**known))
 
     def finish(self) -> None:
         """Mark the recording as complete and write the model card."""
-        self._on_rank_zero(lambda: writer.finish(self.folder, self.manifest))
+        self._on_rank_zero(self._store.finish)
 
-    def rewind(self, iteration: int) -> None:
-        """Forget the nodes after `iteration`, to record them again from a training state saved there."""
+    def remove_nodes_after(self, iteration: int) -> None:
+        """Remove the nodes after `iteration`, to record them again from a training state saved there."""
         kept = tuple(node for node in self.nodes if node.iteration <= iteration)
         complete = self.complete and iteration >= self.manifest.iterations
-        rewound = replace(self.manifest, nodes=kept, complete=complete)
-        if rewound != self.manifest:
-            self._on_rank_zero(lambda: rewound.write(self.folder))
-            distributed.on_rank_zero(lambda: writer.remove_unlisted(self.folder, self.manifest))
+        if (kept, complete) != (self.nodes, self.complete):
+            self._on_rank_zero(lambda: self._store.write_manifest(nodes=kept, complete=complete))
+            distributed.on_rank_zero(self._store.remove_unlisted)
 
-    def tidy(self) -> None:
-        """Remove what is older than the last node, or was left behind by a crash before the manifest listed it."""
+    def remove_leftovers(self) -> None:
+        """Remove training states before the last node, and what a crash left before the manifest listed it."""
         if not self.complete:
-            distributed.on_rank_zero(lambda: writer.remove_unlisted(self.folder, self.manifest))
+            distributed.on_rank_zero(self._store.remove_unlisted)
 
-    def _on_rank_zero(self, write: Callable[[], None], state: FullState | None = None) -> None:
-        def then_read() -> Manifest:
+    def _on_rank_zero(self, write: Callable[[], Manifest], state: FullState | None = None) -> None:
+        """Write on rank 0, and take over the manifest that was written."""
+
+        def written() -> Manifest:
             try:
-                write()
+                return write()
             except OSError as error:
                 raise PathError(
                     f"a folder that cannot be written, {self.folder} ({error})",
-                    expected="room and rights",
+                    expected="free space and permission to write",
                     cure="make room, or pass another path=",
                 ) from error
-            return Manifest.read(self.folder)
 
-        self.manifest = distributed.on_rank_zero(then_read, state)
+        self._store.manifest = distributed.on_rank_zero(written, state)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the path into another folder, as every hub object does.
 
         Args:
-            save_directory: Where to; not the path's own folder.
+            save_directory: The other folder, empty or missing.
             options: `push_to_hub=True` and `repo_id=...` upload it too.
 
         Raises:
@@ -385,7 +379,7 @@ class DegradationPath(
             raise OptionError(
                 f"save_pretrained({str(save_directory)!r}) onto itself",
                 expected="another folder",
-                cure="leave it away, the path is saved; push_to_hub(repo_id) publishes it",
+                cure="omit it, the path is saved; push_to_hub(repo_id) publishes it",
             )
         if Path(save_directory).is_dir() and files.visible(Path(save_directory)):
             raise OptionError(
@@ -396,10 +390,12 @@ class DegradationPath(
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        from disback_plugin.path.model_card import model_card
+
         for entry in self.manifest.entries:
             if entry.sha256:
                 files.copy(self.folder / entry.file, save_directory / entry.file)
-        files.write_text(save_directory / "README.md", card(self.manifest))
+        files.write_text(save_directory / "README.md", model_card(self.manifest))
         self.manifest.write(save_directory)
 
     def __str__(self) -> str:
@@ -407,7 +403,11 @@ class DegradationPath(
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
 
     def __repr__(self) -> str:
-        return f"{self}\n{aligned(short(self.manifest))}"
+        from disback_plugin.path.model_card import node_table
+
+        return f"{self}\n{aligned(node_table(self.manifest))}"
 
     def _repr_html_(self) -> str:
-        return html(str(self), short(self.manifest))
+        from disback_plugin.path.model_card import node_table
+
+        return html_table(str(self), node_table(self.manifest))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,32 +25,35 @@ from disback_plugin.errors import COPY_AGAIN, PathError
 __all__ = [
     "copy",
     "digest",
+    "from_json",
     "is_leftover",
     "map_tensors",
     "read_json",
     "spool",
     "stamp",
+    "to_json",
     "visible",
     "write_json",
     "write_tensors",
     "write_text",
 ]
 
+T = TypeVar("T")
 LARGEST_JSON = 1 << 26
-# The key of the text in a file's metadata.
-ABOUT = "disback"
+# The key of our text in a safetensors file's metadata.
+METADATA = "disback"
 # Tensors of fewer bytes than this are not worth a file of their own.
 SMALL = 1 << 16
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, about: str) -> dict[str, Any]:
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: str) -> dict[str, Any]:
     """Write tensors that share no memory as safetensors, and a text beside them.
 
     Returns:
         Name, SHA-256 and size of the file, as a manifest lists them.
     """
     # One key only: safetensors writes several in random order, and equal nodes must be equal files.
-    _replace(file, lambda temporary: save_file(dict(tensors), temporary, metadata={ABOUT: about}))
+    _replace(file, lambda temporary: save_file(dict(tensors), temporary, metadata={METADATA: metadata}))
     return {"file": file.name, "sha256": digest(file), "bytes": file.stat().st_size}
 
 
@@ -61,7 +67,7 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            return tensors, (handle.metadata() or {})[ABOUT]
+            return tensors, (handle.metadata() or {})[METADATA]
     except (SafetensorError, KeyError, ValueError, OverflowError) as error:
         raise PathError(
             f"{file} that does not read ({type(error).__name__}: {error})",
@@ -131,7 +137,7 @@ def read_json(file: Path) -> dict[str, Any]:
             raise FileNotFoundError(file)
         if file.stat().st_size > LARGEST_JSON:
             raise ValueError(f"{file.stat().st_size} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
     except (OSError, ValueError, RecursionError) as error:
         raise PathError(
             f"no readable {file} ({type(error).__name__})",
@@ -141,6 +147,52 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PathError(f"a JSON {type(content).__name__} in {file}", expected="a JSON object", cure=COPY_AGAIN)
     return content
+
+
+def _finite(text: str) -> float:
+    """Return a number, which JSON can hold again; raises ValueError for NaN, infinities and what overflows to one."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]}")
+    return value
+
+
+def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
+    """Return a dataclass whose fields have the types that it declares; JSON itself promises no type.
+
+    Keys that the dataclass does not know are kept in its field `extra`, or refused where it has none.
+    """
+    hints = _type_hints(kind)
+    known = {name: _checked(value, hints[name]) for name, value in content.items() if name in hints and name != "extra"}
+    unknown = {name: value for name, value in content.items() if name not in known}
+    return kind(**known, **({"extra": unknown} if "extra" in hints else unknown))
+
+
+_type_hints = cache(get_type_hints)
+
+
+def _checked(value: Any, kind: Any) -> Any:
+    """Return a value if it has the type that a field declares."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        return from_json(kind, value)
+    if get_origin(kind) is tuple:
+        return tuple(_checked(entry, get_args(kind)[0]) for entry in _checked(value, list))
+    if kind is float and type(value) is int:
+        value = float(value)
+    odd = (isinstance(value, bool) and kind is not bool) or (isinstance(value, float) and not math.isfinite(value))
+    if odd or not isinstance(value, kind):
+        raise TypeError(f"{value!r:.80} where {getattr(kind, '__name__', kind)} was expected")
+    return value
+
+
+def to_json(value: Any) -> Any:
+    """Return a dataclass as a JSON value, its `extra` keys among the others."""
+    if isinstance(value, tuple):
+        return [to_json(entry) for entry in value]
+    if not is_dataclass(value):
+        return value
+    known = {f.name: to_json(getattr(value, f.name)) for f in fields(value) if f.name != "extra"}
+    return getattr(value, "extra", {}) | known
 
 
 def write_text(file: Path, text: str) -> None:

@@ -1,44 +1,48 @@
-"""The manifest of a degradation path: what `config.json` says, as values."""
+"""The manifest of a degradation path: the content of `config.json` as values."""
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NamedTuple
 
 from disback_plugin.errors import COPY_AGAIN, OptionError, PathError
 from disback_plugin.path import files
-from disback_plugin.path.codecs import SMALLEST_FIRST, check_codec
+from disback_plugin.path.codecs import CODECS, retired_codec
 
 __all__ = [
     "CONFIG",
     "FORMAT",
+    "Identity",
     "Manifest",
     "Node",
     "Recording",
     "Teacher",
-    "is_ours",
+    "is_path_file",
     "node_file",
     "training_file",
 ]
 
-FORMAT = 1
+# Format 1, of version 0.1.0, compressed the nodes of `exact` and those of codecs that are gone.
+FORMAT = 2
 CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """How a path is recorded: `iterations` updates of s', a node after each `every`, the last one at the end.
+    """The plan of a recording: so many updates of s', a node after each `every` of them and one at the end.
 
     Args:
         iterations: Updates of s' in all, >= 1.
         every: Updates between two nodes, >= 1.
-        codec: How nodes are stored: a name of `codecs`, "auto" or "auto:BOUND".
-        keep_teacher: Whether the path holds node 0. If not, it needs the teacher itself, bit for bit, to be used.
+        codec: How nodes are stored: "int8" or "exact".
+        keep_teacher: Whether the path holds node 0. Without it, the path needs the teacher itself, bit for bit.
 
     Raises:
         OptionError: If a count is no whole number >= 1, or there is no such codec.
@@ -54,7 +58,8 @@ class Recording:
     keep_teacher: bool = True
 
     def __post_init__(self) -> None:
-        check_codec(self.codec)
+        if self.codec not in CODECS:
+            raise OptionError(f"codec={self.codec!r}", expected="'int8' or 'exact'", cure="omit codec= for 'int8'")
         whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in (self.iterations, self.every))
         if not whole or self.iterations < 1 or self.every < 1:
             raise OptionError(
@@ -62,7 +67,7 @@ class Recording:
                 expected="two whole numbers >= 1",
                 cure="pass record=200, every=50 as the paper does, or record=0 for no path",
             )
-        # Of numpy's integers json would make an error.
+        # JSON has no integers of numpy.
         object.__setattr__(self, "iterations", int(self.iterations))
         object.__setattr__(self, "every", int(self.every))
 
@@ -78,10 +83,12 @@ class Teacher:
 
     Attributes:
         fingerprint: `ScoreNetwork.fingerprint` of the live teacher.
-        checksum: `ScoreNetwork.checksum` of it.
-        id: Where it comes from, as a hub id; for people only.
-        sha256: Of its file; empty until that is written.
+        checksum: `ScoreNetwork.checksum` of the live teacher.
+        id: Hub id that the teacher came from, for people only.
+        sha256: SHA-256 of its file; empty until the file is written.
         bytes: Size of its file.
+        file: Name of its file.
+        extra: Keys of a later version, which are kept.
     """
 
     fingerprint: str
@@ -90,6 +97,7 @@ class Teacher:
     sha256: str = ""
     bytes: int = 0
     file: str = "teacher.safetensors"
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -98,17 +106,16 @@ class Node:
 
     Attributes:
         index: i.
-        iteration: Updates of s' behind it.
-        file: Name inside the folder.
-        sha256: Of the file.
+        iteration: Updates of s' before it was saved.
+        file: Name of its file.
+        sha256: SHA-256 of the file.
         bytes: Size of the file.
         delta_norm: |theta_i - theta_{i-1}|, Euclidean, over all floating tensors.
-        codec: How its difference to node i - 1 is stored, a name of `codecs`.
-        checksum: `ScoreNetwork.checksum` of the node as it is decoded.
-        recorded: That of the network it was made from; the same under "exact".
+        codec: The codec that stored it.
+        checksum: `ScoreNetwork.checksum` of the decoded node.
+        recorded: Checksum of the network that the node was made from; under "exact" it equals `checksum`.
         weight_error: |decoded theta_i - theta_i| / delta_norm.
-        codec_error: Change of the score output that the codec made, over that from node i - 1 to node i, on samples of
-            the student; None if no forward of the network was seen while recording.
+        extra: Keys of another version, which are kept.
     """
 
     index: int
@@ -121,38 +128,85 @@ class Node:
     checksum: str
     recorded: str
     weight_error: float
-    codec_error: float | None
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+class Identity(NamedTuple):
+    """The fields that identify a recording: its teacher, its generator and its plan, not how far it got.
+
+    Attributes:
+        teacher: Fingerprint of the teacher.
+        generator: Fingerprint of the initial generator; None if unknown.
+        iterations: Updates of s' in the plan.
+        every: Updates between two nodes.
+        codec: The codec of the plan.
+        keep_teacher: Whether the path holds node 0.
+    """
+
+    teacher: str
+    generator: str | None
+    iterations: int
+    every: int
+    codec: str
+    keep_teacher: bool
+
+    def digest(self) -> str:
+        """Return the SHA-256 that a saved state names the path by: 64 hexadecimal digits.
+
+        Example:
+            >>> Identity("t", None, 200, 50, "int8", True).digest()[:12]
+            'e1ed4bf6c5ff'
+        """
+        plan = {key: getattr(self, key) for key in ("iterations", "every", "codec", "keep_teacher")}
+        # The two constants were part of what version 0.1.0 hashed, and states saved by it must be recognized.
+        content = {"teacher": self.teacher, "generator": self.generator, "recording": plan} | {
+            "complete": False,
+            "nodes": [],
+        }
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a path holds. Later versions of this package read every earlier format.
+    """The content of a path. Every earlier format is read; `write` writes the newest.
 
     Attributes:
         teacher: Node 0.
         recording: The plan.
-        generator: Fingerprint of the initial generator, if known.
+        generator: Fingerprint of the initial generator; None if unknown.
         nodes: Nodes 1 ... N, as far as they are recorded.
         complete: Whether node N is among them.
-        fitted: Updates after which s' was seen to be fitted (`fitting`); None if it was not.
+        fitted: Updates after which s' was found to be fitted; None if it was not.
         ended: Updates after which the recording was ended because of that; None if it went on as planned.
         haste: Factor on the learning rate until s' was fitted.
-        learning_rate: Of s', where that was a copy of the teacher that `record` trained; None: the trainer's own.
+        learning_rate: Learning rate of s', where that was a copy of the teacher that `record` trained; else None.
+        format: Format that the manifest was read from.
+        extra: Keys of another version, which are kept.
     """
 
     teacher: Teacher
     recording: Recording
     generator: str | None = None
-    nodes: tuple[Node, ...] = field(default=())
+    nodes: tuple[Node, ...] = ()
     complete: bool = False
     fitted: int | None = None
     ended: int | None = None
     haste: int = 1
     learning_rate: float | None = None
+    format: int = FORMAT
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def identity(self) -> Identity:
+        """The fields that identify the recording."""
+        plan = self.recording
+        return Identity(
+            self.teacher.fingerprint, self.generator, plan.iterations, plan.every, plan.codec, plan.keep_teacher
+        )
 
     @property
     def clock(self) -> int:
-        """F: updates at the learning rate itself in which s' was fitted; all that there were if it was not.
+        """F: updates at the learning rate itself in which s' was fitted, or all updates if it was not.
 
         Example:
             >>> Manifest(Teacher("", ""), Recording(200, 50), fitted=5, haste=4).clock
@@ -168,7 +222,7 @@ class Manifest:
     @property
     def last_node(self) -> int:
         """N, the index of the last node."""
-        return replace(self.recording, iterations=self.iterations).nodes
+        return -(-self.iterations // self.recording.every)
 
     def due(self, iteration: int) -> bool:
         """Return whether a node is saved after this iteration.
@@ -178,6 +232,10 @@ class Manifest:
             True
         """
         return iteration == self.iterations or (iteration < self.iterations and iteration % self.recording.every == 0)
+
+    def due_iteration(self, index: int) -> int:
+        """Return the iteration after which node `index` in [1, N] is saved."""
+        return min(index * self.recording.every, self.iterations)
 
     @property
     def entries(self) -> tuple[Teacher | Node, ...]:
@@ -194,21 +252,27 @@ class Manifest:
         """Return the manifest in a folder.
 
         Raises:
-            PathError: If it is missing, does not read, is of a newer format, or names other files than a path has.
+            PathError: If it is missing, does not read, has a newer format or a codec that is gone, or names files that
+                a path does not have.
         """
         file = folder / CONFIG
         content = files.read_json(file)
-        if type(content.get("format")) is not int or content["format"] != FORMAT:
+        version = content.get("format")
+        if type(version) is not int or not 1 <= version <= FORMAT:
             raise PathError(
-                f"format {content.get('format')!r} in {file}",
-                expected=f"format {FORMAT}",
+                f"format {version!r} in {file}",
+                expected=f"a format from 1 to {FORMAT}",
                 cure="upgrade disback-plugin if the path is newer, or pass the folder of a degradation path",
             )
         try:
-            manifest = cls._from_json(content)
+            _refuse_retired(content, file)
+            generator = content.pop("generator")["fingerprint"]
+            manifest = files.from_json(cls, content | {"generator": generator})
+        except PathError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PathError(
-                f"a manifest that does not read ({error}) in {file}", expected=f"format {FORMAT}", cure=COPY_AGAIN
+                f"a manifest that does not read ({error}) in {file}", expected=f"format {version}", cure=COPY_AGAIN
             ) from error
         fault = manifest.fault()
         if fault:
@@ -216,25 +280,23 @@ class Manifest:
         return manifest
 
     def fault(self) -> str | None:
-        """Return what cannot be in the manifest of a recording, if anything."""
+        """Return the first statement that no recording can have written, or None."""
         teacher, nodes = self.teacher, self.nodes
-        # Names are fixed, so that no manifest can point out of its folder.
+        # File names are fixed, so that no manifest can point out of its folder.
         named = [teacher.file, *(node.file for node in nodes)]
         if named != ["teacher.safetensors", *(node_file(i + 1) for i in range(len(nodes)))]:
             return f"files {named[:3]}"
-        unknown = {node.codec for node in nodes} - set(SMALLEST_FIRST)
+        unknown = {node.codec for node in nodes} - set(CODECS)
         if unknown:
             return f"codecs {sorted(unknown)}, which this version cannot read,"
         if not all(0 < node.delta_norm < math.inf for node in nodes):
             return "a node at no distance from the one before"
-        iterations = [node.iteration for node in nodes]
-        if any(
-            count is not None and not 1 <= count <= self.recording.iterations for count in (self.fitted, self.ended)
-        ):
+        counts = [count for count in (self.fitted, self.ended) if count is not None]
+        if any(not 1 <= count <= self.recording.iterations for count in counts):
             return f"a recording that was fitted after {self.fitted} updates and ended after {self.ended}"
         if self.haste < 1:
             return f"a recording at {self.haste} times the learning rate"
-        due = [min((i + 1) * self.recording.every, self.iterations) for i in range(len(nodes))]
+        iterations, due = [n.iteration for n in nodes], [self.due_iteration(i + 1) for i in range(len(nodes))]
         if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
             return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
         if len(nodes) > self.last_node or (self.complete and nodes and len(nodes) != self.last_node):
@@ -245,42 +307,20 @@ class Manifest:
             return "a teacher that is kept and not kept"
         return None
 
-    @classmethod
-    def _from_json(cls, content: Mapping[str, Any]) -> Manifest:
-        return cls(
-            teacher=_typed(Teacher, content["teacher"]),
-            recording=_typed(Recording, content["recording"]),
-            generator=_of_type(content["generator"]["fingerprint"], str | None),
-            nodes=tuple(_typed(Node, node) for node in _of_type(content["nodes"], list)),
-            complete=_of_type(content["complete"], bool),
-            fitted=_of_type(content.get("fitted"), int | None),
-            ended=_of_type(content.get("ended"), int | None),
-            haste=_of_type(content.get("haste", 1), int),
-            learning_rate=_of_type(content.get("learning_rate"), float | None),
-        )
-
     def write(self, folder: Path) -> None:
-        """Write it into a folder, whole or not at all."""
-        content = asdict(self) | {"format": FORMAT, "generator": {"fingerprint": self.generator}}
+        """Write the manifest into a folder, whole or not at all."""
+        content = files.to_json(self) | {"format": FORMAT, "generator": {"fingerprint": self.generator}}
         files.write_json(folder / CONFIG, content)
 
 
-T = TypeVar("T")
-
-
-def _typed(kind: type[T], content: Mapping[str, Any]) -> T:
-    """Return a dataclass whose fields have the types that it declares; JSON itself promises nothing."""
-    hints = get_type_hints(kind)
-    return kind(**{name: _of_type(value, hints[name]) for name, value in content.items()})
-
-
-def _of_type(value: Any, kind: Any) -> Any:
-    if kind is float and type(value) is int:
-        value = float(value)
-    odd = (isinstance(value, bool) and kind is not bool) or (isinstance(value, float) and not math.isfinite(value))
-    if odd or not isinstance(value, kind):
-        raise TypeError(f"{value!r:.80} where {getattr(kind, '__name__', kind)} was expected")
-    return value
+def _refuse_retired(content: Mapping[str, Any], file: Path) -> None:
+    """Raise PathError if a manifest names a codec that only version 0.1.0 reads."""
+    codecs = [content["recording"]["codec"], *(node["codec"] for node in content["nodes"])]
+    for codec in codecs:
+        if re.fullmatch(r"auto(:.*)?|bf16|int[456]", codec):
+            raise retired_codec(f"the codec {codec!r} in {file}")
+    if content["format"] == 1 and "exact" in codecs[1:]:
+        raise retired_codec(f"nodes that are compressed under the codec 'exact' of format 1 in {file}")
 
 
 def node_file(index: int) -> str:
@@ -303,11 +343,11 @@ def training_file(index: int) -> str:
     return f"training-{index:03d}.safetensors"
 
 
-def is_ours(name: str) -> bool:
+def is_path_file(name: str) -> bool:
     """Return whether a recording writes files of this name.
 
     Example:
-        >>> is_ours("node-007.safetensors"), is_ours("model.safetensors")
+        >>> is_path_file("node-007.safetensors"), is_path_file("model.safetensors")
         (True, False)
     """
     return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None

@@ -1,62 +1,48 @@
-"""What people see of a path: its model card, README.md in its folder, and its nodes as a short table."""
+"""The nodes of a path for people: its model card, README.md in its folder, and a short table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from huggingface_hub import ModelCard, ModelCardData
 
 from disback_plugin.path.manifest import FORMAT, Manifest
 
-__all__ = ["ROWS", "aligned", "card", "html", "percent", "short"]
+__all__ = ["ROWS", "model_card", "node_table", "percent"]
 
 # A longer table is shown by its beginning and end.
 ROWS = 12
 
 
-def card(manifest: Manifest) -> str:
-    """Return the model card: teacher, nodes, codecs and errors, and how to use the path."""
-    rows = "\n".join(
-        f"| {n.index} | {n.iteration} | {n.codec} | {n.bytes:,} | {n.delta_norm:.4g} | {percent(n.codec_error)} | "
-        f"{percent(n.weight_error)} | `{n.checksum[:12]}` |"
-        for n in manifest.nodes
-    )
-    return _CARD.format(
-        teacher=manifest.teacher.id or "unnamed",
-        fingerprint=manifest.teacher.fingerprint,
-        generator=manifest.generator or "unknown",
-        iterations=manifest.iterations,
-        codec=manifest.recording.codec,
-        kept=""
-        if manifest.recording.keep_teacher
-        else "; it is not in here, the teacher at hand has to be it bit for bit",
-        version=FORMAT,
-        rows=rows,
-    )
+def model_card(manifest: Manifest) -> str:
+    """Return the model card: teacher, nodes, codec and errors, and how to use the path."""
+    data = ModelCardData(library_name="disback", tags=["disback", "score-distillation", "diffusion-distillation"])
+    card = ModelCard.from_template(data, template_str=_TEMPLATE, manifest=manifest, version=FORMAT, percent=percent)
+    return f"{card}\n"
 
 
-def percent(share: float | None) -> str:
+def percent(share: float) -> str:
     """Return a share as people read it.
 
     Example:
-        >>> percent(0.0012), percent(None)
-        ('0.12 %', 'not measured')
+        >>> percent(0.0012)
+        '0.12 %'
     """
-    return "not measured" if share is None else f"{100 * share:.2g} %"
+    return f"{100 * share:.2g} %"
 
 
-def short(manifest: Manifest) -> list[tuple[str, ...]]:
-    """Return a row for each node, under a row of names; of a long path the first and the last ones.
+def node_table(manifest: Manifest) -> list[tuple[str, ...]]:
+    """Return a row for each node, below a row of names; of a long path the first and the last ones.
 
     Example:
+        >>> from disback_plugin._text_table import aligned
         >>> from disback_plugin.path.manifest import Recording, Teacher
-        >>> print(aligned(short(Manifest(Teacher("", "", bytes=1_000), Recording(4, 2)))))
-          node  iteration  codec    bytes  step  error in scores
+        >>> print(aligned(node_table(Manifest(Teacher("", "", bytes=1_000), Recording(4, 2)))))
+          node  iteration  codec    bytes  step  error in weights
           0     0          teacher  1,000
     """
-    head = ("node", "iteration", "codec", "bytes", "step", "error in scores")
+    head = ("node", "iteration", "codec", "bytes", "step", "error in weights")
     teacher = ("0", "0", "teacher", f"{manifest.teacher.bytes:,}", "", "")
     nodes = [
-        (str(n.index), str(n.iteration), n.codec, f"{n.bytes:,}", f"{n.delta_norm:.4g}", percent(n.codec_error))
+        (str(n.index), str(n.iteration), n.codec, f"{n.bytes:,}", f"{n.delta_norm:.4g}", percent(n.weight_error))
         for n in manifest.nodes
     ]
     if len(nodes) > ROWS:
@@ -64,50 +50,32 @@ def short(manifest: Manifest) -> list[tuple[str, ...]]:
     return [head, teacher, *nodes]
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows as lines of columns, indented."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"  {line}".rstrip() for line in lines)
-
-
-def html(title: str, rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows, the first one of names, as a table of HTML, for a notebook.
-
-    Example:
-        >>> html("a < b", [("node",), ("0",)])
-        '<p>a &lt; b</p><table><thead><tr><th>node</th></tr></thead><tbody><tr><td>0</td></tr></tbody></table>'
-    """
-    head, *body = rows
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    return f"<p>{escape(title)}</p><table><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table>"
-
-
-_CARD = """---
-library_name: disback
-tags: [disback, score-distillation, diffusion-distillation]
+_TEMPLATE = """---
+{{ card_data }}
 ---
 # A degradation path
 
 Weights of a score network on its way from the teacher (node 0) to the distribution of an initial student generator,
 recorded for Distribution Backtracking Distillation ([arXiv 2408.15991](https://arxiv.org/abs/2408.15991)).
 
-* teacher: {teacher}, fingerprint `{fingerprint}`{kept}
-* initial generator: fingerprint `{generator}`
-* recorded in {iterations} iterations, codec `{codec}`, format {version}
+* teacher: {{ manifest.teacher.id or "unnamed" }}, fingerprint `{{ manifest.teacher.fingerprint }}`
+{%- if not manifest.recording.keep_teacher %}; the path does not hold it, and needs this very teacher, bit for bit
+{%- endif %}
+* initial generator: fingerprint `{{ manifest.generator or "unknown" }}`
+* recorded in {{ manifest.iterations }} iterations, codec `{{ manifest.recording.codec }}`, format {{ version }}
 
-| node | iteration | codec | bytes | distance to the node before | error in scores | error in weights | checksum |
-|---|---|---|---|---|---|---|---|
-{rows}
+| node | iteration | codec | bytes | distance to the node before | error in weights | checksum |
+|---|---|---|---|---|---|---|
+{%- for n in manifest.nodes %}
+| {{ n.index }} | {{ n.iteration }} | {{ n.codec }} | {{ "{:,}".format(n.bytes) }} | {{ "%.4g" % n.delta_norm }} |
+{#- #} {{ percent(n.weight_error) }} | `{{ n.checksum[:12] }}` |
+{%- endfor %}
 
-Errors are those of the codec over the step from the node before: of the score network's output on the student's
-samples, and of the weights.
+The error is that of the codec, as a share of the distance to the node before.
 
 ```python
 import disback_plugin as disback
 
 path = disback.DegradationPath.from_pretrained("this repository or folder")
 scheduler = disback.TrajectoryScheduler(path, teacher, fake_score, schedule="auto")
-```
-"""
+```"""

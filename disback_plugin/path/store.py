@@ -1,103 +1,123 @@
-"""The files of a path, mapped and decoded; opened when they are needed, and again when somebody wrote them."""
+"""The files of a path: written whole, mapped when they are needed, verified before they are used.
+
+Only one process writes (`distributed.on_rank_zero`). A file is written before the manifest that lists it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from disback_plugin.errors import COPY_AGAIN, PathError
+from disback_plugin.errors import COPY_AGAIN, OptionError, PathError, TrainingError
 from disback_plugin.path import files
-from disback_plugin.path.delta import Decoded, Delta
-from disback_plugin.path.manifest import CONFIG, Manifest, Node, Teacher, is_ours
+from disback_plugin.path.codecs import Delta
+from disback_plugin.path.delta import NodeSource, encode
+from disback_plugin.path.manifest import (
+    CONFIG,
+    FORMAT,
+    Manifest,
+    Node,
+    Recording,
+    Teacher,
+    is_path_file,
+    node_file,
+    training_file,
+)
 from disback_plugin.weights.checksum import Checksum, checksum, fingerprint
 from disback_plugin.weights.full_state import FullState
 from disback_plugin.weights.sharding import Part, masked
-from disback_plugin.weights.tensor_meta import TensorMeta, dtype_class, layout_of, pieces
+from disback_plugin.weights.tensor_meta import TensorMeta, dtype_class, pieces
 
-__all__ = ["Storage"]
+__all__ = ["Store"]
 
-T = TypeVar("T")
-Entry = TypeVar("Entry", Teacher, Node)
-# What a file is known by: inode, size, time of its last change, and the SHA-256 that the manifest lists.
+# What tells a file from its later versions: inode, size, time of its last change, and the SHA-256 in the manifest.
 Stamp = tuple[tuple[int, int, int] | None, str]
 
 
-class Storage:
-    """Reads the nodes that a manifest lists.
+class Store:
+    """Reads and writes the files that a manifest lists.
 
     Args:
-        folder: Where the files are.
+        folder: The path's folder.
+        manifest: Its manifest.
+
+    Attributes:
+        manifest: The manifest, replaced by whoever has written another one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._teacher: dict[str, Tensor] | None = None
-        self._open: dict[str, tuple[Stamp, Any]] = {}
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._teacher: dict[str, Tensor] | None = None  # of a path that does not hold node 0
+        self._opened: dict[str, tuple[Stamp, Any]] = {}
         self._verified: dict[str, Stamp] = {}
 
-    def bind(self, teacher: FullState) -> None:
+    # -- read ---------------------------------------------------------------------------------------------------------
+
+    def refuse_retired_nodes(self) -> None:
+        """Raise PathError if a node of an earlier format is stored as only an earlier version reads it."""
+        if self.manifest.format < FORMAT:
+            for node in self.manifest.nodes:
+                self._read_delta(node)
+
+    def keep_teacher(self, teacher: FullState) -> None:
         """Keep a copy of node 0, for a path that does not hold it."""
-        self._verified.clear()  # nothing could be decoded before
+        self._verified.clear()  # no node could be decoded before
         if self._teacher is None:
             own = {name: teacher[name].cpu().clone(memory_format=torch.contiguous_format) for name in teacher.own()}
             self._teacher = own | {alias: own[name] for alias, name in teacher.aliases.items()}
 
-    def node(self, manifest: Manifest, index: int) -> Decoded:
-        """Return node `index` >= 0, to be decoded piece by piece.
+    def source(self, index: int) -> NodeSource:
+        """Return node `index` >= 0 as its files are now.
 
         Raises:
             PathError: If a file is missing, does not read, or does not fit the teacher.
         """
-        teacher = self._teacher_of(manifest)
-        layout = layout_of(teacher)
-        deltas = [self._delta(node) for node in manifest.nodes[:index]]
-        for node, delta in zip(manifest.nodes[:index], deltas, strict=True):
-            self._check_fits(node, delta, layout, deltas[0])
-        return Decoded(teacher, deltas)
+        return self._source(index, self._stamps(index))
 
-    def original(self, manifest: Manifest) -> Decoded:
+    def verified_source(self, index: int) -> NodeSource:
+        """Return node `index` >= 0, after `verify` unless the files are as they were when they were verified.
+
+        Raises:
+            PathError: If a file is missing or changed, or holds no node.
+        """
+        stamps = self._stamps(index)
+        if any(self._verified.get(file) != stamp for file, stamp in stamps.items()):
+            self.verify()
+            stamps = self._stamps(index)
+        return self._source(index, stamps)
+
+    def teacher_source(self) -> NodeSource:
         """Return node 0 as it was when it was first read, though its file may be gone; its values are compared first.
 
         Raises:
             PathError: If they are not those that were recorded.
         """
-        held = self._open.get(manifest.teacher.file)
-        file = self.folder / manifest.teacher.file
+        entry = self.manifest.teacher
+        held, file = self._opened.get(entry.file), self.folder / entry.file
         was, now = held and held[0][0], files.stamp(file)
         if was and now and was[0] == now[0] and was[1] != now[1]:
-            # The very file that is mapped: to read beyond its end kills the process.
+            # This is the very file that is mapped: to read beyond its end would kill the process.
             raise PathError(f"{file} cut to {now[1]} bytes", expected=f"{was[1]} bytes", cure=COPY_AGAIN)
-        teacher: Mapping[str, Tensor] = self._teacher_of(manifest) if held is None else held[1]
-        self.check_decoded(manifest, 0, checksum(teacher))
-        return Decoded(teacher, ())
+        teacher = held[1] if held else self._open_teacher((now, entry.sha256))
+        self.verify_checksum(0, checksum(teacher))
+        return NodeSource(teacher)
 
-    def trust(self, entry: Teacher | Node) -> None:
-        """Take a file as verified that was written a moment ago."""
-        self._verified[entry.file] = files.stamp(self.folder / entry.file), entry.sha256
-
-    def ensure(self, manifest: Manifest, index: int) -> None:
-        """Verify everything, unless the files of the nodes up to `index` are as they were when they were verified."""
-        stored = [entry for entry in manifest.entries[: index + 1] if entry.sha256]
-        now = {entry.file: (files.stamp(self.folder / entry.file), entry.sha256) for entry in stored}
-        if any(self._verified.get(file) != stamp for file, stamp in now.items()):
-            self.verify(manifest)
-
-    def verify(self, manifest: Manifest) -> None:
-        """Read and decode everything and compare it with what the manifest says.
+    def verify(self) -> None:
+        """Read and decode everything, and compare it with the manifest.
 
         Raises:
             PathError: If a file is missing, changed or foreign, or holds no node.
         """
-        stamps: dict[str, Stamp] = {}
+        manifest, stamps = self.manifest, self._stamps(len(self.manifest.nodes))
         for entry in manifest.entries:
             if entry.sha256:
                 file = self.folder / entry.file
-                stamps[entry.file] = files.stamp(file), entry.sha256
                 found = files.digest(file, size=entry.bytes)
                 if found != entry.sha256:
                     raise PathError(
@@ -105,31 +125,31 @@ class Storage:
                         expected=f"{entry.sha256[:12]}... as {CONFIG} lists it",
                         cure=COPY_AGAIN,
                     )
-        looked_at = self._check_values(manifest)
-        listed = {CONFIG, "README.md", *stamps}
-        unknown = {name for name in files.visible(self.folder) if name not in listed and name[0] != "."}
-        # What a crash left of a recording that is not at its end is no business of anybody else's.
-        foreign = sorted(name for name in unknown if manifest.complete or not is_ours(name))
+        # Without the teacher no node can be decoded: then the files are verified again once it is there.
+        decodable = self._teacher is not None or (manifest.recording.keep_teacher and not manifest.teacher_missing)
+        if decodable:
+            self._verify_values(stamps)
+        unlisted = {n for n in files.visible(self.folder) if n[0] != "."} - {CONFIG, "README.md", *stamps}
+        # A recording that was broken off may have left files that only its resumption removes.
+        foreign = sorted(name for name in unlisted if manifest.complete or not is_path_file(name))
         if foreign:
             raise PathError(
                 f"{foreign[:3]} in {self.folder}",
-                expected=f"what {CONFIG} lists and nothing else",
+                expected=f"only the files that {CONFIG} lists",
                 cure="move it elsewhere",
             )
-        self._verified = stamps if looked_at else {}
+        self._verified = stamps if decodable else {}
 
-    def _check_values(self, manifest: Manifest) -> bool:
-        """Decode all nodes in one pass and compare their checksums; False if the teacher is not there to do so."""
-        if manifest.teacher_missing or (self._teacher is None and not manifest.recording.keep_teacher):
-            return False
-        last = self.node(manifest, len(manifest.nodes))
+    def _verify_values(self, stamps: Mapping[str, Stamp]) -> None:
+        """Decode all nodes in one pass and compare their checksums."""
+        manifest, last = self.manifest, self._source(len(self.manifest.nodes), stamps)
         if fingerprint(last.teacher) != manifest.teacher.fingerprint:
             raise PathError(
                 f"a teacher in {self.folder} that is not the one it was recorded from",
                 expected=f"fingerprint {manifest.teacher.fingerprint[:12]}...",
                 cure=COPY_AGAIN,
             )
-        totals = [Checksum() for _ in range(len(manifest.nodes) + 1)]
+        totals = [Checksum() for _ in manifest.entries]
         for name, layout in last.layout().items():
             for start, stop in pieces(layout.shape.numel()):
                 for node, (total, value) in enumerate(zip(totals, last.trace(name, start, stop), strict=True)):
@@ -139,22 +159,21 @@ class Storage:
                             f"NaN in {name} of node {node} of {self.folder}", expected="numbers", cure=COPY_AGAIN
                         )
         for index, total in enumerate(totals):
-            self.check_decoded(manifest, index, total.digest())
-        return True
+            self.verify_checksum(index, total.digest())
 
-    def part_checksums(self, manifest: Manifest, parts: Mapping[str, Part]) -> list[str]:
-        """Return the checksum of what one process holds of each node: only that is read and decoded."""
-        last = self.node(manifest, len(manifest.nodes))
-        totals = [Checksum() for _ in manifest.entries]
+    def part_checksums(self, parts: Mapping[str, Part]) -> list[str]:
+        """Return, for each node, the checksum of the parts that one process holds; only those are read and decoded."""
+        last = self.verified_source(len(self.manifest.nodes))
+        totals = [Checksum() for _ in self.manifest.entries]
         for name, part in parts.items():
-            for cell in part.cells(last.grain(name)):
+            for cell in part.cells():
                 for total, value in zip(totals, last.trace(name, cell.start, cell.stop), strict=True):
                     total.add(name, masked(value, cell))
         return [total.digest() for total in totals]
 
-    def check_decoded(self, manifest: Manifest, index: int, found: str, expected: str | None = None) -> None:
+    def verify_checksum(self, index: int, found: str, expected: str | None = None) -> None:
         """Raise PathError unless `found` is the checksum that node `index` was recorded with, or the one expected."""
-        expected = expected or manifest.entries[index].checksum
+        expected = expected or self.manifest.entries[index].checksum
         if found != expected:
             raise PathError(
                 f"node {index} of {self.folder} that decodes to checksum {found[:12]}...",
@@ -162,39 +181,51 @@ class Storage:
                 cure=COPY_AGAIN,
             )
 
-    def _teacher_of(self, manifest: Manifest) -> Mapping[str, Tensor]:
+    def _stamps(self, index: int) -> dict[str, Stamp]:
+        """Return the stamps of the files of nodes 0 to `index`."""
+        listed = [entry for entry in self.manifest.entries[: index + 1] if entry.sha256]
+        return {entry.file: (files.stamp(self.folder / entry.file), entry.sha256) for entry in listed}
+
+    def _source(self, index: int, stamps: Mapping[str, Stamp]) -> NodeSource:
+        """Return node `index`; files are opened unless they are open and unchanged."""
+        teacher = self._open_teacher(stamps.get(self.manifest.teacher.file))
+        deltas: list[Delta] = []
+        for node in self.manifest.nodes[:index]:
+            held = self._opened.get(node.file)
+            if held is None or held[0] != stamps[node.file]:
+                delta = self._read_delta(node)
+                self._require_fit(node, delta, teacher, deltas[0] if deltas else delta)
+                held = self._opened[node.file] = stamps[node.file], delta
+            deltas.append(held[1])
+        return NodeSource(teacher, deltas)
+
+    def _open_teacher(self, stamp: Stamp | None) -> Mapping[str, Tensor]:
         if self._teacher is not None:
             return self._teacher
-        if not manifest.recording.keep_teacher:
+        entry = self.manifest.teacher
+        if not self.manifest.recording.keep_teacher:
             raise PathError(
                 f"a path recorded without its teacher in {self.folder}",
-                expected=f"the teacher of fingerprint {manifest.teacher.fingerprint[:12]}... at hand",
-                cure="call path.bind(teacher's state) first; attach, record and TrajectoryScheduler do",
+                expected=f"the teacher of fingerprint {entry.fingerprint[:12]}...",
+                cure="call path.verify_teacher(state of the teacher) first; attach, record and TrajectoryScheduler do",
             )
-        if manifest.teacher_missing:
+        if self.manifest.teacher_missing or stamp is None:
             raise PathError(
                 f"a path without its teacher in {self.folder}, begun and broken off",
                 expected="node 0 at least",
                 cure="start the recording again with the same arguments; it resumes",
             )
-        return self._opened(manifest.teacher, self._read_teacher)
-
-    def _delta(self, node: Node) -> Delta:
-        return self._opened(node, self._read_delta)
-
-    def _opened(self, entry: Entry, read: Callable[[Entry], T]) -> T:
-        """Return what a file holds; read it again only if somebody wrote it since."""
-        now = files.stamp(self.folder / entry.file), entry.sha256
-        held = self._open.get(entry.file)
-        if held is None or held[0] != now:
-            held = self._open[entry.file] = now, read(entry)
-        value: T = held[1]
-        return value
+        held = self._opened.get(entry.file)
+        if held is None or held[0] != stamp:
+            self._opened.clear()  # the nodes were compared with another file
+            held = self._opened[entry.file] = stamp, self._read_teacher(entry)
+        tensors: dict[str, Tensor] = held[1]
+        return tensors
 
     def _read_teacher(self, entry: Teacher) -> dict[str, Tensor]:
-        tensors, about = files.map_tensors(self.folder / entry.file, size=entry.bytes)
+        tensors, aliases = files.map_tensors(self.folder / entry.file, size=entry.bytes)
         try:
-            return tensors | {alias: tensors[name] for alias, name in json.loads(about).items()}
+            return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise PathError(
                 f"{self.folder / entry.file} whose tied weights do not read ({error})",
@@ -204,13 +235,12 @@ class Storage:
 
     def _read_delta(self, node: Node) -> Delta:
         file = self.folder / node.file
-        parts, about = files.map_tensors(file, size=node.bytes)
-        return Delta.from_parts(about, parts, source=str(file))
+        parts, metadata = files.map_tensors(file, size=node.bytes)
+        return Delta.from_parts(metadata, parts, source=str(file))
 
-    def _check_fits(self, node: Node, delta: Delta, teacher: Mapping[str, TensorMeta], first: Delta) -> None:
+    def _require_fit(self, node: Node, delta: Delta, teacher: Mapping[str, Tensor], first: Delta) -> None:
         """Raise PathError unless a node has the tensors of the teacher, and ties the weights that node 1 ties."""
-        layout = delta.layout()
-        odd = [name for name in layout.keys() | teacher.keys() if not _fit(layout.get(name), teacher.get(name))]
+        odd = [n for n in delta.layout.keys() | teacher.keys() if not _same_kind(delta.layout.get(n), teacher.get(n))]
         if odd or delta.aliases != first.aliases:
             raise PathError(
                 f"{self.folder / node.file} with other weights than the teacher, as {sorted(odd or delta.aliases)[:3]}",
@@ -218,6 +248,139 @@ class Storage:
                 cure=COPY_AGAIN,
             )
 
+    # -- write --------------------------------------------------------------------------------------------------------
 
-def _fit(a: TensorMeta | None, b: TensorMeta | None) -> bool:
+    @classmethod
+    def create(
+        cls, folder: Path, state: FullState, recording: Recording, generator: str | None, teacher_id: str | None
+    ) -> Manifest:
+        """Write a manifest and node 0 into a new folder; if that fails, remove what was made.
+
+        Raises:
+            PathError: If the folder cannot be written.
+            TrainingError: If the teacher holds a NaN.
+        """
+        for name in state.own():
+            if state.layout[name].dtype.is_floating_point and state[name].isnan().any():
+                raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
+        new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        manifest = Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The manifest comes before the first big file: a crash in between leaves a folder that is known to be ours.
+            manifest.write(folder)
+            return cls(folder, manifest).write_teacher(state) if recording.keep_teacher else manifest
+        except (OSError, PathError) as error:
+            for name in (CONFIG, manifest.teacher.file):
+                (folder / name).unlink(missing_ok=True) if folder.is_dir() else None
+            for parent in new:
+                parent.rmdir() if parent.is_dir() else None
+            raise PathError(
+                f"a folder that cannot be written, {folder} ({error})",
+                expected="free space and permission to write",
+                cure="pass another path=",
+            ) from error
+
+    def write_teacher(self, state: FullState) -> Manifest:
+        """Write node 0, and return the manifest that lists it."""
+        overlapping, keep = state.overlapping(), self._keep(state)
+        tensors: dict[str, Tensor] = {}
+        for name in state.own():
+            tensor = keep(state[name].cpu().contiguous())
+            tensors[name] = tensor.clone() if name in overlapping else tensor
+        file = self.folder / self.manifest.teacher.file
+        listed = files.write_tensors(file, tensors, metadata=json.dumps(state.aliases, sort_keys=True))
+        teacher = replace(self.manifest.teacher, **listed)
+        self.trust(teacher)
+        return self.write_manifest(teacher=teacher)
+
+    def require_due(self, iteration: int) -> None:
+        """Raise OptionError unless the next node is due at this iteration."""
+        manifest, index = self.manifest, len(self.manifest.nodes) + 1
+        if index > manifest.last_node or manifest.teacher_missing or iteration != manifest.due_iteration(index):
+            raise OptionError(
+                f"append(iteration={iteration!r}) to {len(manifest.nodes)} of {manifest.last_node} nodes",
+                expected=f"the next iteration of {manifest.recording}",
+                cure="append nodes when they are due",
+            )
+
+    def append(
+        self,
+        state: FullState,
+        iteration: int,
+        *,
+        exactly: Collection[str],
+        training: Mapping[str, Tensor] | None,
+    ) -> Manifest:
+        """Write the next node, and return the manifest that lists it; the arguments are `DegradationPath.append`'s.
+
+        Raises:
+            TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
+        """
+        manifest, index = self.manifest, len(self.manifest.nodes) + 1
+        codec = manifest.recording.codec
+        made = encode(codec, state, self.source(index - 1), exactly=exactly, keep=self._keep(state))
+        listed = files.write_tensors(self.folder / node_file(index), made.delta.parts, metadata=made.delta.metadata())
+        if training is not None:
+            about = json.dumps({"iteration": iteration, "checksum": checksum(training)})
+            files.write_tensors(self.folder / training_file(index), training, metadata=about)
+        measured = made.delta_norm, codec, made.checksum, made.recorded, made.weight_error
+        node = Node(index, iteration, listed["file"], listed["sha256"], listed["bytes"], *measured)
+        self.trust(node)
+        return self.write_manifest(nodes=(*manifest.nodes, node))
+
+    def read_training(self) -> dict[str, Tensor] | None:
+        """Return what was written as `training` beside the last node; None if nothing was.
+
+        Raises:
+            PathError: If it was changed since.
+        """
+        nodes = self.manifest.nodes
+        file = self.folder / training_file(len(nodes))
+        if not file.exists():
+            return None
+        tensors, metadata = files.map_tensors(file, size=file.stat().st_size)
+        wanted = {"iteration": nodes[-1].iteration if nodes else 0, "checksum": checksum(tensors)}
+        if metadata != json.dumps(wanted):
+            raise PathError(
+                f"{file} that is not as it was written",
+                expected="the state of the recording at the last node",
+                cure="delete it: the recording then goes on from the last node, with fresh optimizer state",
+            )
+        return tensors
+
+    def finish(self) -> Manifest:
+        """Write the model card, and return the manifest of a complete recording."""
+        from disback_plugin.path.model_card import model_card
+
+        # The training state goes first: a complete path does not hold it.
+        self.remove_unlisted(keep_training=False)
+        files.write_text(self.folder / "README.md", model_card(self.manifest))
+        return self.write_manifest(complete=True)
+
+    def remove_unlisted(self, *, keep_training: bool = True) -> None:
+        """Remove training states before the last node, and what a crash left before the manifest listed it."""
+        listed = {entry.file for entry in self.manifest.entries}
+        if keep_training:
+            listed.add(training_file(len(self.manifest.nodes)))
+        for entry in list(self.folder.iterdir()):
+            if files.is_leftover(entry.name) or (is_path_file(entry.name) and entry.name not in listed):
+                entry.unlink()
+
+    def write_manifest(self, **changes: Any) -> Manifest:
+        """Write the manifest with some fields changed, in the newest format, and return it."""
+        manifest = replace(self.manifest, format=FORMAT, **changes)
+        manifest.write(self.folder)
+        return manifest
+
+    def trust(self, entry: Teacher | Node) -> None:
+        """Take a file as verified that was written a moment ago."""
+        self._verified[entry.file] = files.stamp(self.folder / entry.file), entry.sha256
+
+    def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
+        """Return what keeps tensors until a file is written; those of a sharded network may not fit into memory."""
+        return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
+
+
+def _same_kind(a: TensorMeta | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and dtype_class(a.dtype) == dtype_class(b.dtype)
