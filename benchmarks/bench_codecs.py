@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DModel
+from disback_plugin.path.probes import Probe
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -30,7 +31,6 @@ from disback_plugin.path.codecs import SMALLEST_FIRST
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.path.model_card import percent
-from disback_plugin.path.probes import Probe
 from disback_plugin.prediction import Prediction
 from disback_plugin.schedules import Ramp
 from disback_plugin.weights.network import ScoreNetwork

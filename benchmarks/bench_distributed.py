@@ -3,10 +3,10 @@
 Goals: each rank reads <= 1.1 of its share of the files, sends nothing, and needs <= the memory of the largest tensor;
 attached with the teacher only, <= 1 % of a step on the small U-Net (`bench_hooks` holds the scheduler to 5 us).
 
-Bytes are counted where everything that is read passes: a call of `Decoded.read` touches a slice of the teacher's file
-and, of every node up to there, the slice of its coded differences. What is sent is counted at torch's functions and by
-its CommDebugMode. Memory is the anonymous memory of the process, looked at every two milliseconds. The time is the
-processor's, of the rank that needed most: by the clock, ranks that share one machine share its cores and its memory.
+Bytes are counted where everything that is read passes: a call of `NodeSource.read` touches a slice of the teacher's
+file and, of every node up to there, the slice of its coded differences. What is sent is counted at torch's functions
+and by its CommDebugMode. Memory is the anonymous memory of the process, looked at every two milliseconds. The time is
+the processor's, of the rank that needed most: by the clock, ranks that share one machine share its cores and memory.
 Each tensor costs a tenth of a millisecond beside its values, which is what keeps small networks from scaling.
 """
 
@@ -27,7 +27,7 @@ from test_sharding import Counted
 import disback_plugin as disback
 from disback_plugin.path.codecs import BLOCK
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.delta import Decoded
+from disback_plugin.path.delta import NodeSource
 from disback_plugin.path.manifest import Recording
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -62,11 +62,11 @@ class Bytes:
     """Counts what is read of a path."""
 
     def __enter__(self):
-        self.read, self._old = 0, Decoded.read
+        self.read, self._old = 0, NodeSource.read
         counter = self
 
         def read(node, name, start, stop, out=None):
-            stored = node.deltas[-1].resolve(name) if node.deltas else name
+            stored = node.aliases.get(name, name)
             counter.read += (stop - start) * node.teacher[stored].element_size()
             for delta in node.deltas:
                 assert delta.entries[stored].code in ("int8", "same")
@@ -74,11 +74,11 @@ class Bytes:
                     counter.read += stop - start + 2 * -(-(stop - start) // BLOCK)
             return counter._old(node, name, start, stop, out)
 
-        Decoded.read = read
+        NodeSource.read = read
         return self
 
     def __exit__(self, *_):
-        Decoded.read = self._old
+        NodeSource.read = self._old
 
 
 def moves(folder):

@@ -98,7 +98,7 @@ def bench_moves(benchmark, world):
     def move(position):
         found = role.write(path.source(position))
         if position == int(position):
-            path.check_decoded(int(position), found)
+            path.verify_checksum(int(position), found)
 
     def decode():
         source = path.source(1)

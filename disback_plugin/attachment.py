@@ -64,8 +64,8 @@ def attach(
             soon as s_phi is fitted, and gives them twice its learning rate until then. 0 changes nothing in a run, bit
             for bit, unless the schedule scales gradients without a path.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
-        codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
-            `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.
+        codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth) or "exact" (a plain
+            safetensors state dict).
         keep_teacher: Whether the path holds node 0. If not, its size halves, and to attach again needs a teacher that
             is node 0 bit for bit.
         schedule: How the teacher walks back: an object of `schedules`, or its name as `schedules.parse` reads it. A

@@ -12,13 +12,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from disback_plugin import distributed, startup_warnings
+from disback_plugin._text_table import aligned
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.loop import optimizers
 from disback_plugin.loop.lr_schedulers import SchedulerSnapshot, Stateful
 from disback_plugin.loop.optimizer_hooks import OptimizerHooks
 from disback_plugin.loop.roles import check_roles
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.model_card import aligned
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.run_log import RunLog, numbers_and_pictures
 from disback_plugin.recording import PATIENCE
@@ -295,7 +295,7 @@ class Handle:
             update=self.generator_updates,
             recording=at,
             resumed=resumed or bool(at),
-            **({} if self.path is None else self.path.about()),
+            **({} if self.path is None else self.path.log_fields()),
             settings={"schedule": repr(stages.schedule), **recording},
             **described(stages.teacher, stages.fake_score, self._generator_optimizers, self._fake_score_optimizers),
         )

@@ -53,10 +53,10 @@ def open_or_create(
             _check_fits(path, recording, check)
         else:
             check(recording.nodes)
-        path.bind(state)
+        path.verify_teacher(state)
         _check_same_recording(path, recording, generator)
-        path.complete_node_0(state)
-        path.tidy()
+        path.write_teacher(state)
+        path.remove_leftovers()
         path.verify()
         # A crash may have come between the last node and the mark that it was the last.
         if not path.complete and len(path) - 1 == path.manifest.last_node:
@@ -71,7 +71,7 @@ def open_or_create(
     def look() -> None:
         # The rank that opened it has compared the teacher already, and the others' parts of a sharded one.
         if not opened and not state.sharded:
-            path.bind(state)
+            path.verify_teacher(state)
         path.source(len(path) - 1)
 
     # But each rank decodes for itself: all find the files and the same teacher, or all raise.

@@ -37,10 +37,10 @@ class Ahead:
 
     Example:
         >>> from torch import nn
-        >>> from disback_plugin.path.delta import Decoded
+        >>> from disback_plugin.path.delta import NodeSource
         >>> net = nn.Linear(1, 1, bias=False)
         >>> ahead = Ahead(ScoreNetwork(net))
-        >>> ahead.begin(2.0, Decoded({"weight": torch.ones(1, 1)}, ()))
+        >>> ahead.begin(2.0, NodeSource({"weight": torch.ones(1, 1)}))
         >>> ahead.write(ahead.take(2.0))
         >>> net.weight.item()
         1.0

@@ -12,7 +12,6 @@ from torch import Tensor
 from disback_plugin import distributed
 from disback_plugin.fitting import EVERY, Fit
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.probes import Probe
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -64,7 +63,6 @@ class Recorder:
         self.looked = False
         self._told = 0  # cosines that the plug-ins know of
         self._losses: list[tuple[int, Tensor]] = []
-        self._probe: Probe | None = None
 
     def start(self) -> None:
         """Write the last recorded node, the teacher at first, into the network.
@@ -75,18 +73,6 @@ class Recorder:
         """
         last = len(self.path) - 1
         distributed.on_every_rank(lambda: self.network.write(self.path.source(last)), "read the last node")
-        self.watch()
-
-    def watch(self) -> None:
-        """Look at the network's forwards from now on, to measure on their inputs what a codec does."""
-        if not self.network.sharded:  # no process could run a copy of it on its own
-            self._probe = self._probe or Probe(self.network)
-
-    def close(self) -> None:
-        """Look no more."""
-        if self._probe is not None:
-            self._probe.close()
-        self._probe = None
 
     @property
     def done(self) -> bool:
@@ -128,7 +114,7 @@ class Recorder:
         self.look()
         self.looked = False
         if iteration == 1 and self.path.manifest.fitted is None and self.haste != self.path.manifest.haste:
-            self.path.note(haste=self.haste)
+            self.path.update_manifest(haste=self.haste)
         self._judge(iteration)
         due = self.path.manifest.due(iteration)
         if due:
@@ -137,7 +123,6 @@ class Recorder:
             self.path.append(
                 self.network.whole(),
                 iteration=iteration,
-                probe=self._probe,
                 exactly=self.network.buffers(),
                 training=training,
             )
@@ -165,7 +150,7 @@ class Recorder:
             self._tell()
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
-            self.path.note(fitted=fitted, ended=ended)
+            self.path.update_manifest(fitted=fitted, ended=ended)
 
     def _keep(self, loss: object, iteration: int) -> None:
         if isinstance(loss, Tensor) and loss.numel() == 1 and distributed.is_main_process():
@@ -183,7 +168,6 @@ class Recorder:
         """Go on with the fit of an earlier process, whose weights the caller has restored."""
         self.fit.load(fit)
         self._told = len(self.fit.cosines())
-        self.watch()
 
     def _tell(self) -> None:
         """Report the cosines that have just been read from the device."""
@@ -214,14 +198,11 @@ class Recorder:
 
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
-        self.path.rewind(iteration)
+        self.path.remove_nodes_after(iteration)
         self.iteration = self._since = iteration
         self._told = len(self.fit.cosines())
-        self.watch()
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if self.done:
-            self.close()
-            if not self.path.complete:
-                self.path.finish()
+        if self.done and not self.path.complete:
+            self.path.finish()

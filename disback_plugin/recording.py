@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,8 +67,8 @@ def record(
         path: Folder for the nodes.
         iterations: Updates of s' in all, >= 1; 200 in the paper.
         every: Updates between two nodes, >= 1; 50 in the paper. The last node is saved after the last update.
-        codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth), "exact", another name of
-            `codecs`, or "auto": the smallest whose error is at most 1 % of the step between two nodes.
+        codec: How nodes are stored: "int8" (a quarter of float32, an error of a thousandth) or "exact" (a plain
+            safetensors state dict).
         keep_teacher: Whether the path holds node 0. If not, it needs the teacher itself, bit for bit, to be used.
         sample: Returns a batch of samples x_0 of the initial generator, shape (B, ...), without gradient. It draws from
             the global random stream and keeps no state of its own, or a recording does not resume bit for bit.
@@ -111,7 +110,7 @@ def record(
         kept = listening.keep_log(log, folder) if distributed.is_main_process() else None
         if kept is not None:
             at = recorder.iteration
-            kept.begin("record", recording=at, resumed=at > 0, **recorder.path.about(), settings=settings | more)
+            kept.begin("record", recording=at, resumed=at > 0, **recorder.path.log_fields(), settings=settings | more)
 
     if fake_score is not None and fake_step is not None and sample is None and loss is None:
         network = ScoreNetwork.of(fake_score, role="fake score")
@@ -147,7 +146,7 @@ def _record_in_loop(
     recorder.start()
     begin_log(recorder)
     weights = (tensor for _, tensor in network.named_tensors())
-    with closing(recorder), rewound(weights), _progress(recorder) as bar:
+    with rewound(weights), _progress(recorder) as bar:
         while not recorder.done:
             recorder.update(updated(recorder, step))
             bar.update()
@@ -201,9 +200,9 @@ def _record_copy(
     if saved is None:
         recorder.start()
     if path.manifest.fitted is None:  # else it is known at which rate
-        path.note(learning_rate=float(learning_rate))
+        path.update_manifest(learning_rate=float(learning_rate))
     begin_log(recorder, learning_rate=learning_rate, seed=seed)
-    with closing(recorder), private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
+    with private_stream(seed), _progress(recorder) as bar, torch.enable_grad():
         if saved is not None:  # go on as if nothing had happened: weights, moments and random numbers
             training_state.restore(saved, network, optimizer)
             recorder.resume(saved["fit"])

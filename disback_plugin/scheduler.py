@@ -16,9 +16,9 @@ from math import ceil
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import distributed, kernels
+from disback_plugin._text_table import aligned
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.model_card import aligned
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.nonfinite_counter import MaskedSamples
 from disback_plugin.progress import Phase, Progress
@@ -286,7 +286,7 @@ class TrajectoryScheduler:
         """Return the state as plain scalars; the weights are on the path."""
         return {
             "path": "" if self.path is None else self.path.identity,
-            "nodes": "" if self.path is None else self.path.digest(),
+            "nodes": "" if self.path is None else self.path.nodes_digest(),
             "schedule": repr(self.schedule),
             "generator_updates": self.generator_updates,
             "plan_updates": self._plan.updates,
@@ -343,7 +343,7 @@ class TrajectoryScheduler:
             )
         if self._fake_score is not None:
             teacher.check_same_layout(self._fake_score)
-        path.bind(teacher.whole())
+        path.verify_teacher(teacher.whole())
         if self.last_node:
             self.schedule.check(self.last_node)
 

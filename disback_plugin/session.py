@@ -109,7 +109,7 @@ class Session:
                 self._see_how_it_goes(self.scheduler)
         elif self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
-            original = self.recorder.path.original
+            original = self.recorder.path.teacher_source
             distributed.on_every_rank(lambda: self.teacher.write(original()), "read node 0")
             self._begin_backtracking()
 
@@ -143,12 +143,10 @@ class Session:
     def close(self) -> None:
         """Put s'_0 back into the teacher, bit for bit, and what a recording advanced."""
         self._rewind.put_back()
-        if self.recorder is not None:
-            self.recorder.close()
         if self.scheduler is not None:
             self.scheduler.restore_teacher()
         elif self.path is not None:  # in train mode it may have changed its running statistics
-            self.teacher.write(self.path.original())
+            self.teacher.write(self.path.teacher_source())
 
     # -- the start ----------------------------------------------------------------------------------------------------
 
@@ -224,14 +222,14 @@ class Session:
     def _continue(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         def prepare() -> Manifest:
             path = DegradationPath(folder)
-            path.tidy()
+            path.remove_leftovers()
             path.verify()
             return path.manifest
 
         self.path = DegradationPath(folder, distributed.on_rank_zero(prepare))
         self.check(state)
         if not self.path.manifest.recording.keep_teacher:
-            self.path.bind(self.teacher.whole())
+            self.path.verify_teacher(self.teacher.whole())
         source = self.path.source
         distributed.on_every_rank(lambda: self.teacher.write(source(0)), "read node 0")
         self.load(state)
@@ -274,7 +272,7 @@ class Session:
         return {
             "version": VERSION,
             "path": "" if self.path is None else self.path.identity,
-            "nodes": "" if self.path is None else self.path.digest(iteration),
+            "nodes": "" if self.path is None else self.path.nodes_digest(iteration),
             "schedule": repr(self.schedule),
             "phase": self.phase,
             "recording_iteration": 0 if iteration is None else iteration,
@@ -332,7 +330,7 @@ class Session:
         (Fit if recording else Monitor).check(state["fit"])
         if self.path is None:
             return
-        if state["nodes"] != self.path.digest(state["recording_iteration"] if recording else None):
+        if state["nodes"] != self.path.nodes_digest(state["recording_iteration"] if recording else None):
             raise StateError(
                 f"other nodes in {self.path.folder} than at the saved moment",
                 expected="the path that the state was saved with",
@@ -353,8 +351,6 @@ class Session:
         if self.scheduler is not None:
             self.scheduler.restore_teacher()
             self.scheduler = None
-        if self.recorder is not None:
-            self.recorder.close()
         self._monitor = None
         self.recorder = self._new_recorder(self.path)
         self.recorder.fit.load_text(fit)

@@ -143,7 +143,7 @@ class MovingTeacher:
         """Write s'_0, bit for bit, whatever is there now, and end looking ahead."""
         if self._path is not None:
             with self._timed():
-                self.network.write(self._path.original())
+                self.network.write(self._path.teacher_source())
         self.position = 0.0
         self._remember()
         if self._ahead is not None:
@@ -201,12 +201,12 @@ class MovingTeacher:
 
     def _break_off(self, path: DegradationPath) -> None:
         self.failed, self.position = True, 0.0
-        self.network.write(path.original())
+        self.network.write(path.teacher_source())
 
     def _compare(self, path: DegradationPath, position: float, found: str) -> None:
         if position == floor(position):
             index = int(position)
-            path.check_decoded(index, found, None if self._expected is None else self._expected[index])
+            path.verify_checksum(index, found, None if self._expected is None else self._expected[index])
 
     def _remember(self) -> None:
         witness = self.network.witness()

@@ -14,7 +14,7 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import PathError
-from disback_plugin.path.delta import Decoded
+from disback_plugin.path.delta import NodeSource
 from disback_plugin.prefetch import Ahead
 from disback_plugin.schedules import Fixed, Ramp
 from disback_plugin.weights.network import ScoreNetwork
@@ -29,14 +29,14 @@ def folder(tmp_path):
 
 def in_thread(monkeypatch, name, action):
     """Do something at each read of a node in one thread."""
-    read = Decoded.read
+    read = NodeSource.read
 
     def watched(self, *arguments, **options):
         if threading.current_thread().name == name:
             action()
         return read(self, *arguments, **options)
 
-    monkeypatch.setattr(Decoded, "read", watched)
+    monkeypatch.setattr(NodeSource, "read", watched)
 
 
 def threads():
@@ -125,7 +125,7 @@ def test_its_memory_is_used_again():
     places = []
     for value in (1.0, 2.0):
         state = {name: torch.full_like(tensor, value) for name, tensor in net.state_dict().items()}
-        ahead.begin(value, Decoded(state, ()))
+        ahead.begin(value, NodeSource(state, ()))
         ready = ahead.take(value)
         places.append([tensor.data_ptr() for tensor in ready.state.values()])
         ahead.write(ready)
@@ -154,11 +154,11 @@ def test_a_script_that_ends_in_the_middle_of_a_decoding_ends_well(folder):
     script = """
 import sys, time
 import disback_plugin as disback
-from disback_plugin.path.delta import Decoded
+from disback_plugin.path.delta import NodeSource
 from disback_plugin.schedules import Ramp
 from worlds import Run
-read = Decoded.read
-Decoded.read = lambda self, *a, **k: (time.sleep(0.02), read(self, *a, **k))[1]
+read = NodeSource.read
+NodeSource.read = lambda self, *a, **k: (time.sleep(0.02), read(self, *a, **k))[1]
 scheduler = disback.TrajectoryScheduler(sys.argv[1], Run().teacher, schedule=Ramp(6), prefetch=True)
 scheduler.start()
 """

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import Score, clone, difference
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.path.delta import Decoded
+from disback_plugin.path.delta import NodeSource
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.tensors import unwrap
@@ -147,7 +147,7 @@ def test_a_source_is_written_as_a_state_is(seed, bf16):
     if bf16:
         net, twin = net.bfloat16(), twin.bfloat16()
     before = [(t.data_ptr(), t.dtype, t._version) for _, t in ScoreNetwork(net).named_tensors()]
-    found = ScoreNetwork(net).write(Decoded(state, ()))
+    found = ScoreNetwork(net).write(NodeSource(state, ()))
     ScoreNetwork(twin).load_state_dict(state)
     assert difference(dict(net.state_dict()), dict(twin.state_dict())) == []
     assert found == checksum(state)
@@ -159,7 +159,7 @@ def test_a_source_is_written_as_a_state_is(seed, bf16):
 def test_a_source_reaches_weights_that_are_not_contiguous():
     net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     state = {"weight": torch.randn(4, 3, 3, 3), "bias": torch.randn(4)}
-    ScoreNetwork(net).write(Decoded(state, ()))
+    ScoreNetwork(net).write(NodeSource(state, ()))
     assert net.weight.is_contiguous(memory_format=torch.channels_last)
     assert difference(dict(net.state_dict()), state) == []
 
@@ -167,7 +167,7 @@ def test_a_source_reaches_weights_that_are_not_contiguous():
 def test_a_write_from_a_source_between_forward_and_backward_is_noticed_by_autograd():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     loss = net(torch.ones(1, 2, requires_grad=True)).sum()
-    ScoreNetwork(net).write(Decoded(other_state(net), ()))
+    ScoreNetwork(net).write(NodeSource(other_state(net), ()))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -175,8 +175,8 @@ def test_a_write_from_a_source_between_forward_and_backward_is_noticed_by_autogr
 def test_what_a_half_precision_network_rounds_away_is_measured():
     net, state = nn.Linear(8, 8).bfloat16(), {"weight": torch.randn(8, 8), "bias": torch.randn(8)}
     lost = torch.cat([(t.bfloat16().double() - t.double()).reshape(-1) for t in state.values()])
-    assert ScoreNetwork(net).rounding(Decoded(state, ())) == pytest.approx(lost.norm().item())
-    assert ScoreNetwork(nn.Linear(8, 8)).rounding(Decoded(state, ())) == 0
+    assert ScoreNetwork(net).rounding(NodeSource(state, ())) == pytest.approx(lost.norm().item())
+    assert ScoreNetwork(nn.Linear(8, 8)).rounding(NodeSource(state, ())) == 0
 
 
 def test_the_fingerprint_knows_content_and_nothing_else():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from disback_plugin.cli import Commands, command, json_option
 
 if TYPE_CHECKING:
     from disback_plugin.path.degradation_path import DegradationPath
 
-__all__ = ["add", "describe"]
+__all__ = ["add", "describe", "node_rows"]
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -22,7 +24,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         help="verify a degradation path, and show its nodes",
         description="Read, decode and verify every file of a degradation path, and print a table of its nodes. "
         "Exits with 1 if the path is broken.",
-        examples="disback inspect runs/path\ndisback inspect runs/path --json | jq .nodes[].codec_error",
+        examples="disback inspect runs/path\ndisback inspect runs/path --json | jq .nodes[].weight_error",
     )
     inspect.add_argument("path", metavar="PATH", help="folder, or id of a repository on the Hugging Face hub")
     json_option(inspect)
@@ -37,31 +39,107 @@ def run(options: argparse.Namespace) -> None:
 
 
 def describe(path: DegradationPath, *, as_json: bool) -> None:
-    """Verify a path, and print what it holds as a table or as one JSON object."""
-    from dataclasses import asdict
+    """Verify a path, and print its nodes as a table or as one JSON object."""
+    from disback_plugin._text_table import aligned
 
-    from disback_plugin.path.inspection import inspect, table
-
-    rows = inspect(path)
+    rows = node_rows(path)
+    manifest = path.manifest
     about = {
         "path": str(path.folder),
         "complete": path.complete,
-        "codec": path.manifest.recording.codec,
-        "iterations": path.manifest.iterations,
-        "fitted": path.manifest.fitted,
-        "haste": path.manifest.haste,
-        "teacher": path.manifest.teacher.fingerprint,
-        "generator": path.manifest.generator,
-        "bytes": sum(row.bytes for row in rows),
+        "codec": manifest.recording.codec,
+        "iterations": manifest.iterations,
+        "fitted": manifest.fitted,
+        "haste": manifest.haste,
+        "teacher": manifest.teacher.fingerprint,
+        "generator": manifest.generator,
+        "bytes": sum(row["bytes"] for row in rows),
     }
     if as_json:
-        print(json.dumps(about | {"nodes": [asdict(row) for row in rows]}))
+        print(json.dumps(about | {"nodes": rows}))
         return
     state = "complete" if path.complete else "unfinished"
     print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
-    haste = f" at {path.manifest.haste} times the learning rate" if path.manifest.haste > 1 else ""
-    fitted = "not seen to be fitted" if about["fitted"] is None else f"s_phi fitted after {about['fitted']}{haste}"
+    haste = f" at {manifest.haste} times the learning rate" if manifest.haste > 1 else ""
+    fitted = "not seen to be fitted" if manifest.fitted is None else f"s_phi fitted after {manifest.fitted}{haste}"
     saved = path.nodes[-1].iteration if path.nodes else 0
     done = f"{saved}" if path.complete else f"{saved} of at most {about['iterations']}"
     print(f"{done} iterations, {fitted}; teacher {about['teacher']}\n")
-    print(table(rows))
+    head = [name for name, _ in COLUMNS.values()]
+    cells = [["-" if row[key] is None else form(row[key]) for key, (_, form) in COLUMNS.items()] for row in rows]
+    print(aligned([head, *cells], right=[1, 2, 3, 5, 6, 7], indent=""))
+
+
+# Name of each column, and how a value of it is written.
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "node": ("node", str),
+    "iteration": ("iteration", str),
+    "bytes": ("bytes", "{:,}".format),
+    "ratio": ("ratio", "{:.2f}".format),
+    "codec": ("codec", str),
+    "weight_error": ("error in weights", "{:.2%}".format),
+    "distance": ("|theta_i - theta_0|", "{:.4g}".format),
+    "cosine": ("cosine to the chord", "{:.3f}".format),
+    "sha256": ("sha256", lambda digest: digest[:12] or "-"),
+}
+
+
+def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
+    """Verify a path, and return the values of `COLUMNS` for each of its nodes.
+
+    Args:
+        path: Finished or not.
+
+    Returns:
+        For each node: "ratio", the size of the network in float32 over that of the file; "distance",
+        |theta_i - theta_0| over all floating tensors; "cosine", between theta_i - theta_0 and the chord
+        theta_N - theta_0; and entries of the manifest. None where the path does not hold its teacher.
+
+    Raises:
+        PathError: If the path is broken.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from disback_plugin.path.degradation_path import DegradationPath
+        >>> from disback_plugin.path.manifest import Recording
+        >>> folder, plan = tempfile.mkdtemp(), Recording(iterations=1, every=1)
+        >>> path = DegradationPath.create(folder, {"w": torch.zeros(2)}, plan)
+        >>> path.append({"w": torch.tensor([3.0, 4.0])}, iteration=1)
+        >>> [round(row["distance"], 1) for row in node_rows(path)]
+        [0.0, 5.0]
+    """
+    path.verify()
+    manifest = path.manifest
+    elements, shape = _shape(path) if manifest.recording.keep_teacher else (0, [(None, None)] * len(path))
+    rows = []
+    for index, (entry, (distance, cosine)) in enumerate(zip(manifest.entries, shape, strict=True)):
+        row = {"iteration": 0, "codec": "teacher", "weight_error": 0.0} | vars(entry)
+        row |= {"node": index, "distance": distance, "cosine": cosine}
+        row["ratio"] = 4 * elements / entry.bytes if elements and entry.bytes else None
+        rows.append({key: row[key] for key in COLUMNS})
+    return rows
+
+
+def _shape(path: DegradationPath) -> tuple[int, list[tuple[float, float | None]]]:
+    """Return the number of weights, and each node's distance to the teacher and cosine to the chord."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from disback_plugin.path.delta import NodeSource
+    from disback_plugin.weights.tensor_meta import pieces
+
+    last = path.source(len(path) - 1)
+    assert isinstance(last, NodeSource)
+    own = {name: meta for name, meta in last.layout().items() if name not in last.aliases}
+    squares, products = ([0.0] * len(path) for _ in range(2))
+    for name, meta in tqdm(own.items(), desc="inspecting", disable=None):
+        if meta.dtype.is_floating_point:
+            for start, stop in pieces(meta.shape.numel()):
+                values = [value.to(torch.float64, copy=True) for value in last.trace(name, start, stop)]
+                # Equal elements are at distance 0, be they infinite as in an attention mask.
+                d = [torch.where(value == values[0], 0.0, value - values[0]) for value in values]
+                squares = [total + float(d_i @ d_i) for total, d_i in zip(squares, d, strict=True)]
+                products = [total + float(d_i @ d[-1]) for total, d_i in zip(products, d, strict=True)]
+    lengths = [math.sqrt(square * squares[-1]) for square in squares]
+    cosines = [product / length if length > 0 else None for product, length in zip(products, lengths, strict=True)]
+    return sum(meta.shape.numel() for meta in own.values()), list(zip(map(math.sqrt, squares), cosines, strict=True))

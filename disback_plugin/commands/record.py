@@ -36,7 +36,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     record.add_argument("--path", type=Path, required=True, metavar="DIR", help="folder for the nodes")
     record.add_argument("--iterations", type=int, default=200, metavar="N", help="updates in all (%(default)s)")
     record.add_argument("--every", type=int, default=50, metavar="K", help="updates between two nodes (%(default)s)")
-    record.add_argument("--codec", default="int8", metavar="C", help="how nodes are stored, or auto (%(default)s)")
+    record.add_argument("--codec", default="int8", metavar="C", help="int8 or exact (%(default)s)")
     record.add_argument(
         "--no-keep-teacher", dest="keep_teacher", action="store_false", help="leave node 0 out: half the size"
     )

@@ -135,11 +135,14 @@ class NodeSource:
     Args:
         teacher: All weights of node 0, on the CPU and contiguous; they may be mapped from a file.
         deltas: The content of the files of nodes 1 ... i.
+
+    Attributes:
+        aliases: {name: name under which it is stored} of the other names of tied weights.
     """
 
     def __init__(self, teacher: Mapping[str, Tensor], deltas: Sequence[Delta] = ()) -> None:
         self.teacher, self.deltas = teacher, tuple(deltas)
-        self._aliases: Mapping[str, str] = self.deltas[-1].aliases if self.deltas else {}
+        self.aliases: Mapping[str, str] = self.deltas[-1].aliases if self.deltas else {}
 
     def layout(self) -> dict[str, TensorMeta]:
         """Return dtype and shape of each tensor."""
@@ -165,7 +168,7 @@ class NodeSource:
             stop: End.
             out: Memory that decoded differences may be written into.
         """
-        stored = self._aliases.get(name, name)
+        stored = self.aliases.get(name, name)
         value, scratch = self.teacher[stored].view(-1)[start:stop], None
         yield value
         for delta in self.deltas:
@@ -185,7 +188,7 @@ class NodeSource:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all weights, on the CPU; tied ones share memory."""
         layout = self.layout()
-        aliases = self._aliases if self.deltas else FullState(self.teacher).aliases
+        aliases = self.aliases if self.deltas else FullState(self.teacher).aliases
         own = {name: self.flat(name).view(meta.shape) for name, meta in layout.items() if name not in aliases}
         return {name: own[aliases.get(name, name)] for name in layout}
 

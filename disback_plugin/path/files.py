@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -39,6 +38,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_HINTS: dict[type[Any], dict[str, Any]] = {}
 LARGEST_JSON = 1 << 26
 # The key of our text in a safetensors file's metadata.
 METADATA = "disback"
@@ -168,7 +168,10 @@ def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
     return kind(**known, **({"extra": unknown} if "extra" in hints else unknown))
 
 
-_type_hints = cache(get_type_hints)
+def _type_hints(kind: type[Any]) -> dict[str, Any]:
+    if kind not in _HINTS:
+        _HINTS[kind] = get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def _checked(value: Any, kind: Any) -> Any:

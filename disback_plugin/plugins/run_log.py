@@ -2,7 +2,7 @@
 
     {"time": ..., "update": 0, "begin": "attach", "path": ..., "settings": {...}, "versions": {...}, ...}
     {"time": ..., "update": 0, "recording": 5, "agreement": 0.93}
-    {"time": ..., "update": 0, "recording": 50, "recorded": {"index": 1, "bytes": ..., "codec_error": ...}}
+    {"time": ..., "update": 0, "recording": 50, "recorded": {"index": 1, "bytes": ..., "weight_error": ...}}
     {"time": ..., "update": 12, "position": 1.4, "node": 2, "gradient": 0.7, "swap_ms": 0.8, "delta_norm": 0.1}
     {"time": ..., "update": 20, "loss": 0.3, "distance": 4.2}          what the loop logs itself
     {"time": ..., "update": 20, "samples": "samples/020.png"}          a picture, relative to the log

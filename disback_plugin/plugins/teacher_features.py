@@ -66,7 +66,7 @@ class OriginalFeatures:
         if scheduler.path is None:
             raise StateError("a position without a path", expected="a path", cure="report this")
         active, original = self._teacher.forward, copy.deepcopy(self._teacher).requires_grad_(False)
-        ScoreNetwork(original).write(scheduler.path.original())
+        ScoreNetwork(original).write(scheduler.path.teacher_source())
         self._before = vars(self._teacher).get("forward")
         forward, teacher = self._forward, self._teacher
 

@@ -146,7 +146,6 @@ def _nodes(runs: Sequence[History]) -> Iterator[Panel]:
     section = "The nodes"
     kinds = (
         ("step to a node", "delta_norm", "Distance from the node before, in weight space.", 1.0, ""),
-        ("codec error in the scores", "codec_error", "Over the change from the node before.", 100.0, "%"),
         ("codec error in the weights", "weight_error", "Over the step from the node before.", 100.0, "%"),
     )
     for title, key, about, factor, unit in kinds:

@@ -28,7 +28,7 @@ def paths(tmp_path_factory):
 def test_a_path_is_a_short_table_of_its_nodes(paths):
     first, head, *rows = repr(paths[0]).splitlines()
     assert first == f"DegradationPath({str(paths[0].folder)!r}, nodes 0 to 2, complete)"
-    assert head.split() == ["node", "iteration", "codec", "bytes", "step", "error", "in", "scores"]
+    assert head.split() == ["node", "iteration", "codec", "bytes", "step", "error", "in", "weights"]
     assert [row.split()[0] for row in rows] == ["0", "1", "2"]
     assert f"{paths[0].nodes[1].bytes:,}" in rows[2]
     long = repr(paths[1]).splitlines()
