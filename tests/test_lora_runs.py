@@ -36,7 +36,7 @@ def test_the_base_is_bit_equal_throughout_and_the_teacher_comes_back(tmp_path, w
     assert all(is_bare is (position == 0) for _, position, is_bare in moved)
     assert difference(run.adapter("teacher").state_dict(), node_0) == []
     path = disback.DegradationPath(tmp_path)
-    assert all(node.codec_error is not None and node.codec_error < 0.05 for node in path.nodes)
+    assert all(node.weight_error < 0.05 for node in path.nodes)
     path.verify()
 
 

@@ -77,8 +77,8 @@ def a_log(folder, name, scale=1.0):
         log.log({"agreement": scale * (1 - i / 8)}, 0, recording=i)
         log.log({"loss": 3.0 / i}, 0, recording=i)
     for index in (1, 2):
-        node = {"index": index, "iteration": 5 * index, "bytes": 700, "delta_norm": 0.3, "codec_error": 0.001 * scale}
-        log._write([{"update": 0, "recording": 5 * index, "recorded": node | {"weight_error": 0.004}}])
+        node = {"index": index, "iteration": 5 * index, "bytes": 700, "delta_norm": 0.3}
+        log._write([{"update": 0, "recording": 5 * index, "recorded": node | {"weight_error": 0.004 * scale}}])
     log._write([{"update": 0, "recording": 10, "completed": {"iterations": 10, "fitted": 8, "ended": None}}])
     for update in range(0, 41, 10):
         moved = {
@@ -121,7 +121,7 @@ def test_each_curve_has_one_figure_and_one_table_with_the_numbers_of_the_log(two
     assert [figure["svg"] for figure in figures] == [1] * len(drawn)
     titles = {figure["title"].partition(", ")[0] for figure in figures}
     wanted = {"distance", "position", "gradient factor", "swap time", "masked samples", "gradient agreement", "loss"}
-    assert wanted | {"codec error in the scores", "codec error in the weights", "step to a node"} == titles
+    assert wanted | {"codec error in the weights", "step to a node"} == titles
     for panel, figure in zip(drawn, figures, strict=True):
         for column, series in enumerate(panel.series, start=1):
             shown = [(row[0], row[column]) for row in figure["rows"] if row[column] is not None]

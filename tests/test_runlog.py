@@ -57,7 +57,7 @@ def test_the_history_has_each_node_each_move_and_what_the_loop_logged(logged):
     file, handle = logged
     history = read(file)
     assert [(node["index"], node["iteration"]) for node in history.nodes()] == [(1, 5), (2, 10)]
-    assert [node["codec_error"] for node in history.nodes()] == [node.codec_error for node in handle.path.nodes]
+    assert [node["weight_error"] for node in history.nodes()] == [node.weight_error for node in handle.path.nodes]
     assert history.completed() == {"iterations": 10, "fitted": handle.path.manifest.fitted, "ended": None}
     curves, recording = history.curves(), history.curves(recording=True)
     assert [update for update, _ in curves["position"]] == [0, 1, 2, 3, 4]

@@ -32,6 +32,8 @@ __all__ = [
 # Format 1, of version 0.1.0, compressed the nodes of `exact` and those of codecs that are gone.
 FORMAT = 2
 CONFIG = "config.json"
+# Keys that format 2 always has, those that are optional in format 1 among them: a changed letter must not pass.
+WRITTEN = {"teacher", "recording", "generator", "nodes", "complete", "fitted", "ended", "haste", "learning_rate"}
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,8 @@ class Manifest:
             )
         try:
             _refuse_retired(content, file)
+            if version > 1 and not content.keys() >= WRITTEN:
+                raise ValueError(f"without {sorted(WRITTEN - content.keys())}")
             generator = content.pop("generator")["fingerprint"]
             manifest = files.from_json(cls, content | {"generator": generator})
         except PathError:

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +132,15 @@ class RunLog:
     @hookimpl
     def disback_after_node_recorded(self, path: DegradationPath, node: Node) -> None:
         """Write what a `node` of the `path` is."""
-        self._write([{"update": 0, "recording": node.iteration, "recorded": asdict(node)}])
+        self._write(
+            [
+                {
+                    "update": 0,
+                    "recording": node.iteration,
+                    "recorded": {k: v for k, v in vars(node).items() if k != "extra"},
+                }
+            ]
+        )
 
     @hookimpl
     def disback_after_path_completed(self, path: DegradationPath) -> None:

@@ -16,10 +16,12 @@ from worlds import Run, Score, clone, difference
 import disback_plugin as disback
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.path import files
-from disback_plugin.path.delta import NodeSource, encode
+from disback_plugin.path.codecs import Delta, Entry
+from disback_plugin.path.delta import NodeSource
 from disback_plugin.schedules import Fixed, Ramp
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.tensor_meta import TensorMeta
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +114,14 @@ def huge(parts):
 def nan_in_the_middle(folder):
     """Record NaN in node 1 alone, with all checksums right: what somebody with intent would do."""
     path = disback.DegradationPath(folder)
-    states = [path[i] for i in range(4)]
+    states, manifest = [path[i] for i in range(4)], config(folder)
     states[1]["inner.0.weight"] = torch.full_like(states[1]["inner.0.weight"], torch.nan)
-    deltas, manifest = [], config(folder)
     for i in (1, 2, 3):
-        deltas.append(encode("exact", states[i], NodeSource(states[0], deltas)).delta)
-        name = f"node-{i:03d}.safetensors"
-        about = files.write_tensors(folder / name, deltas[-1].parts, metadata=deltas[-1].metadata())
-        manifest["nodes"][i - 1] |= about | {"checksum": checksum(states[i]), "codec": "exact"}
+        own = {name: tensor for name, tensor in states[i].items() if name != "right.weight"}
+        entries = {name: Entry("plain", TensorMeta(tensor.dtype, tensor.shape)) for name, tensor in own.items()}
+        delta = Delta(entries, {"right.weight": "left.weight"}, own)
+        listed = files.write_tensors(folder / f"node-{i:03d}.safetensors", own, metadata=delta.metadata())
+        manifest["nodes"][i - 1] |= listed | {"checksum": checksum(states[i])}
     (folder / "config.json").write_text(json.dumps(manifest))
 
 
