@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from disback_plugin import losses
-from disback_plugin.demo import regimes, study
+from disback_plugin.demo import study
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
 from disback_plugin.path.codecs import SMALLEST_FIRST
 from disback_plugin.path.degradation_path import DegradationPath
@@ -135,7 +135,7 @@ def bench_codecs(teacher, rate, tmp_path):
 @pytest.mark.slow
 def bench_students_of_coded_paths(tmp_path):
     """Ten seeds of the demonstration's first regime, along the same recording in five nodes, stored in several ways."""
-    regime = replace(regimes.plan("mlp", "scratch"), every=5)
+    regime = replace(study.regime_of("mlp", "scratch"), every=5)
     finals = {}
     for codec in ("exact", "bf16", "int8", "int6", "int4"):
         run = study.Study(replace(regime, codec=codec), range(200, 210), tmp_path).distil(

@@ -22,11 +22,11 @@ import coloured_shapes
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from disback_plugin.demo import digits
-from disback_plugin.demo.layers import Linear, MLPBlock, waves
-from disback_plugin.demo.networks import NETWORKS
+from disback_plugin.demo.networks import Denoiser, ResidualMLP, UNet
+from disback_plugin.demo.study import principal_components
+from disback_plugin.demo.trainer import digits
 from disback_plugin.metrics import frechet_distance
 
 State = dict[str, Tensor]
@@ -45,39 +45,6 @@ RECIPES = {
 FAR = (600, 2e-3, 128)
 
 
-class PlanarMLP(nn.Module):
-    """The demonstration's MLP for points of the plane."""
-
-    def __init__(self, members: int, generator: torch.Generator, width: int = 64, depth: int = 3) -> None:
-        super().__init__()
-        self.first = Linear(members, 2, width, generator)
-        self.blocks = nn.ModuleList(MLPBlock(members, width, generator) for _ in range(depth))
-        self.last = Linear(members, width, 2, generator)
-
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        h, e = self.first(x), waves(c_noise)
-        for block in self.blocks:
-            h = block(h, e)
-        return self.last(F.silu(h))
-
-
-class Denoiser(nn.Module):
-    """EDM's preconditioning, as in the demonstration, with sigma_data of the world."""
-
-    def __init__(self, body: nn.Module, sigma_data: float) -> None:
-        super().__init__()
-        self.body, self.sigma_data = body, sigma_data
-
-    def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """Predict x_0, shape (E, B, d), from x_t of that shape and sigma, which broadcasts against (E, B)."""
-        d = self.sigma_data
-        sigma = sigma.expand(x_t.shape[:2])
-        s = (sigma**2 + d**2).sqrt()
-        # The first term first: in that order SiD's gradients are added, to the last bit.
-        kept = (d / s)[..., None] ** 2 * x_t
-        return kept + (sigma * d / s)[..., None] * self.body(x_t / s[..., None], sigma.log() / 4)
-
-
 class World:
     """Data and the kind of network that learns them; `distance` says how far samples are from the data."""
 
@@ -86,7 +53,7 @@ class World:
         subject, self.kind = name.split("-")
         match subject:
             case "digits":
-                self.data = digits.load()
+                self.data = digits()
             case "shapes":
                 self.data = coloured_shapes.images()
             case _:
@@ -96,7 +63,7 @@ class World:
         # Students are distilled under more noise where there are more pixels: at EDM's this one gets worse and worse.
         self.p_mean = 0.0 if subject == "shapes" else P_MEAN
         if self.kind != "2d":
-            self._features = digits.principal_components(self.data)
+            self._features = principal_components(self.data)
             self._real = self._features(self.data)
         else:
             self._directions = F.normalize(torch.randn(self.size, 64, generator=seeded(5)), dim=0)
@@ -104,8 +71,15 @@ class World:
 
     def build(self, members: int) -> Denoiser:
         """Return E denoisers whose weights are still to be loaded."""
-        more = {"planes": 12, "channels": 32} if self.name == "shapes-conv" else {}
-        body = {**NETWORKS, "2d": PlanarMLP}[self.kind](members, torch.Generator(), **more)
+        match self.name:
+            case "shapes-conv":
+                body = UNet(members, planes=12, channels=32)
+            case "digits-conv":
+                body = UNet(members)
+            case "digits-mlp":
+                body = ResidualMLP(members)
+            case _:
+                body = ResidualMLP(members, size=2, width=64, depth=3)
         return Denoiser(body, self.sigma_data).requires_grad_(False)
 
     def random(self, seeds: Sequence[int]) -> State:

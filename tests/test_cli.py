@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from disback_plugin import cli
-from disback_plugin.demo import regimes, study
+from disback_plugin.demo import study, trainer
 from disback_plugin.schedules import Ramp
 
 
@@ -19,11 +19,9 @@ def disback(*arguments, **options):
 
 @pytest.fixture
 def short(monkeypatch):
-    """The default regime, cut to a few updates."""
-    regime = regimes.plan("mlp", "scratch")
-    settings = regimes.replace(regime.settings, updates=6)
-    cut = regimes.replace(regime, settings=settings, record=4, every=2, evaluate_every=2, samples=100, schedule=Ramp(3))
-    monkeypatch.setattr(regimes, "PLANS", {("mlp", "scratch"): cut})
+    """The regime of each command, cut to a few updates."""
+    whole, cut = study.regime_of, {"updates": 6, "record": 4, "every": 2, "evaluate_every": 2, "samples": 100}
+    monkeypatch.setattr(study, "regime_of", lambda *of, **more: whole(*of, **cut, schedule=Ramp(3), **more))
 
 
 def test_the_demo_writes_what_it_says_and_prints_one_json_object(short, tmp_path, capsys):
@@ -66,25 +64,20 @@ def test_a_seed_does_not_depend_on_the_company_it_keeps(short, tmp_path, capsys)
 
 
 def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(short, tmp_path):
-    regime = regimes.plan("mlp", "scratch")
+    regime = study.regime_of("mlp", "scratch")
     runs = study.Study(regime, [7], tmp_path).run_all()
     assert len({run.raw[0][0] for run in runs.values()}) == 1
-    trainer = study.Trainer(regime.settings, [7])
-    for _ in range(regime.settings.updates):
-        trainer.step()
-    plain = study.Study(regime, [7], tmp_path)
-    assert plain._distances(trainer.generator) == runs["diff-instruct"].raw[-1]
+    plain = trainer.Trainer(regime, [7])
+    for _ in range(regime.updates):
+        plain.step()
+    assert study.Study(regime, [7], tmp_path)._distances(plain.generator) == runs["diff-instruct"].raw[-1]
     assert runs["disback"].raw[-1] != runs["warm"].raw[-1] != runs["diff-instruct"].raw[-1]
 
 
 @pytest.mark.parametrize("loss", ["dmd", "sid"])
-def test_each_loss_has_its_own_baseline_and_settings(loss, tmp_path, monkeypatch, capsys):
-    regime = regimes.plan("mlp", "far", loss=loss)
-    assert regime.settings.rate == regimes.OF_LOSSES[loss]["mlp", "far"][0]
-    monkeypatch.setattr("disback_plugin.demo.trainer.FAR", 3)
-    settings = regimes.replace(regime.settings, updates=4)
-    cut = regimes.replace(regime, settings=settings, record=2, every=2, evaluate_every=2, samples=60, schedule=Ramp(2))
-    monkeypatch.setattr("disback_plugin.demo.main.plan", lambda *arguments: cut)
+def test_each_loss_has_its_own_baseline_and_settings(loss, short, tmp_path, monkeypatch, capsys):
+    assert study.regime_of("mlp", "far", loss).rate == study.RATES["mlp", "far"][loss][0]
+    monkeypatch.setattr(trainer, "FAR", 3)
     assert cli.main(["demo", "--loss", loss, "--student", "far", "--seeds", "2", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     assert list(result["runs"]) == [loss, "warm", "grad-ramp", "disback"]
@@ -96,14 +89,12 @@ def test_each_loss_has_its_own_baseline_and_settings(loss, tmp_path, monkeypatch
 
 
 def test_the_three_losses_train_differently():
-    from disback_plugin.demo.trainer import Settings, Trainer
-
     ends = {}
-    for loss in regimes.LOSSES:
-        trainer = Trainer(Settings("mlp", "teacher", rate=1e-3, updates=2, sigma_init=2.5, batch=8, loss=loss), [0])
-        trainer.step()
-        trainer.step()
-        ends[loss] = trainer.generator.body.last.weight.detach().clone()
+    for loss in trainer.LOSSES:
+        plain = trainer.Trainer(study.regime_of("mlp", "teacher", loss, rate=1e-3, batch=8), [0])
+        plain.step()
+        plain.step()
+        ends[loss] = plain.generator.body.last.weight.detach().clone()
     assert len({tuple(end.flatten().tolist()) for end in ends.values()}) == 3
 
 
@@ -116,7 +107,7 @@ def test_the_log_of_each_run_of_the_demo_makes_a_report(short, tmp_path, capsys)
     last = {row["run"]: row["last"] for row in told["comparison"] if row["measure"] == "distance"}
     assert last == pytest.approx(result["final"], rel=1e-6)
     page = (tmp_path / "report.html").read_text()
-    for title in ("position", "gradient agreement", "loss, while recording", "mismatch of the target", "codec error"):
+    for title in ("position", "gradient agreement", "loss of s_phi", "codec error"):
         assert title in page
     assert page.count("data:image/png") == sum(1 for _ in (tmp_path / "samples").iterdir()) > 4
 

@@ -405,10 +405,10 @@ def digits(form, path, steps):
     from torch.nn.parallel import DistributedDataParallel
 
     from disback_plugin.demo.networks import load_teacher
-    from disback_plugin.demo.trainer import Settings, Trainer
+    from disback_plugin.demo.trainer import Regime, Trainer
 
     ranks = dist.get_world_size()
-    trainer = Trainer(Settings("mlp", "scratch", 1e-3, steps, sigma_init=2.5, batch=32 // ranks), [0])
+    trainer = Trainer(Regime("mlp", "scratch", 1e-3, steps, sigma_init=2.5, batch=32 // ranks), [0])
     trainer.streams = Share(trainer.streams)
     if form == "fsdp2":  # the first dimension is that of the seeds, one here: rank 1 would hold next to nothing
         for net in (trainer.teacher, trainer.fake_score, trainer.generator):

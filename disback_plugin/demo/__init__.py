@@ -1,1 +1,1 @@
-"""The demonstration: a one-step generator of handwritten digits, distilled with and without a degradation path."""
+"""Demonstrate DisBack: distil one-step generators of handwritten digits, with and without a degradation path."""

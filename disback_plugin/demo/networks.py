@@ -10,82 +10,132 @@ set of matrix products, and no member sees another (Adam acts on each element al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from disback_plugin.demo.layers import Conv, ConvBlock, Linear, MLPBlock, waves
-from disback_plugin.errors import OptionError
+from disback_plugin.noise import Karras
 
-__all__ = [
-    "NETWORKS",
-    "PIXELS",
-    "SIGMA_DATA",
-    "TEACHERS",
-    "Denoiser",
-    "ResidualMLP",
-    "UNet",
-    "build",
-    "expand_members",
-    "load_teacher",
-]
+__all__ = ["PIXELS", "SIGMA_DATA", "Denoiser", "ensemble", "load_teacher", "random_weights", "sample_in_steps"]
 
 PIXELS = 64
 SIGMA_DATA = 0.75
+FREQUENCIES = 16
 TEACHERS = Path(__file__).parent / "teachers"
 
 
-class ResidualMLP(nn.Module):
-    """F of the preconditioning: a residual multilayer perceptron, 165,568 parameters a member at its defaults."""
+class Linear(nn.Module):
+    """E affine maps, (E, B, inputs) -> (E, B, outputs)."""
 
-    def __init__(self, members: int, generator: torch.Generator, width: int = 128, depth: int = 4) -> None:
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.first = Linear(members, PIXELS, width, generator)
-        self.blocks = nn.ModuleList(MLPBlock(members, width, generator) for _ in range(depth))
-        self.last = Linear(members, width, PIXELS, generator)
+        self.weight = nn.Parameter(torch.zeros(members, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b of each member."""
+        return torch.baddbmm(self.bias, x, self.weight.mT)
+
+
+class Conv(nn.Module):
+    """E convolutions 3 x 3 as one grouped convolution, (B, E inputs, H, W) -> (B, E outputs, H, W) at stride 1."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(members, outputs, inputs, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(members, outputs))
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return each member's convolution of its own channels."""
+        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
+        return F.conv2d(x, weight, bias, stride=self.stride, padding=1, groups=len(self.weight))
+
+
+class MLPBlock(nn.Module):
+    """h + W_2 silu(W_1 norm(h) + W_e e), with a layer norm without parameters."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.inner = Linear(members, width, width)
+        self.embed = Linear(members, 2 * FREQUENCIES, width)
+        self.outer = Linear(members, width, width)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """Return h plus its residual under the noise embedding e, shape (E, B, width)."""
+        inner = self.inner(F.layer_norm(h, h.shape[-1:])) + self.embed(e)
+        return h + self.outer(F.silu(inner))
+
+
+class ConvBlock(nn.Module):
+    """h + conv(silu(norm(conv(silu(norm(h))) + W_e e))), with group norms without parameters."""
+
+    def __init__(self, members: int, channels: int) -> None:
+        super().__init__()
+        self.inner = Conv(members, channels, channels)
+        self.embed = Linear(members, 2 * FREQUENCIES, channels)
+        self.outer = Conv(members, channels, channels)
+        self.groups = members * channels // 8
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """Return h plus its residual under the noise embedding e, shape (B, E channels, H, W)."""
+        shift = self.embed(e).transpose(0, 1).flatten(1)[..., None, None]
+        inner = self.inner(F.silu(F.group_norm(h, self.groups))) + shift
+        return h + self.outer(F.silu(F.group_norm(inner, self.groups)))
+
+
+class ResidualMLP(nn.Module):
+    """F of the preconditioning as a residual perceptron, 165,568 parameters a member at its defaults."""
+
+    def __init__(self, members: int, size: int = PIXELS, width: int = 128, depth: int = 4) -> None:
+        super().__init__()
+        self.first = Linear(members, size, width)
+        self.blocks = nn.ModuleList(MLPBlock(members, width) for _ in range(depth))
+        self.last = Linear(members, width, size)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return F(x, c_noise), from (E, B, 64) and (E, B) to (E, B, 64)."""
-        h, e = self.first(x), waves(c_noise)
+        """Return F(x, c_noise), from (E, B, size) and (E, B) to (E, B, size)."""
+        h, e = self.first(x), embed_noise(c_noise)
         for block in self.blocks:
             h = block(h, e)
-        output: Tensor = self.last(F.silu(h))
-        return output
+        return self.last(F.silu(h))
 
 
 class UNet(nn.Module):
-    """F of the preconditioning: a residual block at 8 x 8 on the way down and one up, two, twice as wide, at 4 x 4.
+    """F of the preconditioning as a U-Net: one residual block at 8 x 8 before and after two, twice as wide, at 4 x 4.
 
-    An image has `planes` numbers at each of its 8 x 8 places: (E, B, planes * 64).
+    An image has `planes` numbers at each of its 8 x 8 places, (E, B, planes * 64).
     """
 
-    def __init__(self, members: int, generator: torch.Generator, channels: int = 16, planes: int = 1) -> None:
+    def __init__(self, members: int, channels: int = 16, planes: int = 1) -> None:
         super().__init__()
         wide = 2 * channels
-        self.first = Conv(members, planes, channels, generator)
-        self.down = ConvBlock(members, channels, generator)
-        self.narrow = Conv(members, channels, wide, generator, stride=2)
-        self.middle = nn.ModuleList(ConvBlock(members, wide, generator) for _ in range(2))
-        self.widen = Conv(members, wide, channels, generator)
-        self.up = ConvBlock(members, channels, generator)
-        self.last = Conv(members, channels, planes, generator)
+        self.first = Conv(members, planes, channels)
+        self.down = ConvBlock(members, channels)
+        self.narrow = Conv(members, channels, wide, stride=2)
+        self.middle = nn.ModuleList(ConvBlock(members, wide) for _ in range(2))
+        self.widen = Conv(members, wide, channels)
+        self.up = ConvBlock(members, channels)
+        self.last = Conv(members, channels, planes)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return F(x, c_noise), of x's shape (E, B, planes * 64); c_noise is (E, B)."""
+        """Return F(x, c_noise), from (E, B, planes * 64) and (E, B) to the shape of x."""
         members, batch, numbers = x.shape
-        # The members become groups of channels; channels-last is what makes grouped convolutions fast on a CPU.
+        # The members become groups of channels; channels-last makes grouped convolutions fast on a CPU.
         images = x.transpose(0, 1).reshape(batch, -1, 8, 8).contiguous(memory_format=torch.channels_last)
-        e = waves(c_noise)
+        e = embed_noise(c_noise)
         skip = self.down(self.first(images), e)
         h = self.narrow(skip)
         for block in self.middle:
             h = block(h, e)
         h = self.up(skip + F.interpolate(self.widen(h), scale_factor=2.0), e)
-        output: Tensor = self.last(F.silu(h))
-        return output.reshape(batch, members, numbers).transpose(0, 1)
+        return self.last(F.silu(h)).reshape(batch, members, numbers).transpose(0, 1)
 
 
 NETWORKS = {"mlp": ResidualMLP, "conv": UNet}
@@ -95,73 +145,85 @@ class Denoiser(nn.Module):
     """D of the preconditioning: E x_0-predictors (`Prediction.X0` at alpha_t = 1).
 
     Args:
-        body: F, from (E, B, 64) and (E, B) to (E, B, 64).
+        body: F, from (E, B, d) and (E, B) to (E, B, d).
+        sigma_data: Standard deviation d of the data.
     """
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, sigma_data: float = SIGMA_DATA) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.sigma_data = body, sigma_data
 
     def forward(self, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """Return the prediction of x_0, shape (E, B, 64).
+        """Return the prediction of x_0, shape (E, B, d).
 
         Args:
-            x_t: Noisy images x_0 + sigma eps, shape (E, B, 64).
+            x_t: Noisy images x_0 + sigma eps, shape (E, B, d).
             sigma: Noise scale > 0 in data units, shape (E, B) or broadcast against it.
         """
-        sigma = sigma.expand(x_t.shape[:2])
-        s = (sigma**2 + SIGMA_DATA**2).sqrt()
-        output: Tensor = self.body(x_t / s[..., None], sigma.log() / 4)
-        return (SIGMA_DATA / s)[..., None] ** 2 * x_t + (sigma * SIGMA_DATA / s)[..., None] * output
+        d, sigma = self.sigma_data, sigma.expand(x_t.shape[:2])
+        s = (sigma**2 + d**2).sqrt()
+        skip = (d / s)[..., None] ** 2 * x_t
+        return skip + (sigma * d / s)[..., None] * self.body(x_t / s[..., None], sigma.log() / 4)
 
 
-def build(network: str, members: int, generator: torch.Generator) -> Denoiser:
-    """Return E independent, randomly initialised denoisers in one module.
+def embed_noise(c_noise: Tensor) -> Tensor:
+    """Return sines and cosines of c_noise = ln(sigma) / 4 at 16 frequencies from 1/2 to 16, (E, B) -> (E, B, 32)."""
+    frequencies = 0.5 * 32 ** torch.linspace(0, 1, FREQUENCIES, device=c_noise.device)
+    phase = c_noise[..., None] * frequencies
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+
+def ensemble(network: str, members: Sequence[Mapping[str, Tensor]]) -> Denoiser:
+    """Return one denoiser that holds the given networks.
 
     Args:
         network: "mlp" or "conv".
-        members: E >= 1.
-        generator: Source of randomness.
-
-    Raises:
-        OptionError: If there is no such network.
-
-    Example:
-        >>> denoiser = build("mlp", members=2, generator=torch.Generator().manual_seed(0))
-        >>> denoiser(torch.zeros(2, 3, 64), torch.ones(2, 3)).shape
-        torch.Size([2, 3, 64])
+        members: The weights of E networks, each of shape (1, ...).
     """
-    if network not in NETWORKS:
-        raise OptionError(f"network={network!r}", expected=f"one of {', '.join(NETWORKS)}", cure="pass --network mlp")
-    return Denoiser(NETWORKS[network](members, generator))
+    denoiser = Denoiser(NETWORKS[network](len(members)))
+    denoiser.load_state_dict({name: torch.cat([member[name] for member in members]) for name in members[0]})
+    return denoiser
 
 
-def expand_members(state: Mapping[str, Tensor], members: int) -> dict[str, Tensor]:
-    """Copy the weights of one network (E = 1) to E members: every (1, ...) becomes (E, ...), in memory of its own.
-
-    Example:
-        >>> expand_members({"weight": torch.ones(1, 3)}, members=2)["weight"].shape
-        torch.Size([2, 3])
-    """
-    return {name: weight.expand(members, *weight.shape[1:]).clone() for name, weight in state.items()}
+def random_weights(network: str, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return random weights of one network, shape (1, ...): N(0, gain^2 / fan_in), and zero for a bias."""
+    weights = Denoiser(NETWORKS[network](1)).state_dict()
+    for name, weight in weights.items():
+        if name.endswith("weight"):
+            gain = 0.5 if ".outer." in name else 1.0
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (gain / math.sqrt(weight[0, 0].numel())))
+    return weights
 
 
 def load_teacher(network: str, members: int) -> Denoiser:
-    """Return the teacher that comes with this package, E times over; `train_teachers` made it.
+    """Return the teacher that comes with this package, E times over.
 
     Args:
         network: "mlp" or "conv".
         members: E >= 1.
-
-    Raises:
-        OptionError: If there is no such network.
 
     Example:
         >>> load_teacher("mlp", members=2)(torch.zeros(2, 3, 64), torch.ones(2, 3)).shape
         torch.Size([2, 3, 64])
     """
-    from safetensors.torch import load_file
+    return ensemble(network, [load_file(TEACHERS / f"{network}.safetensors")] * members)
 
-    denoiser = build(network, members, torch.Generator())
-    denoiser.load_state_dict(expand_members(load_file(TEACHERS / f"{network}.safetensors"), members))
-    return denoiser
+
+@torch.no_grad()
+def sample_in_steps(denoiser: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: int = 40) -> Tensor:
+    """Integrate dx/dsigma = (x - D(x, sigma)) / sigma from sigma = 80 to 0 by Euler's method.
+
+    Args:
+        denoiser: D, from x_t, shape (E, B, 64), and sigma, shape (), to a prediction of x_0.
+        noise: Unit Gaussian noise, shape (E, B, 64).
+        steps: Number of calls of the denoiser, >= 2, at noise scales of EDM (arXiv 2206.00364, Eq. 5).
+
+    Example:
+        >>> sample_in_steps(lambda x_t, sigma: torch.ones_like(x_t), torch.zeros(1, 1, 2)).round(decimals=4).tolist()
+        [[[1.0, 1.0]]]
+    """
+    _, sigmas = Karras(0.01, 80.0)(torch.linspace(1, 0, steps, device=noise.device))
+    x = sigmas[0] * noise
+    for sigma, following in pairwise(sigmas):
+        x = x + (following - sigma) * (x - denoiser(x, sigma)) / sigma
+    return denoiser(x, sigmas[-1])

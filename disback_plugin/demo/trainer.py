@@ -1,15 +1,15 @@
-"""A plain trainer of E one-step generators side by side, by Diff-Instruct, DMD or SiD. It knows nothing of DisBack.
+"""Train E one-step generators of digits side by side, by Diff-Instruct, DMD or SiD. This trainer knows no DisBack.
 
 fake score   min_phi  E w(sigma) |D_phi(x + sigma eps, sigma) - x|^2,   x = G(z)         (Eq. 5)
 generator    dL/dx  = D_phi(x_t, sigma) - D_theta(x_t, sigma),          G(z) = D_G(sigma_init z, sigma_init)
 
-This is Diff-Instruct's generator; the others are `losses.dmd` and `losses.sid`.
+The second line is Diff-Instruct's; the other generator losses are `losses.dmd` and `losses.sid`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,30 +17,41 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from disback_plugin import kernels, losses
-from disback_plugin.demo.digits import load
-from disback_plugin.demo.networks import PIXELS, SIGMA_DATA, Denoiser, build, expand_members, load_teacher
+from disback_plugin import losses
+from disback_plugin.demo.networks import PIXELS, SIGMA_DATA, Denoiser, ensemble, load_teacher, random_weights
+from disback_plugin.errors import OptionError
 from disback_plugin.noise import add_noise, lognormal_sigma
 from disback_plugin.prediction import Prediction
+from disback_plugin.schedules import Ramp, Schedule
 
-__all__ = ["Settings", "Streams", "Trainer"]
+__all__ = ["LOSSES", "Regime", "Streams", "Trainer", "denoising_loss", "digits", "generate"]
 
-# Updates that make a far student of the teacher.
+# The generator losses by their names in the figures.
+LOSSES = {"diff-instruct": "Diff-Instruct", "dmd": "DMD", "sid": "SiD"}
+# Updates after which a teacher that is trained on negatives is a far student.
 FAR = 600
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that a run depends on, except its seeds and what is attached to it.
+class Regime:
+    """Everything that a run depends on, except its seeds.
 
     Attributes:
         network: "mlp" or "conv".
-        student: "scratch" (random weights), "teacher" (the teacher's weights) or "far" (`first_student`).
-        rate: Learning rate of both Adams, the best of several for the loss without DisBack.
+        student: First weights: "scratch" (random), "teacher" (the teacher's) or "far" (a teacher of negatives).
+        rate: Learning rate of both Adams.
         updates: Generator updates.
         sigma_init: Noise scale that the generator is fed with, in data units.
         batch: Samples B of an update, a member.
         loss: Of the generator: "diff-instruct", "dmd" or "sid".
+        thresholds: Distances whose first crossing is reported, falling.
+        schedule: Schedule of DisBack.
+        record: Recording iterations.
+        every: Iterations between two nodes.
+        codec: Codec of the nodes.
+        evaluate_every: Generator updates between two evaluations.
+        samples: Samples a member and evaluation.
+        ema: Decay of the generator's exponential moving average.
     """
 
     network: str
@@ -50,10 +61,18 @@ class Settings:
     sigma_init: float
     batch: int = 64
     loss: str = "diff-instruct"
+    thresholds: tuple[float, ...] = ()
+    schedule: Schedule = field(default_factory=lambda: Ramp(50))
+    record: int = 25
+    every: int = 25
+    codec: str = "int8"
+    evaluate_every: int = 20
+    samples: int = 1_000
+    ema: float = 0.99
 
 
 class Streams:
-    """One random stream a seed, so that a seed's numbers do not depend on the company that it keeps.
+    """Random numbers from one generator a seed, so that the numbers of a seed do not depend on the other seeds.
 
     Args:
         seeds: One seed a member.
@@ -73,112 +92,127 @@ class Streams:
 
 
 class Trainer:
-    """Teacher, fake score and generator of E seeds, their optimizers, and one round of the loop.
+    """Hold teacher, fake score and generator of E seeds with their optimizers.
 
     Args:
-        settings: What to run.
+        regime: What to run.
         seeds: One seed a member; it decides the student's first weights and all noise.
     """
 
-    def __init__(self, settings: Settings, seeds: Sequence[int]) -> None:
-        self.settings = settings
+    def __init__(self, regime: Regime, seeds: Sequence[int]) -> None:
+        self.regime = regime
         self.members = len(seeds)
         self.streams = Streams(seeds, purpose=1)
-        self.teacher = load_teacher(settings.network, len(seeds)).requires_grad_(False)
-        self.fake_score = load_teacher(settings.network, len(seeds))
-        self.generator = first_student(settings, seeds)
+        self.teacher = load_teacher(regime.network, len(seeds)).requires_grad_(False)
+        self.fake_score = load_teacher(regime.network, len(seeds))
+        self.generator = first_student(regime, seeds)
         self.generator_optimizer = self._adam(self.generator)
         self.fake_score_optimizer = self._adam(self.fake_score)
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """One update of the fake score, then one of the generator; returns the losses before them."""
+        """Update the fake score, then the generator; return the losses before these updates."""
         return self.fake_step(), self.generator_step()
 
     def fake_step(self) -> Tensor:
-        """One update of s_phi on samples of the generator, Eq. 5 with the weight of EDM."""
+        """Update s_phi on samples of the generator, by Eq. 5."""
         with torch.no_grad():
             x_0 = self.sample()
-        x_t, eps, sigma = self._noisy(x_0)
-        output = self.fake_score(x_t, sigma[..., 0])
-        weight = losses.edm_weight(sigma, sigma_data=SIGMA_DATA)
-        loss = kernels.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
-        return self._update(self.fake_score_optimizer, loss)
+        return self._update(self.fake_score_optimizer, denoising_loss(self.fake_score, x_0, *self._noise()))
 
     def generator_step(self) -> Tensor:
-        """One update of the generator: Eq. 8 in the weighting of Diff-Instruct's authors, or another loss."""
-        x, through = self.sample(), self.settings.loss == "sid"  # SiD's gradient flows through both networks
-        x_t, eps, sigma = self._noisy(x if through else x.detach())
-        with torch.set_grad_enabled(through):
+        """Update the generator by Eq. 8 in the weighting of Diff-Instruct's authors, or by another loss."""
+        x, loss = self.sample(), self.regime.loss
+        sigma, eps = self._noise()
+        # The gradient of SiD flows through both networks.
+        x_t = add_noise(x if loss == "sid" else x.detach(), eps, alpha=1.0, sigma=sigma)
+        with torch.set_grad_enabled(loss == "sid"):
             real, fake = self.teacher(x_t, sigma[..., 0]), self.fake_score(x_t, sigma[..., 0])
-        # The members are one batch of E * B samples to the loss.
+        # The loss sees the members as one batch of E * B samples.
         x, real, fake, eps, sigma = (tensor.flatten(0, 1) for tensor in (x, real, fake, eps, sigma))
-        arguments: dict[str, Any] = {"alpha": 1.0, "sigma": sigma, "prediction": Prediction.X0}
-        if self.settings.loss == "diff-instruct":
-            loss = kernels.diff_instruct(x, real, fake, weight=sigma**2, **arguments)
-        elif self.settings.loss == "dmd":
-            loss = kernels.dmd(x, real, fake, eps=eps, **arguments)
+        at_sigma: dict[str, Any] = {"alpha": 1.0, "sigma": sigma, "prediction": Prediction.X0}
+        if loss == "diff-instruct":
+            value = losses.diff_instruct(x, real, fake, weight=sigma**2, **at_sigma)
+        elif loss == "dmd":
+            value = losses.dmd(x, real, fake, eps=eps, **at_sigma)
         else:
-            loss = kernels.sid(x, real, fake, eps=eps, alpha_sid=1.2, **arguments)  # a = 1.2, as its authors use
-        return self._update(self.generator_optimizer, loss)
+            value = losses.sid(x, real, fake, eps=eps, alpha_sid=1.2, **at_sigma)  # its authors' a
+        return self._update(self.generator_optimizer, value)
 
     def sample(self) -> Tensor:
         """Return generated samples x = G(z), shape (E, B, 64)."""
-        return generate(self.generator, self.streams.randn(self.settings.batch, PIXELS), self.settings)
+        return generate(self.generator, self.streams.randn(self.regime.batch, PIXELS), self.regime)
 
-    def _noisy(self, x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sigma = self.streams.sigma(x_0.shape[1])
-        eps = self.streams.randn(*x_0.shape[1:])
-        return add_noise(x_0, eps, alpha=1.0, sigma=sigma), eps, sigma
+    def _noise(self) -> tuple[Tensor, Tensor]:
+        return self.streams.sigma(self.regime.batch), self.streams.randn(self.regime.batch, PIXELS)
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         optimizer.zero_grad()
-        # The losses are means over all members; each member shall have the gradient it would have alone.
+        # The loss is a mean over all members, and each member needs the gradient that it would have alone.
         torch.autograd.backward(self.members * loss)
         optimizer.step()
         return loss.detach()
 
     def _adam(self, network: Denoiser) -> torch.optim.Optimizer:
-        return torch.optim.Adam(network.parameters(), lr=self.settings.rate, betas=(0.0, 0.999))
+        return torch.optim.Adam(network.parameters(), lr=self.regime.rate, betas=(0.0, 0.999))
 
 
-def first_student(settings: Settings, seeds: Sequence[int]) -> Denoiser:
-    """Return the generators before training: random ones, each from its own seed, or copies of one network, the teacher
-    or, far from it, the teacher after 600 updates on the digits' negatives.
+def digits() -> Tensor:
+    """Return scikit-learn's handwritten digits as float32 in [-1, 1], shape (1797, 64), in their stored order.
+
+    Raises:
+        OptionError: If scikit-learn is not installed.
     """
-    if settings.student == "teacher":
-        return load_teacher(settings.network, len(seeds))
-    if settings.student == "far":
-        state = expand_members(_negatives(settings.network), len(seeds))
-        together = load_teacher(settings.network, len(seeds))
-        together.load_state_dict(state)
-        return together
-    alone = [build(settings.network, 1, torch.Generator().manual_seed(seed)).state_dict() for seed in seeds]
-    together = build(settings.network, len(seeds), torch.Generator())
-    together.load_state_dict({name: torch.cat([state[name] for state in alone]) for name in alone[0]})
-    return together
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError as error:
+        raise OptionError(
+            "no scikit-learn", expected="the package that holds the digits", cure="pip install 'disback-plugin[demo]'"
+        ) from error
+    return torch.from_numpy(load_digits().data).float() / 8 - 1
+
+
+def denoising_loss(denoiser: Denoiser, x_0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    """Return Eq. 5 with the weight of EDM, shape ().
+
+    Args:
+        denoiser: E denoisers.
+        x_0: Clean images, shape (E, B, 64).
+        sigma: Noise scales, shape (E, B, 1).
+        eps: Unit Gaussian noise, shape (E, B, 64).
+    """
+    output = denoiser(add_noise(x_0, eps, alpha=1.0, sigma=sigma), sigma[..., 0])
+    weight = losses.edm_weight(sigma, sigma_data=SIGMA_DATA)
+    return losses.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
+
+
+def first_student(regime: Regime, seeds: Sequence[int]) -> Denoiser:
+    """Return the generators before training: random ones, each from its own seed, or copies of one network."""
+    if regime.student == "scratch":
+        states = [random_weights(regime.network, torch.Generator().manual_seed(seed)) for seed in seeds]
+        return ensemble(regime.network, states)
+    if regime.student == "far":
+        return ensemble(regime.network, [far_weights(regime.network)] * len(seeds))
+    return load_teacher(regime.network, len(seeds))
 
 
 @cache
-def _negatives(network: str) -> Mapping[str, Tensor]:
-    """Return the weights of the teacher after it was trained on for 600 updates, on white digits for black ones."""
-    data, noise = -load(), torch.Generator().manual_seed(0)
+def far_weights(network: str) -> Mapping[str, Tensor]:
+    """Return the weights of the teacher after 600 more updates, on the negatives of the digits."""
+    data, stream = -digits(), torch.Generator().manual_seed(0)
     student = load_teacher(network, 1)
     optimizer = torch.optim.Adam(student.parameters(), lr=2e-3, betas=(0.9, 0.99))
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=FAR)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=FAR)
     for _ in tqdm(range(FAR), desc="far student", unit="update", leave=False, disable=None):
-        x_0 = data[torch.randint(len(data), (128,), generator=noise)][None]
-        sigma, eps = lognormal_sigma(128, generator=noise)[None, :, None], torch.randn(x_0.shape, generator=noise)
-        output = student(add_noise(x_0, eps, alpha=1.0, sigma=sigma), sigma[..., 0])
-        weight = losses.edm_weight(sigma, sigma_data=SIGMA_DATA)
-        loss = losses.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
+        x_0 = data[torch.randint(len(data), (128,), generator=stream)][None]
+        sigma = lognormal_sigma(128, generator=stream)[None, :, None]
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(denoising_loss(student, x_0, sigma, torch.randn(x_0.shape, generator=stream)))
         optimizer.step()
-        falling.step()
-    return {name: weight.detach() for name, weight in student.state_dict().items()}
+        scheduler.step()
+    return student.state_dict()
 
 
-def generate(generator: torch.nn.Module, z: Tensor, settings: Settings) -> Tensor:
+def generate(generator: torch.nn.Module, z: Tensor, regime: Regime) -> Tensor:
     """Return G(z) = D_G(sigma_init z, sigma_init), shape (E, B, 64), for unit Gaussian z of that shape."""
-    samples: Tensor = generator(settings.sigma_init * z, torch.tensor(settings.sigma_init))
+    samples: Tensor = generator(regime.sigma_init * z, torch.tensor(regime.sigma_init))
     return samples
