@@ -13,9 +13,8 @@ from convergence_methods import LAST, LONGEST, Method, Regime
 from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
-from disback_plugin.fitting import EVERY, SAMPLE, fitted_after
+from disback_plugin.convergence import EVERY, SAMPLE, fitted_after
 from disback_plugin.recorder import HASTE, LEAST
-from disback_plugin.schedules import Settling
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]
 
@@ -156,7 +155,7 @@ class Distillation:
                 weight.lerp_(start, along(cold, weight))
         self._fake_adam.forget(cold)
         schedules = [
-            method.schedule.settle(self.clock(i)) if isinstance(method.schedule, Settling) else method.schedule
+            method.schedule.settle(self.clock(i)) if method.schedule.until_fitted else method.schedule
             for i, method in enumerate(self.methods)
         ]
         everyone, stands = torch.ones(len(self.methods)), torch.zeros(len(self.methods))
@@ -229,7 +228,7 @@ class Distillation:
 
 
 def sampled(gradients: Sequence[Tensor]) -> Tensor:
-    """Every k-th number of each member's gradient, as `disback_plugin.fitting` takes them."""
+    """Every k-th number of each member's gradient, as `disback_plugin.convergence` takes them."""
     flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
     return flat[:, :: -(-flat.shape[1] // SAMPLE)]
 

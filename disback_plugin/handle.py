@@ -22,9 +22,9 @@ from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.run_log import RunLog, numbers_and_pictures
 from disback_plugin.recording import PATIENCE
-from disback_plugin.schedule_cursor import Plan
+from disback_plugin.schedule_base import Plan
 from disback_plugin.scheduler import TrajectoryScheduler
-from disback_plugin.schedules import Schedule, Settling
+from disback_plugin.schedules import Schedule
 from disback_plugin.session import Session
 from disback_plugin.summary import agenda, cast, described
 from disback_plugin.weights.checksum import fingerprint
@@ -158,10 +158,10 @@ class Handle:
         nodes = "no path" if path is None else f"N = {path.manifest.last_node}, {path.folder}"
         recorded = None if stages.recorder is None else stages.recorder.iteration
         if self.scheduler is None:
-            waits = isinstance(stages.schedule, Settling)
-            ahead = [] if waits else Plan(stages.schedule, 0 if manifest is None else manifest.last_node).stages()
+            waits = stages.schedule.until_fitted
+            ahead = [] if waits else Plan(stages.schedule, 0 if manifest is None else manifest.last_node).timeline()
         else:
-            ahead = self.scheduler.stages()
+            ahead = self.scheduler.timeline()
         who = cast(
             stages.teacher,
             stages.fake_score,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin.fitting import EVERY, Fit
+from disback_plugin.convergence import EVERY, FitDetector
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
@@ -35,7 +35,7 @@ class Recorder:
         network: s', the network that is fitted.
         training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
             None where the trainer's own checkpoint holds that.
-        until_fitted: Whether to end as soon as the network is fitted (`fitting`), after ten updates or later.
+        until_fitted: Whether to end as soon as the network is fitted (`convergence`), after ten updates or later.
         hastens: Whether the caller multiplies the learning rate of each update by `haste`.
         plugins: Who hears of the nodes.
 
@@ -56,7 +56,7 @@ class Recorder:
         plugins: PluginManager | Sequence[object] = (),
     ) -> None:
         self.path, self.network, self._training = path, network, training
-        self.fit, self._until_fitted = Fit(network), until_fitted
+        self.fit, self._until_fitted = FitDetector(network), until_fitted
         self.hastens = hastens
         self._plugins = PluginManager.of(plugins)
         self.iteration = self._since = path.nodes[-1].iteration if path.nodes else 0
@@ -95,7 +95,7 @@ class Recorder:
         """Look at the gradients of an update, while they are there; `update` does so where nobody has."""
         known = self.path.manifest
         if not self.looked and known.fitted is None and known.ended is None:  # then nothing more is asked of them
-            self.fit.look()
+            self.fit.observe()
         self.looked = True
 
     def update(self, loss: object = None) -> None:
@@ -146,7 +146,7 @@ class Recorder:
             return
         fitted = known.fitted
         if fitted is None:
-            fitted = iteration if distributed.on_rank_zero(self.fit.updates) is not None else None
+            fitted = iteration if distributed.on_rank_zero(self.fit.fitted_after) is not None else None
             self._tell()
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
@@ -166,7 +166,7 @@ class Recorder:
 
     def resume(self, fit: Tensor) -> None:
         """Go on with the fit of an earlier process, whose weights the caller has restored."""
-        self.fit.load(fit)
+        self.fit.load_tensor(fit)
         self._told = len(self.fit.cosines())
 
     def _tell(self) -> None:

@@ -193,7 +193,7 @@ def _record_copy(
     network = ScoreNetwork(student_score, role="recorded copy")
 
     def capture() -> dict[str, Tensor]:
-        return training_state.capture(network, optimizer) | {"fit": recorder.fit.state()}
+        return training_state.capture(network, optimizer) | {"fit": recorder.fit.to_tensor()}
 
     recorder = Recorder(path, network, training=capture, plugins=plugins)
     saved = path.training_state()

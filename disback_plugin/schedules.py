@@ -1,143 +1,61 @@
-"""Where on the path the teacher stands, as a function of the generator's updates.
+"""Schedules: the teacher's position on the path as a pure function of generator updates.
 
 Node i of a path with nodes 0 (the teacher) to N is position i; between two nodes the weights are interpolated. A
-schedule is a pure function from (generator updates, N) to a `Target`: a position in [0, N] and a factor on the
-generator's gradient.
+schedule maps (generator updates u, N) to a `Target`: a position in [0, N] and a factor on the generator's gradient.
 
-| schedule            | position after u updates              | factor on the gradient          | source            |
-|---------------------|---------------------------------------|---------------------------------|-------------------|
-| `Fixed(b, c, ...)`  | N - 1 for b, N - 2 for c, ..., then 0 | 1                               | Algorithm 2, B.2  |
-| `Auto(F)`           | 0.9 N (1 - u / F)+                    | 1 - 0.9 (1 - u / 3F)+           | ours              |
-| `Adaptive(F)`       | the same, u slower while s_phi is behind: it counts a quarter        | ours              |
-| `Ramp(K)`           | 0.9 N (1 - u / K)+                    | 1 - position / N (`amplitude`)  | ours              |
-| `WarmStart()`       | 0                                     | 1                               | control           |
-| `GradientRamp(K)`   | 0                                     | 1 - 0.99 (1 - u / K)+           | control           |
+| schedule          | position after u updates              | factor on the gradient         | source            |
+|-------------------|---------------------------------------|--------------------------------|-------------------|
+| `Fixed(b, c, ..)` | N - 1 for b, N - 2 for c, ..., then 0 | 1                              | Algorithm 2, B.2  |
+| `Auto(F)`         | 0.9 N (1 - u / F)+                    | 1 - 0.9 (1 - u / 3F)+          | ours              |
+| `Ramp(K)`         | 0.9 N (1 - u / K)+                    | 1 - position / N (`amplitude`) | ours              |
+| `WarmStart()`     | 0                                     | 1                              | control           |
+| `GradientRamp(K)` | 0                                     | 1 - 0.99 (1 - u / K)+          | control           |
 
-F is what the recording says: the updates in which s' is fitted at the trainer's learning rate (`fitting`). These two
-end the recording there, at twice that rate in half as many updates, and let go of the path if the run diverges
-(`monitoring`).
-
-All of them start s_phi from s'_N, except that `GradientRamp` needs no path at all.
+F is the number of updates in which s' was fitted at the trainer's learning rate (`convergence`). Every schedule starts
+s_phi from s'_N, except `GradientRamp`, which needs no path.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
+from importlib.resources import files
 from itertools import accumulate
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from disback_plugin.errors import OptionError
-from disback_plugin.recipes import Recipe, names, recipe
+from disback_plugin.schedule_base import Schedule, Target, WrappedSchedule, same, to_config, validate_config
 
-__all__ = [
-    "Adaptive",
-    "Auto",
-    "Fixed",
-    "GradientRamp",
-    "Ramp",
-    "Recipe",
-    "Schedule",
-    "Settling",
-    "Target",
-    "WarmStart",
-    "parse",
-    "recipe",
-    "resolve",
-]
-
-
-class Target(NamedTuple):
-    """What the next generator update aims at.
-
-    Attributes:
-        position: Where the teacher stands, in [0, N]; 0.0 is the teacher s'_0 itself.
-        gradient: Factor on the generator's gradient, in [0, 1].
-
-    Example:
-        >>> Target(2.0)
-        Target(position=2.0, gradient=1.0)
-    """
-
-    position: float
-    gradient: float = 1.0
-
-
-class Schedule(Protocol):
-    """A function from generator updates to a `Target`; frozen, without state of its own.
-
-    Its repr goes into saved states, so that a run is not resumed under another schedule: make it a frozen dataclass.
-    One that stands on nodes, each for a while, says so with a class attribute `discrete = True`: then a plug-in may
-    keep or end a node (`hookspecs.Specs.disback_should_advance`). One that waits for s_phi says `braked = True`: while
-    s_phi is behind the student (`monitoring`) its updates count a quarter.
-
-    Example:
-        >>> @dataclass(frozen=True)
-        ... class Halves:
-        ...     every: int
-        ...
-        ...     def __call__(self, updates: int, nodes: int) -> Target:
-        ...         return Target(nodes / 2 ** (1 + updates // self.every) if updates < self.horizon(nodes) else 0.0)
-        ...
-        ...     def horizon(self, nodes: int) -> int:
-        ...         return 4 * self.every
-        ...
-        ...     def check(self, nodes: int) -> None:
-        ...         pass
-        >>> halves: Schedule = Halves(10)
-        >>> [halves(updates, 4).position for updates in (0, 10, 20, 30, 40)]
-        [2.0, 1.0, 0.5, 0.25, 0.0]
-    """
-
-    def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target of generator update `updates` >= 0 on a path that ends at node `nodes`."""
-        ...
-
-    def horizon(self, nodes: int) -> int:
-        """Return the updates after which the target is Target(0, 1), on a path that ends at node `nodes`."""
-        ...
-
-    def check(self, nodes: int) -> None:
-        """Raise OptionError if the schedule does not fit a path that ends at node `nodes` >= 1."""
-        ...
-
-
-@runtime_checkable
-class Settling(Schedule, Protocol):
-    """A schedule that the recording settles: it ends as soon as s' is fitted, and says what is done then.
-
-    Such a one lets go of the path, for good, if s_phi is seen to diverge while the teacher walks.
-
-    Example:
-        >>> auto: Settling = Auto()
-        >>> auto.settle(20).horizon(1)
-        60
-    """
-
-    def settle(self, fitted: int) -> Schedule:
-        """Return what is done where s' is fitted in `fitted` >= 1 updates, or was recorded so long without being."""
-        ...
+__all__ = ["Auto", "Fixed", "GradientRamp", "Ramp", "Recipe", "Schedule", "Target", "WarmStart"]
+__all__ += ["parse", "recipe", "recipes", "resolve", "same", "to_config", "validate_config"]
 
 
 @dataclass(frozen=True, init=False)
-class Fixed:
+class Fixed(Schedule):
     """The paper's schedule (Algorithm 2, B.2): a number of updates on each node N - 1, ..., 1, then the teacher.
 
     Args:
         budgets: Generator updates on nodes N - 1, N - 2, ..., 1, each >= 1; the last budget repeats down to node 1.
-        of: Name of the recipe that the budgets are of (`recipes`): then only paths of its N nodes fit.
+        of: Name of the recipe that the budgets come from: then only paths of its N nodes fit.
 
     Raises:
-        OptionError: If no budget is given, or one is below 1, or there is no such recipe.
+        OptionError: If no budget is given, a budget is below 1, or the recipe is unknown.
 
     Example:
-        >>> plan = Fixed(1_000, 10_000)  # the paper's, for N = 4
-        >>> [plan(u, 4).position for u in (0, 999, 1_000, 11_000, 21_000)]
+        >>> paper = Fixed(1_000, 10_000)  # for N = 4
+        >>> [paper(u, 4).position for u in (0, 999, 1_000, 11_000, 21_000)]
         [3.0, 3.0, 2.0, 1.0, 0.0]
     """
 
     budgets: tuple[int, ...]
-    of: str | None
-    discrete: ClassVar[bool] = True
+    of: str | None = None
+    discrete = True
 
     def __init__(self, *budgets: int, of: str | None = None) -> None:
         if not budgets or min(budgets) < 1:
@@ -148,18 +66,16 @@ class Fixed:
         object.__setattr__(self, "of", of)
 
     def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target of update `updates`."""
+        """Return the target after `updates` generator updates."""
         passed = sum(updates >= end for end in self._ends(nodes))
         return Target(float(max(nodes - 1 - passed, 0)))
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
+        """Return the update at which the teacher leaves node 1."""
         return max(self._ends(nodes), default=0)
 
-    def check(self, nodes: int) -> None:
-        """Raise OptionError if there are more budgets than nodes to stand on below node `nodes`, or the recipe is of
-        another path.
-        """
+    def validate(self, nodes: int) -> None:
+        """Raise OptionError if there are more budgets than nodes N - 1, ..., 1, or if the recipe has another N."""
         if self.of is not None and nodes != recipe(self.of).nodes:
             wanted = recipe(self.of)
             raise OptionError(
@@ -176,7 +92,7 @@ class Fixed:
             )
 
     def _ends(self, nodes: int) -> list[int]:
-        """Return the update at which each node N - 1, ..., 1 is left."""
+        """Return the update at which the teacher leaves each node N - 1, ..., 1."""
         given = self.budgets[: max(nodes - 1, 0)]
         return list(accumulate(given + given[-1:] * (nodes - 1 - len(given))))
 
@@ -186,8 +102,8 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """A straight descent: the position falls from start * N to 0 linearly over `updates`, without dwelling on a node.
+class Ramp(Schedule):
+    """A linear descent from position start * N to 0 over `updates`, without dwelling on a node.
 
     To first order the generator then sees the usual score difference, shrunk, and a fading pull towards the initial
     student. With `amplitude` its gradient is shrunk as well, to 1 - position / N.
@@ -215,30 +131,25 @@ class Ramp:
             raise OptionError(repr(self), expected="updates >= 1 and 0 < start <= 1", cure="correct the arguments")
 
     def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target of update `updates`."""
+        """Return the target after `updates` generator updates."""
         left = self.start * max(1 - updates / self.updates, 0.0) if nodes else 0.0
         return Target(left * nodes, 1 - left if self.amplitude else 1.0)
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
+        """Return K; 0 without a path."""
         return self.updates if nodes else 0
-
-    def check(self, nodes: int) -> None:
-        """Fits every path, whatever its last node `nodes`."""
 
 
 @dataclass(frozen=True)
-class Auto:
-    """No setting: the recording says how long the descent is, and ends as soon as it has said so.
+class Auto(Schedule):
+    """The default, without a setting: recording measures F and ends as soon as it has, and F is the descent's length.
 
-    The time that s' takes to fit the student's samples, F updates, is the time in which s_phi follows a change of the
-    student, at this network, learning rate and batch. The teacher walks straight back in F generator updates; the
-    gradient, shrunk at first, is whole after 3F, which gives s_phi time to catch up. A student that begins near the
-    data is fitted at once, and the descent is as short. Both numbers were found on a few small problems
-    (`benchmarks/EVIDENCE.md`, which says where it does not help).
+    F, the updates in which s' is fitted to the student's samples, is the time in which s_phi follows a change of the
+    student at this network, learning rate and batch. The teacher moves back in F generator updates; the gradient is
+    whole after 3F. The two factors were found on a few small problems (`benchmarks/EVIDENCE.md`).
 
     Args:
-        fitted: F >= 1; None leaves it to the path's recording. Without a path nothing is done.
+        fitted: F >= 1; None takes it from the path's recording. Without a path this schedule does nothing.
 
     Raises:
         OptionError: If fitted < 1.
@@ -249,52 +160,31 @@ class Auto:
     """
 
     fitted: int | None = None
+    until_fitted = True
 
     def __post_init__(self) -> None:
         if self.fitted is not None and self.fitted < 1:
             raise OptionError(repr(self), expected="updates >= 1", cure="leave it to the recording: Auto()")
 
     def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target of update `updates`."""
+        """Return the target after `updates` generator updates."""
         if not nodes or self.fitted is None:
             return Target(0.0)
         position, shrunk = (0.9 * max(1 - updates / end, 0.0) for end in (self.fitted, 3 * self.fitted))
         return Target(position * nodes, 1 - shrunk)
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still and the gradient is whole, with `nodes` >= 1."""
+        """Return 3F, after which the gradient is whole; 0 without a path."""
         return 3 * self.fitted if nodes and self.fitted is not None else 0
 
-    def check(self, nodes: int) -> None:
-        """Fits every path, whatever its last node `nodes`."""
-
     def settle(self, fitted: int) -> Auto:
-        """Return the same with F = `fitted`, unless it has one already."""
+        """Return the schedule with F = `fitted`, unless F was given."""
         return self if self.fitted is not None else replace(self, fitted=fitted)
 
 
 @dataclass(frozen=True)
-class Adaptive(Auto):
-    """`Auto` in a closed loop: an update counts a quarter while s_phi is behind the student.
-
-    s_phi is behind if its gradients at updates in a row agree, as before it was fitted (`monitoring`). Then the descent
-    takes four times as long at most. Not better than `Auto` where it was tried, on one problem worse
-    (`benchmarks/EVIDENCE.md`). By hand, without `attach`, set `scheduler.behind`.
-
-    Args:
-        fitted: As in `Auto`.
-
-    Example:
-        >>> Adaptive(20)(10, 1) == Auto(20)(10, 1)
-        True
-    """
-
-    braked: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class WarmStart:
-    """No descent: s_phi starts from s'_N, the teacher stays the teacher. The control that every path has to beat.
+class WarmStart(Schedule):
+    """No descent: s_phi starts from s'_N, the teacher stays s'_0. The control that every path has to beat.
 
     Example:
         >>> WarmStart()(0, 4)
@@ -302,24 +192,21 @@ class WarmStart:
     """
 
     def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target of update `updates`."""
+        """Return the target after `updates` generator updates."""
         return Target(0.0)
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
+        """Return 0."""
         return 0
-
-    def check(self, nodes: int) -> None:
-        """Fits every path, whatever its last node `nodes`."""
 
 
 @dataclass(frozen=True)
-class GradientRamp:
+class GradientRamp(Schedule):
     """No path: the generator's gradient is multiplied by 1 - depth (1 - u / K)+. The other control.
 
     Args:
         updates: Length K of the ramp in generator updates, >= 1.
-        depth: What is taken away at first, in [0, 1].
+        depth: Part of the gradient that is taken away at first, in [0, 1].
 
     Raises:
         OptionError: If updates < 1, or depth is outside [0, 1].
@@ -338,22 +225,95 @@ class GradientRamp:
             raise OptionError(repr(self), expected="updates >= 1 and 0 <= depth <= 1", cure="correct the arguments")
 
     def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target of update `updates`."""
+        """Return the target after `updates` generator updates."""
         return Target(0.0, 1 - self.depth * max(1 - updates / self.updates, 0.0))
 
     def horizon(self, nodes: int) -> int:
-        """Return the update from which on the teacher stands still, on a path that ends at node `nodes`."""
+        """Return K."""
         return self.updates
 
-    def check(self, nodes: int) -> None:
-        """Fits every path, whatever its last node `nodes`, and none."""
+
+# -- the paper's settings ---------------------------------------------------------------------------------------------
 
 
-def resolve(schedule: Schedule | str) -> Schedule:
-    """Return a schedule from an object of this module, or any of its kind, or a text for `parse`.
+@dataclass(frozen=True)
+class Recipe:
+    """One setting of the paper, from recipes.toml.
+
+    Attributes:
+        name: The recipe's name, which also names its schedule: `schedule="edm-64"`.
+        setting: Teacher, student and data.
+        record: Recording iterations, in updates of s'.
+        every: Recording iterations from one node to the next.
+        budgets: Generator updates on nodes N - 1, ..., 1.
+        source: Section of the paper.
+        quotes: The paper's words for the three counts.
+        training: Optimizers, rates, batch and length of the paper's training; for information.
+        note: What the paper leaves open or contradicts.
+
+    Example:
+        >>> edm = recipe("edm-64")
+        >>> edm.budgets, edm.nodes, edm.options
+        ((1000, 10000, 10000), 4, {'record': 200, 'every': 50, 'schedule': 'edm-64'})
+    """
+
+    name: str
+    setting: str
+    record: int
+    every: int
+    budgets: tuple[int, ...]
+    source: str
+    quotes: tuple[str, ...]
+    training: str
+    note: str
+
+    @property
+    def nodes(self) -> int:
+        """N, the index of the last node."""
+        return -(-self.record // self.every)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `attach`: `attach(..., **recipe("edm-64").options)`."""
+        return {"record": self.record, "every": self.every, "schedule": self.name}
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """Return all recipes by name.
+
+    Example:
+        >>> list(recipes())
+        ['edm-64', 'lsun-256', 'sdxl', 'lcm-lora']
+    """
+    table = tomllib.loads(files("disback_plugin").joinpath("recipes.toml").read_text(encoding="utf-8"))
+    rows = {name: row | {key: tuple(row[key]) for key in ("budgets", "quotes")} for name, row in table.items()}
+    return {name: Recipe(name=name, **row) for name, row in rows.items()}
+
+
+def recipe(name: str) -> Recipe:
+    """Return a recipe by its name.
 
     Raises:
-        OptionError: If it is neither.
+        OptionError: If no recipe has this name.
+
+    Example:
+        >>> recipe("sdxl").record, recipe("sdxl").source
+        (1000, 'B.2, third paragraph')
+    """
+    if name not in recipes():
+        raise OptionError(f"recipe {name!r}", expected=f"one of {', '.join(recipes())}", cure="correct the name")
+    return recipes()[name]
+
+
+# -- from an argument -------------------------------------------------------------------------------------------------
+
+
+def resolve(schedule: Schedule | str | Any) -> Schedule:
+    """Return a schedule from an object of this module, or a user's, or a text for `parse`.
+
+    Raises:
+        OptionError: If the argument is none of these.
 
     Example:
         >>> resolve("warm"), resolve(Ramp(7))
@@ -361,55 +321,52 @@ def resolve(schedule: Schedule | str) -> Schedule:
     """
     if isinstance(schedule, str):
         return parse(schedule)
-    fits = all(callable(getattr(schedule, name, None)) for name in ("__call__", "horizon", "check"))
-    if isinstance(schedule, type) or not fits:
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, type) or not (callable(schedule) and hasattr(schedule, "horizon")):
         raise OptionError(
             f"schedule={schedule!r}",
             expected="a name, or an object of disback_plugin.schedules",
             cure='pass schedule="auto", or Ramp(100) with its arguments',
         )
-    return schedule
+    return WrappedSchedule(schedule)
 
 
 def parse(text: str) -> Schedule:
     """Return the schedule that a short text names, as on a command line.
 
     Args:
-        text: "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", the name of
-            one of the paper's settings (`recipes`), which is Fixed and fits the path of its own recording, "auto", or
-            "adaptive".
+        text: "auto", "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", or the
+            name of a recipe, which is its Fixed and fits the path of its own recording only.
 
     Raises:
-        OptionError: If the text names none of them.
+        OptionError: If the text names no schedule.
 
     Example:
         >>> parse("ramp:50"), parse("fixed:1000,10000")
         (Ramp(updates=50, start=0.9, amplitude=True), Fixed(1000, 10000))
     """
-    if text in names():
+    if text in recipes():
         return Fixed(*recipe(text).budgets, of=text)
     name, _, arguments = text.partition(":")
     try:
         numbers = [int(number) for number in arguments.split(",") if arguments]
-        match name, numbers:
-            case ("auto", []):
-                return Auto()
-            case ("adaptive", []):
-                return Adaptive()
-            case ("warm", []):
-                return WarmStart()
-            case (("ramp" | "plain-ramp"), ([] | [_])):
-                return Ramp(*numbers[:1], amplitude=name == "ramp")
-            case "grad-ramp", ([] | [_]):
-                return GradientRamp(*numbers[:1])
-            case "fixed", [_, *_]:
-                return Fixed(*numbers)
-    except ValueError as error:
-        if isinstance(error, OptionError):
-            raise
+    except ValueError:
+        name, numbers = "", []
+    match name, numbers:
+        case "auto", []:
+            return Auto()
+        case "warm", []:
+            return WarmStart()
+        case (("ramp" | "plain-ramp"), ([] | [_])):
+            return Ramp(*numbers, amplitude=name == "ramp")
+        case "grad-ramp", ([] | [_]):
+            return GradientRamp(*numbers)
+        case "fixed", [_, *_]:
+            return Fixed(*numbers)
     raise OptionError(
         f"schedule {text!r}",
-        expected="auto, adaptive, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K], fixed:b,c,... with whole numbers, or "
-        + ", ".join(names()),
+        expected="auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K], fixed:b,c,... with whole numbers, or "
+        + ", ".join(recipes()),
         cure="pass one of these, or an object of disback_plugin.schedules",
     )

@@ -11,25 +11,25 @@ from typing import Any
 from torch.optim import Optimizer
 
 from disback_plugin import distributed, startup_warnings
-from disback_plugin.convergence import Monitor
+from disback_plugin.convergence import DivergenceMonitor, FitDetector
 from disback_plugin.errors import OptionError, PluginError, StateError
-from disback_plugin.fitting import Fit
 from disback_plugin.loop.lr_schedulers import SchedulerSnapshot
 from disback_plugin.opening import open_or_create
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Manifest, Recording
 from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.progress import Phase, Progress, validate_state
 from disback_plugin.recorder import Recorder
-from disback_plugin.scheduler import TrajectoryScheduler, check_state
-from disback_plugin.schedules import Schedule, Settling
+from disback_plugin.scheduler import TrajectoryScheduler
+from disback_plugin.schedules import Schedule, validate_config
 from disback_plugin.weights.network import ScoreNetwork
 
 __all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
 
-# What a state takes from the scheduler's.
-COUNTS = ("generator_updates", "plan_updates", "node_since")
+# Counters of a state, and their names in the scheduler's progress.
+COUNTS = {"generator_updates": "generator_updates", "plan_updates": "schedule_step", "node_since": "node_since"}
 # Signs of a run that goes wrong (`monitoring`), and what is said of them.
 SIGNS = {
     "stalled": "the fake score does not follow the student, its gradients at updates in a row agree: give it a higher "
@@ -69,7 +69,7 @@ class Session:
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
         self.fake_score_updates = 0
-        self._monitor: Monitor | None = None  # while the teacher walks
+        self._monitor: DivergenceMonitor | None = None  # while the teacher walks
         self._went_on = False  # s_phi was updated after it was saved as s'_N
 
     @property
@@ -99,7 +99,7 @@ class Session:
             self._went_on = self.recorder.done
             self.recorder.update()
         elif self._monitor is not None:
-            self._monitor.look()
+            self._monitor.observe()
 
     def generator_stepped(self, updated: bool, signal: Any) -> None:
         """Move the teacher after an update of the generator, or hand over after a step that was held still."""
@@ -119,15 +119,10 @@ class Session:
         if monitor is None or scheduler.done:
             self._monitor = None
             return
-        if not monitor.due:
-            return
-        known = {"stalled": monitor.stalled, "diverged": monitor.diverged}
-        monitor.judge(distributed.on_rank_zero(monitor.read))
-        scheduler.behind = monitor.behind
-        gives_up = monitor.diverged and isinstance(self.schedule, Settling)
-        for sign, warning in SIGNS.items():
-            if getattr(monitor, sign) and not known[sign]:
-                self._warn(sign, warning, scheduler, gives_up)
+        signs = monitor.new_signs()
+        gives_up = monitor.diverged and self.schedule.until_fitted
+        for sign in signs:
+            self._warn(sign, SIGNS[sign], scheduler, gives_up)
         if gives_up:
             scheduler.end_backtracking()
             self._monitor = None
@@ -211,7 +206,7 @@ class Session:
         self._begin_backtracking()
 
     def _begin(self, folder: str | os.PathLike[str], recording: Recording, generator: Callable[[], str | None]) -> None:
-        self.path = open_or_create(folder, self.teacher, recording, generator=generator(), check=self.schedule.check)
+        self.path = open_or_create(folder, self.teacher, recording, generator=generator(), check=self.schedule.validate)
         startup_warnings.of_other_weights(self.teacher, self.fake_score, self.path)
         if self.path.complete:
             self._begin_backtracking()
@@ -247,10 +242,10 @@ class Session:
 
     def _watch(self, scheduler: TrajectoryScheduler) -> None:
         walks = not scheduler.done and scheduler.last_node
-        self._monitor = Monitor(self.fake_score, scheduler.horizon) if walks else None
+        self._monitor = DivergenceMonitor(self.fake_score, scheduler.horizon) if walks else None
 
     def _new_recorder(self, path: DegradationPath) -> Recorder:
-        until_fitted = isinstance(self.schedule, Settling)
+        until_fitted = self.schedule.until_fitted
         return Recorder(path, self.fake_score, until_fitted=until_fitted, hastens=self._hastens, plugins=self._plugins)
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
@@ -276,7 +271,7 @@ class Session:
             "schedule": repr(self.schedule),
             "phase": self.phase,
             "recording_iteration": 0 if iteration is None else iteration,
-            **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.state_dict())),
+            **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.progress)),
             "fake_score_updates": self.fake_score_updates,
             "fit": self._seen(),
             "restore": self._rewind.state,
@@ -286,8 +281,8 @@ class Session:
     def _seen(self) -> str:
         """Return what was seen of s_phi's gradients: by the recorder, or the monitor; empty if nobody looks."""
         if self.recorder is not None:
-            return self.recorder.fit.text()
-        return "" if self._monitor is None else self._monitor.text()
+            return self.recorder.fit.to_text()
+        return "" if self._monitor is None else self._monitor.to_text()
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise unless a state is of this path and schedule, and of the moment whose weights s_phi holds.
@@ -314,10 +309,11 @@ class Session:
             raise StateError(
                 f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin"
             )
-        check_state(state, like=self.state_dict(), fixed=("version",))
+        validate_state(state, like=self.state_dict(), fixed=("version",))
 
     def _check(self, state: Mapping[str, Any], holds: bool) -> None:
-        check_state(state, like=self.state_dict(), fixed=("path", "schedule"))
+        validate_state(state, like=self.state_dict(), fixed=("path",))
+        validate_config(self.schedule, state["schedule"])
         if not holds:
             raise StateError(
                 "a fake score whose weights are not those of the saved moment",
@@ -327,7 +323,7 @@ class Session:
             )
         self._rewind.check(state["restore"])
         recording = state["phase"] == "recording"
-        (Fit if recording else Monitor).check(state["fit"])
+        (FitDetector if recording else DivergenceMonitor).validate_text(state["fit"])
         if self.path is None:
             return
         if state["nodes"] != self.path.nodes_digest(state["recording_iteration"] if recording else None):
@@ -361,12 +357,12 @@ class Session:
     def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
         if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end
             self.scheduler, self.recorder = self._new_scheduler(None), None
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | _counts(state) | {"started": True})
+        counts = {name: state[key] for key, name in COUNTS.items()}
+        self.scheduler.resume(Progress(Phase.BACKTRACKING, **counts))
         self._watch(self.scheduler)
         if self._monitor is not None:
             self._monitor.load_text(state["fit"])
-        self.scheduler.behind = self._monitor is not None and self._monitor.behind
 
 
-def _counts(state: Mapping[str, Any]) -> dict[str, int]:
-    return {name: state[name] for name in COUNTS}
+def _counts(progress: Progress) -> dict[str, int]:
+    return {key: getattr(progress, name) for key, name in COUNTS.items()}

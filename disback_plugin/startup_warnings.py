@@ -15,7 +15,7 @@ from disback_plugin.loop import optimizers
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.log_reader import read
 from disback_plugin.plugins.run_log import RunLog
-from disback_plugin.schedules import Schedule, Settling
+from disback_plugin.schedules import Schedule
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import held
 
@@ -72,7 +72,7 @@ def of_another_rate(
 ) -> None:
     """Say so if the walk takes its length from a recording at another learning rate than that of s_phi's optimizers."""
     recorded = path.manifest.learning_rate
-    if recorded is None or not isinstance(schedule, Settling):
+    if recorded is None or not schedule.until_fitted:
         return
     own = [tensor for _, tensor in fake_score.named_tensors()]
     rates = [

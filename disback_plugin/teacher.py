@@ -1,43 +1,48 @@
-"""The teacher on its way: positions of a path written into the trainer's own network, in place, and checked.
+"""Positions of a path written into the trainer's own teacher, in place and checked, perhaps decoded one update ahead.
 
-A move is decoded piece by piece into the live weights, or copied from what a thread decoded ahead of time; at a node it
-is compared with the node's checksum. One weight is kept as a witness, to notice when somebody else writes the teacher.
+A move decodes the position piece by piece into the live weights, or copies what a thread has decoded before; at a node
+the result is compared with the node's checksum. One weight is remembered to notice that someone else wrote the teacher.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from math import floor
 
 import torch
+from torch import Tensor
 
 from disback_plugin import distributed
 from disback_plugin.errors import DisbackError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.prefetch import Ahead
+from disback_plugin.weights.checksum import Checksum
+from disback_plugin.weights.inplace_copy import Source, fill
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import held
+from disback_plugin.weights.sharding import Part, held
+from disback_plugin.weights.tensor_meta import room
 
-__all__ = ["MovingTeacher"]
+__all__ = ["Prefetched", "Prefetcher", "TeacherWriter"]
 
 logger = logging.getLogger(__name__)
 
 
-class MovingTeacher:
-    """A network that holds a position of a path.
+class TeacherWriter:
+    """Writes positions of a path into a teacher.
 
     Args:
         network: The teacher, which holds node 0.
         path: A complete path, or None: then the position is always 0.0 and nothing is ever written.
-        prefetch: As in `TrajectoryScheduler`.
-        together: As in `TrajectoryScheduler`.
+        prefetch: Whether to decode the next position in a thread, as in `TrajectoryScheduler`.
+        together: Whether the ranks move together, as in `TrajectoryScheduler`.
 
     Attributes:
-        position: Where it stands, in [0, N].
-        failed: Whether the last move broke off, so that nobody may train on what is there.
+        position: The position that the teacher holds, in [0, N].
+        failed: Whether the last move failed. Then nobody may train on the teacher.
         swap_ms: Milliseconds of the last write, on the host.
 
     Example:
@@ -45,20 +50,15 @@ class MovingTeacher:
         >>> from torch import nn
         >>> from disback_plugin.recording import record
         >>> net, x = nn.Linear(1, 1, bias=False), torch.ones(4, 1)
-        >>> before = net.weight.item()
-        >>> path = record(
-        ...     net,
-        ...     sample=lambda: x,
-        ...     loss=lambda s, x_0: s(x_0).square().mean(),
-        ...     path=tempfile.mkdtemp(),
-        ...     iterations=1,
-        ...     every=1,
-        ... )
-        >>> teacher = MovingTeacher(ScoreNetwork(net), path)
-        >>> teacher.go_to(1.0)
+        >>> before, folder = net.weight.item(), tempfile.mkdtemp()
+        >>> def loss(s, x_0):
+        ...     return s(x_0).square().mean()
+        >>> path = record(net, sample=lambda: x, loss=loss, path=folder, iterations=1, every=1)
+        >>> teacher = TeacherWriter(ScoreNetwork(net), path)
+        >>> teacher.move_to(1.0)
         >>> net.weight.item() == before, net.weight.item() == path[1]["weight"].item()
         (False, True)
-        >>> teacher.put_back()
+        >>> teacher.restore_teacher()
         >>> net.weight.item() == before
         True
     """
@@ -76,21 +76,17 @@ class MovingTeacher:
         self.failed = False
         self.swap_ms = 0.0
         self._path = path if path is not None and len(path) > 1 else None
-        wanted = network.witness().device.type != "cpu" if prefetch is None else prefetch
-        self._ahead = Ahead(network) if wanted else None
+        self._witness = network.witness()
+        wanted = self._witness.device.type != "cpu" if prefetch is None else prefetch
+        self._prefetcher = Prefetcher(network) if wanted and self._path is not None else None
         self._together = network.sharded if together is None else together
-        # Of a node that no process holds as a whole, each compares its part with what it was when all was verified.
+        # Of a sharded node each rank compares its own part with that of the node when the whole path was verified.
         parts = network.parts()
         self._expected = None if parts is None or self._path is None else self._path.part_checksums(parts)
         self._remember()
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether `look_ahead` does anything."""
-        return self._ahead is not None and self._path is not None
-
-    def warn_if_swallowed(self) -> None:
-        """A teacher in half precision may round the steps between nodes away: say so, with the figure."""
+    def warn_if_rounded_away(self) -> None:
+        """Warn if the teacher's dtype is too coarse for the distance between two nodes."""
         if self._path is None:
             return
         last = len(self._path) - 1
@@ -104,17 +100,17 @@ class MovingTeacher:
                 last - 1,
             )
 
-    def go_to(self, position: float, *, updates: int | None = None) -> None:
+    def move_to(self, position: float, *, updates: int | None = None) -> None:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours.
 
         Args:
             position: In [0, N].
-            updates: Generator updates so far, for ranks that move together: then all have to come to this position at
-                this update, and all go back to s'_0 and raise if one does not. None moves this rank alone.
+            updates: Generator updates so far, for ranks that move together. Then all ranks have to move to this
+                position at this update; if one does not, all of them write s'_0 and raise. None moves this rank alone.
 
         Raises:
-            PathError: If the path cannot be read, or is not what was recorded. Then `failed` is set.
-            RankError: If that happened to another rank, or it is elsewhere. Then `failed` is set.
+            PathError: If the path cannot be read, or has changed since it was recorded. Then `failed` is set.
+            RankError: If another rank failed, or is at another position or update. Then `failed` is set.
         """
         path = self._path
         if path is None:
@@ -125,55 +121,60 @@ class MovingTeacher:
                 try:
                     distributed.on_every_rank(lambda: self._move(path, position), "move the teacher", facts)
                 except Exception:
-                    self._break_off(path)  # all of them, wherever each was
+                    self._break_off(path)  # on all ranks, wherever each was
                     raise
             else:
                 self._move(path, position)
         self.position = position
         self._remember()
 
-    def all(self, action: Callable[[], object], about: str) -> None:
-        """Run an action without communication; if ranks move together all raise if it fails on one."""
+    def on_every_rank(self, action: Callable[[], object], about: str) -> None:
+        """Run an action without communication; if the ranks move together, all raise if it fails on one of them."""
         if self._together:
             distributed.on_every_rank(action, about)
         else:
             action()
 
-    def put_back(self) -> None:
-        """Write s'_0, bit for bit, whatever is there now, and end looking ahead."""
+    def restore_teacher(self) -> None:
+        """Write s'_0, bit for bit, whatever the teacher holds now, and end the prefetching."""
         if self._path is not None:
             with self._timed():
                 self.network.write(self._path.teacher_source())
         self.position = 0.0
         self._remember()
-        if self._ahead is not None:
-            self._ahead.close()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
-    def look_ahead(self, position: float) -> None:
-        """Begin to decode what the next update will want, if that is another position."""
-        if self._ahead is not None and self._path is not None and position != self.position:
-            with suppress(DisbackError):  # the move itself will say so
-                self._ahead.begin(position, self._path.source(position))
+    @property
+    def prefetches(self) -> bool:
+        """Whether `prefetch` does anything."""
+        return self._prefetcher is not None
 
-    def check_untouched(self, updates: int) -> None:
-        """Raise if somebody else wrote the teacher.
+    def prefetch(self, position: float) -> None:
+        """Begin to decode the position of the next update, if it is another one."""
+        if self._prefetcher is not None and self._path is not None and position != self.position:
+            with suppress(DisbackError):  # the move itself will raise it
+                self._prefetcher.begin(position, self._path.source(position))
+
+    def validate_untouched(self, updates: int) -> None:
+        """Raise if someone else wrote the teacher.
 
         Args:
             updates: Generator updates so far, for the error.
 
         Raises:
-            StateError: If the witness has other values.
+            StateError: If the remembered weight has other values.
         """
-        witness, version, value = self._witness
-        # The version costs nothing; the values are compared only if it moved (a DDP broadcast writes equal values).
-        if self._path is not None and witness._version != version:
-            if not torch.equal(held(witness)[0].detach(), value):
-                raise StateError(
-                    f"a teacher that somebody else has written since update {updates}",
-                    expected=f"the weights of position {self.position:g}",
-                    cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it",
-                )
-            self._remember()
+        # The version costs nothing. The values are compared only if it changed: a DDP broadcast writes equal values.
+        if self._path is None or self._witness._version == self._version:
+            return
+        if not torch.equal(held(self._witness)[0].detach(), self._value):
+            raise StateError(
+                f"a teacher that somebody else has written since update {updates}",
+                expected=f"the weights of position {self.position:g}",
+                cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it",
+            )
+        self._remember()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -182,19 +183,19 @@ class MovingTeacher:
         self.swap_ms = 1e3 * (time.perf_counter() - before)
 
     def _move(self, path: DegradationPath, position: float) -> None:
-        """Decode a position into the network; at a node, compare what was decoded with what was recorded."""
-        self.failed = True  # until it is done: nobody may train on what a failed move has left
+        """Decode a position into the network; at a node, compare the decoded weights with the recorded ones."""
+        self.failed = True  # until the move is complete
         source = path.source(position)  # raises before anything is written if a file is missing or changed
-        ready = None if self._ahead is None else self._ahead.take(position)
+        ready = None if self._prefetcher is None else self._prefetcher.wait_for(position)
         if ready is not None:
             self._compare(path, position, ready.checksum)
         try:
-            if ready is not None and self._ahead is not None:
-                self._ahead.write(ready)
+            if ready is not None and self._prefetcher is not None:
+                self._prefetcher.write(ready)
             else:
                 self._compare(path, position, self.network.write(source))
         except BaseException:
-            # Changed this very moment, or interrupted. What is mapped cannot be trusted: back to the teacher.
+            # The file changed during the read, or the move was interrupted: only s'_0 can be trusted.
             self._break_off(path)
             raise
         self.failed = False
@@ -209,5 +210,106 @@ class MovingTeacher:
             path.verify_checksum(index, found, None if self._expected is None else self._expected[index])
 
     def _remember(self) -> None:
-        witness = self.network.witness()
-        self._witness = witness, witness._version, held(witness)[0].detach().clone()
+        self._version, self._value = self._witness._version, held(self._witness)[0].detach().clone()
+
+
+# -- one update ahead -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """A decoded position: the weights that this process holds, on the host, and their checksum."""
+
+    state: dict[str, Tensor]
+    checksum: str
+
+
+class Prefetcher:
+    """Decodes the next position in a thread while the trainer works; the move is then a copy at memory speed.
+
+    It takes the memory of one node on the host, pinned where the teacher is on a GPU. The copy runs on the trainer's
+    own stream, whose order keeps it apart from the forwards that read the weights.
+
+    Args:
+        network: The network that will be written.
+
+    Example:
+        >>> from torch import nn
+        >>> from disback_plugin.path.delta import NodeSource
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> prefetcher = Prefetcher(ScoreNetwork(net))
+        >>> prefetcher.begin(2.0, NodeSource({"weight": torch.ones(1, 1)}, ()))
+        >>> prefetcher.write(prefetcher.wait_for(2.0))
+        >>> net.weight.item()
+        1.0
+    """
+
+    def __init__(self, network: ScoreNetwork) -> None:
+        self._network = network
+        self._parts = network.parts() or {}
+        self._device = network.witness().device
+        self._on_gpu = self._device.type == "cuda"
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._position: float | None = None
+        self._thread: threading.Thread | None = None
+        self._ready: Prefetched | None = None
+        self._error: Exception | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def begin(self, position: float, source: Source) -> None:
+        """Start to decode a position, unless it was started already; drop the position started before."""
+        if position == self._position:
+            return
+        self._join()
+        self._position = position
+        # Not a daemon: the interpreter joins the thread at exit, where a running one would abort the process.
+        self._thread = threading.Thread(target=self._decode, args=(source,), name="disback-prefetch")
+        self._thread.start()
+
+    def wait_for(self, position: float) -> Prefetched | None:
+        """Return a position once it is decoded; None if another one, or none, was started.
+
+        Raises:
+            Exception: The exception that ended the thread.
+        """
+        if position != self._position:
+            return None
+        ready, error = self._join()
+        if error is not None:
+            raise error
+        return ready
+
+    def write(self, ready: Prefetched) -> None:
+        """Copy a decoded position into the network."""
+        self._network.load_parts(ready.state, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            self._copied = torch.cuda.current_stream(self._device).record_event()
+
+    def close(self) -> None:
+        """Wait for the thread, if one is running, and free the memory."""
+        self._join()
+        self._memory.clear()
+
+    def _join(self) -> tuple[Prefetched | None, Exception | None]:
+        if self._thread is not None:
+            self._thread.join()
+        made = self._ready, self._error
+        self._position = self._thread = self._ready = self._error = None
+        return made
+
+    def _decode(self, source: Source) -> None:
+        try:
+            if self._copied is not None:
+                self._copied.synchronize()  # the last copy still reads this memory
+            total, state = Checksum(), {}
+            with torch.no_grad():
+                for name, layout in source.layout().items():
+                    part = self._parts.get(name, Part(layout.shape))
+                    if (name, layout.dtype) not in self._memory:  # reused by the next position
+                        self._memory[name, layout.dtype] = room(part.elements, layout.dtype, pinned=self._on_gpu)
+                    flat = self._memory[name, layout.dtype]
+                    fill(flat, part, source, name, layout.dtype, total, (name,))
+                    state[name] = flat.view(part.local_shape)
+            self._ready = Prefetched(state, total.digest())
+        except Exception as error:
+            self._error = error

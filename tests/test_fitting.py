@@ -14,7 +14,7 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.fitting import SAMPLE, Fit, fitted_after
+from disback_plugin.convergence import SAMPLE, FitDetector, fitted_after
 from disback_plugin.schedules import Auto, Target
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -54,12 +54,12 @@ def gradients(net, seed):
 
 def test_a_small_network_is_looked_at_whole():
     net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-    fit = Fit(ScoreNetwork(net))
+    fit = FitDetector(ScoreNetwork(net))
     before = None
     expected = []
     for seed in range(4):
         now = gradients(net, seed)
-        fit.look()
+        fit.observe()
         if before is not None:
             expected.append(torch.cosine_similarity(now, before, dim=0).item())
         before = now
@@ -68,41 +68,41 @@ def test_a_small_network_is_looked_at_whole():
 
 def test_a_sample_of_a_large_networks_gradient_knows_its_cosine():
     net = nn.Sequential(nn.Linear(300, 300), nn.Linear(300, 301, bias=False), nn.Linear(301, 7))
-    fit = Fit(ScoreNetwork(net))
+    fit = FitDetector(ScoreNetwork(net))
     gradients(net, 0)
-    fit.look()
+    fit.observe()
     first = [parameter.grad.clone() for parameter in net.parameters()]
     gradients(net, 1)
     for parameter, old in zip(net.parameters(), first, strict=True):
         parameter.grad.mul_(0.5).add_(old)  # a true cosine of 1 / sqrt(1.25)
-    fit.look()
+    fit.observe()
     assert fit.cosines() == pytest.approx([0.894], abs=0.03)
-    assert len(fit.state()) <= SAMPLE + 2
+    assert len(fit.to_tensor()) <= SAMPLE + 2
 
 
 def test_the_scale_of_a_loss_changes_nothing():
     net = nn.Linear(40, 40)
     found = []
     for scale in (1.0, 65_536.0):
-        fit = Fit(ScoreNetwork(net))
+        fit = FitDetector(ScoreNetwork(net))
         for seed in range(3):
             gradients(net, seed)
             net.weight.grad.mul_(scale)
             net.bias.grad.mul_(scale)
-            fit.look()
+            fit.observe()
         found.append(fit.cosines())
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_a_look_goes_on_from_its_text():
     net = nn.Linear(4, 4)
-    whole, interrupted = Fit(ScoreNetwork(net)), Fit(ScoreNetwork(net))
+    whole, interrupted = FitDetector(ScoreNetwork(net)), FitDetector(ScoreNetwork(net))
     for seed in range(6):
         gradients(net, seed)
-        whole.look()
-        interrupted.look()
-        text = json.loads(json.dumps(interrupted.text()))
-        interrupted = Fit(ScoreNetwork(net))
+        whole.observe()
+        interrupted.observe()
+        text = json.loads(json.dumps(interrupted.to_text()))
+        interrupted = FitDetector(ScoreNetwork(net))
         interrupted.load_text(text)
     assert interrupted.cosines() == whole.cosines()
 
@@ -110,10 +110,10 @@ def test_a_look_goes_on_from_its_text():
 def test_a_parameter_that_never_has_a_gradient_does_not_matter():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[0].requires_grad_(False)
-    fit = Fit(ScoreNetwork(net))
+    fit = FitDetector(ScoreNetwork(net))
     for _ in range(2):
         net[1].weight.grad, net[1].bias.grad = torch.ones(3, 3), torch.ones(3)
-        fit.look()
+        fit.observe()
     assert fit.cosines() == pytest.approx([1.0])
 
 
@@ -277,7 +277,7 @@ def test_a_recording_too_short_to_fit_is_walked_back_in_its_own_length_at_the_tr
     with attached(run, tmp_path, record=3, every=3) as handle:
         run.steps(3)
         assert handle.path.manifest.fitted is None
-        assert handle.scheduler.stages()[-1][0] == 3 * 3 * 2  # its rate was twice the trainer's
+        assert handle.scheduler.timeline()[-1][0] == 3 * 3 * 2  # its rate was twice the trainer's
 
 
 def test_auto_without_a_path_changes_nothing(tmp_path):
@@ -346,21 +346,21 @@ def test_a_loop_whose_gradients_nobody_saw_is_told(tmp_path, caplog):
 
 def test_gradients_that_are_all_zero_say_nothing():
     net = nn.Linear(3, 3)
-    fit = Fit(ScoreNetwork(net))
+    fit = FitDetector(ScoreNetwork(net))
     for _ in range(20):
         net.weight.grad, net.bias.grad = torch.zeros(3, 3), torch.zeros(3)
-        fit.look()
-    assert fit.updates() is None
+        fit.observe()
+    assert fit.fitted_after() is None
     assert all(map(math.isnan, fit.cosines()))
 
 
 def test_a_sparse_gradient_counts_as_none(tmp_path):
     net = nn.ModuleDict({"table": nn.Embedding(10, 3, sparse=True), "head": nn.Linear(3, 1)})
-    fit = Fit(ScoreNetwork(net))
+    fit = FitDetector(ScoreNetwork(net))
     for _ in range(2):
         net.zero_grad()
         net["head"](net["table"](torch.tensor([1, 2]))).sum().backward()
-        fit.look()
+        fit.observe()
     assert fit.cosines() == pytest.approx([1.0])
 
 
@@ -370,7 +370,7 @@ def test_a_standalone_recording_notes_the_fit(tmp_path):
     assert path.manifest.fitted in range(5, 41, 5)
     scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score)
     scheduler.start()
-    assert scheduler.stages()[-1][0] == 3 * path.manifest.fitted
+    assert scheduler.timeline()[-1][0] == 3 * path.manifest.fitted
 
 
 class Mine:
@@ -388,7 +388,7 @@ class Mine:
     def horizon(self, nodes):
         return self.updates or 0
 
-    def check(self, nodes):
+    def validate(self, nodes):
         pass
 
     def settle(self, fitted):

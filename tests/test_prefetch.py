@@ -15,8 +15,8 @@ from worlds import Run, clone, difference
 import disback_plugin as disback
 from disback_plugin.errors import PathError
 from disback_plugin.path.delta import NodeSource
-from disback_plugin.prefetch import Ahead
 from disback_plugin.schedules import Fixed, Ramp
+from disback_plugin.teacher import Prefetcher
 from disback_plugin.weights.network import ScoreNetwork
 
 
@@ -68,7 +68,7 @@ def test_the_next_position_is_ready_before_it_is_wanted(folder, monkeypatch):
     scheduler.start()
     assert not threads()  # the next update stays where it is
     scheduler.step()
-    scheduler._teacher._ahead._thread.join()
+    scheduler._teacher._prefetcher._thread.join()
     in_thread(monkeypatch, "MainThread", lambda: pytest.fail("decoded in the hot path"))
     scheduler.step()
     assert scheduler.position == 1.0
@@ -107,38 +107,38 @@ def test_a_node_that_decodes_to_something_else_is_not_written(folder):
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 3), prefetch=True)
     scheduler.start()
     held = clone(dict(run.teacher.state_dict()))
-    scheduler._teacher._ahead._thread.join()
-    next(iter(scheduler._teacher._ahead._ready.state.values())).view(-1)[0] += 1
-    object.__setattr__(scheduler._teacher._ahead._ready, "checksum", "0" * 32)
+    scheduler._teacher._prefetcher._thread.join()
+    next(iter(scheduler._teacher._prefetcher._ready.state.values())).view(-1)[0] += 1
+    object.__setattr__(scheduler._teacher._prefetcher._ready, "checksum", "0" * 32)
     with pytest.raises(PathError, match="decodes to checksum"):
         scheduler.step()
     assert difference(dict(run.teacher.state_dict()), held) == []
 
 
 def test_it_is_off_for_a_teacher_in_the_hosts_memory(folder):
-    assert disback.TrajectoryScheduler(folder, Run().teacher)._teacher._ahead is None
+    assert disback.TrajectoryScheduler(folder, Run().teacher)._teacher._prefetcher is None
 
 
 def test_its_memory_is_used_again():
     net = ScoreNetwork(nn.Linear(64, 64))
-    ahead = Ahead(net)
+    ahead = Prefetcher(net)
     places = []
     for value in (1.0, 2.0):
         state = {name: torch.full_like(tensor, value) for name, tensor in net.state_dict().items()}
         ahead.begin(value, NodeSource(state, ()))
-        ready = ahead.take(value)
+        ready = ahead.wait_for(value)
         places.append([tensor.data_ptr() for tensor in ready.state.values()])
         ahead.write(ready)
         assert net.witness()[0, 0] == value
     assert places[0] == places[1]
-    assert ahead.take(2.0) is None
+    assert ahead.wait_for(2.0) is None
 
 
 def test_a_file_that_changes_after_it_was_decoded_ahead_is_noticed(folder):
     run = Run()
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Ramp(6), prefetch=True)
     scheduler.start()
-    scheduler._teacher._ahead._thread.join()
+    scheduler._teacher._prefetcher._thread.join()
     held = clone(dict(run.teacher.state_dict()))
     content = bytearray((folder / "node-003.safetensors").read_bytes())
     content[-3] ^= 1
@@ -172,6 +172,6 @@ def test_its_memory_is_given_back_at_the_end(folder):
     scheduler = disback.TrajectoryScheduler(folder, Run().teacher, schedule=Ramp(6), prefetch=True)
     scheduler.start()
     scheduler.step()
-    assert scheduler._teacher._ahead._memory
+    assert scheduler._teacher._prefetcher._memory
     scheduler.restore_teacher()
-    assert not scheduler._teacher._ahead._memory
+    assert not scheduler._teacher._prefetcher._memory

@@ -11,8 +11,7 @@ import disback_plugin as disback
 from disback_plugin.cli import parser
 from disback_plugin.commands.run import _recording_and_schedule
 from disback_plugin.errors import OptionError
-from disback_plugin.recipes import names, recipe
-from disback_plugin.schedules import Fixed, parse
+from disback_plugin.schedules import Fixed, parse, recipe, recipes
 
 # What the paper says of each node of index i, by the quotes that speak of steps.
 STEPS = {
@@ -23,11 +22,11 @@ STEPS = {
 STATED = tuple(STEPS)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", recipes())
 def test_a_recipe_fits_the_path_of_its_own_recording_and_ends_at_the_teacher(name):
     found = recipe(name)
     schedule = parse(name)
-    schedule.check(found.nodes)
+    schedule.validate(found.nodes)
     assert len(found.budgets) == found.nodes - 1, "a budget for each node between s'_N and the teacher"
     assert found.nodes * found.every == found.record
     assert schedule(0, found.nodes).position == found.nodes - 1
@@ -55,12 +54,12 @@ def test_the_one_that_the_paper_does_not_state_says_so():
     assert "no count" in found.note
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", recipes())
 def test_a_recipe_on_another_path_is_refused_with_its_own_recording_as_the_cure(name):
     found = recipe(name)
     for nodes in (1, found.nodes - 1, found.nodes + 1):
         with pytest.raises(OptionError, match=rf"record={found.record}, every={found.every}"):
-            parse(name).check(nodes)
+            parse(name).validate(nodes)
 
 
 def test_attach_takes_a_recipe_whole_and_refuses_its_name_under_another_recording(tmp_path):

@@ -11,7 +11,8 @@ from worlds import Run, Score, clone, difference
 import disback_plugin as disback
 from disback_plugin import schedules
 from disback_plugin.errors import OptionError, PathError, StateError
-from disback_plugin.schedules import Fixed, Ramp, WarmStart
+from disback_plugin.scheduler import length
+from disback_plugin.schedules import Fixed, Ramp, WarmStart, to_config
 from disback_plugin.weights.network import ScoreNetwork
 
 
@@ -161,9 +162,11 @@ def test_the_state_is_plain_scalars_and_restores_the_node(recorded):
         ({"path": "0" * 64}, "another path"),
         ({"nodes": "0" * 64}, "another nodes"),
         ({"schedule": "Fixed(1)"}, "another schedule"),
+        ({"schedule": to_config(Ramp(8))}, "another schedule"),
         ({"generator_updates": "3"}, "expected a int"),
         ({"generator_updates": -3}, "-3 updates"),
-        ({"colour": 1}, "keys"),
+        ({"version": 3}, "of version 3"),
+        ({"phase": "asleep"}, "phase 'asleep'"),
     ],
 )
 def test_a_state_of_another_run_is_refused_and_changes_nothing(recorded, change, message):
@@ -266,3 +269,47 @@ def test_a_schedule_out_of_bounds_never_reaches_the_teacher(recorded, target):
     with pytest.raises(OptionError, match="expected a position in"):
         disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Wild(1)).start()
     assert difference([state(run.teacher), state(run.fake_score)], before) == []
+
+
+@given(norms=st.lists(st.floats(0, 10), min_size=1, max_size=5), data=st.data())
+def test_the_length_of_a_descent_is_the_sum_of_its_legs(norms, data):
+    a, b, c = sorted(data.draw(st.lists(st.floats(0, len(norms)), min_size=3, max_size=3)))
+    assert length(norms, a, c) == length(norms, c, a) == pytest.approx(length(norms, a, b) + length(norms, b, c))
+    assert length(norms, 0, len(norms)) == pytest.approx(sum(norms))
+
+
+def test_a_state_of_version_1_is_loaded(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(7))
+    old = {
+        "path": recorded.identity, "nodes": recorded.digest(), "schedule": "Ramp(updates=7, start=0.9, amplitude=True)",
+        "generator_updates": 3, "plan_updates": 3, "node_since": 3, "started": True,
+    }  # fmt: skip
+    scheduler.load_state_dict(old)
+    assert (scheduler.position, scheduler.generator_updates) == (Ramp(7)(3, 4).position, 3)
+    scheduler.load_state_dict(old | {"started": False})
+    assert (scheduler.position, scheduler.started) == (0.0, False)
+
+
+def test_a_move_that_fails_counts_nothing(recorded, monkeypatch):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(7))
+    scheduler.wrap(lambda: None)
+    scheduler.start()
+    scheduler.step()
+    before = scheduler.state_dict()
+
+    def broken(*_):
+        raise PathError("a disk that is gone", expected="a disk", cure="mount it again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disback.DegradationPath, "source", broken)
+        with pytest.raises(PathError, match="a disk that is gone"):
+            scheduler.step()
+    assert scheduler.state_dict() == before
+    assert scheduler._masked.steps == 1
+    with pytest.raises(StateError, match="last move failed"):
+        scheduler.step()
+    scheduler.load_state_dict(before)
+    scheduler.step()
+    assert scheduler.generator_updates == 2

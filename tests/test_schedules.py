@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disback_plugin.errors import OptionError
-from disback_plugin.schedules import Adaptive, Auto, Fixed, GradientRamp, Ramp, Settling, Target, WarmStart, parse
+from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Target, WarmStart, parse
 
 counts = st.integers(1, 60)
 schedules = st.one_of(
@@ -15,7 +15,6 @@ schedules = st.one_of(
     st.builds(Ramp, counts, start=st.floats(0.1, 1), amplitude=st.booleans()),
     st.just(WarmStart()),
     st.builds(Auto, st.none() | counts),
-    st.builds(Adaptive, st.none() | counts),
     st.builds(GradientRamp, counts, depth=st.floats(0, 1)),
 )
 
@@ -37,7 +36,7 @@ def test_every_schedule_only_goes_down_and_ends_at_the_teacher(schedule, nodes):
 def test_fixed_stays_on_each_node_for_its_budget(budgets):
     nodes = len(budgets) + 1
     schedule = Fixed(*budgets)
-    schedule.check(nodes)
+    schedule.validate(nodes)
     spent = Counter(int(schedule(u, nodes).position) for u in range(schedule.horizon(nodes)))
     assert spent == Counter({nodes - 1 - i: budget for i, budget in enumerate(budgets)})
 
@@ -66,7 +65,7 @@ def test_a_path_with_only_the_teacher_leaves_every_path_schedule_idle():
 
 def test_budgets_that_have_no_node_are_refused():
     with pytest.raises(OptionError, match=r"Fixed\(5, 5\) for a path whose last node is 2; expected at most 1"):
-        Fixed(5, 5).check(2)
+        Fixed(5, 5).validate(2)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,6 @@ def test_numbers_out_of_their_domain_are_refused(wrong):
     ("text", "schedule"),
     [
         ("auto", Auto()),
-        ("adaptive", Adaptive()),
         ("warm", WarmStart()),
         ("ramp", Ramp(100)),
         ("ramp:7", Ramp(7)),
@@ -111,10 +109,10 @@ def test_texts_that_name_no_schedule_are_refused(text):
 
 
 @given(fitted=counts)
-def test_what_the_recording_settles_keeps_its_kind_and_is_settled_once(fitted):
-    for schedule in (Auto(), Adaptive()):
-        assert isinstance(schedule, Settling)
-        settled = schedule.settle(fitted)
-        assert settled == type(schedule)(fitted)
-        assert settled.settle(fitted + 1) is settled
-    assert not any(isinstance(s, Settling) for s in (Fixed(5), Ramp(5), WarmStart(), GradientRamp(5)))
+def test_auto_takes_its_length_from_the_recording_once_and_no_other_schedule_does(fitted):
+    settled = Auto().settle(fitted)
+    assert settled == Auto(fitted)
+    assert settled.settle(fitted + 1) is settled
+    for schedule in (Fixed(5), Ramp(5), WarmStart(), GradientRamp(5)):
+        assert not schedule.until_fitted
+        assert schedule.settle(fitted) is schedule

@@ -87,7 +87,7 @@ def launch(options: argparse.Namespace) -> None:
 def _recording_and_schedule(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `attach` that the options or the recipe give; the others have `attach`'s defaults."""
     from disback_plugin.errors import OptionError
-    from disback_plugin.recipes import recipe
+    from disback_plugin.schedules import recipe
 
     given = {name: getattr(options, name) for name in ("record", "every", "schedule")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -121,7 +121,7 @@ def _moving(every: tuple[Series, ...], still: float) -> tuple[Series, ...]:
 
 
 def _recording(runs: Sequence[History]) -> Iterator[Panel]:
-    from disback_plugin.fitting import AGREEMENT, means
+    from disback_plugin.convergence import AGREEMENT, means
 
     section, name = "The recording", "agreement"
     series: list[Series] = []
