@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.tensor_meta import pieces
+from disback_plugin.weights.tensors import pieces
 
 SD15 = {
     "sample_size": 64,

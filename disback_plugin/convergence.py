@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 from disback_plugin import distributed
 from disback_plugin.errors import StateError
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import held
+from disback_plugin.weights.sharding import local_tensor
 
 __all__ = ["AGREEMENT", "EVERY", "DivergenceMonitor", "FitDetector", "GradientSample", "fitted_after", "means"]
 
@@ -98,7 +98,7 @@ class GradientSample:
 
     def __init__(self, network: ScoreNetwork) -> None:
         weights = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
-        elements = [held(weight)[0].numel() for weight in weights]
+        elements = [local_tensor(weight).numel() for weight in weights]
         self._stride = max(-(-sum(elements) // SAMPLE), 1)
         # Parameter, first element that is sampled, and number of elements that are.
         self._parts: list[tuple[nn.Parameter, int, int]] = []
@@ -280,7 +280,7 @@ class DivergenceMonitor:
         """
         if self._count < self._window:
             return []
-        cosines, number, squares = distributed.on_rank_zero(self._read)
+        cosines, number, squares = distributed.on_main_process(self._read)
         known = self.stalled, self.diverged
         self._agreed = self._agreed + 1 if number and cosines / number > STALLED else 0
         self.stalled = self.stalled or self._agreed > 1

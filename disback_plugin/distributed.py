@@ -1,191 +1,249 @@
-"""Several processes: all of them agree, or all of them stop with an error that names the one that did not.
+"""Several ranks: all of them agree, or all of them stop with an error that names the rank that differs.
 
-What is said goes through the store that the processes met at (`torch.distributed`), not through their process group: a
-rank that does not come cannot be mistaken for one that is about to reduce gradients, and is named when the timeout that
-the group was made with is over.
+Messages go through the store at which the ranks met (`torch.distributed`), not through their process group. A rank that
+does not come to an exchange therefore cannot be mistaken for one that is about to reduce gradients, and the error names
+it once the timeout of the process group is over. No device is needed. This module does not import torch: a process that
+has other ranks has imported it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import count
 from types import MappingProxyType
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any, Protocol, TypeVar
 
 from disback_plugin.errors import RankError
-from disback_plugin.weights.full_state import FullState
 
-__all__ = ["agree", "gather", "is_main_process", "on_every_rank", "on_rank_zero", "several"]
+__all__ = [
+    "ShardServer",
+    "agree",
+    "broadcast",
+    "gather",
+    "is_distributed",
+    "is_main_process",
+    "on_every_rank",
+    "on_main_process",
+]
 
 T = TypeVar("T")
 
-# Whether this is rank 0, at work while the others wait.
+# Whether this is the main process in an action for which the other ranks wait.
 _ALONE: ContextVar[bool] = ContextVar("_ALONE", default=False)
-# Of each exchange. The ranks of a run come to the same ones in the same order, or they are told that they do not.
+# The number of each exchange: the ranks of a run come to the same exchanges in the same order.
 _NUMBERS = count()
+# The keys that this rank has left in the store since the last exchange of all ranks.
+_SENT: list[str] = []
 
 
-def several() -> bool:
-    """Return whether there are other ranks to agree with.
+class ShardServer(Protocol):
+    """Weights of which the main process can read everything while the other ranks send their shards."""
 
-    Example:
-        >>> several()
-        False
-    """
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _ALONE.get()
+    @property
+    def sharded(self) -> bool:
+        """Whether the other ranks have to send anything."""
+        ...
+
+    def serve(self) -> None:
+        """Send what the main process asks for, until it calls `stop_serving`; the other ranks call this."""
+        ...
+
+    def stop_serving(self) -> None:
+        """Let `serve` return on the other ranks; the main process calls this."""
+        ...
 
 
 def is_main_process() -> bool:
-    """Return whether this process is rank 0, or the run is not distributed.
+    """Return whether this process is rank 0; before a process group exists, the launcher's variable RANK decides.
 
     Example:
         >>> is_main_process()
         True
     """
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    group = _process_group()
+    return os.environ.get("RANK", "0") == "0" if group is None else bool(group.get_rank() == 0)
 
 
-def gather(value: Any) -> list[Any]:
-    """Return the value that each rank passed, in the order of the ranks. Collective.
-
-    Args:
-        value: Plain JSON: None, a bool, a number, a string, or a list or dict of those.
-
-    Raises:
-        RankError: If a rank does not call this function within the timeout of the process group.
+def is_distributed() -> bool:
+    """Return whether there are other ranks to agree with; False inside `on_main_process`.
 
     Example:
-        >>> gather(True)
-        [True]
+        >>> is_distributed()
+        False
     """
-    return [answer["value"] for answer in _exchange({"value": value})] if several() else [value]
+    group = _process_group()
+    return group is not None and group.get_world_size() > 1 and not _ALONE.get()
 
 
-def on_rank_zero(action: Callable[[], T], state: FullState | None = None) -> T:
-    """Run `action` on rank 0 only, and return its result on every rank; all raise if it failed there.
+def on_main_process(action: Callable[[], T], shards: ShardServer | None = None) -> T:
+    """Run `action` on rank 0 only, and return its result on every rank; all ranks raise if it failed there.
 
-    The result travels with the go-ahead, for what a rank reads from disk may be older or newer than what rank 0 saw.
-    Inside an action, which only rank 0 runs, further actions run at once.
+    The result is sent along, because a rank that reads the disk itself may see an older or newer state than rank 0.
+    Inside an action, further calls of this function run their action at once.
 
     Args:
-        action: What to do.
-        state: Weights that it reads; where they are sharded, the other ranks send theirs.
+        action: A function of no arguments, whose result can be pickled.
+        shards: The weights that it reads; where they are sharded, the other ranks send theirs meanwhile.
 
     Raises:
-        RankError: On the other ranks, if it failed on rank 0.
+        RankError: On the other ranks, if the action failed on rank 0.
     """
-    if not several():
+    if not is_distributed():
         return action()
-    error: Exception | None = None
-    outcome: list[Any] = [None, None]
-    sharded = state if state is not None and state.sharded else None
-    if dist.get_rank() == 0:
-        token = _ALONE.set(True)
-        try:
-            outcome[0] = action()
-        except Exception as caught:
-            error = caught
-            outcome[1] = _said(error)
-        finally:
-            _ALONE.reset(token)
+    sharded = shards if shards is not None and shards.sharded else None
+    if not is_main_process():
         if sharded is not None:
-            sharded.close()
-    elif sharded is not None:
-        sharded.serve()
-    dist.broadcast_object_list(outcome, src=0)
+            sharded.serve()
+        answer: Any = broadcast(None)
+        result, failure = answer
+        if failure is not None:
+            raise RankError(f"rank 0 failed ({failure})", expected="rank 0 to succeed", cure="see the error of rank 0")
+        return result  # type: ignore[no-any-return]
+    token = _ALONE.set(True)
+    try:
+        outcome, error = action(), None
+    except Exception as caught:
+        outcome, error = None, caught
+    finally:
+        _ALONE.reset(token)
+    if sharded is not None:
+        sharded.stop_serving()
+    broadcast((outcome, None if error is None else _text(error)))
     if error is not None:
         raise error
-    if outcome[1] is not None:
-        raise RankError(
-            f"rank 0 failed ({outcome[1]})", expected="the path to be ready", cure="see the error of rank 0"
-        )
-    result: T = outcome[0]
-    return result
+    return outcome  # type: ignore[return-value]
 
 
 def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] = MappingProxyType({})) -> T:
-    """Run `action` on every rank; all raise if it failed on one, or if one sees something else than the others.
+    """Run `action` on every rank; all ranks raise if it failed on one of them, or if the ranks have different facts.
 
     Args:
-        action: What to do, without communication.
-        about: What every rank was expected to do, for the error.
-        facts: What this rank sees, as JSON values by name; all have to see the same.
+        action: A function of no arguments, without communication.
+        about: What every rank is expected to do, as an infinitive, for the error.
+        facts: Values by name that have to be equal on all ranks.
 
     Raises:
-        RankError: On the ranks where it did not fail; it names one where it did, or the first that differs from rank 0.
+        RankError: On the ranks where the action succeeded. The error names a rank where it failed, or the first rank
+            whose facts differ from those of rank 0.
     """
-    if not several():
+    if not is_distributed():
         return action()
     try:
         result = action()
     except Exception as error:
-        _exchange({"failure": _said(error), "facts": dict(facts)})
+        gather((_text(error), dict(facts)))
         raise
-    said = _exchange({"failure": None, "facts": dict(facts)})
-    for rank, answer in enumerate(said):
-        if answer["failure"] is not None:
+    answers = gather((None, dict(facts)))
+    for rank, (failure, _) in enumerate(answers):
+        if failure is not None:
             raise RankError(
-                f"rank {rank} failed ({answer['failure']})",
+                f"rank {rank} failed ({failure})",
                 expected=f"every rank to {about}",
                 cure=f"see the error of rank {rank}; files have to be in a folder that all ranks share",
             )
-    first = said[0]["facts"]
-    for rank, answer in enumerate(said):
-        other = answer["facts"]
-        odd = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
-        if odd:
+    first = answers[0][1]
+    for rank, (_, other) in enumerate(answers):
+        different = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
+        if different:
             raise RankError(
-                f"{_listed(odd, other)} on rank {rank}",
-                expected=f"{_listed(odd, first)} as on rank 0",
+                f"{_listed(different, other)} on rank {rank}",
+                expected=f"{_listed(different, first)} as on rank 0",
                 cure="give every rank the same arguments, path and checkpoint, and let all of them step alike",
             )
     return result
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Raise RankError on all ranks unless all of them see the same (`on_every_rank`)."""
+    """Raise RankError on all ranks unless all of them have the same facts (`on_every_rank`)."""
     on_every_rank(lambda: None, "see the same", facts)
 
 
-def _listed(names: list[str], facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={facts.get(name)!r:.80}" for name in names[:3])
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, in the order of the ranks. All ranks must call.
+
+    Args:
+        value: An object that can be pickled.
+
+    Raises:
+        RankError: If a rank does not come within the timeout of the process group.
+
+    Example:
+        >>> gather("alone")
+        ['alone']
+    """
+    if not is_distributed():
+        return [value]
+    group, number = sys.modules["torch.distributed"], next(_NUMBERS)
+    keys = [f"disback/{number}/gather/{rank}" for rank in range(group.get_world_size())]
+    own = keys[group.get_rank()]
+    store = _store()
+    store.set(own, pickle.dumps(value))
+    values = _received(store, keys)
+    # A rank that came here has read all earlier messages.
+    for key in _SENT:
+        store.delete_key(key)
+    _SENT[:] = [own]
+    return values
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def broadcast(value: T) -> T:
+    """Return the value of rank 0 on every rank. All ranks must call; those other than rank 0 may pass anything.
+
+    Args:
+        value: An object that can be pickled.
+
+    Raises:
+        RankError: If rank 0 does not come within the timeout of the process group.
+    """
+    key = f"disback/{next(_NUMBERS)}/broadcast/0"
+    if not is_main_process():
+        received: T = _received(_store(), [key])[0]
+        return received
+    _store().set(key, pickle.dumps(value))
+    _SENT.append(key)
+    return value
 
 
-def _exchange(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Leave a message for the others and return those of all ranks, in their order."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store()
-    number = next(_NUMBERS)
-    keys = [f"disback/{number}/{other}" for other in range(ranks)]
-    store.set(keys[rank], json.dumps(message))
+def _process_group() -> Any:
+    """Return `torch.distributed` if this process has a process group, and None if not."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def _store() -> Any:
+    return sys.modules["torch.distributed"].distributed_c10d._get_default_store()
+
+
+def _received(store: Any, keys: Sequence[str]) -> list[Any]:
+    """Return the messages under the keys, waiting for them."""
     try:
         store.wait(keys)
-        said = [json.loads(text) for text in store.multi_get(keys)]
+        return [pickle.loads(message) for message in store.multi_get(keys)]
     except RuntimeError as error:  # the time is over, or the store is gone with its host
         raise RankError(
             f"nothing from {_missing(store, keys)} within the timeout of the process group",
-            expected=f"all {ranks} ranks to come to the same point",
+            expected="all ranks to come to the same point",
             cure="see the first error of that rank; if it only takes longer, "
             "init_process_group(timeout=...) says how long the others wait",
         ) from error
-    # Who leaves a message has read those of all before: nobody needs the one before the last any more.
-    if number > 1:
-        store.delete_key(f"disback/{number - 2}/{rank}")
-    return said
 
 
-def _missing(store: Any, keys: list[str]) -> str:
-    """Return who left no message."""
+def _missing(store: Any, keys: Sequence[str]) -> str:
+    """Return the names of the ranks that left no message."""
     try:
-        absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        absent = [key.rpartition("/")[2] for key in keys if not store.check([key])]
     except RuntimeError:
         return "the store of the process group"
     return f"rank {', '.join(absent)}" if absent else "some rank"
+
+
+def _listed(names: Sequence[str], facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={facts.get(name)!r:.80}" for name in names[:3])
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

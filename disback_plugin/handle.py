@@ -28,9 +28,8 @@ from disback_plugin.schedules import Schedule
 from disback_plugin.session import Session
 from disback_plugin.summary import agenda, cast, described
 from disback_plugin.weights.checksum import fingerprint
-from disback_plugin.weights.fsdp1 import locate
-from disback_plugin.weights.full_state import FullState
 from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sharding import FullState
 
 __all__ = ["Handle"]
 
@@ -82,7 +81,6 @@ class Handle:
         restore: str | Stateful | Sequence[str | Stateful] = "schedulers",
     ) -> None:
         check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
-        locate(optimizers.parameters(generator_optimizers))
         self._generator_optimizers = generator_optimizers
         # Others, as a discriminator's, may step when they like.
         weights = (tensor for _, tensor in fake_score.named_tensors())
@@ -334,4 +332,4 @@ def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str:
     """Return the fingerprint of what the optimizers step; all ranks must call if it is sharded."""
     weights = optimizers.parameters(generator_optimizers)
     state = FullState({str(index): weight for index, weight in enumerate(weights)})
-    return distributed.on_rank_zero(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
+    return distributed.on_main_process(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)

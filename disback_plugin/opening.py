@@ -64,8 +64,8 @@ def open_or_create(
         return path
 
     # One rank looks and acts; the others must not see the folder half way.
-    state = teacher.whole()
-    manifest = distributed.on_rank_zero(prepare, state)
+    state = teacher.full_state()
+    manifest = distributed.on_main_process(prepare, state)
     path = opened[0] if opened else DegradationPath(folder, manifest)
 
     def look() -> None:

@@ -121,9 +121,9 @@ class Recorder:
             distributed.agree({"path": self.path.identity, "recording_iteration": iteration})
             training = None if self._training is None else self._training()
             self.path.append(
-                self.network.whole(),
+                self.network.full_state(),
                 iteration=iteration,
-                exactly=self.network.buffers(),
+                exactly=self.network.buffer_names(),
                 training=training,
             )
             logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
@@ -146,7 +146,7 @@ class Recorder:
             return
         fitted = known.fitted
         if fitted is None:
-            fitted = iteration if distributed.on_rank_zero(self.fit.fitted_after) is not None else None
+            fitted = iteration if distributed.on_main_process(self.fit.fitted_after) is not None else None
             self._tell()
         ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
         if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:

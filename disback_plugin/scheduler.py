@@ -347,7 +347,7 @@ class TrajectoryScheduler:
             )
         if self._fake_score is not None:
             teacher.check_same_layout(self._fake_score)
-        path.verify_teacher(teacher.whole())
+        path.verify_teacher(teacher.full_state())
         if self.last_node:
             self.schedule.validate(self.last_node)
 

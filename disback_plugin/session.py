@@ -221,10 +221,10 @@ class Session:
             path.verify()
             return path.manifest
 
-        self.path = DegradationPath(folder, distributed.on_rank_zero(prepare))
+        self.path = DegradationPath(folder, distributed.on_main_process(prepare))
         self.check(state)
         if not self.path.manifest.recording.keep_teacher:
-            self.path.verify_teacher(self.teacher.whole())
+            self.path.verify_teacher(self.teacher.full_state())
         source = self.path.source
         distributed.on_every_rank(lambda: self.teacher.write(source(0)), "read node 0")
         self.load(state)
@@ -275,7 +275,7 @@ class Session:
             "fake_score_updates": self.fake_score_updates,
             "fit": self._seen(),
             "restore": self._rewind.state,
-            "fake_score": self.fake_score.mark(),
+            "fake_score": self.fake_score.local_checksum(),
         }
 
     def _seen(self) -> str:
@@ -292,7 +292,7 @@ class Session:
             RankError: If so, but not on another rank, or if that was given another state.
         """
         distributed.on_every_rank(lambda: self._check_form(state), "be given a state")
-        holds = self.fake_score.bears(str(state.get("fake_score", "")))  # all ranks look together
+        holds = self.fake_score.matches_checksum(str(state.get("fake_score", "")))  # all ranks look together
         counts = {name: state.get(name) for name in ("phase", "recording_iteration", "generator_updates")}
         distributed.on_every_rank(lambda: self._check(state, holds), "be given the state that fits it", counts)
 

@@ -201,11 +201,11 @@ def copy_of(teacher: ScoreNetwork) -> nn.Module:
         True
     """
     module, *others = teacher.modules().values()
-    if teacher.adapter is not None:
+    if teacher.lora_adapter is not None:
         raise OptionError(
             "a teacher that is a LoRA adapter, with sample and loss, which train a copy of it",
             expected="fake_score and fake_step",
-            cure="pass fake_score=ScoreNetwork(model, adapter=...), and a fake_step that trains that adapter",
+            cure="pass fake_score=ScoreNetwork(model, lora_adapter=...), and a fake_step that trains that adapter",
         )
     if teacher.sharded:
         raise OptionError(

@@ -17,7 +17,7 @@ from disback_plugin.plugins.log_reader import read
 from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.schedules import Schedule
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import held
+from disback_plugin.weights.sharding import local_tensor
 
 __all__ = ["of_an_earlier_walk", "of_another_rate", "of_other_weights"]
 
@@ -28,7 +28,7 @@ def of_other_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork, path: Degr
     """Say so if s_phi holds what nobody begins with: perhaps the run goes on with one whose state is missing. All ranks
     must call.
     """
-    if fake_score.adapter is not None:  # a LoRA begins at random, without effect
+    if fake_score.lora_adapter is not None:  # a LoRA begins at random, without effect
         return
     known = {checksum for node in path.nodes for checksum in (node.checksum, node.recorded)}
     recorded = bool(known) and fake_score.checksum() in known
@@ -45,7 +45,7 @@ def _alike(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> bool:
     originals = dict(teacher.named_tensors())
     for name, tensor in fake_score.named_tensors():
         if isinstance(tensor, nn.Parameter):  # not running statistics, which a forward changes
-            mine, theirs = held(tensor)[0], held(originals[name])[0]
+            mine, theirs = local_tensor(tensor), local_tensor(originals[name])
             if mine.shape == theirs.shape and not torch.equal(mine, theirs.to(mine)):
                 return False
     return True

@@ -10,8 +10,8 @@ from disback_plugin.loop import optimizers
 from disback_plugin.path.manifest import Manifest
 from disback_plugin.path.model_card import ROWS
 from disback_plugin.schedules import Target
-from disback_plugin.weights.fsdp1 import shape_of
 from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sharding import whole_shape
 
 __all__ = ["agenda", "cast", "described"]
 
@@ -25,7 +25,7 @@ def cast(
     walks: bool,
 ) -> list[tuple[str, str, str]]:
     """Return a row for each network: its name, what it is, and its role; `walks` says whether there is a path."""
-    weights = sum(shape_of(parameter).numel() for parameter in optimizers.parameters(generator_optimizers))
+    weights = sum(whole_shape(parameter).numel() for parameter in optimizers.parameters(generator_optimizers))
     steppers = [", ".join(type(o).__name__ for o in group) for group in (generator_optimizers, fake_score_optimizers)]
     real, fake, still = (
         ("walks the path, ", "ends the recording as s'_N, ", "held still while recording, ") if walks else ("", "", "")
@@ -64,8 +64,8 @@ def _describe(network: ScoreNetwork) -> str:
     tensors = [tensor for _, tensor in network.named_tensors()]
     kinds = sorted({type(module).__name__ for module in network.modules().values()})
     held = sorted({f"{str(t.dtype).removeprefix('torch.')}, {t.device}" for t in tensors if t.is_floating_point()})
-    what = ("" if network.adapter is None else f"LoRA {network.adapter!r} on ") + " + ".join(kinds)
-    return f"{what}, {sum(shape_of(tensor).numel() for tensor in tensors):,} weights, {' and '.join(held)}"
+    what = ("" if network.lora_adapter is None else f"LoRA {network.lora_adapter!r} on ") + " + ".join(kinds)
+    return f"{what}, {sum(whole_shape(tensor).numel() for tensor in tensors):,} weights, {' and '.join(held)}"
 
 
 def agenda(

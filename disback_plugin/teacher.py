@@ -21,10 +21,9 @@ from disback_plugin import distributed
 from disback_plugin.errors import DisbackError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.weights.checksum import Checksum
-from disback_plugin.weights.inplace_copy import Source, fill
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import Part, held
-from disback_plugin.weights.tensor_meta import room
+from disback_plugin.weights.sharding import local_tensor, read_part
+from disback_plugin.weights.tensors import Part, Source, host_tensor
 
 __all__ = ["Prefetched", "Prefetcher", "TeacherWriter"]
 
@@ -76,7 +75,7 @@ class TeacherWriter:
         self.failed = False
         self.swap_ms = 0.0
         self._path = path if path is not None and len(path) > 1 else None
-        self._witness = network.witness()
+        self._witness = network.first_parameter()
         wanted = self._witness.device.type != "cpu" if prefetch is None else prefetch
         self._prefetcher = Prefetcher(network) if wanted and self._path is not None else None
         self._together = network.sharded if together is None else together
@@ -116,7 +115,7 @@ class TeacherWriter:
         if path is None:
             return
         with self._timed():
-            if self._together and updates is not None and distributed.several():
+            if self._together and updates is not None and distributed.is_distributed():
                 facts = {"path": path.identity, "position": position, "generator_updates": updates}
                 try:
                     distributed.on_every_rank(lambda: self._move(path, position), "move the teacher", facts)
@@ -168,7 +167,7 @@ class TeacherWriter:
         # The version costs nothing. The values are compared only if it changed: a DDP broadcast writes equal values.
         if self._path is None or self._witness._version == self._version:
             return
-        if not torch.equal(held(self._witness)[0].detach(), self._value):
+        if not torch.equal(local_tensor(self._witness).detach(), self._value):
             raise StateError(
                 f"a teacher that somebody else has written since update {updates}",
                 expected=f"the weights of position {self.position:g}",
@@ -210,7 +209,7 @@ class TeacherWriter:
             path.verify_checksum(index, found, None if self._expected is None else self._expected[index])
 
     def _remember(self) -> None:
-        self._version, self._value = self._witness._version, held(self._witness)[0].detach().clone()
+        self._version, self._value = self._witness._version, local_tensor(self._witness).detach().clone()
 
 
 # -- one update ahead -------------------------------------------------------------------------------------------------
@@ -247,7 +246,7 @@ class Prefetcher:
     def __init__(self, network: ScoreNetwork) -> None:
         self._network = network
         self._parts = network.parts() or {}
-        self._device = network.witness().device
+        self._device = network.first_parameter().device
         self._on_gpu = self._device.type == "cuda"
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
         self._position: float | None = None
@@ -306,9 +305,9 @@ class Prefetcher:
                 for name, layout in source.layout().items():
                     part = self._parts.get(name, Part(layout.shape))
                     if (name, layout.dtype) not in self._memory:  # reused by the next position
-                        self._memory[name, layout.dtype] = room(part.elements, layout.dtype, pinned=self._on_gpu)
+                        self._memory[name, layout.dtype] = host_tensor(part.elements, layout.dtype, pinned=self._on_gpu)
                     flat = self._memory[name, layout.dtype]
-                    fill(flat, part, source, name, layout.dtype, total, (name,))
+                    read_part(flat, part, source, name, layout.dtype, total, (name,))
                     state[name] = flat.view(part.local_shape)
             self._ready = Prefetched(state, total.digest())
         except Exception as error:

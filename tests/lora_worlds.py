@@ -86,7 +86,7 @@ class LoraRun(Run):
         return found
 
     def adapter(self, name):
-        return ScoreNetwork(self.model, adapter=name)
+        return ScoreNetwork(self.model, lora_adapter=name)
 
     def roles(self):
         return super().roles() | {"teacher": self.adapter("teacher"), "fake_score": self.adapter("fake")}

@@ -136,8 +136,8 @@ def test_a_lora_begins_at_random_and_nothing_is_said(tmp_path, caplog):
     base = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"]), adapter_name="teacher")
     model.add_adapter("fake", peft.LoraConfig(r=2, target_modules=["0", "2"]))
-    teacher = disback.ScoreNetwork(model, adapter="teacher")
-    fake = disback.ScoreNetwork(model, adapter="fake")
+    teacher = disback.ScoreNetwork(model, lora_adapter="teacher")
+    fake = disback.ScoreNetwork(model, lora_adapter="fake")
     generator = nn.Linear(2, 2)
     weights = [weight for name, weight in model.named_parameters() if ".fake." in name]
     for weight in weights:

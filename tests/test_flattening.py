@@ -15,7 +15,6 @@ from disback_plugin.errors import RoleError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import is_sharded
 
 
 def fsdp1(module, form="nested", use_orig_params=True):
@@ -88,7 +87,7 @@ def written_form(folder, form, forward_first):
     role.load_state_dict(path[0])
     assert [(id(t), t.dtype, t.requires_grad) for _, t in role.named_tensors()] == objects
     assert role.fingerprint() == path.manifest.teacher.fingerprint
-    sharded = [is_sharded(t) for t in role.whole()._tensors.values()]
+    sharded = [role.full_state().sharded]
     return {"empty": sum(part.elements == 0 for part in (parts or {}).values()), "sharded": any(sharded)}
 
 
@@ -117,10 +116,10 @@ def test_units_that_are_not_cut_are_written_as_a_whole(nursery, path):
 def recorded(form, folder):
     module = fsdp1(net(), form)
     role, state = ScoreNetwork(module), moved(ScoreNetwork(net()).state_dict(), 0)
-    path = DegradationPath.create(folder, role.whole(), Recording(3, 1, "int8"))
+    path = DegradationPath.create(folder, role.full_state(), Recording(3, 1, "int8"))
     for iteration in (1, 2, 3):
         role.load_state_dict(state)
-        path.append(role.whole(), iteration=iteration, exactly=role.buffers())
+        path.append(role.full_state(), iteration=iteration, exactly=role.buffer_names())
         state = moved(state, iteration)
     path.finish()
 

@@ -16,8 +16,8 @@ from worlds import clone, difference
 import disback_plugin as disback
 from disback_plugin import lora
 from disback_plugin.errors import RoleError
+from disback_plugin.weights.lora import active_adapters
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.peft_layers import runs_under
 
 # -- a frozen teacher -------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def test_a_teacher_is_added_without_a_trace_and_changes_no_output(global_random_
         assert parameter.requires_grad == flag
         assert torch.equal(parameter, value)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".another." in n)
-    assert runs_under(model, "fake")
+    assert active_adapters(model) == ["fake"]
     assert torch.equal(Under(model, "another")(X_T, SIGMA), bare)
 
 
@@ -45,7 +45,7 @@ def test_two_processes_have_the_same_teacher_whatever_their_seed_and_the_fake_sc
         base = Eps()
         torch.manual_seed(seed)
         model = adapted("fake", base=base, lora_dropout=0.5)
-        states.append(ScoreNetwork(model, adapter="teacher").state_dict())
+        states.append(ScoreNetwork(model, lora_adapter="teacher").state_dict())
         assert torch.equal(Under(model, "teacher")(X_T, SIGMA), Under(model, None)(X_T, SIGMA))
     assert difference(*states) == []
     assert all(bool(v.any()) is ("lora_A" in k) for k, v in states[0].items() if v.numel())
@@ -60,7 +60,7 @@ def test_who_runs_is_put_back_though_the_forward_raises_and_what_requires_gradie
                 assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
             with pytest.raises(RuntimeError, match="shapes"):
                 Under(model, adapter)(torch.ones(1, 7), SIGMA)
-            assert runs_under(model, "fake")
+            assert active_adapters(model) == ["fake"]
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     with pytest.raises(RoleError, match="no LoRA adapter 'techer'"), lora.under(model, "techer"):
         pass
@@ -97,7 +97,7 @@ def test_a_checkpointed_forward_has_its_gradients_if_backward_is_called_inside()
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_names_are_pefts_own(wrapped):
     model = adapted("fake", wrapped=wrapped, init_lora_weights=False)
-    state = {n: t for n, t in ScoreNetwork(model, adapter="fake").state_dict().items() if t.numel()}
+    state = {n: t for n, t in ScoreNetwork(model, lora_adapter="fake").state_dict().items() if t.numel()}
     theirs = get_peft_model_state_dict(model, adapter_name="fake")
     assert {n.removeprefix("base_model.model."): t for n, t in theirs.items()}.keys() == state.keys()
     for name, value in theirs.items():
@@ -105,7 +105,7 @@ def test_the_names_are_pefts_own(wrapped):
     prefix = "base_model.model." if wrapped else ""
     before = clone(state)
     set_peft_model_state_dict(model, {prefix + n: t + 1 for n, t in state.items()}, adapter_name="teacher")
-    written = {n: t for n, t in ScoreNetwork(model, adapter="teacher").state_dict().items() if t.numel()}
+    written = {n: t for n, t in ScoreNetwork(model, lora_adapter="teacher").state_dict().items() if t.numel()}
     assert difference(written, {n: t + 1 for n, t in before.items()}) == []
 
 
@@ -114,10 +114,10 @@ def test_plain_and_wrapped_compiled_and_nested_networks_have_one_identity():
     plain = adapted("fake", base=copy.deepcopy(base))
     wrapped = adapted("fake", base=copy.deepcopy(base), wrapped=True)
     roles = [
-        ScoreNetwork(plain, adapter="teacher"),
-        ScoreNetwork(wrapped, adapter="teacher"),
-        ScoreNetwork(torch.compile(wrapped, backend="eager"), adapter="teacher"),
-        ScoreNetwork(nn.ModuleDict({"unet": wrapped}), prefix="unet", adapter="teacher"),
+        ScoreNetwork(plain, lora_adapter="teacher"),
+        ScoreNetwork(wrapped, lora_adapter="teacher"),
+        ScoreNetwork(torch.compile(wrapped, backend="eager"), lora_adapter="teacher"),
+        ScoreNetwork(nn.ModuleDict({"unet": wrapped}), prefix="unet", lora_adapter="teacher"),
     ]
     assert len({role.fingerprint() for role in roles}) == 1
     assert lora.base_checksum(base) == lora.base_checksum(plain) == lora.base_checksum(wrapped)
@@ -131,7 +131,7 @@ def test_a_quantised_base_is_fine_since_it_is_never_written():
     base.packed = nn.Parameter(torch.ones(5, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(RoleError, match="quantised"):
         ScoreNetwork(base)
-    net = ScoreNetwork(adapted("fake", base=base), adapter="fake")
+    net = ScoreNetwork(adapted("fake", base=base), lora_adapter="fake")
     net.load_state_dict({name: value + 1 for name, value in net.state_dict().items()})
     assert base.packed.tolist() == [1] * 5
 
@@ -162,7 +162,7 @@ def test_a_compiled_network_has_a_graph_for_each_adapter_and_no_move_makes_anoth
             found = network(*inputs)
         return getattr(found, "sample", found)
 
-    teacher, fake = ScoreNetwork(compiled, adapter="teacher"), ScoreNetwork(compiled, adapter="fake")
+    teacher, fake = ScoreNetwork(compiled, lora_adapter="teacher"), ScoreNetwork(compiled, lora_adapter="fake")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
 
     def fake_step():

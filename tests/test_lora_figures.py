@@ -48,7 +48,7 @@ def test_a_path_of_rank_64_is_a_small_part_of_that_of_whole_networks_of_stable_d
         for parameter in trained:
             parameter.add_(torch.randn_like(parameter), alpha=1e-3)
 
-    teacher, fake = ScoreNetwork(unet, adapter="teacher"), ScoreNetwork(unet, adapter="fake")
+    teacher, fake = ScoreNetwork(unet, lora_adapter="teacher"), ScoreNetwork(unet, lora_adapter="fake")
     path = disback.record(teacher, fake, step, path=tmp_path, iterations=NODES, every=1)
     for position in (4.0, 2.5, 1.0, 0.0):
         teacher.write(path.source(position))
@@ -102,7 +102,7 @@ def roles(base, adapters):
     lora.add_teacher(base, like="fake")
     own = [p.requires_grad_(True) for n, p in base.named_parameters() if ".fake." in n]
     called = [Under(base, name) for name in ("teacher", "fake")]
-    return *called, *(ScoreNetwork(base, adapter=name) for name in ("teacher", "fake")), own
+    return *called, *(ScoreNetwork(base, lora_adapter=name) for name in ("teacher", "fake")), own
 
 
 def distance(teacher, folder, seed, *, adapters, rate):

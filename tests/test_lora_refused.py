@@ -17,7 +17,7 @@ from disback_plugin.weights.network import ScoreNetwork
 REFUSED = {
     "no such adapter": (lambda: adapted("fake"), "no LoRA adapter 'fak'.*add_adapter"),
     "no adapters at all": (Eps, r"no LoRA adapter 'fak' in Eps, which has \[\]"),
-    "DoRA": (lambda: inject_only(use_dora=True), "lora_magnitude_vector.*leave use_dora"),
+    "DoRA": (lambda: inject_only(use_dora=True), "lora_magnitude_vector.*omit use_dora"),
     "bias": (lambda: inject_only(bias="all"), "trains the base"),
     "PiSSA": (lambda: inject_only(init_lora_weights="pissa"), "changes the base"),
     "modules to save": (lambda: inject_only(target_modules=["0"], modules_to_save=["4"]), "copies of whole layers"),
@@ -47,13 +47,13 @@ def merged():
 def test_what_is_more_than_its_matrices_is_refused_with_the_cure(case):
     make, reason = REFUSED[case]
     with pytest.raises(RoleError, match=re.compile(reason, re.DOTALL)):
-        ScoreNetwork(make(), adapter="fak")
+        ScoreNetwork(make(), lora_adapter="fak")
 
 
 def test_an_adapter_of_another_kind_is_refused():
     model = get_peft_model(Eps(), peft.LoHaConfig(r=2, target_modules=TARGETS), "fake")
     with pytest.raises(RoleError, match="no LoRA adapter"):
-        ScoreNetwork(model, adapter="fake")
+        ScoreNetwork(model, lora_adapter="fake")
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,15 @@ def on_a_rank(folder):
 
     run = LoraRun()
     model = DistributedDataParallel(run.model)
-    roles = {name: ScoreNetwork(model, adapter=key) for name, key in (("teacher", "teacher"), ("fake_score", "fake"))}
+    roles = {
+        name: ScoreNetwork(model, lora_adapter=key) for name, key in (("teacher", "teacher"), ("fake_score", "fake"))
+    }
     with disback.attach(**run.roles() | roles, path=folder, record=4, every=2, schedule="ramp:3") as handle:
         run.steps(8)
     said = [handle.phase, run.adapter("teacher").fingerprint(), run.adapter("fake").fingerprint()]
     for cut in (fully_shard, fsdp1):
         with pytest.raises(RoleError) as caught:
-            ScoreNetwork(cut(adapted("fake")), adapter="fake")
+            ScoreNetwork(cut(adapted("fake")), lora_adapter="fake")
         said.append(caught.value.expected)
     return said
 

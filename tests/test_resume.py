@@ -160,11 +160,11 @@ def marks(folder, ranks):
     run = Sharded("fsdp2" if ranks > 1 else "one")
     role = ScoreNetwork(run.fake_score)
     known = [Path(folder, name).read_text() for name in sorted(os.listdir(folder))]
-    bears = [role.bears(mark) for mark in known]
+    bears = [role.matches_checksum(mark) for mark in known]
     with torch.no_grad():
         run.fake_score.inner[2].bias.add_(1)
-    return {"mark": ScoreNetwork(Sharded("fsdp2" if ranks > 1 else "one").fake_score).mark(), "bears": bears,
-            "bears now": [role.bears(mark) for mark in known]}  # fmt: skip
+    return {"mark": ScoreNetwork(Sharded("fsdp2" if ranks > 1 else "one").fake_score).local_checksum(), "bears": bears,
+            "bears now": [role.matches_checksum(mark) for mark in known]}  # fmt: skip
 
 
 def test_the_weights_of_a_saved_moment_are_known_again_by_any_number_of_processes(nursery, tmp_path):
@@ -232,7 +232,7 @@ class Golden(nn.Module):
 def golden(folder):
     """A path, the roles and a state that version 1 wrote, on numbers that are the same everywhere."""
     teacher, fake, generator = Golden(0), Golden(0), Golden(3)
-    path = DegradationPath.create(folder, ScoreNetwork(teacher).whole(), Recording(2, 1, "int8"))
+    path = DegradationPath.create(folder, ScoreNetwork(teacher).full_state(), Recording(2, 1, "int8"))
     for iteration in (1, 2):
         path.append({"w": teacher.w.detach() + iteration * 0.5}, iteration=iteration)
     path.finish()

@@ -18,8 +18,7 @@ import disback_plugin as disback
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import Part, chunk_of
-from disback_plugin.weights.tensor_meta import GRAIN, PIECE
+from disback_plugin.weights.tensors import GRAIN, PIECE, Part, chunk_of
 
 CODECS = ["exact", "bf16", "int8", "int6", "int4"]
 
@@ -329,10 +328,10 @@ def recorded(form, folder, codec):
     """Record node after node of the same weights, sharded or not."""
     module = net() if form == "one" else shard(net(), form)
     role, state = ScoreNetwork(module), moved(ScoreNetwork(net()).state_dict(), 0)
-    path = DegradationPath.create(folder, role.whole(), Recording(3, 1, codec))
+    path = DegradationPath.create(folder, role.full_state(), Recording(3, 1, codec))
     for iteration in (1, 2, 3):
         role.load_state_dict(state)
-        path.append(role.whole(), iteration=iteration, exactly=role.buffers())
+        path.append(role.full_state(), iteration=iteration, exactly=role.buffer_names())
         state = moved(state, iteration)
     path.finish()
     return len(path)

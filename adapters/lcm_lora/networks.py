@@ -52,7 +52,7 @@ class Role:
     @property
     def weights(self) -> ScoreNetwork:
         """What `attach` gets, and what a checkpoint holds."""
-        return ScoreNetwork(self.network, adapter=self.adapter)
+        return ScoreNetwork(self.network, lora_adapter=self.adapter)
 
     def running(self) -> AbstractContextManager[None]:
         """Let the network be this role inside."""
@@ -161,7 +161,7 @@ def _add_lora(network: Any, name: str, rank: int, targets: tuple[str, ...]) -> N
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
         network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
     # A is (rank, in, ...) and B (out, rank, ...); a product of higher rank than its layer is a waste, and no LoRA.
-    matrices = [weight for _, weight in ScoreNetwork(network, adapter=name).named_tensors() if weight.ndim > 1]
+    matrices = [weight for _, weight in ScoreNetwork(network, lora_adapter=name).named_tensors() if weight.ndim > 1]
     least = min(weight.numel() // rank for weight in matrices)
     if rank > least:
         raise OptionError(

@@ -126,7 +126,7 @@ def _shape(path: DegradationPath) -> tuple[int, list[tuple[float, float | None]]
     from tqdm.auto import tqdm
 
     from disback_plugin.path.delta import NodeSource
-    from disback_plugin.weights.tensor_meta import pieces
+    from disback_plugin.weights.tensors import pieces
 
     last = path.source(len(path) - 1)
     assert isinstance(last, NodeSource)

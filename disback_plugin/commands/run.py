@@ -56,9 +56,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def launch(options: argparse.Namespace) -> None:
     """Run the script, and log on stderr: everything on rank 0, warnings on the others."""
     import logging
-    import os
     import sys
 
+    from disback_plugin import distributed
     from disback_plugin.launch.run import ScriptRunner
 
     runner_options = _recording_and_schedule(options)
@@ -67,8 +67,7 @@ def launch(options: argparse.Namespace) -> None:
     logger = logging.getLogger("disback_plugin")
     level = logger.level
     logger.addHandler(handler)
-    # The launcher's variable: no process group exists before the script makes one.
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.setLevel(logging.INFO if distributed.is_main_process() else logging.WARNING)
     try:
         runner = ScriptRunner(
             options.adapter,

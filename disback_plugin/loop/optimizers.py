@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.fsdp1 import trains
+from disback_plugin.weights.sharding import has_gradient
 
 __all__ = [
     "LearningRateScale",
@@ -138,7 +138,7 @@ def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 def has_gradients(optimizer: Optimizer) -> bool:
     """Return whether a step would change anything, perhaps on other processes. Stops at the first gradient found."""
-    return any(trains(p) for group in optimizer.param_groups for p in group["params"])
+    return any(has_gradient(p) for group in optimizer.param_groups for p in group["params"])
 
 
 def take_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:

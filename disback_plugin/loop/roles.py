@@ -54,7 +54,9 @@ def check_roles(
     of_fake_score = {id(tensor): name for name, tensor in fake_score.named_tensors()}
     of_generator = {id(tensor) for tensor in optimizers.parameters(generator_optimizers)}
     trained = {id(tensor) for tensor in optimizers.parameters(fake_score_optimizers)}
-    base = {id(weight) for weight in (*teacher.base(), *fake_score.base()) if weight.requires_grad}
+    base = {
+        id(weight) for weight in (*teacher.base_parameters(), *fake_score.base_parameters()) if weight.requires_grad
+    }
     of_base = base & (of_generator | trained)
     wrong = [
         (of_base, "an optimizer that steps the base of the adapters", "a base that stands still"),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import COPY_AGAIN, PathError
-from disback_plugin.weights.tensor_meta import PIECE, TensorMeta, pieces, room
+from disback_plugin.weights.tensors import PIECE, TensorMeta, host_tensor, pieces
 
 __all__ = [
     "BLOCK",
@@ -72,11 +72,11 @@ def encode_int8(value: Tensor, previous: Tensor) -> dict[str, Tensor]:
     Returns:
         "q": steps in [-127, 127] as int8, shape (n,); "scale": bfloat16, shape (ceil(n / BLOCK),).
     """
-    q = room(len(value), torch.int8)
-    scale = room(blocks_of(len(value)), torch.bfloat16)
+    q = host_tensor(len(value), torch.int8)
+    scale = host_tensor(blocks_of(len(value)), torch.bfloat16)
     for start, stop in pieces(len(value)):
         blocks = slice(start // BLOCK, blocks_of(stop))
-        delta = room(blocks_of(stop - start) * BLOCK, torch.float32).zero_().view(-1, BLOCK)
+        delta = host_tensor(blocks_of(stop - start) * BLOCK, torch.float32).zero_().view(-1, BLOCK)
         torch.sub(value[start:stop].float(), previous[start:stop].float(), out=delta.view(-1)[: stop - start])
         scale[blocks] = delta.abs().amax(dim=1) / LEVELS
         # A scale of 0 stands for differences that bfloat16 cannot hold.
@@ -224,7 +224,7 @@ class Delta:
         if entry.code == "same":
             return previous
         out = next((m for m in memory if m is not None and m.dtype == dtype), None)
-        out = room(len(previous), dtype) if out is None else out
+        out = host_tensor(len(previous), dtype) if out is None else out
         decode_int8(self.parts[f"{name}|q"], self.parts[f"{name}|scale"], previous, start, out)
         return out
 
@@ -281,6 +281,6 @@ class Delta:
 def _scratch(elements: int) -> Tensor:
     """Return float32 memory of this thread, which the next call returns again: new pages cost more than the sums."""
     if not hasattr(_MEMORY, "piece"):
-        _MEMORY.piece = room(PIECE, torch.float32)
+        _MEMORY.piece = host_tensor(PIECE, torch.float32)
     piece: Tensor = _MEMORY.piece
     return piece[:elements]

@@ -31,9 +31,8 @@ from disback_plugin.path.delta import InterpolatedSource
 from disback_plugin.path.manifest import CONFIG, Manifest, Node, Recording
 from disback_plugin.path.store import Store
 from disback_plugin.weights.checksum import checksum, fingerprint
-from disback_plugin.weights.full_state import FullState
-from disback_plugin.weights.inplace_copy import Source
-from disback_plugin.weights.sharding import Part
+from disback_plugin.weights.sharding import FullState
+from disback_plugin.weights.tensors import Part, Source
 
 __all__ = ["DegradationPath"]
 
@@ -108,7 +107,7 @@ class DegradationPath(
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
             return Store.create(root, state, recording, generator, teacher_id)
 
-        path = cls(root, distributed.on_rank_zero(write, state))
+        path = cls(root, distributed.on_main_process(write, state))
         if recording.keep_teacher:
             path._store.trust(path.manifest.teacher)
         else:
@@ -266,7 +265,7 @@ class DegradationPath(
         A path that does not hold node 0 keeps a copy of it. All ranks must call with a sharded teacher.
         """
         whole = FullState.of(state)
-        found = distributed.on_rank_zero(lambda: fingerprint(whole), whole) if whole.sharded else fingerprint(whole)
+        found = distributed.on_main_process(lambda: fingerprint(whole), whole) if whole.sharded else fingerprint(whole)
         expected = self.manifest.teacher.fingerprint
         if found != expected:
             raise PathError(
@@ -341,12 +340,12 @@ class DegradationPath(
         complete = self.complete and iteration >= self.manifest.iterations
         if (kept, complete) != (self.nodes, self.complete):
             self._on_rank_zero(lambda: self._store.write_manifest(nodes=kept, complete=complete))
-            distributed.on_rank_zero(self._store.remove_unlisted)
+            distributed.on_main_process(self._store.remove_unlisted)
 
     def remove_leftovers(self) -> None:
         """Remove training states before the last node, and what a crash left before the manifest listed it."""
         if not self.complete:
-            distributed.on_rank_zero(self._store.remove_unlisted)
+            distributed.on_main_process(self._store.remove_unlisted)
 
     def _on_rank_zero(self, write: Callable[[], Manifest], state: FullState | None = None) -> None:
         """Write on rank 0, and take over the manifest that was written."""
@@ -361,7 +360,7 @@ class DegradationPath(
                     cure="make room, or pass another path=",
                 ) from error
 
-        self._store.manifest = distributed.on_rank_zero(written, state)
+        self._store.manifest = distributed.on_main_process(written, state)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the path into another folder, as every hub object does.

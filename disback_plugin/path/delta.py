@@ -16,8 +16,8 @@ from torch import Tensor
 from disback_plugin.errors import TrainingError
 from disback_plugin.path.codecs import Delta, Entry, decode_int8, encode_int8, equal_bits, fits_int8
 from disback_plugin.weights.checksum import Checksum
-from disback_plugin.weights.full_state import FullState
-from disback_plugin.weights.tensor_meta import GRAIN, PIECE, TensorMeta, pieces, room
+from disback_plugin.weights.sharding import FullState
+from disback_plugin.weights.tensors import GRAIN, PIECE, TensorMeta, host_tensor, pieces
 
 __all__ = ["Encoded", "InterpolatedSource", "NodeSource", "encode"]
 
@@ -101,7 +101,7 @@ def _encode_tensor(
         return "same", {}, value, 0.0
     if not (always or exactly) and fits_int8(value, before):
         made = encode_int8(value, before)
-        decoded = room(len(value), value.dtype)
+        decoded = host_tensor(len(value), value.dtype)
         for start, stop in pieces(len(value)):
             decode_int8(made["q"], made["scale"], before[start:stop], start, decoded[start:stop])
         error = _squared_distance(value, decoded)
@@ -130,7 +130,7 @@ def _squared_distance_of_piece(a: Tensor, b: Tensor) -> float:
 
 
 class NodeSource:
-    """Node i of a path, read piece by piece (`weights.inplace_copy.Source`).
+    """Node i of a path, read piece by piece (`weights.tensors.Source`).
 
     Args:
         teacher: All weights of node 0, on the CPU and contiguous; they may be mapped from a file.
@@ -180,7 +180,7 @@ class NodeSource:
     def flat(self, name: str) -> Tensor:
         """Return a copy of a whole tensor, shape (elements,)."""
         layout = self.layout()[name]
-        whole = room(layout.shape.numel(), layout.dtype)
+        whole = host_tensor(layout.shape.numel(), layout.dtype)
         for start, stop in pieces(len(whole)):
             self.read(name, start, stop, whole[start:stop])
         return whole
@@ -234,7 +234,7 @@ class InterpolatedSource:
     def _room(self, name: str, dtype: torch.dtype, elements: int) -> Tensor:
         """Return memory that the next piece uses again."""
         if (name, dtype) not in self._memory:
-            self._memory[name, dtype] = room(PIECE, dtype)
+            self._memory[name, dtype] = host_tensor(PIECE, dtype)
         return self._memory[name, dtype][:elements]
 
 

@@ -1,6 +1,6 @@
 """The files of a path: written whole, mapped when they are needed, verified before they are used.
 
-Only one process writes (`distributed.on_rank_zero`). A file is written before the manifest that lists it.
+Only one process writes (`distributed.on_main_process`). A file is written before the manifest that lists it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from disback_plugin.path.manifest import (
     training_file,
 )
 from disback_plugin.weights.checksum import Checksum, checksum, fingerprint
-from disback_plugin.weights.full_state import FullState
-from disback_plugin.weights.sharding import Part, masked
-from disback_plugin.weights.tensor_meta import TensorMeta, dtype_class, pieces
+from disback_plugin.weights.sharding import FullState
+from disback_plugin.weights.tensors import Part, TensorMeta, dtype_class, masked, pieces
 
 __all__ = ["Store"]
 

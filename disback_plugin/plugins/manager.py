@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from disback_plugin import distributed
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.plugins.hookspecs import ARGUMENTS, Adapter, hookimpl
 from disback_plugin.plugins.installed import ADAPTERS, HOOKS, Plugin
@@ -254,7 +254,9 @@ class PluginManager:
                 failed[index] = error
             if leave is not None:
                 break
-        told = _of_every_rank((leave, {index: f"{type(error).__name__}: {error}" for index, error in failed.items()}))
+        told = distributed.gather(
+            (leave, {index: f"{type(error).__name__}: {error}" for index, error in failed.items()})
+        )
         for rank, (_, reasons) in enumerate(told):
             for index, reason in reasons.items():
                 failed.setdefault(index, RuntimeError(f"on rank {rank}, {reason}"))
@@ -359,16 +361,6 @@ def find_adapter(trainer: object, name: str | None = None) -> Adapter:
         RoleError
     """
     return PluginManager().adapter(trainer, name)
-
-
-def _of_every_rank(value: Any) -> list[Any]:
-    """Return what each process of a distributed run has, the first rank's first."""
-    distributed = sys.modules.get("torch.distributed")  # who has processes has imported it
-    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 def _is_on(environ: Mapping[str, str], variable: str) -> bool:

@@ -1,13 +1,14 @@
 """Teacher and fake score as two LoRA adapters of peft on one base network, which is never written.
 
-s_phi is base + adapter, and so is the teacher: a second, frozen adapter of the same kind, whose B is 0 at node 0, where
-its outputs are the base's own. A node is then the tensors A and B of an adapter, tens of megabytes, and a move writes
-them into the teacher's, in place. Nothing else in the house knows of adapters.
+s_phi is the base with one adapter, and the teacher is the base with another: a frozen adapter of the same kind, whose B
+is 0 at node 0, where its outputs are the base's own. A node is then the tensors A and B of an adapter, tens of
+megabytes, and a move writes them into the teacher's adapter in place.
 
-A position between two nodes interpolates A and B. The weights B A that come of it differ from interpolated ones by
-t (1 - t) (B' - B)(A' - A), for A, B and A', B' of the two nodes: nothing at a node, and of second order between them.
+A position between two nodes interpolates A and B. The product B A of interpolated matrices differs from the
+interpolated product by t (1 - t) (B' - B)(A' - A), for A, B and A', B' of the two nodes: by nothing at a node, and to
+second order between them.
 
-`disback_plugin.weights.lora` needs the extra `lora`; peft is imported where it is called.
+This module needs the extra `lora`. Layers of peft are recognised by their attributes; only `add_teacher` imports peft.
 """
 
 from __future__ import annotations
@@ -24,36 +25,29 @@ from torch import nn
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.checksum import checksum
-from disback_plugin.weights.fsdp1 import flattened
-from disback_plugin.weights.peft_layers import (
-    MATRICES,
-    active,
-    activity,
-    adapter_tensors,
-    base_parameters,
-    named_layers,
-    restore,
-)
-from disback_plugin.weights.sharding import is_sharded
-from disback_plugin.weights.tensors import unwrap
+from disback_plugin.weights.modules import named_modules, unwrap
+from disback_plugin.weights.sharding import is_flattened
 
 __all__ = ["add_teacher", "base_checksum", "under"]
 
+# The matrices of an adapter. Whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
+MATRICES = ("lora_A", "lora_B")
+
 
 def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
-    """Add the teacher as a frozen adapter that changes no output, until a node is written into it.
+    """Add the teacher as a frozen LoRA adapter, which changes no output until a node is written into it.
 
-    Its A is the same in every process and on every machine (drawn by peft from a seed of its own), and s_phi's is set
-    to it at the start of a recording, so that a path fits every run on the same base. It has no dropout. Which adapter
-    is active and what requires gradients stays as it is, and the global random state does too.
+    The matrix A of the adapter is the same in every process and on every machine (peft draws it from a fixed seed), and
+    a recording sets the A of s_phi to it at its start, so that a path fits every run on the same base. The adapter has
+    no dropout. The active adapter, the flags `requires_grad` and the global random state stay as they are.
 
     Args:
         model: A `PeftModel`, or a model of diffusers, transformers or torch with adapters injected; plain or wrapped.
-        like: Name of the fake score's adapter, whose targets, rank and scale it takes.
-        name: Its own name.
+        like: Name of the fake score's LoRA adapter, whose targets, rank and scale are taken over.
+        name: Name of the new adapter.
 
     Raises:
-        RoleError: If there is no adapter `like`, it is no plain LoRA, or the name is taken.
+        RoleError: If there is no adapter `like`, if it is not plain LoRA, or if the name is taken.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -68,8 +62,8 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
     """
     import peft
 
-    root: Any = unwrap(model, adapted=True)
-    _found(root, like, "fake score")
+    root: Any = unwrap(model, keep_peft=True)
+    _checked_layers(root, like, "fake score")
     if name in root.peft_config:
         raise RoleError(
             f"an adapter {name!r} that is there already", expected="a new name", cure="pass another name=, or use it"
@@ -78,7 +72,7 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
     config.lora_dropout, config.inference_mode = 0.0, True
     if config.init_lora_weights is False:
         config.init_lora_weights = True
-    before = activity(root)
+    before = _activity(root)
     flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -87,24 +81,24 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
             root.add_adapter(name, config)
         else:
             peft.inject_adapter_in_model(config, root, adapter_name=name)
-    for _, tensor in adapter_tensors(root, name, "teacher"):
-        tensor.requires_grad_(False)
-    restore(before)
+    for _, module in adapter_modules(named_modules(root), name):
+        module.requires_grad_(False)
+    _set_activity(before)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
 
 
 @contextmanager
-def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Run a network under one of its adapters, and go back to what was active before.
+def under(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
+    """Activate one LoRA adapter of a network inside a `with` block, and the adapters that were active before after it.
 
-    What requires gradients is the same inside and after, which peft's own `set_adapter` would change; a compiled
-    network has a graph for each adapter, made at its first use. Under activation checkpointing the backward runs the
-    forward again: call `backward()` inside too.
+    The flags `requires_grad` do not change, as they would with peft's own `set_adapter`. A compiled network has a graph
+    for each adapter, made at its first use. With activation checkpointing the backward runs the forward again, so call
+    `backward()` inside the block.
 
     Args:
         model: The network, plain or wrapped.
-        adapter: The adapter's name; None for the bare base.
+        lora_adapter: The adapter's name; None for the bare base.
 
     Raises:
         RoleError: If there is no such adapter.
@@ -119,12 +113,13 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
         (False, 'fake')
     """
     root = unwrap(model)
-    before = activity(root)
-    if adapter is not None and not any(adapter in getattr(layer, "r", ()) for layer, _, _ in before):
-        _found(root, adapter, "network")  # raises
+    before = _activity(root)
+    wanted = [] if lora_adapter is None else [lora_adapter]
+    if wanted and not any(lora_adapter in getattr(layer, "r", ()) for layer, _, _ in before):
+        raise _missing(root, wanted[0], "network")
     try:
-        restore([(layer, names if adapter is None else [adapter], adapter is None) for layer, names, _ in before])
-        if active(root) != ([] if adapter is None else [adapter]):
+        _set_activity([(layer, wanted or names, not wanted) for layer, names, _ in before])
+        if active_adapters(root) != wanted:
             raise RoleError(
                 "a version of peft whose layers do not keep their active adapter in _active_adapter",
                 expected="peft 0.13 to 0.21",
@@ -132,11 +127,11 @@ def under(model: nn.Module, adapter: str | None) -> Iterator[None]:
             )
         yield
     finally:
-        restore(before)
+        _set_activity(before)
 
 
 def base_checksum(model: nn.Module) -> str:
-    """Return the checksum of all parameters but those of adapters, under the names they have without adapters.
+    """Return the checksum of all parameters that belong to no adapter, under the names they have without adapters.
 
     Args:
         model: A network, with or without adapters.
@@ -146,86 +141,167 @@ def base_checksum(model: nn.Module) -> str:
         False
     """
     state = dict(base_parameters(model))
-    odd = next((name for name, p in state.items() if p.is_meta or is_sharded(p) or flattened(p)), None)
-    if odd is not None:
-        raise RoleError(
-            f"{odd} of the base, which is sharded or on the meta device",
-            expected="a base that is whole on each process, as it is frozen",
-            cure="wrap the network in DDP, or not at all, and load its weights first",
-        )
+    for name, p in state.items():
+        if p.is_meta or hasattr(p, "to_local") or is_flattened(p):
+            raise RoleError(
+                f"{name} of the base, which is sharded or on the meta device",
+                expected="a base that is whole on each process, as it is frozen",
+                cure="wrap the network in DDP, or not at all, and load its weights first",
+            )
     return checksum({name: parameter.detach() for name, parameter in state.items()})
 
 
-# -- what an adapter role is, and is not ------------------------------------------------------------------------------
+# -- the layers of peft ------------------------------------------------------------------------------------------------
 
 
-def identity(root: nn.Module, adapter: str, role: str) -> str:
-    """Return a digest of what an adapter works on: the base's weights, and the scale of each of its layers.
-
-    Raises:
-        RoleError: If there is no such adapter, or one whose nodes would not be all that changes: see the cure.
-    """
-    scales = [(name, layer.scaling[adapter]) for name, layer in _found(root, adapter, role)]
-    return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
-
-
-def _found(root: nn.Module, adapter: str, role: str) -> list[tuple[str, Any]]:
-    """Return the layers that have an adapter, after a check that its matrices are all that it is."""
-    loras = [(name, layer) for name, layer in named_layers(root) if MATRICES[0] in layer.adapter_layer_names]
-    found = [(name, layer) for name, layer in loras if adapter in layer.r]
-    if not found:
-        names = sorted({name for _, layer in loras for name in layer.r})
-        raise RoleError(
-            f"no LoRA adapter {adapter!r} in {type(root).__name__}, which has {names}",
-            expected=f"the {role} there",
-            cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
-        )
-    trouble = _trouble(root, adapter, [layer for _, layer in found])
-    if trouble:
-        raise RoleError(f"{role}: adapter {adapter!r} {trouble[0]}", expected="plain LoRA layers", cure=trouble[1])
+def layers(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
+    """Return those modules of a list from `named_modules` that hold adapters, without layers inside such layers."""
+    found: list[tuple[str, Any]] = []
+    for name, module in modules:
+        if _is_layer(module) and not (found and name.startswith(found[-1][0])):
+            found.append((name, module))
     return found
 
 
-def _trouble(root: nn.Module, adapter: str, found: list[Any]) -> tuple[str, str] | None:
-    """Return what is wrong with an adapter and its cure, or None."""
-    extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
-    odd = sorted(name for name in extra if any(adapter in getattr(layer, name, ()) for layer in found))
-    variants = {type(v[adapter]).__name__ for v in (getattr(x, "lora_variant", {}) for x in found) if adapter in v}
-    if any(layer.merged for layer in found):
-        return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
-    if odd or variants:
-        what = ", ".join([*odd, *variants])
-        return f"with {what}", "leave use_dora= and other variants of LoRA away, and target no embeddings"
-    for name, config in getattr(root, "peft_config", {}).items():  # of all: they share the base
-        of = "" if name == adapter else f"beside {name!r}, which is "
-        if getattr(config, "bias", "none") != "none":
-            return f"{of}with bias={config.bias!r}, which trains the base", 'use LoraConfig(bias="none")'
-        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
-            return f"{of}with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
-        init = getattr(config, "init_lora_weights", True)
-        if not (isinstance(init, bool) or init == "gaussian"):
-            return f"{of}with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
-    return None
-
-
-def check_pair(teacher: str | None, fake_score: str | None) -> None:
-    """Raise MismatchError unless two roles are both adapters on the same base with the same scales, or neither is one.
+def adapter_modules(modules: list[tuple[str, nn.Module]], lora_adapter: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules that hold the matrices of an adapter, by names that are peft's own without the adapter's.
 
     Args:
-        teacher: Its `identity`; None if it is no adapter.
-        fake_score: Likewise.
+        modules: All modules of a network, from `named_modules`.
+        lora_adapter: The adapter's name.
+    """
+    return [
+        named
+        for name, layer in layers(modules)
+        for matrix in MATRICES
+        if lora_adapter in getattr(layer, matrix, ())
+        for named in named_modules(getattr(layer, matrix)[lora_adapter], f"{name}{matrix}.")
+    ]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a network that belong to no adapter, under the names that they have without adapters."""
+    modules = named_modules(model)
+    holders = [getattr(layer, name, None) for _, layer in layers(modules) for name in layer.adapter_layer_names]
+    of_adapters = {id(p) for holder in holders if isinstance(holder, nn.Module) for p in holder.parameters()}
+    for name, module in modules:
+        for own, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in of_adapters:
+                yield f"{name}{own}".replace("base_layer.", ""), parameter
+
+
+def active_adapters(root: nn.Module) -> list[str]:
+    """Return the names of the adapters that a forward would use now; [] for the bare base."""
+    first = next(_layers(root), None)
+    return [] if first is None or first.disable_adapters else list(first.active_adapters)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules
+
+
+def _layers(root: nn.Module) -> Iterator[Any]:
+    """Yield the layers that hold adapters: `layers` without names, for each forward."""
+    waiting: list[nn.Module | None] = [root]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and _is_layer(module):
+            yield module
+        elif module is not None:
+            waiting.extend(module._modules.values())
+
+
+def _activity(root: nn.Module) -> list[tuple[Any, Any, bool]]:
+    """Return each layer with its active adapters, and whether they are disabled."""
+    return [(layer, layer._active_adapter, layer._disable_adapters) for layer in _layers(root)]
+
+
+def _set_activity(activity: list[tuple[Any, Any, bool]]) -> None:
+    """Set the active adapters of layers, as `_activity` returns them."""
+    # The layers' own set_adapter changes what requires gradients, and takes thirty times as long.
+    for layer, names, disabled in activity:
+        vars(layer).update(_active_adapter=names, _disable_adapters=disabled)
+
+
+# -- which adapters can be a role --------------------------------------------------------------------------------------
+
+
+def identity(root: nn.Module, lora_adapter: str, role: str) -> str:
+    """Return a digest of the base's weights and of the adapter's scale in each of its layers.
 
     Raises:
-        MismatchError: If not.
+        RoleError: If there is no such adapter, or if its matrices are not all that changes; the cure says more.
+    """
+    scales = [(name, layer.scaling[lora_adapter]) for name, layer in _checked_layers(root, lora_adapter, role)]
+    return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
+
+
+def check_same_base(teacher: str | None, fake_score: str | None) -> None:
+    """Raise MismatchError unless two roles are adapters on the same base with the same scales, or neither is one.
+
+    Args:
+        teacher: The `identity` of the teacher; None if it is a whole network.
+        fake_score: The same of the fake score.
     """
     if teacher == fake_score:
         return
-    cure = "add the teacher with lora.add_teacher(model, like=...), and pass ScoreNetwork(model, adapter=...) for both"
-    if None in (teacher, fake_score):
-        found = "one role that is a LoRA adapter and one that is a whole network"
-        raise MismatchError(found, expected="two adapters on one base, or two networks", cure=cure)
+    cure = "add the teacher with lora.add_teacher(model, like=...); for both pass ScoreNetwork(model, lora_adapter=...)"
+    if teacher is None or fake_score is None:
+        raise MismatchError(
+            "one role that is a LoRA adapter and one that is a whole network",
+            expected="two adapters on one base, or two networks",
+            cure=cure,
+        )
     raise MismatchError(
         "two adapters on different bases, of different targets or scales (lora_alpha / r, with use_rslora / sqrt(r))",
         expected="one base, and one set of target_modules, lora_alpha, r and use_rslora",
         cure=cure,
     )
+
+
+def _checked_layers(root: nn.Module, lora_adapter: str, role: str) -> list[tuple[str, Any]]:
+    """Return the layers of an adapter; raise RoleError if it is missing or more than its matrices."""
+    found = [(name, layer) for name, layer in _lora_layers(root) if lora_adapter in layer.r]
+    if not found:
+        raise _missing(root, lora_adapter, role)
+    problem = _problem(root, lora_adapter, [layer for _, layer in found])
+    if problem:
+        raise RoleError(
+            f"{role}: LoRA adapter {lora_adapter!r} {problem[0]}", expected="plain LoRA layers", cure=problem[1]
+        )
+    return found
+
+
+def _lora_layers(root: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, layer) for name, layer in layers(named_modules(root)) if MATRICES[0] in layer.adapter_layer_names]
+
+
+def _missing(root: nn.Module, lora_adapter: str, role: str) -> RoleError:
+    names = sorted({name for _, layer in _lora_layers(root) for name in layer.r})
+    return RoleError(
+        f"no LoRA adapter {lora_adapter!r} in {type(root).__name__}, which has {names}",
+        expected=f"the {role} there",
+        cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
+    )
+
+
+def _problem(root: nn.Module, lora_adapter: str, found: list[Any]) -> tuple[str, str] | None:
+    """Return why an adapter cannot be a role, and the cure; None if it can."""
+    extra = {name for layer in found for name in layer.adapter_layer_names if name not in MATRICES}
+    odd = sorted(name for name in extra if any(lora_adapter in getattr(layer, name, ()) for layer in found))
+    variants = [getattr(layer, "lora_variant", {}) for layer in found]
+    odd += sorted({type(variant[lora_adapter]).__name__ for variant in variants if lora_adapter in variant})
+    if any(layer.merged for layer in found):
+        return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
+    if odd:
+        return f"with {', '.join(odd)}", "omit use_dora= and other variants of LoRA, and target no embeddings"
+    for name, config in getattr(root, "peft_config", {}).items():  # all adapters share the base
+        beside = "" if name == lora_adapter else f"beside {name!r}, which is "
+        if getattr(config, "bias", "none") != "none":
+            return f"{beside}with bias={config.bias!r}, which trains the base", 'use LoraConfig(bias="none")'
+        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+            return f"{beside}with modules_to_save, copies of whole layers", "target those layers by the LoRA instead"
+        init = getattr(config, "init_lora_weights", True)
+        if not (isinstance(init, bool) or init == "gaussian"):
+            return f"{beside}with init_lora_weights={init!r}, which changes the base", 'use True or "gaussian"'
+    return None

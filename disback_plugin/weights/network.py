@@ -1,10 +1,8 @@
-"""One role's weights: read them, write them in place, name them by content.
+"""The weights of one role: read them, write them in place, and identify them by their content.
 
-A *role* is the teacher s_theta or the fake score s_phi: a whole module, a sub-module of a wrapped root, or several
-modules (experts), or one LoRA adapter of a network (`lora`). Its weights go by their canonical names (`modules`). A
-write is in place and all or nothing: every
-key, shape and dtype class is checked before the first copy. Of a role sharded by FSDP each process writes its own
-shards, and nothing is sent.
+A *role* is the teacher s_theta or the fake score s_phi: a whole module, a sub-module of a wrapped root, several modules
+(experts), or one LoRA adapter of a network (`lora`). A write is in place and all or nothing: every key, shape and dtype
+class is checked before the first copy. Of a role sharded by FSDP each rank writes its own shards, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -19,18 +17,21 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from disback_plugin.distributed import on_rank_zero
+from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights import lora
-from disback_plugin.weights.check import check, ties, two_values
 from disback_plugin.weights.checksum import Checksum, fingerprint
-from disback_plugin.weights.fsdp1 import address, detached, shape_of, stretch_of
-from disback_plugin.weights.full_state import FullState
-from disback_plugin.weights.inplace_copy import Source, bump, part_of, write_tensor
-from disback_plugin.weights.peft_layers import adapter_tensors, base_parameters, runs_under
-from disback_plugin.weights.sharding import Part, add_up, chunk_of, count, cut_of, held, is_sharded
-from disback_plugin.weights.tensor_meta import layout_of, pieces
-from disback_plugin.weights.tensors import find, named_modules, own_tensors, reshard
+from disback_plugin.weights.modules import WeightTable, find
+from disback_plugin.weights.sharding import FullState, Weight, add_up, count, local_tensor, read_part
+from disback_plugin.weights.tensors import (
+    Part,
+    Source,
+    TensorMeta,
+    chunk_of,
+    dtype_class,
+    host_tensor,
+    layout_of,
+    pieces,
+)
 
 __all__ = ["Network", "ScoreNetwork"]
 
@@ -40,16 +41,20 @@ logger = logging.getLogger(__name__)
 class ScoreNetwork:
     """The weights of one role, under canonical names.
 
+    The weights are enumerated when it is built. If a parameter, a persistent buffer or a sub-module is replaced later,
+    they are enumerated and validated again at the next use.
+
     Args:
         module: The network, plain, wrapped or sharded; or a mapping from names to networks (experts).
         prefix: Dotted canonical name of the role inside `module`, as "real_unet" inside DMD2's guidance model.
-        adapter: Name of the LoRA adapter that the role is, on a base that it may share with others; None for the whole.
-        role: What to call it in errors.
+        lora_adapter: Name of the LoRA adapter that is the role, on a base that it may share with others; None for the
+            whole network.
+        role: The name of the network in errors.
 
     Raises:
         RoleError: If `module` is no module, holds nothing at `prefix`, or has weights that cannot be written in place:
             on the meta device, quantised, sharded by DeepSpeed, along two dimensions or by FSDP1 without
-            `use_orig_params=True`, lazy or made in inference mode. Of an adapter's base only its being whole is asked.
+            `use_orig_params=True`, lazy or made in inference mode. The base of a LoRA adapter only has to be whole.
 
     Example:
         >>> net = ScoreNetwork(nn.ModuleDict({"real_unet": nn.Linear(2, 1)}), prefix="real_unet")
@@ -62,24 +67,25 @@ class ScoreNetwork:
         module: nn.Module | Mapping[str, nn.Module],
         prefix: str = "",
         *,
-        adapter: str | None = None,
+        lora_adapter: str | None = None,
         role: str = "network",
     ) -> None:
-        self.role, self.adapter = role, adapter
+        self.role, self.lora_adapter = role, lora_adapter
         self.identity: str | None = None
-        self._marks: dict[str, Tensor] = {}
-        # A ModuleDict is a module first: its experts are found under the same names anyway.
+        self._bases: dict[str, str] = {}
+        # A ModuleDict is a module first: its experts have the same names in any case.
         experts = module if isinstance(module, Mapping) and not isinstance(module, nn.Module) else None
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
         found = {name: find(root, prefix, role) for name, root in roots.items()}
         self._roots = {name: holders[-1] for name, holders in found.items()}
         self._holders = [holder for holders in found.values() for holder in holders[:-1]]
-        if adapter is not None:
-            told = {name: lora.identity(root, adapter, role) for name, root in self._roots.items()}
-            # Nothing to write, but a name: what is recorded on one base fits no other.
-            self._marks = {f"{name}on base {base}": torch.empty(0) for name, base in told.items()}
-            self.identity = repr(sorted(told.items()))
-        if not self.state_dict():
+        if lora_adapter is not None:
+            from disback_plugin.weights import lora
+
+            self._bases = {name: lora.identity(root, lora_adapter, role) for name, root in self._roots.items()}
+            self.identity = repr(sorted(self._bases.items()))
+        self._table = self._enumerated()
+        if not self._table.weights:
             raise RoleError(
                 f"a {role} without weights ({', '.join(type(root).__name__ for root in self._roots.values())})",
                 expected="a network with parameters",
@@ -88,36 +94,67 @@ class ScoreNetwork:
 
     @classmethod
     def of(cls, network: Network, *, role: str) -> ScoreNetwork:
-        """Return `network` as a ScoreNetwork that goes by the name of `role` in errors."""
+        """Return `network` as a ScoreNetwork that has the name `role` in errors."""
         if isinstance(network, ScoreNetwork):
             named = copy.copy(network)
             named.role = role
             return named
         return cls(network, role=role)
 
-    def on(self, modules: Mapping[str, nn.Module]) -> ScoreNetwork:
-        """Return the same role on copies of what `modules` returns."""
-        moved = copy.copy(self)
-        moved._roots, moved._holders = dict(modules), []
-        return moved
+    def _enumerated(self) -> WeightTable:
+        """Enumerate the weights."""
+        adapter = self.lora_adapter
+        if adapter is None:
+            return WeightTable(self._roots, self._holders, self.role)
+        from disback_plugin.weights import lora
 
-    def base(self) -> list[nn.Parameter]:
-        """Return the parameters that an adapter works on, and that must stand still; none of a whole network."""
-        roots = self._roots.values() if self.adapter is not None else ()
-        return [parameter for root in roots for _, parameter in base_parameters(root)]
+        table = WeightTable(self._roots, self._holders, self.role, lambda named: lora.adapter_modules(named, adapter))
+        # A name without a value: a node that was recorded on one base fits no other.
+        table.add_names(f"{name}on base {base}" for name, base in self._bases.items())
+        return table
+
+    def _weights(self) -> list[Weight]:
+        """Return the weights, after FSDP has freed what it gathered; enumerate them again if one was replaced."""
+        if not self._table.is_current():
+            self._table = self._enumerated()
+        return self._table.weights
+
+    # -- LoRA ---------------------------------------------------------------------------------------------------------
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that a LoRA adapter works on, which must not be trained; none of a whole network."""
+        if self.lora_adapter is None:
+            return []
+        from disback_plugin.weights import lora
+
+        return [parameter for root in self._roots.values() for _, parameter in lora.base_parameters(root)]
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let forwards of the modules be the role's: under its adapter, if it is one."""
+        """Activate the role's LoRA adapter inside a `with` block, if the role is one."""
         with ExitStack() as stack:
-            for root in self._roots.values() if self.adapter is not None else ():
-                stack.enter_context(lora.under(root, self.adapter))
+            if self.lora_adapter is not None:
+                from disback_plugin.weights import lora
+
+                for root in self._roots.values():
+                    stack.enter_context(lora.under(root, self.lora_adapter))
             yield
 
     @property
     def is_running(self) -> bool:
         """Whether a forward of the modules would be the role's at this moment."""
-        return self.adapter is None or all(runs_under(root, self.adapter) for root in self._roots.values())
+        if self.lora_adapter is None:
+            return True
+        from disback_plugin.weights import lora
+
+        return all(lora.active_adapters(root) == [self.lora_adapter] for root in self._roots.values())
+
+    def on(self, modules: Mapping[str, nn.Module]) -> ScoreNetwork:
+        """Return the same role on copies of what `modules` returns."""
+        moved = copy.copy(self)
+        moved._roots, moved._holders = dict(modules), []
+        moved._table = moved._enumerated()
+        return moved
 
     # -- read ---------------------------------------------------------------------------------------------------------
 
@@ -125,141 +162,141 @@ class ScoreNetwork:
         """Return the unwrapped module that holds the weights under the key "", or each expert by its name and a dot."""
         return dict(self._roots)
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield canonical name and live tensor of every parameter and persistent buffer; tied ones under each name.
-
-        What FSDP has gathered for a forward, and keeps, is let go first: the shards are what counts.
-        """
-        reshard(self._holders, self._roots.values())
-        for prefix, root in self._roots.items():
-            if self.adapter is not None:
-                own = adapter_tensors(root, self.adapter, self.role)
-                yield from ((prefix + name, tensor) for name, tensor in own)
-                continue
-            for name, module in named_modules(root, prefix):
-                yield from own_tensors(module, name, self.role)
-        yield from self._marks.items()
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """Return canonical name and live tensor of each parameter and persistent buffer; tied ones under each name."""
+        return [(weight.name, weight.tensor) for weight in self._weights()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return canonical names and detached live tensors, which change when the network does.
 
-        If sharded they are DTensors; under FSDP1 flat, and what this process holds (`whole` has all).
+        Of a sharded network they are DTensors, and under FSDP1 the flat parts that this rank holds (`full_state` has
+        everything).
         """
-        return {name: detached(tensor) for name, tensor in self.named_tensors()}
+        return {weight.name: weight.tensor.detach() for weight in self._weights()}
+
+    def full_state(self) -> FullState:
+        """Return the whole live weights; rank 0 may read sharded ones while the others serve their shards."""
+        return FullState(self._weights())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all names, dtypes, shapes and values: 64 hexadecimal digits.
 
-        Of a sharded role, rank 0 is sent everything, tensor by tensor: all ranks must call.
+        The ranks of a sharded network send everything to rank 0, tensor by tensor: all ranks must call.
         """
-        state = self.whole()
-        return on_rank_zero(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
+        state = self.full_state()
+        return distributed.on_main_process(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
 
     def checksum(self) -> str:
-        """Return a digest of all values at the speed of memory: another one after an update (`fingerprints`).
+        """Return a digest of all values at the speed of memory, which every update changes (`checksum`).
 
-        Of a sharded role, the sums of the shards are added up: all ranks must call.
+        The sums of a sharded network's parts are added up: all ranks must call.
         """
-        total, live = Checksum(), dict(self.named_tensors())
-        for name, tensor in live.items():
-            count(total, name, tensor)
-        add_up(total, live)
-        return total.digest()
+        return self._checksum(self._weights())
 
-    def mark(self) -> str:
-        """Return what tells moments apart, without communication: `checksum`, or that of this process's shards."""
-        live = dict(self.named_tensors())
-        if any(held(tensor)[1].stop is not None and cut_of(tensor) is None for tensor in live.values()):
-            return ""  # cut by FSDP1, at places that other processes, or other numbers of them, could not tell
-        cuts = {cut for tensor in live.values() if (cut := cut_of(tensor)) is not None}
-        if not cuts:
-            return self.checksum()
-        rank, ranks, dim = min(cuts)
-        if len(cuts) > 1 or dim != 0:
+    def local_checksum(self) -> str:
+        """Return a text that identifies the present weights, computed without communication.
+
+        It is the `checksum`, or the checksum of this rank's shards, or empty where the shards of FSDP1 begin at places
+        that another number of ranks could not know.
+        """
+        weights = self._weights()
+        shardings = [weight.sharding for weight in weights if weight.sharding is not None]
+        if not shardings:
+            return self._checksum(weights)
+        first = shardings[0]
+        chunk = first.rank, first.ranks, 0
+        if any((sharding.rank, sharding.ranks, sharding.dim) != chunk for sharding in shardings):
             return ""
-        return f"{self._of_chunk(live, rank, ranks).digest()} of shard {rank} of {ranks}"
+        return f"{_chunk_checksum(weights, first.rank, first.ranks).digest()} of shard {first.rank} of {first.ranks}"
 
-    def bears(self, mark: str) -> bool:
-        """Return whether the network holds what it held when `mark` was made, by however many processes; all call."""
-        if not mark:
-            logger.warning("whether the %s holds the weights of the saved moment cannot be told", self.role)
+    def matches_checksum(self, text: str) -> bool:
+        """Return whether the weights are those from which `local_checksum` computed `text`, on any number of ranks.
+
+        All ranks must call. For an empty text the answer is True, with a warning.
+        """
+        if not text:
+            logger.warning("it cannot be told whether the %s holds the weights of the saved moment", self.role)
             return True
-        part = re.fullmatch(r"(\w+) of shard (\d+) of ([1-9]\d*)", mark)
-        if part is None:
-            return self.checksum() == mark
-        live = dict(self.named_tensors())
-        total = self._of_chunk(live, int(part[2]), int(part[3]))
-        add_up(total, live)
-        return total.digest() == part[1]
+        shard = re.fullmatch(r"(\w+) of shard (\d+) of ([1-9]\d*)", text)
+        if shard is None:
+            return self.checksum() == text
+        weights = self._weights()
+        total = _chunk_checksum(weights, int(shard[2]), int(shard[3]))
+        add_up(total, weights)
+        return total.digest() == shard[1]
 
-    def _of_chunk(self, live: Mapping[str, Tensor], rank: int, ranks: int) -> Checksum:
-        """Return the checksum of one of several chunks of each parameter, as far as this process holds it."""
+    def _checksum(self, weights: list[Weight]) -> str:
         total = Checksum()
-        for name, tensor in live.items():
-            cut = isinstance(tensor, nn.Parameter) and tensor.ndim > 0
-            count(total, name, tensor, chunk_of(shape_of(tensor), rank, ranks) if cut else None)
-        return total
+        for weight in weights:
+            count(total, weight)
+        add_up(total, weights)
+        return total.digest()
 
     def rounding(self, source: Source) -> float:
         """Return |cast(theta) - theta|, Euclidean: what a write of a source into this network's dtypes rounds away."""
         layout, square = source.layout(), 0.0
-        for name, live in self.state_dict().items():
-            given = layout[name].dtype
-            if not live.is_floating_point() or torch.finfo(live.dtype).bits >= torch.finfo(given).bits:
+        for weight in self._weights():
+            given, own = layout[weight.name], weight.meta.dtype
+            if not own.is_floating_point or torch.finfo(own).bits >= torch.finfo(given.dtype).bits:
                 continue
-            for start, stop in pieces(layout[name].shape.numel()):
-                values = source.read(name, start, stop)
-                square += float((values.to(live.dtype).double() - values.double()).square().sum())
+            for start, stop in pieces(given.shape.numel()):
+                values = source.read(weight.name, start, stop)
+                square += float((values.to(own).double() - values.double()).square().sum())
         return math.sqrt(square)
 
-    def witness(self) -> Tensor:
-        """Return one live tensor that nobody but an optimizer or a load writes: a parameter if there is one."""
-        tensors = [tensor for _, tensor in self.named_tensors()]
-        return next((tensor for tensor in tensors if isinstance(tensor, nn.Parameter)), tensors[0])
+    def first_parameter(self) -> Tensor:
+        """Return the first live parameter, or the first buffer of a network without parameters."""
+        weights = self._weights()
+        return next((weight.tensor for weight in weights if weight.is_parameter), weights[0].tensor)
 
     def storages(self) -> set[int]:
-        """Return the addresses of the memory that the weights live in."""
-        local = [held(tensor)[0] for _, tensor in self.named_tensors()]
-        return {address(tensor) for tensor in local if tensor.numel()}
+        """Return the addresses of the memory of the weights."""
+        local = [(weight, weight.local()) for weight in self._weights()]
+        return {
+            # FSDP1 puts parameters of several networks side by side in one storage.
+            tensor.data_ptr() if weight.flattened else tensor.untyped_storage().data_ptr()
+            for weight, tensor in local
+            if tensor.numel()
+        }
 
-    def check_same_layout(self, other: ScoreNetwork) -> None:
-        """Raise MismatchError unless `other` has the same keys, shapes and dtype classes."""
-        lora.check_pair(self.identity, other.identity)
-        own, others = dict(self.named_tensors()), dict(other.named_tensors())
-        check(layout_of(others), layout_of(own), self.role, other.role)
-        untied = ties(own).items() - ties(others).items()
-        if untied:
-            name, twin = min(untied)
-            raise MismatchError(
-                f"{name!r} and {twin!r} that are one tensor in the {self.role} and two in the {other.role}",
-                expected=f"weights that the {other.role} ties as well",
-                cure="make one network a copy.deepcopy of the other",
-            )
-
-    def buffers(self) -> set[str]:
-        """Return the canonical names of what is no parameter: running statistics, filters, counters."""
-        return {name for name, tensor in self.named_tensors() if not isinstance(tensor, nn.Parameter)}
+    def buffer_names(self) -> set[str]:
+        """Return the canonical names of the persistent buffers: running statistics, filters, counters."""
+        return {weight.name for weight in self._weights() if not weight.is_parameter}
 
     @property
     def sharded(self) -> bool:
-        """Whether this process holds a part of it only, or what FSDP1 treats so: no process can run a copy."""
-        return any(is_sharded(t) or stretch_of(t) is not None for _, t in self.named_tensors())
-
-    def whole(self) -> FullState:
-        """Return the whole live weights, which rank 0 may read while the others serve it (`ranks.on_rank_zero`)."""
-        return FullState(dict(self.named_tensors()))
+        """Whether the network is distributed over ranks, or managed by FSDP1, so that no rank can run a copy of it."""
+        return any(weight.sharded or weight.flattened for weight in self._weights())
 
     def parts(self) -> dict[str, Part] | None:
-        """Return what this process holds of each tensor, by canonical name; None if it holds all of it."""
-        parts = {name: held(tensor)[1] for name, tensor in self.named_tensors()}
+        """Return the part of each tensor that this rank holds, by canonical name; None if it holds all of each."""
+        parts = {weight.name: weight.part for weight in self._weights()}
         return parts if any(part.stop is not None for part in parts.values()) else None
+
+    def check_same_layout(self, other: ScoreNetwork) -> None:
+        """Raise MismatchError unless `other` has the same keys, shapes, dtype classes and ties."""
+        if self.identity != other.identity:
+            from disback_plugin.weights import lora
+
+            lora.check_same_base(self.identity, other.identity)
+        own, others = self._weights(), other._weights()
+        _check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role)
+        ties = {weight.name: weight.tied_to for weight in others}
+        for weight in own:
+            if weight.tied_to is not None and ties[weight.name] != weight.tied_to:
+                raise MismatchError(
+                    f"{weight.name!r} and {weight.tied_to!r} that are one tensor in the {self.role} and two in the "
+                    f"{other.role}",
+                    expected=f"weights that the {other.role} ties as well",
+                    cure="make one network a copy.deepcopy of the other",
+                )
 
     # -- write --------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         """Write `state` into the network, in place, all or nothing, cast to the network's dtypes.
 
-        Storage, Parameter objects, dtype, device and flags stay; version counters move, so that autograd notices a
+        Storage, Parameter objects, dtype, device and flags stay. Version counters move, so that autograd notices a
         write between a forward and its backward.
 
         Args:
@@ -267,68 +304,139 @@ class ScoreNetwork:
             non_blocking: Whether to return before copies from pinned memory to a GPU are done, as `Tensor.copy_` does.
 
         Raises:
-            MismatchError: If keys, a shape or a dtype class differ, or tied weights were given two values. Then nothing
-                was written.
+            MismatchError: If keys, a shape or a dtype class differ, or if tied weights have two values in `state`. Then
+                nothing was written.
         """
-        live = dict(self.named_tensors())
-        check(layout_of(state), layout_of(live), self.role, "the state")
-        given = {name: part_of(state[name], held(tensor)[1]) for name, tensor in live.items()}
+        weights, layout = self._weights(), layout_of(state)
+        flat = {w.name for w in weights if w.flattened and w.name in state and state[w.name].shape == w.tensor.shape}
+        layout |= {w.name: TensorMeta(state[w.name].dtype, w.meta.shape) for w in weights if w.name in flat}
+        _check_layout(layout, weights, self.role, "the state")
+        given = {w.name: state[w.name] if w.name in flat else _part_of(state[w.name], w.part) for w in weights}
         self.load_parts(given, non_blocking=non_blocking)
 
     def load_parts(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
-        """Write what this process holds of a state, whose layout fits, into the network.
+        """Write the parts that this rank holds of a state, whose layout fits, into the network.
 
         Args:
-            state: By canonical name, what `parts` says of each tensor.
+            state: The part of each tensor (`parts`), by canonical name.
             non_blocking: As in `load_state_dict`.
 
         Raises:
-            MismatchError: If tied weights were given two values. Then nothing was written.
+            MismatchError: If tied weights have two values in `state`. Then nothing was written.
         """
-        live = dict(self.named_tensors())
-        twins = ties(live)
-        for name, twin in twins.items():
-            if not torch.equal(state[twin], state[name]):
-                raise two_values(twin, name, self.role)
-        own = [name for name in live if name not in twins]
+        weights = self._weights()
+        for weight in weights:
+            if weight.tied_to is not None and not torch.equal(state[weight.tied_to], state[weight.name]):
+                raise _two_values(weight, self.role)
+        own = [weight for weight in weights if weight.tied_to is None]
         with torch.no_grad():
-            torch._foreach_copy_([held(live[n])[0] for n in own], [state[n] for n in own], non_blocking)
-            bump(live[name] for name in own)
+            torch._foreach_copy_([weight.local() for weight in own], [state[w.name] for w in own], non_blocking)
+        _increment_versions(own)
 
     def write(self, source: Source) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.
 
-        Where the network is contiguous and on the CPU, pieces are decoded straight into it; elsewhere one tensor at a
-        time is assembled in between.
+        Into contiguous weights on the CPU, pieces are decoded directly; elsewhere one tensor at a time is assembled in
+        between.
 
         Args:
             source: One tensor for each canonical name, no more, no less.
 
         Returns:
-            The checksum of what was read, before any cast, over every name of the source; of the parts that this
-            process holds (`parts`), if it does not hold all.
+            The checksum of the values read, before any cast, over every name of the source; of the parts that this rank
+            holds (`parts`), if it does not hold all.
 
         Raises:
             MismatchError: As `load_state_dict`. Then nothing was written. What `source.read` raises is passed on, and
                 then the network is half written.
         """
-        layout, total = source.layout(), Checksum()
-        live = dict(self.named_tensors())
-        twins = ties(live)
-        check(layout, layout_of(live), self.role, "the state")
-        names = {name: [name] for name in live if name not in twins}
-        for name, twin in twins.items():
-            cells = list(held(live[twin])[1].cells(source.grain(name)))
-            places = [(cell.start, cell.stop) for cell in cells]
-            if not all(torch.equal(source.read(name, a, b).clone(), source.read(twin, a, b)) for a, b in places):
-                raise two_values(twin, name, self.role)
-            names[twin].append(name)
+        weights, layout, total = self._weights(), source.layout(), Checksum()
+        _check_layout(layout, weights, self.role, "the state")
+        names = {weight.name: [weight.name] for weight in weights if weight.tied_to is None}
+        for weight in weights:
+            if weight.tied_to is not None:
+                for cell in weight.part.cells(source.grain(weight.name)):
+                    values = source.read(weight.name, cell.start, cell.stop).clone()
+                    if not torch.equal(values, source.read(weight.tied_to, cell.start, cell.stop)):
+                        raise _two_values(weight, self.role)
+                names[weight.tied_to].append(weight.name)
+        own = [weight for weight in weights if weight.tied_to is None]
         with torch.no_grad():
-            for name, known in names.items():
-                write_tensor(live[name], source, name, layout[name], total, known)
-            bump(live[name] for name in names)
+            for weight in own:
+                _write_weight(weight, source, layout[weight.name].dtype, total, names[weight.name])
+        _increment_versions(own)
         return total.digest()
 
 
-# What users pass as a role: `ScoreNetwork.of` takes it.
+# The types that users may pass as a role: `ScoreNetwork.of` takes them.
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
+
+
+def _chunk_checksum(weights: list[Weight], rank: int, ranks: int) -> Checksum:
+    """Return the checksum of one of several chunks of each parameter, as far as this rank holds it."""
+    total = Checksum()
+    for weight in weights:
+        shape = weight.meta.shape
+        count(total, weight, chunk_of(shape, rank, ranks) if weight.is_parameter and shape else None)
+    return total
+
+
+def _check_layout(given: Mapping[str, TensorMeta], weights: list[Weight], role: str, source: str) -> None:
+    """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
+    names = {weight.name for weight in weights}
+    if names != given.keys():
+        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
+        raise MismatchError(
+            f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
+            expected=f"the {len(names)} keys of the {role}, no more and no less",
+            cure="use two networks of one architecture (added heads must not be in the role), or of LoRA two adapters "
+            "of one base: lora.add_teacher(model, like=...)",
+        )
+    for weight in weights:
+        own, other = weight.meta, given[weight.name]
+        if other.shape != own.shape:
+            raise MismatchError(
+                f"{weight.name} of shape {tuple(other.shape)} in {source}",
+                expected=f"{tuple(own.shape)} as in the {role}",
+                cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
+            )
+        if other.dtype != own.dtype and dtype_class(other.dtype) != dtype_class(own.dtype):
+            raise MismatchError(
+                f"{weight.name} of {other.dtype} in {source}",
+                expected=f"a dtype like {own.dtype} of the {role}",
+                cure="use weights of the same class of dtype",
+            )
+
+
+def _two_values(weight: Weight, role: str) -> MismatchError:
+    """Return the error for tied weights that have two values in a state."""
+    return MismatchError(
+        f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {role}",
+        expected="one",
+        cure="write a state of a network that ties the same weights",
+    )
+
+
+def _part_of(given: Tensor, part: Part) -> Tensor:
+    """Return the part that this rank holds of a tensor, which is whole or a DTensor sharded in the same way."""
+    if part.stop is None or hasattr(given, "to_local"):
+        return local_tensor(given)
+    return given.reshape(part.shape).narrow(part.dim, part.start, part.stop - part.start)
+
+
+def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Checksum, names: list[str]) -> None:
+    """Write the part that this rank holds of one tensor of a source into the live tensor."""
+    local = weight.local()
+    direct = local.device.type == "cpu" and local.is_contiguous()
+    pinned = local.device.type == "cuda"
+    flat = local.detach().view(-1) if direct else host_tensor(local.numel(), dtype, pinned=pinned)
+    read_part(flat, weight.part, source, weight.name, dtype, total, names)
+    if not direct:
+        local.copy_(flat.view(local.shape), non_blocking=pinned)
+
+
+def _increment_versions(weights: list[Weight]) -> None:
+    """Increment the version counters of sharded weights: a DTensor's does not follow a write into its local memory."""
+    sharded = [weight.tensor for weight in weights if weight.sharded]
+    if sharded:
+        torch.autograd.graph.increment_version(sharded)

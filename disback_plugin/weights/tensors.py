@@ -1,166 +1,244 @@
-"""Names and tensors of a network, whatever wraps it, and which of them can be written in place.
-
-Whatever wraps a network (DDP, `torch.compile`, activation checkpointing), its weights go by their canonical names, the
-names of the plain module, so that a node recorded from one form fits every other.
-"""
+"""Types, shapes and parts of tensors, the pieces in which they are read, and the protocol of what is read from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from disback_plugin.errors import RoleError
-from disback_plugin.weights.fsdp1 import flattened, free, locate
-from disback_plugin.weights.sharding import held, is_sharded, trouble
+__all__ = [
+    "GRAIN",
+    "PIECE",
+    "Cell",
+    "Part",
+    "Sharding",
+    "Source",
+    "TensorMeta",
+    "chunk_of",
+    "dtype_class",
+    "host_tensor",
+    "layout_of",
+    "masked",
+    "pieces",
+]
 
-__all__ = ["find", "named_modules", "own_tensors", "reshard", "unwrap"]
-
-# Wrapper class -> attribute that holds the wrapped module. By name: importing torch._dynamo would take a second.
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-}
-# The same of peft, around a network that adapters were put into; its layers are in the network itself.
-_ADAPTED = {"PeftModel": "base_model", "BaseTuner": "model"}
+# The number of elements that are read, decoded and written at once: large enough that a call's fixed costs vanish,
+# small enough for a processor's cache, and a whole number of every codec's blocks.
+PIECE = 1 << 20
+# A rank that holds a part of a tensor reads from and to multiples of this: a whole number of blocks of the codecs that
+# need not decode a piece as a whole, and of a checksum's 512 bytes. It divides PIECE.
+GRAIN = 512
 
 
-def unwrap(module: nn.Module, *, adapted: bool = False) -> nn.Module:
-    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoint wrappers and a `PeftModel`,
-    however nested.
+@dataclass(frozen=True)
+class TensorMeta:
+    """The dtype and the whole shape of a tensor."""
 
-    Args:
-        module: What is wrapped.
-        adapted: Whether to stop at a `PeftModel`: what is called, and calls the network past its hooks.
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Source(Protocol):
+    """A state dict that is read piece by piece, so that it need not be in memory as a whole."""
+
+    def layout(self) -> Mapping[str, TensorMeta]:
+        """Return dtype and shape of each tensor by canonical name; tied tensors under each of their names."""
+        ...
+
+    def grain(self, name: str) -> int:
+        """Return the number of elements at whose multiples a read of a tensor has to begin and end.
+
+        It is a multiple of GRAIN that divides PIECE.
+        """
+        ...
+
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return elements [start, stop) of a tensor in row-major order, on the CPU, shape (stop - start,).
+
+        All elements are in one piece (`pieces`). `start` is a multiple of `grain(name)`, and `stop` is one too or the
+        tensor's end. With `out`, which has this shape, the tensor's dtype and memory of the CPU, the values are written
+        there and `out` is returned. Without it, the next call may overwrite what was returned.
+        """
+        ...
+
+
+def layout_of(state: Mapping[str, Tensor]) -> dict[str, TensorMeta]:
+    """Return dtype and shape of each tensor of a state dict.
 
     Example:
-        >>> plain = nn.Linear(1, 1)
-        >>> unwrap(nn.DataParallel(plain)) is plain
-        True
+        >>> layout_of({"w": torch.zeros(2)})["w"].shape
+        torch.Size([2])
     """
-    for kind in type(module).__mro__:
-        if kind.__name__ == "FullyShardedDataParallel" and not module._use_orig_params:
-            raise RoleError(
-                f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without their names",
-                expected="weights that have names",
-                cure="wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or shard it with "
-                "torch's fully_shard (FSDP2)",
-            )
-        package = kind.__module__.partition(".")[0]
-        known = _WRAPPERS if package == "torch" else _ADAPTED if package == "peft" and not adapted else {}
-        if kind.__name__ in known:
-            return unwrap(getattr(module, known[kind.__name__]), adapted=adapted)
-    return module
+    return {name: TensorMeta(tensor.dtype, tensor.shape) for name, tensor in state.items()}
 
 
-def find(root: object, prefix: str, role: str) -> list[nn.Module]:
-    """Return the unwrapped modules from `root` down to that at a dotted canonical name inside it; `PeftModel` stays.
+def host_tensor(elements: int, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+    """Return an uninitialised tensor on the CPU, shape (elements,), under any default device and inference mode.
+
+    Example:
+        >>> host_tensor(3, torch.bfloat16).shape
+        torch.Size([3])
+    """
+    with torch.inference_mode(False):
+        return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=pinned)
+
+
+def pieces(elements: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of the pieces of a tensor; an empty tensor has one empty piece.
+
+    Example:
+        >>> list(pieces(PIECE + 1))
+        [(0, 1048576), (1048576, 1048577)]
+    """
+    for start in range(0, max(elements, 1), PIECE):
+        yield start, min(start + PIECE, elements)
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """Return "floating", "complex", "bool" or "integer": a write casts within a class."""
+    if dtype.is_floating_point:
+        return "floating"
+    return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
+
+
+class Cell(NamedTuple):
+    """A range of a tensor that is read at once, and the elements of it that this rank holds.
+
+    Attributes:
+        start: First element to read, in the whole tensor's row-major order.
+        stop: End of the range.
+        keep: The elements of the range that are held here.
+        at: Their place in the local tensor, in its row-major order.
+    """
+
+    start: int
+    stop: int
+    keep: slice | Tensor
+    at: slice
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole range is held here."""
+        return bool(self.at.stop - self.at.start == self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) along one dimension of a tensor: the part that one rank holds.
 
     Args:
-        root: A module, plain or wrapped.
-        prefix: The name; "" for `root` itself.
-        role: What to call it in errors.
+        shape: Shape of the whole tensor.
+        dim: The dimension that is cut.
+        start: First index along it.
+        stop: End along it; None makes the part the whole tensor.
 
-    Raises:
-        RoleError: If `root` is no module, or holds nothing there.
+    Example:
+        >>> Part(torch.Size([4, 3]), dim=0, start=1, stop=3).elements
+        6
     """
-    if not isinstance(root, nn.Module):
-        raise RoleError(
-            f"{type(root).__name__} as the {role}", expected="a torch.nn.Module", cure=f"pass {role}=<module>"
-        )
-    module = unwrap(root, adapted=True)
-    way = [module]
-    for name in filter(None, prefix.split(".")):
-        module = unwrap(module)
-        child = module._modules.get(name)
-        if child is None:
-            raise RoleError(
-                f"no {name!r} of prefix {prefix!r} in {type(module).__name__}, which has {sorted(module._modules)}",
-                expected=f"the {role} there",
-                cure="correct the prefix",
-            )
-        module = unwrap(child, adapted=True)
-        way.append(module)
-    return way
+
+    shape: torch.Size
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements held."""
+        return self.local_shape.numel()
+
+    @property
+    def local_shape(self) -> torch.Size:
+        """Shape of the part."""
+        if self.stop is None:
+            return self.shape
+        return torch.Size((*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :]))
+
+    def cells(self, grain: int = GRAIN) -> Iterator[Cell]:
+        """Yield the ranges to read for this part; each lies within a piece, and its ends are multiples of `grain`.
+
+        Args:
+            grain: A multiple of `GRAIN` that divides `PIECE`.
+        """
+        total = self.shape.numel()
+        if self.stop is None:
+            for start, stop in pieces(total):
+                yield Cell(start, stop, slice(0, stop - start), slice(start, stop))
+            return
+        inner = prod(self.shape[self.dim + 1 :])
+        if prod(self.shape[: self.dim]) == 1:
+            yield from _contiguous_cells(self.start * inner, self.stop * inner, total, grain)
+            return
+        # The cut goes across the rows: the whole tensor is read, piece by piece.
+        done = 0
+        for start, stop in pieces(total):
+            index = torch.arange(start, stop, device="cpu") // inner % self.shape[self.dim]
+            keep = (index >= self.start) & (index < self.stop)
+            kept = int(keep.sum())
+            if kept:
+                yield Cell(start, stop, keep, slice(done, done + kept))
+            done += kept
 
 
-def reshard(holders: Iterable[nn.Module], roots: Iterable[nn.Module]) -> None:
-    """Let FSDP2 free the parameters that it has gathered for a forward: those of `holders`, and of all inside `roots`.
+def _contiguous_cells(first: int, last: int, total: int, grain: int) -> Iterator[Cell]:
+    """Yield the cells of elements [first, last)."""
+    for piece in range(first - first % PIECE, last if first < last else 0, PIECE):
+        lo, hi = max(piece, first), min(piece + PIECE, last)
+        cuts = [lo, hi]
+        if hi - lo > 64 * grain:  # complete cells are decoded in place, so the ragged ends become cells of their own
+            cuts = sorted({lo, -(-lo // grain) * grain, hi if hi == total else hi - hi % grain, hi})
+        for a, b in pairwise(cuts):
+            start, stop = a - a % grain, min(-(-b // grain) * grain, total)
+            yield Cell(start, stop, slice(a - start, b - start), slice(a - first, b - first))
 
-    A root keeps its own after a forward, and would go on with them though the shards were written.
+
+def chunk_of(shape: torch.Size, rank: int, ranks: int, dim: int = 0) -> Part:
+    """Return the part of one of several ranks, as torch cuts a tensor: equal chunks, the last ones smaller.
+
+    Example:
+        >>> [chunk_of(torch.Size([5]), rank, 4).elements for rank in range(4)]
+        [2, 2, 1, 0]
     """
-    for module in (*holders, *(inner for root in roots for inner in root.modules())):
-        # By name: to import torch.distributed.fsdp takes half a second.
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            module.reshard()  # type: ignore[operator]
+    size = shape[dim]
+    rows = -(-size // ranks)
+    return Part(shape, dim, min(rank * rows, size), min((rank + 1) * rows, size))
 
 
-def named_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the canonical name, with a dot at its end, and the unwrapped form of a module and all inside it."""
-    module = unwrap(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}{name}.")
+@dataclass(frozen=True)
+class Sharding:
+    """A tensor of which several ranks hold one part each: a DTensor's, which is cut into equal chunks.
 
-
-def own_tensors(module: nn.Module, prefix: str, role: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield canonical name and live tensor of a module's own parameters and persistent buffers.
-
-    Raises:
-        RoleError: If one of them cannot be written in place, or the module keeps state that is no tensor.
+    Args:
+        shape: Shape of the whole tensor.
+        rank: This rank, among those that share the tensor.
+        ranks: Number of ranks that share it.
+        group: Their process group.
+        device: The device from which the group sends.
+        dim: The dimension that is cut into equal chunks; None if FSDP1 cuts at arbitrary places.
     """
-    kind = type(module)
-    if kind.get_extra_state is not nn.Module.get_extra_state:
-        raise RoleError(
-            f"extra state in {prefix or 'the root'} ({kind.__name__}) of the {role}",
-            expected="weights that are tensors only",
-            cure="use a network whose state_dict() holds nothing but tensors",
-        )
-    # What FSDP1 has gathered for a forward, and keeps, is let go: the shards are what counts.
-    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-    locate(parameters)
-    free(parameters)
-    persistent = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
-    for name, tensor in (*module._parameters.items(), *persistent.items()):
-        if tensor is not None:
-            reason = _unwritable(tensor)
-            if reason is None and (is_sharded(tensor) or flattened(tensor)):
-                reason = trouble(tensor) or _unwritable(held(tensor)[0])
-            if reason:
-                raise RoleError(
-                    f"{prefix}{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1]
-                )
-            yield prefix + name, tensor
+
+    shape: torch.Size
+    rank: int
+    ranks: int
+    group: Any
+    device: torch.device
+    dim: int | None = 0
+
+    def part_of(self, rank: int) -> Part:
+        """Return the part of the tensor that a rank holds."""
+        assert self.dim is not None
+        return chunk_of(self.shape, rank, self.ranks, self.dim)
 
 
-def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
-    """Return what is wrong with a weight and its cure, or None; of a DTensor, with what can be seen from outside."""
-    if getattr(tensor, "_is_flat_param", False):
-        return "is several weights in one, without their names", "wrap it with use_orig_params=True"
-    if hasattr(tensor, "ds_id"):
-        return "is partitioned by DeepSpeed's ZeRO-3", "use ZeRO-2, or shard it with torch's fully_shard (FSDP2)"
-    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-        return "is lazy and has no shape yet", "run one forward first"
-    if tensor.is_meta:
-        return "is on the meta device and has no values", "load the weights first"
-    if tensor.layout is not torch.strided:
-        return f"is stored as {tensor.layout}", "use dense weights"
-    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        return "is expanded: its elements share memory", "register a .clone() of it"
-    if tensor.dtype in (torch.complex128, torch.complex32):
-        return f"is of {tensor.dtype}, which safetensors cannot hold", "use complex64 or two real tensors"
-    if tensor.is_inference():
-        return "was made in inference mode and cannot be written in place", "build the network outside inference_mode()"
-    if is_sharded(tensor):
-        return None
-    narrow = tensor.is_floating_point() and tensor.element_size() < 2
-    integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
-    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)
-    if tensor.is_quantized or integer_weight or narrow or not plain:
-        return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
-    return None
+def masked(values: Tensor, cell: Cell) -> Tensor:
+    """Return the values of a cell, with zeros where this rank does not hold them."""
+    if cell.complete:
+        return values
+    own = torch.zeros_like(values)
+    own[cell.keep] = values[cell.keep]
+    return own

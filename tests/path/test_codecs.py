@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disback_plugin.path.codecs import BLOCK, LEVELS, decode_int8, encode_int8, equal_bits, fits_int8
-from disback_plugin.weights.tensor_meta import PIECE, pieces
+from disback_plugin.weights.tensors import PIECE, pieces
 
 LENGTHS = st.sampled_from([0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3])
 

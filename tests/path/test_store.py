@@ -21,7 +21,7 @@ from disback_plugin.path.delta import NodeSource
 from disback_plugin.schedules import Fixed, Ramp
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.tensor_meta import TensorMeta
+from disback_plugin.weights.tensors import TensorMeta
 
 
 @pytest.fixture(scope="module")

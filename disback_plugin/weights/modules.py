@@ -1,0 +1,246 @@
+"""The table of a network's weights: canonical names and live tensors, enumerated once.
+
+Whatever wraps a network (DDP, FSDP, `torch.compile`, activation checkpointing), its weights have canonical names, those
+of the plain module, so that a node recorded from one form fits every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disback_plugin.errors import RoleError
+from disback_plugin.weights.sharding import Weight, is_flattened, problem
+
+__all__ = ["WeightTable", "find", "named_modules", "unwrap"]
+
+# Wrapper class -> its package and the attribute that holds the wrapped module. Classes are compared by name, because
+# importing torch._dynamo would take a second. peft's are around a network whose layers hold the adapters.
+_WRAPPERS = {
+    "OptimizedModule": ("torch", "_orig_mod"),
+    "DistributedDataParallel": ("torch", "module"),
+    "DataParallel": ("torch", "module"),
+    "CheckpointWrapper": ("torch", "_checkpoint_wrapped_module"),
+    "FullyShardedDataParallel": ("torch", "_fsdp_wrapped_module"),
+    "PeftModel": ("peft", "base_model"),
+    "BaseTuner": ("peft", "model"),
+}
+
+
+def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
+    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoint wrappers and a `PeftModel`.
+
+    Args:
+        module: The module, wrapped any number of times.
+        keep_peft: Whether to stop at a `PeftModel`, which calls the network past its hooks.
+
+    Raises:
+        RoleError: If FSDP1 wraps it with `use_orig_params=False`.
+
+    Example:
+        >>> plain = nn.Linear(1, 1)
+        >>> unwrap(nn.DataParallel(plain)) is plain
+        True
+    """
+    while True:
+        for kind in type(module).__mro__:
+            package, attribute = _WRAPPERS.get(kind.__name__, ("", ""))
+            if not package or kind.__module__.partition(".")[0] != package or (keep_peft and package == "peft"):
+                continue
+            if attribute == "_fsdp_wrapped_module" and not module._use_orig_params:
+                raise RoleError(
+                    f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without their "
+                    "names",
+                    expected="weights that have names",
+                    cure="wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or shard it with "
+                    "torch's fully_shard (FSDP2)",
+                )
+            module = getattr(module, attribute)
+            break
+        else:
+            return module
+
+
+def find(root: object, prefix: str, role: str) -> list[nn.Module]:
+    """Return the modules from `root` down to the one at a canonical name inside it, unwrapped except for `PeftModel`.
+
+    Args:
+        root: A module, plain or wrapped.
+        prefix: The dotted name; "" for `root` itself.
+        role: The name of the network in errors.
+
+    Raises:
+        RoleError: If `root` is no module, or holds nothing under that name.
+    """
+    if not isinstance(root, nn.Module):
+        raise RoleError(
+            f"{type(root).__name__} as the {role}", expected="a torch.nn.Module", cure=f"pass {role}=<module>"
+        )
+    module = unwrap(root, keep_peft=True)
+    found = [module]
+    for name in filter(None, prefix.split(".")):
+        module = unwrap(module)
+        child = module._modules.get(name)
+        if child is None:
+            raise RoleError(
+                f"no {name!r} of prefix {prefix!r} in {type(module).__name__}, which has {sorted(module._modules)}",
+                expected=f"the {role} there",
+                cure="correct the prefix",
+            )
+        module = unwrap(child, keep_peft=True)
+        found.append(module)
+    return found
+
+
+def named_modules(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Return the canonical name, with a dot at its end, and the unwrapped form of a module and of all inside it."""
+    found, waiting = [], [(prefix, module)]
+    while waiting:
+        name, each = waiting.pop()
+        each = unwrap(each)
+        found.append((name, each))
+        for key, child in reversed(each._modules.items()):
+            if child is not None:
+                waiting.append((f"{name}{key}.", child))
+    return found
+
+
+class WeightTable:
+    """The weights of a network, and what tells whether they are still the same objects.
+
+    Args:
+        roots: The unwrapped modules, by the prefix of their names.
+        holders: The modules around them, whose FSDP2 state has to be freed too.
+        role: The name of the network in errors.
+        select: A function that returns those modules of a list from `named_modules` whose own tensors are the weights,
+            with their names; None for all.
+
+    Attributes:
+        weights: The table; tied tensors stand under each of their names.
+
+    Raises:
+        RoleError: If a tensor cannot be written in place, or a module keeps state that is no tensor.
+    """
+
+    def __init__(
+        self,
+        roots: Mapping[str, nn.Module],
+        holders: Iterable[nn.Module],
+        role: str,
+        select: Callable[[list[tuple[str, nn.Module]]], list[tuple[str, nn.Module]]] | None = None,
+    ) -> None:
+        everything = [named for prefix, root in roots.items() for named in named_modules(root, prefix)]
+        selected = everything if select is None else select(everything)
+        self._resharders = _fsdp2_resharders([*holders, *(module for _, module in everything)])
+        self._reshard()
+        flattened = [p for _, module in selected for p in module._parameters.values() if p is not None]
+        flattened = [parameter for parameter in flattened if is_flattened(parameter)]
+        if flattened:
+            from disback_plugin.weights import fsdp1
+
+            self._resharders += fsdp1.resharders(flattened)
+            self._reshard()
+        # The slot of each object: the dictionary of its module, its name there, and the object.
+        self._slots: list[tuple[Mapping[str, Any], str, Any]] = []
+        for _, module in everything:
+            self._slots += [(module._modules, name, child) for name, child in module._modules.items()]
+        self.weights: list[Weight] = []
+        for name, module in selected:
+            self._add(name, module, role)
+        # The shape of a tensor of FSDP1 is not that of the weight.
+        self._shapes = [weight.tensor.shape for weight in self.weights]
+        first: dict[int, str] = {}
+        for weight in self.weights:
+            found = first.setdefault(id(weight.tensor), weight.name)
+            weight.tied_to = None if found == weight.name else found
+
+    def is_current(self) -> bool:
+        """Let FSDP free what it has gathered and keeps; return whether the live tensors are those of the table."""
+        self._reshard()
+        for slots, name, known in self._slots:
+            if slots.get(name) is not known:
+                return False
+        for weight, shape in zip(self.weights, self._shapes, strict=True):
+            if weight.tensor.dtype is not weight.meta.dtype or weight.tensor.shape != shape:
+                return False
+        return True
+
+    def add_names(self, names: Iterable[str]) -> None:
+        """Add names to the table that identify the network, each with an empty tensor."""
+        for name in names:
+            self.weights.append(Weight(name, torch.empty(0)))
+            self._shapes.append(torch.Size([0]))
+
+    def _reshard(self) -> None:
+        """Let FSDP free what it has gathered for a forward: a root would go on with it after a write to its shards."""
+        for reshard in self._resharders:
+            reshard()
+
+    def _add(self, prefix: str, module: nn.Module, role: str) -> None:
+        """Add a module's own parameters and persistent buffers."""
+        kind = type(module)
+        if kind.get_extra_state is not nn.Module.get_extra_state:
+            raise RoleError(
+                f"extra state in {prefix or 'the root'} ({kind.__name__}) of the {role}",
+                expected="weights that are tensors only",
+                cure="use a network whose state_dict() holds nothing but tensors",
+            )
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if slots is module._buffers and name in module._non_persistent_buffers_set:
+                    continue
+                self._slots.append((slots, name, tensor))
+                if tensor is None:
+                    continue
+                reason = _unwritable(tensor)
+                if reason is None:
+                    weight = Weight(prefix + name, tensor)
+                    if weight.is_dtensor or weight.flattened:
+                        reason = problem(tensor) or _unwritable(weight.local())
+                if reason is not None:
+                    raise RoleError(
+                        f"{prefix}{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1]
+                    )
+                self.weights.append(weight)
+
+
+def _fsdp2_resharders(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
+    """Return the `reshard` of each module that FSDP2 manages."""
+    found: list[Callable[[], None]] = []
+    for module in modules:
+        for kind in type(module).__mro__:
+            if kind.__name__ == "FSDPModule":  # by name: to import torch.distributed.fsdp takes half a second
+                found.append(module.reshard)  # type: ignore[arg-type]
+                break
+    return found
+
+
+def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
+    """Return why a tensor cannot be written in place, and the cure, or None; of a DTensor, as far as it shows."""
+    if getattr(tensor, "_is_flat_param", False):
+        return "is several weights in one, without their names", "wrap it with use_orig_params=True"
+    if hasattr(tensor, "ds_id"):
+        return "is partitioned by DeepSpeed's ZeRO-3", "use ZeRO-2, or shard it with torch's fully_shard (FSDP2)"
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        return "is lazy and has no shape yet", "run one forward first"
+    if tensor.is_meta:
+        return "is on the meta device and has no values", "load the weights first"
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}", "use dense weights"
+    if 0 in tensor.stride() and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded: its elements share memory", "register a .clone() of it"
+    if tensor.dtype in (torch.complex128, torch.complex32):
+        return f"is of {tensor.dtype}, which safetensors cannot hold", "use complex64 or two real tensors"
+    if tensor.is_inference():
+        return "was made in inference mode and cannot be written in place", "build the network outside inference_mode()"
+    if hasattr(tensor, "to_local"):
+        return None
+    narrow = tensor.is_floating_point() and tensor.element_size() < 2
+    integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
+    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)
+    if tensor.is_quantized or integer_weight or narrow or not plain:
+        return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
+    return None
