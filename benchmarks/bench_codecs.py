@@ -1,13 +1,18 @@
 """What each codec costs and saves on a real network: a diffusers U-Net of 43 M parameters, as teacher of digits.
 
 The teacher is trained for a moment and then recorded on samples of the initial student (the teacher's own one-step
-sample, as DMD2 and SiD start), one path a codec along the very same updates. Takes about ten minutes on one core:
+sample, as DMD2 and SiD start), one path a codec along the very same updates. The error of a codec in the scores is the
+change that it makes in the network's output, on the student's noised samples, over the change from the node before:
+
+    error = |s(decoded theta_i) - s(theta_i)| / |s(theta_i) - s(theta_{i-1})|
+
+Takes about five minutes on one core:
 
     pytest benchmarks/bench_codecs.py -m slow -s
 
-The last tables are in benchmarks/codecs.md. Goals: int8 >= 3.9x smaller than float32 at <= 0.5 % error, int6 >= 5x at
-<= 1 %, exact >= 1.4x; five int6 nodes smaller than one teacher checkpoint; and a student of digits that is trained
-along an int8 path ends where it ends along the exact one, within the noise of the seeds.
+The last tables are in benchmarks/codecs.md. Goals: int8 >= 3.9x smaller than float32 at <= 0.5 % error, exact without
+any; and a student of digits that is trained along an int8 path ends where it ends along the exact one, within the noise
+of the seeds.
 """
 
 from __future__ import annotations
@@ -15,19 +20,17 @@ from __future__ import annotations
 import copy
 import statistics
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from disback_plugin.path.probes import Probe
 from sklearn.datasets import load_digits
 from torch import nn
 
 from disback_plugin import losses
 from disback_plugin.demo import study
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
-from disback_plugin.path.codecs import SMALLEST_FIRST
+from disback_plugin.path.codecs import CODECS
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.path.model_card import percent
@@ -83,6 +86,23 @@ def teacher():
     return net
 
 
+def output_at(net, weights, inputs):
+    """The output of the network on fixed inputs, at other weights than its own."""
+    role = ScoreNetwork(net)
+    before = {name: tensor.clone() for name, tensor in role.state_dict().items()}
+    role.load_state_dict(weights)
+    with torch.no_grad():
+        output = net(*inputs)
+    role.load_state_dict(before)
+    return output
+
+
+def error_in_scores(net, path, weights, previous, inputs):
+    """The change of the output that the codec of the last node makes, over the change from the node before."""
+    now, then, decoded = (output_at(net, state, inputs) for state in (weights, previous, path[-1]))
+    return ((decoded - now).norm() / (now - then).norm()).item()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [1e-4, 1e-5])
 def bench_codecs(teacher, rate, tmp_path):
@@ -90,54 +110,45 @@ def bench_codecs(teacher, rate, tmp_path):
     generator, student_score = copy.deepcopy(teacher).eval(), copy.deepcopy(teacher)
     optimizer = torch.optim.Adam(student_score.parameters(), lr=rate)
     role = ScoreNetwork(student_score)
-    probe = Probe(role)
     start = ScoreNetwork(teacher).state_dict()
-    paths = {
-        codec: DegradationPath.create(tmp_path / codec, start, Recording(60, 15, codec))
-        for codec in (*SMALLEST_FIRST, "auto")
-    }
+    paths = {codec: DegradationPath.create(tmp_path / codec, start, Recording(60, 15, codec)) for codec in CODECS}
+    errors = {codec: [] for codec in CODECS}
     for iteration in range(1, 61):
         with torch.no_grad():
             x_0 = generator(2.5 * torch.randn(16, 1, 8, 8), torch.full((16,), 2.5))
         step(student_score, optimizer, x_0)
         if iteration % 15 == 0:
-            for path in paths.values():
-                path.append(role.state_dict(), iteration=iteration, probe=probe)
+            sigma = lognormal_sigma(len(x_0))
+            inputs = add_noise(x_0, torch.randn_like(x_0), alpha=1.0, sigma=expand(sigma, x_0)), sigma
+            for codec, path in paths.items():
+                previous = path[-1]
+                path.append(role.state_dict(), iteration=iteration)
+                errors[codec].append(error_in_scores(student_score, path, role.state_dict(), previous, inputs))
     size = sum(4 * t.numel() for t in start.values())
     print(f"\nrate {rate:g}, {size // 4:,} parameters, four nodes\n")
-    print("| codec | smaller than float32 | error in scores, worst node | error in weights | nodes | checkpoints |")
-    print("|---|---|---|---|---|---|")
-    ratio, error, share = {}, {}, {}
+    print("| codec | smaller than float32 | error in scores, worst node | error in weights | checkpoints |")
+    print("|---|---|---|---|---|")
+    ratio, error = {}, {}
     for codec, path in paths.items():
         ratio[codec] = min(size / node.bytes for node in path.nodes)
-        error[codec] = max(node.codec_error for node in path.nodes)
-        share[codec] = sum(node.bytes for node in path.nodes) / size
+        error[codec] = max(errors[codec])
+        share = sum(node.bytes for node in path.nodes) / size
         weights = max(node.weight_error for node in path.nodes)
-        kinds = ", ".join(dict.fromkeys(node.codec for node in path.nodes))
-        print(
-            f"| `{codec}` | {ratio[codec]:.2f} | {percent(error[codec])} | {percent(weights)} | {kinds} "
-            f"| {share[codec]:.2f} |"
-        )
+        print(f"| `{codec}` | {ratio[codec]:.2f} | {percent(error[codec])} | {percent(weights)} | {share:.2f} |")
         path.verify()
     assert ratio["int8"] >= 3.9
     assert error["int8"] <= 0.005
-    assert ratio["int6"] >= 5
-    assert error["int6"] <= 0.01
-    assert ratio["exact"] >= 1.4
     assert error["exact"] == 0
-    assert share["int6"] * 5 / 4 <= 1
-    assert error["auto"] <= 0.01
-    assert Path(paths["exact"].folder / "node-004.safetensors").exists()
     final = paths["exact"][4]
     assert all(torch.equal(final[name], tensor) for name, tensor in role.state_dict().items())
 
 
 @pytest.mark.slow
 def bench_students_of_coded_paths(tmp_path):
-    """Ten seeds of the demonstration's first regime, along the same recording in five nodes, stored in several ways."""
+    """Ten seeds of the demonstration's first regime, along the same recording in five nodes, stored by both codecs."""
     regime = replace(study.regime_of("mlp", "scratch"), every=5)
     finals = {}
-    for codec in ("exact", "bf16", "int8", "int6", "int4"):
+    for codec in ("exact", "int8"):
         run = study.Study(replace(regime, codec=codec), range(200, 210), tmp_path).distil(
             "disback", path=tmp_path / codec, schedule=Ramp(50)
         )

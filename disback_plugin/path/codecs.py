@@ -25,20 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disback_plugin.errors import COPY_AGAIN, PathError
+from disback_plugin.errors import PathError
+from disback_plugin.path.files import damaged
 from disback_plugin.weights.tensors import PIECE, TensorMeta, host_tensor, pieces
 
 __all__ = [
-    "BLOCK",
-    "CODECS",
-    "Delta",
-    "Entry",
-    "decode_int8",
-    "encode_int8",
-    "equal_bits",
-    "fits_int8",
-    "retired_codec",
-]
+    "BLOCK", "CODECS", "Delta", "Entry", "decode_int8", "encode_int8", "equal_bits", "fits_int8", "retired_codec"
+]  # fmt: skip
 
 CODECS = ("int8", "exact")
 # Neighbouring weights that share a scale: 0.125 bits a weight.
@@ -100,7 +93,7 @@ def decode_int8(q: Tensor, scale: Tensor, previous: Tensor, start: int, out: Ten
     before, factor = previous.float(), scale[first : first + -(-n // BLOCK)].float()
     steps = _scratch(n).copy_(q[start : start + n])
     total = out if out.dtype == torch.float32 else steps
-    a, b, c = (tensor[:whole].view(-1, BLOCK) for tensor in (before, steps, total))
+    a, b, c = before[:whole].view(-1, BLOCK), steps[:whole].view(-1, BLOCK), total[:whole].view(-1, BLOCK)
     torch.addcmul(a, b, factor[: len(a), None], out=c)
     if n > whole:  # the tensor's last block may be shorter
         torch.addcmul(before[whole:], steps[whole:], factor[-1], out=total[whole:])
@@ -182,10 +175,8 @@ class Entry:
         if code in ("exact", "bf16", "int6", "int5", "int4"):
             raise retired_codec(f"weights stored as {code!r}")
         dtype = getattr(torch, name)
-        sizes = all(type(size) is int and 0 <= size < 1 << 48 for size in shape)
-        if code not in CODES or not sizes or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{value!r:.80}")
-        if code == "int8" and not dtype.is_floating_point:
+        fits = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or code != "int8")
+        if code not in CODES or not fits or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
             raise ValueError(f"{value!r:.80}")
         return cls(code, TensorMeta(dtype, torch.Size(shape)))
 
@@ -223,8 +214,8 @@ class Delta:
         previous = previous.to(dtype)
         if entry.code == "same":
             return previous
-        out = next((m for m in memory if m is not None and m.dtype == dtype), None)
-        out = host_tensor(len(previous), dtype) if out is None else out
+        fitting = [offered for offered in memory if offered is not None and offered.dtype == dtype]
+        out = fitting[0] if fitting else host_tensor(len(previous), dtype)
         decode_int8(self.parts[f"{name}|q"], self.parts[f"{name}|scale"], previous, start, out)
         return out
 
@@ -255,26 +246,19 @@ class Delta:
         except PathError as error:
             raise retired_codec(f"{error.found} in {source}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise PathError(
-                f"{source} whose layout does not read ({error})", expected="a node", cure=COPY_AGAIN
-            ) from error
+            raise damaged(f"{source} whose layout does not read ({error})", "a node") from error
         wanted = {part: meta for name, entry in entries.items() for part, meta in entry.stored(name).items()}
         if not fits or wanted.keys() != parts.keys():
-            odd = sorted(wanted.keys() ^ parts.keys())[:3]
-            raise PathError(f"{source} with parts missing or too many {odd}", expected="a node", cure=COPY_AGAIN)
+            raise damaged(
+                f"{source} with parts missing or too many {sorted(wanted.keys() ^ parts.keys())[:3]}", "a node"
+            )
         for name, meta in wanted.items():
-            part = parts[name]
-            if part.dtype != meta.dtype or part.shape != meta.shape:
-                raise PathError(
-                    f"{name} of {part.dtype} and shape {tuple(part.shape)} in {source}",
-                    expected=f"{meta.dtype} and shape {tuple(meta.shape)}",
-                    cure=COPY_AGAIN,
-                )
+            found = TensorMeta(parts[name].dtype, parts[name].shape)
+            if found != meta:
+                raise damaged(f"{name} of {found} in {source}", f"{meta}")
         for name, entry in entries.items():
             if entry.code == "int8" and not parts[f"{name}|scale"].isfinite().all():
-                raise PathError(
-                    f"{name} with a scale that is not finite in {source}", expected="a node", cure=COPY_AGAIN
-                )
+                raise damaged(f"{name} with a scale that is not finite in {source}", "a node")
         return cls(entries, aliases, parts)
 
 

@@ -29,7 +29,7 @@ from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
 from disback_plugin.path.delta import InterpolatedSource
 from disback_plugin.path.manifest import CONFIG, Manifest, Node, Recording
-from disback_plugin.path.store import Store
+from disback_plugin.path.store import Store, unwritable
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Part, Source
@@ -275,12 +275,6 @@ class DegradationPath(
                 "or pass another path=",
             )
         if not self.manifest.recording.keep_teacher:
-            if whole.sharded:
-                raise PathError(
-                    f"a path in {self.folder} without node 0, and a sharded teacher",
-                    expected="a path that holds node 0, of which each rank can read its part",
-                    cure="record with keep_teacher=True, or attach before sharding",
-                )
             self._store.keep_teacher(whole)
 
     # -- write --------------------------------------------------------------------------------------------------------
@@ -315,7 +309,7 @@ class DegradationPath(
         """
         self._store.require_due(iteration)
         whole = FullState.of(state)
-        self._on_rank_zero(lambda: self._store.append(whole, iteration, exactly=exactly, training=training), whole)
+        self._on_rank_zero(lambda: self._store.append(whole, iteration, exactly, training), whole)
         self.remove_leftovers()
 
     def training_state(self) -> dict[str, Tensor] | None:
@@ -354,11 +348,7 @@ class DegradationPath(
             try:
                 return write()
             except OSError as error:
-                raise PathError(
-                    f"a folder that cannot be written, {self.folder} ({error})",
-                    expected="free space and permission to write",
-                    cure="make room, or pass another path=",
-                ) from error
+                raise unwritable(self.folder, error) from error
 
         self._store.manifest = distributed.on_main_process(written, state)
 
@@ -371,20 +361,14 @@ class DegradationPath(
 
         Raises:
             PathError: If the path is broken. Then nothing was written.
-            OptionError: If it is the path's own folder, or one that holds anything.
+            OptionError: If the folder holds anything.
         """
         self.verify()
-        if Path(save_directory).resolve() == self.folder.resolve():
-            raise OptionError(
-                f"save_pretrained({str(save_directory)!r}) onto itself",
-                expected="another folder",
-                cure="omit it, the path is saved; push_to_hub(repo_id) publishes it",
-            )
         if Path(save_directory).is_dir() and files.visible(Path(save_directory)):
             raise OptionError(
                 f"save_pretrained({str(save_directory)!r}) into a folder that holds something",
                 expected="an empty or missing folder",
-                cure="pass another folder; nothing there was touched",
+                cure="pass another folder, nothing there was touched; push_to_hub(repo_id) publishes the path",
             )
         return super().save_pretrained(save_directory, **options)
 

@@ -22,20 +22,9 @@ from torch import Tensor
 from disback_plugin.errors import COPY_AGAIN, PathError
 
 __all__ = [
-    "copy",
-    "digest",
-    "from_json",
-    "is_leftover",
-    "map_tensors",
-    "read_json",
-    "spool",
-    "stamp",
-    "to_json",
-    "visible",
-    "write_json",
-    "write_tensors",
-    "write_text",
-]
+    "copy", "damaged", "digest", "from_json", "is_leftover", "map_tensors", "read_json", "spool", "stamp", "to_json",
+    "visible", "write_json", "write_tensors", "write_text"
+]  # fmt: skip
 
 T = TypeVar("T")
 _HINTS: dict[type[Any], dict[str, Any]] = {}
@@ -44,6 +33,11 @@ LARGEST_JSON = 1 << 26
 METADATA = "disback"
 # Tensors of fewer bytes than this are not worth a file of their own.
 SMALL = 1 << 16
+
+
+def damaged(found: str, expected: str) -> PathError:
+    """Return the error for a file that is not as it was recorded."""
+    return PathError(found, expected=expected, cure=COPY_AGAIN)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: str) -> dict[str, Any]:
@@ -69,11 +63,8 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
             tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return tensors, (handle.metadata() or {})[METADATA]
     except (SafetensorError, KeyError, ValueError, OverflowError) as error:
-        raise PathError(
-            f"{file} that does not read ({type(error).__name__}: {error})",
-            expected="a safetensors file of a path",
-            cure=COPY_AGAIN,
-        ) from error
+        what = f"{file} that does not read ({type(error).__name__}: {error})"
+        raise damaged(what, "a safetensors file of a path") from error
 
 
 def spool(tensor: Tensor, folder: Path) -> Tensor:
@@ -89,12 +80,8 @@ def spool(tensor: Tensor, folder: Path) -> Tensor:
     """
     if tensor.nbytes < SMALL:
         return tensor
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
-    try:
-        os.close(handle)
-        mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    finally:
-        os.unlink(name)
+    with tempfile.NamedTemporaryFile(prefix=".", suffix=".tmp", dir=folder) as file:
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return mapped.view(tensor.shape).copy_(tensor)
 
 
@@ -105,11 +92,8 @@ def _require_size(file: Path, size: int | None) -> None:
     except OSError:  # a link to itself
         found = None
     if found is None or size not in (None, found):
-        raise PathError(
-            f"{file} {'missing, or no regular file' if found is None else f'of {found} bytes'}",
-            expected="a file" if size is None else f"{size} bytes",
-            cure=COPY_AGAIN,
-        )
+        what = "missing, or no regular file" if found is None else f"of {found} bytes"
+        raise damaged(f"{file} {what}", "a file" if size is None else f"{size} bytes")
 
 
 def stamp(file: Path) -> tuple[int, int, int] | None:
@@ -145,7 +129,7 @@ def read_json(file: Path) -> dict[str, Any]:
             cure="pass the folder of a recorded path",
         ) from error
     if not isinstance(content, dict):
-        raise PathError(f"a JSON {type(content).__name__} in {file}", expected="a JSON object", cure=COPY_AGAIN)
+        raise damaged(f"a JSON {type(content).__name__} in {file}", "a JSON object")
     return content
 
 
@@ -222,9 +206,7 @@ def digest(file: Path, *, size: int | None = None) -> str:
             while chunk := stream.read(1 << 22):
                 value.update(chunk)
     except OSError as error:
-        raise PathError(
-            f"no readable {file} ({type(error).__name__})", expected="a file of the path", cure=COPY_AGAIN
-        ) from error
+        raise damaged(f"no readable {file} ({type(error).__name__})", "a file of the path") from error
     return value.hexdigest()
 
 

@@ -12,22 +12,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from disback_plugin.errors import COPY_AGAIN, OptionError, PathError
+from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
 from disback_plugin.path.codecs import CODECS, retired_codec
 
 __all__ = [
-    "CONFIG",
-    "FORMAT",
-    "Identity",
-    "Manifest",
-    "Node",
-    "Recording",
-    "Teacher",
-    "is_path_file",
-    "node_file",
-    "training_file",
-]
+    "CONFIG", "FORMAT", "Identity", "Manifest", "Node", "Recording", "Teacher", "is_path_file", "node_file",
+    "training_file"
+]  # fmt: skip
 
 # Format 1, of version 0.1.0, compressed the nodes of `exact` and those of codecs that are gone.
 FORMAT = 2
@@ -275,12 +267,10 @@ class Manifest:
         except PathError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PathError(
-                f"a manifest that does not read ({error}) in {file}", expected=f"format {version}", cure=COPY_AGAIN
-            ) from error
+            raise files.damaged(f"a manifest that does not read ({error}) in {file}", f"format {version}") from error
         fault = manifest.fault()
         if fault:
-            raise PathError(f"{fault} in {file}", expected="the manifest of a recording", cure=COPY_AGAIN)
+            raise files.damaged(f"{fault} in {file}", "the manifest of a recording")
         return manifest
 
     def fault(self) -> str | None:

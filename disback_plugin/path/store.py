@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disback_plugin.errors import COPY_AGAIN, OptionError, PathError, TrainingError
+from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.path import files
 from disback_plugin.path.codecs import Delta
 from disback_plugin.path.delta import NodeSource, encode
+from disback_plugin.path.files import damaged
 from disback_plugin.path.manifest import (
     CONFIG,
     FORMAT,
@@ -33,7 +35,7 @@ from disback_plugin.weights.checksum import Checksum, checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Part, TensorMeta, dtype_class, masked, pieces
 
-__all__ = ["Store"]
+__all__ = ["Store", "unwritable"]
 
 # What tells a file from its later versions: inode, size, time of its last change, and the SHA-256 in the manifest.
 Stamp = tuple[tuple[int, int, int] | None, str]
@@ -65,7 +67,17 @@ class Store:
                 self._read_delta(node)
 
     def keep_teacher(self, teacher: FullState) -> None:
-        """Keep a copy of node 0, for a path that does not hold it."""
+        """Keep a copy of node 0, for a path that does not hold it.
+
+        Raises:
+            PathError: If the teacher is sharded.
+        """
+        if teacher.sharded:
+            raise PathError(
+                f"a path in {self.folder} without node 0, and a sharded teacher",
+                expected="a path that holds node 0, of which each rank can read its part",
+                cure="record with keep_teacher=True, or attach before sharding",
+            )
         self._verified.clear()  # no node could be decoded before
         if self._teacher is None:
             own = {name: teacher[name].cpu().clone(memory_format=torch.contiguous_format) for name in teacher.own()}
@@ -102,7 +114,7 @@ class Store:
         was, now = held and held[0][0], files.stamp(file)
         if was and now and was[0] == now[0] and was[1] != now[1]:
             # This is the very file that is mapped: to read beyond its end would kill the process.
-            raise PathError(f"{file} cut to {now[1]} bytes", expected=f"{was[1]} bytes", cure=COPY_AGAIN)
+            raise damaged(f"{file} cut to {now[1]} bytes", f"{was[1]} bytes")
         teacher = held[1] if held else self._open_teacher((now, entry.sha256))
         self.verify_checksum(0, checksum(teacher))
         return NodeSource(teacher)
@@ -114,49 +126,35 @@ class Store:
             PathError: If a file is missing, changed or foreign, or holds no node.
         """
         manifest, stamps = self.manifest, self._stamps(len(self.manifest.nodes))
-        for entry in manifest.entries:
-            if entry.sha256:
-                file = self.folder / entry.file
-                found = files.digest(file, size=entry.bytes)
-                if found != entry.sha256:
-                    raise PathError(
-                        f"{file} with SHA-256 {found[:12]}...",
-                        expected=f"{entry.sha256[:12]}... as {CONFIG} lists it",
-                        cure=COPY_AGAIN,
-                    )
+        for entry in (entry for entry in manifest.entries if entry.sha256):
+            found = files.digest(file := self.folder / entry.file, size=entry.bytes)
+            if found != entry.sha256:
+                raise damaged(f"{file} with SHA-256 {found[:12]}...", f"{entry.sha256[:12]}... as {CONFIG} lists it")
         # Without the teacher no node can be decoded: then the files are verified again once it is there.
         decodable = self._teacher is not None or (manifest.recording.keep_teacher and not manifest.teacher_missing)
         if decodable:
-            self._verify_values(stamps)
-        unlisted = {n for n in files.visible(self.folder) if n[0] != "."} - {CONFIG, "README.md", *stamps}
-        # A recording that was broken off may have left files that only its resumption removes.
+            self._verify_values(self._source(len(manifest.nodes), stamps))
+        unlisted = {name for name in files.visible(self.folder) if name[0] != "."} - {CONFIG, "README.md", *stamps}
+        # A recording that was broken off may have left files, which its resumption removes.
         foreign = sorted(name for name in unlisted if manifest.complete or not is_path_file(name))
         if foreign:
-            raise PathError(
-                f"{foreign[:3]} in {self.folder}",
-                expected=f"only the files that {CONFIG} lists",
-                cure="move it elsewhere",
-            )
+            found = f"{foreign[:3]} in {self.folder}"
+            raise PathError(found, expected=f"only the files that {CONFIG} lists", cure="move it elsewhere")
         self._verified = stamps if decodable else {}
 
-    def _verify_values(self, stamps: Mapping[str, Stamp]) -> None:
+    def _verify_values(self, last: NodeSource) -> None:
         """Decode all nodes in one pass and compare their checksums."""
-        manifest, last = self.manifest, self._source(len(self.manifest.nodes), stamps)
-        if fingerprint(last.teacher) != manifest.teacher.fingerprint:
-            raise PathError(
-                f"a teacher in {self.folder} that is not the one it was recorded from",
-                expected=f"fingerprint {manifest.teacher.fingerprint[:12]}...",
-                cure=COPY_AGAIN,
-            )
-        totals = [Checksum() for _ in manifest.entries]
+        expected = self.manifest.teacher.fingerprint
+        if fingerprint(last.teacher) != expected:
+            found = f"a teacher in {self.folder} that is not the one it was recorded from"
+            raise damaged(found, f"fingerprint {expected[:12]}...")
+        totals = [Checksum() for _ in self.manifest.entries]
         for name, layout in last.layout().items():
             for start, stop in pieces(layout.shape.numel()):
                 for node, (total, value) in enumerate(zip(totals, last.trace(name, start, stop), strict=True)):
                     total.add(name, value)
                     if value.isnan().any():
-                        raise PathError(
-                            f"NaN in {name} of node {node} of {self.folder}", expected="numbers", cure=COPY_AGAIN
-                        )
+                        raise damaged(f"NaN in {name} of node {node} of {self.folder}", "numbers")
         for index, total in enumerate(totals):
             self.verify_checksum(index, total.digest())
 
@@ -174,11 +172,8 @@ class Store:
         """Raise PathError unless `found` is the checksum that node `index` was recorded with, or the one expected."""
         expected = expected or self.manifest.entries[index].checksum
         if found != expected:
-            raise PathError(
-                f"node {index} of {self.folder} that decodes to checksum {found[:12]}...",
-                expected=f"{expected[:12]}...",
-                cure=COPY_AGAIN,
-            )
+            what = f"node {index} of {self.folder} that decodes to checksum {found[:12]}..."
+            raise damaged(what, f"{expected[:12]}...")
 
     def _stamps(self, index: int) -> dict[str, Stamp]:
         """Return the stamps of the files of nodes 0 to `index`."""
@@ -208,7 +203,7 @@ class Store:
                 expected=f"the teacher of fingerprint {entry.fingerprint[:12]}...",
                 cure="call path.verify_teacher(state of the teacher) first; attach, record and TrajectoryScheduler do",
             )
-        if self.manifest.teacher_missing or stamp is None:
+        if stamp is None:
             raise PathError(
                 f"a path without its teacher in {self.folder}, begun and broken off",
                 expected="node 0 at least",
@@ -222,15 +217,11 @@ class Store:
         return tensors
 
     def _read_teacher(self, entry: Teacher) -> dict[str, Tensor]:
-        tensors, aliases = files.map_tensors(self.folder / entry.file, size=entry.bytes)
+        tensors, aliases = files.map_tensors(file := self.folder / entry.file, size=entry.bytes)
         try:
             return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise PathError(
-                f"{self.folder / entry.file} whose tied weights do not read ({error})",
-                expected="a teacher",
-                cure=COPY_AGAIN,
-            ) from error
+            raise damaged(f"{file} whose tied weights do not read ({error})", "a teacher") from error
 
     def _read_delta(self, node: Node) -> Delta:
         file = self.folder / node.file
@@ -241,11 +232,8 @@ class Store:
         """Raise PathError unless a node has the tensors of the teacher, and ties the weights that node 1 ties."""
         odd = [n for n in delta.layout.keys() | teacher.keys() if not _same_kind(delta.layout.get(n), teacher.get(n))]
         if odd or delta.aliases != first.aliases:
-            raise PathError(
-                f"{self.folder / node.file} with other weights than the teacher, as {sorted(odd or delta.aliases)[:3]}",
-                expected="the same names, shapes and kinds of dtype",
-                cure=COPY_AGAIN,
-            )
+            found = f"{self.folder / node.file} with other weights than the teacher, as {sorted(odd)[:3]}"
+            raise damaged(found, "the same names, shapes, kinds of dtype and tied weights")
 
     # -- write --------------------------------------------------------------------------------------------------------
 
@@ -270,15 +258,12 @@ class Store:
             manifest.write(folder)
             return cls(folder, manifest).write_teacher(state) if recording.keep_teacher else manifest
         except (OSError, PathError) as error:
-            for name in (CONFIG, manifest.teacher.file):
-                (folder / name).unlink(missing_ok=True) if folder.is_dir() else None
-            for parent in new:
-                parent.rmdir() if parent.is_dir() else None
-            raise PathError(
-                f"a folder that cannot be written, {folder} ({error})",
-                expected="free space and permission to write",
-                cure="pass another path=",
-            ) from error
+            with suppress(OSError):  # as of a folder that is none
+                for name in (CONFIG, manifest.teacher.file):
+                    (folder / name).unlink(missing_ok=True)
+                for parent in new:
+                    parent.rmdir()
+            raise unwritable(folder, error) from error
 
     def write_teacher(self, state: FullState) -> Manifest:
         """Write node 0, and return the manifest that lists it."""
@@ -307,7 +292,6 @@ class Store:
         self,
         state: FullState,
         iteration: int,
-        *,
         exactly: Collection[str],
         training: Mapping[str, Tensor] | None,
     ) -> Manifest:
@@ -316,17 +300,17 @@ class Store:
         Raises:
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
         """
-        manifest, index = self.manifest, len(self.manifest.nodes) + 1
-        codec = manifest.recording.codec
+        nodes, codec = self.manifest.nodes, self.manifest.recording.codec
+        index = len(nodes) + 1
         made = encode(codec, state, self.source(index - 1), exactly=exactly, keep=self._keep(state))
         listed = files.write_tensors(self.folder / node_file(index), made.delta.parts, metadata=made.delta.metadata())
         if training is not None:
-            about = json.dumps({"iteration": iteration, "checksum": checksum(training)})
-            files.write_tensors(self.folder / training_file(index), training, metadata=about)
+            metadata = _training_metadata(iteration, training)
+            files.write_tensors(self.folder / training_file(index), training, metadata=metadata)
         measured = made.delta_norm, codec, made.checksum, made.recorded, made.weight_error
         node = Node(index, iteration, listed["file"], listed["sha256"], listed["bytes"], *measured)
         self.trust(node)
-        return self.write_manifest(nodes=(*manifest.nodes, node))
+        return self.write_manifest(nodes=(*nodes, node))
 
     def read_training(self) -> dict[str, Tensor] | None:
         """Return what was written as `training` beside the last node; None if nothing was.
@@ -334,13 +318,11 @@ class Store:
         Raises:
             PathError: If it was changed since.
         """
-        nodes = self.manifest.nodes
-        file = self.folder / training_file(len(nodes))
+        file = self.folder / training_file(len(self.manifest.nodes))
         if not file.exists():
             return None
         tensors, metadata = files.map_tensors(file, size=file.stat().st_size)
-        wanted = {"iteration": nodes[-1].iteration if nodes else 0, "checksum": checksum(tensors)}
-        if metadata != json.dumps(wanted):
+        if metadata != _training_metadata(self.manifest.nodes[-1].iteration if self.manifest.nodes else 0, tensors):
             raise PathError(
                 f"{file} that is not as it was written",
                 expected="the state of the recording at the last node",
@@ -379,6 +361,19 @@ class Store:
     def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
         """Return what keeps tensors until a file is written; those of a sharded network may not fit into memory."""
         return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
+
+
+def unwritable(folder: Path, error: Exception) -> PathError:
+    """Return the error for a folder that could not be written, as on a full disk."""
+    return PathError(
+        f"a folder that cannot be written, {folder} ({error})",
+        expected="free space and permission to write",
+        cure="make room, or pass another path=",
+    )
+
+
+def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:
+    return json.dumps({"iteration": iteration, "checksum": checksum(training)})
 
 
 def _same_kind(a: TensorMeta | None, b: Tensor | None) -> bool:
