@@ -30,17 +30,16 @@ CODECS = ["exact", "bf16", "int8", "int6", "int4"]
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     ranks=st.integers(1, 7),
     dim=st.integers(0, 2),
-    grain=st.sampled_from([GRAIN, PIECE]),
 )
-def test_the_parts_of_all_ranks_are_the_tensor(shape, ranks, dim, grain):
+def test_the_parts_of_all_ranks_are_the_tensor(shape, ranks, dim):
     dim, whole = dim % len(shape), torch.arange(torch.Size(shape).numel()).view(shape)
     found = []
     for rank in range(ranks):
         part = chunk_of(whole.shape, rank, ranks, dim)
         local = torch.full((part.elements,), -1)
-        for cell in part.cells(grain):
-            assert cell.start % grain == 0
-            assert cell.stop % grain == 0 or cell.stop == whole.numel()
+        for cell in part.cells():
+            assert cell.start % GRAIN == 0
+            assert cell.stop % GRAIN == 0 or cell.stop == whole.numel()
             local[cell.at] = whole.view(-1)[cell.start : cell.stop][cell.keep]
         found.append(local.view(part.local_shape))
     assert torch.equal(torch.cat(found, dim), whole)

@@ -17,7 +17,7 @@ from disback_plugin.errors import TrainingError
 from disback_plugin.path.codecs import Delta, Entry, decode_int8, encode_int8, equal_bits, fits_int8
 from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import GRAIN, PIECE, TensorMeta, host_tensor, pieces
+from disback_plugin.weights.tensors import PIECE, TensorMeta, host_tensor, pieces
 
 __all__ = ["Encoded", "InterpolatedSource", "NodeSource", "encode"]
 
@@ -150,10 +150,6 @@ class NodeSource:
             return self.deltas[-1].layout
         return {name: TensorMeta(tensor.dtype, tensor.shape) for name, tensor in self.teacher.items()}
 
-    def grain(self, name: str) -> int:
-        """Return the multiple at which pieces begin and end."""
-        return GRAIN
-
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, within one piece of it."""
         *_, value = self.trace(name, start, stop, out)
@@ -209,10 +205,6 @@ class InterpolatedSource:
     def layout(self) -> dict[str, TensorMeta]:
         """Return dtype and shape of each tensor."""
         return self.node.layout()
-
-    def grain(self, name: str) -> int:
-        """Return the multiple at which pieces begin and end."""
-        return GRAIN
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, within one piece of it."""

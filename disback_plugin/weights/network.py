@@ -355,7 +355,7 @@ class ScoreNetwork:
         names = {weight.name: [weight.name] for weight in weights if weight.tied_to is None}
         for weight in weights:
             if weight.tied_to is not None:
-                for cell in weight.part.cells(source.grain(weight.name)):
+                for cell in weight.part.cells():
                     values = source.read(weight.name, cell.start, cell.stop).clone()
                     if not torch.equal(values, source.read(weight.tied_to, cell.start, cell.stop)):
                         raise _two_values(weight, self.role)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from disback_plugin import distributed
 from disback_plugin.weights.checksum import Checksum
-from disback_plugin.weights.tensors import GRAIN, Part, Sharding, Source, TensorMeta, masked
+from disback_plugin.weights.tensors import Part, Sharding, Source, TensorMeta, masked
 
 __all__ = [
     "FullState",
@@ -185,8 +185,7 @@ def read_part(
         total: A checksum, to which all values are added before any cast.
         names: The names under which they are added.
     """
-    grain = GRAIN if part.stop is None else source.grain(name)
-    for cell in part.cells(grain):
+    for cell in part.cells():
         piece = flat[cell.at]
         if cell.complete and piece.dtype == dtype:
             values = source.read(name, cell.start, cell.stop, out=piece)

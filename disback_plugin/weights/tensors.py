@@ -30,8 +30,8 @@ __all__ = [
 # The number of elements that are read, decoded and written at once: large enough that a call's fixed costs vanish,
 # small enough for a processor's cache, and a whole number of every codec's blocks.
 PIECE = 1 << 20
-# A rank that holds a part of a tensor reads from and to multiples of this: a whole number of blocks of the codecs that
-# need not decode a piece as a whole, and of a checksum's 512 bytes. It divides PIECE.
+# A rank that holds a part of a tensor reads from and to multiples of this: a whole number of blocks of the
+# int8 codec, and of a checksum's 512 bytes. It divides PIECE.
 GRAIN = 512
 
 
@@ -50,17 +50,10 @@ class Source(Protocol):
         """Return dtype and shape of each tensor by canonical name; tied tensors under each of their names."""
         ...
 
-    def grain(self, name: str) -> int:
-        """Return the number of elements at whose multiples a read of a tensor has to begin and end.
-
-        It is a multiple of GRAIN that divides PIECE.
-        """
-        ...
-
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor in row-major order, on the CPU, shape (stop - start,).
 
-        All elements are in one piece (`pieces`). `start` is a multiple of `grain(name)`, and `stop` is one too or the
+        All elements are in one piece (`pieces`). `start` is a multiple of `GRAIN`, and `stop` is one too or the
         tensor's end. With `out`, which has this shape, the tensor's dtype and memory of the CPU, the values are written
         there and `out` is returned. Without it, the next call may overwrite what was returned.
         """
@@ -159,12 +152,8 @@ class Part:
             return self.shape
         return torch.Size((*self.shape[: self.dim], self.stop - self.start, *self.shape[self.dim + 1 :]))
 
-    def cells(self, grain: int = GRAIN) -> Iterator[Cell]:
-        """Yield the ranges to read for this part; each lies within a piece, and its ends are multiples of `grain`.
-
-        Args:
-            grain: A multiple of `GRAIN` that divides `PIECE`.
-        """
+    def cells(self) -> Iterator[Cell]:
+        """Yield the ranges to read for this part; each lies within a piece, and its ends are multiples of `GRAIN`."""
         total = self.shape.numel()
         if self.stop is None:
             for start, stop in pieces(total):
@@ -172,7 +161,7 @@ class Part:
             return
         inner = prod(self.shape[self.dim + 1 :])
         if prod(self.shape[: self.dim]) == 1:
-            yield from _contiguous_cells(self.start * inner, self.stop * inner, total, grain)
+            yield from _contiguous_cells(self.start * inner, self.stop * inner, total)
             return
         # The cut goes across the rows: the whole tensor is read, piece by piece.
         done = 0
@@ -185,15 +174,15 @@ class Part:
             done += kept
 
 
-def _contiguous_cells(first: int, last: int, total: int, grain: int) -> Iterator[Cell]:
+def _contiguous_cells(first: int, last: int, total: int) -> Iterator[Cell]:
     """Yield the cells of elements [first, last)."""
     for piece in range(first - first % PIECE, last if first < last else 0, PIECE):
         lo, hi = max(piece, first), min(piece + PIECE, last)
         cuts = [lo, hi]
-        if hi - lo > 64 * grain:  # complete cells are decoded in place, so the ragged ends become cells of their own
-            cuts = sorted({lo, -(-lo // grain) * grain, hi if hi == total else hi - hi % grain, hi})
+        if hi - lo > 64 * GRAIN:  # complete cells are decoded in place, so the ragged ends become cells of their own
+            cuts = sorted({lo, -(-lo // GRAIN) * GRAIN, hi if hi == total else hi - hi % GRAIN, hi})
         for a, b in pairwise(cuts):
-            start, stop = a - a % grain, min(-(-b // grain) * grain, total)
+            start, stop = a - a % GRAIN, min(-(-b // GRAIN) * GRAIN, total)
             yield Cell(start, stop, slice(a - start, b - start), slice(a - first, b - first))
 
 
