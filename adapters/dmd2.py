@@ -30,8 +30,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from disback_plugin import Adapter, ScoreNetwork, Trackers, Watch, hookimpl
+from disback_plugin import Adapter, ScoreNetwork, Watch, hookimpl
 from disback_plugin.errors import RoleError
+from disback_plugin.plugins import Trackers
 
 logger = logging.getLogger(f"disback_plugin.{__name__}")
 

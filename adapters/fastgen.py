@@ -24,8 +24,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from disback_plugin import Adapter, Handle, OriginalFeatures, Watch, attach, hookimpl
+from disback_plugin import Adapter, Handle, Watch, attach, hookimpl
 from disback_plugin.errors import RoleError
+from disback_plugin.plugins import OriginalFeatures
 
 logger = logging.getLogger(f"disback_plugin.{__name__}")
 

@@ -79,10 +79,10 @@ def a_step(scheduler, plugins):
 
 
 def the_calls_of_a_move(scheduler, plugins):
-    plugins.node_swapped(scheduler, 2.0, 3.0, 7)
+    plugins.call("disback_after_node_swapped", scheduler=scheduler, position=2.0, previous=3.0, update=7)
     if plugins.listens("disback_log"):
         values = {"disback/position": 2.0, "disback/node": 2, "disback/swap_ms": 1.0, "disback/delta_norm": 1.0}
-        plugins.log(values, 7)
+        plugins.call("disback_log", values=values, step=7)
 
 
 @pytest.mark.parametrize("call", [a_step, the_calls_of_a_move])

@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from disback_plugin.handle import Handle
     from disback_plugin.launch.import_hooks import Watch
     from disback_plugin.path.degradation_path import DegradationPath
-    from disback_plugin.plugins.manager import Adapter, hookimpl
-    from disback_plugin.plugins.nonfinite_counter import MaskedSamples
-    from disback_plugin.plugins.run_log import RunLog
-    from disback_plugin.plugins.teacher_features import OriginalFeatures
-    from disback_plugin.plugins.trackers import Trackers
+    from disback_plugin.plugins.hookspecs import Adapter, hookimpl
     from disback_plugin.prediction import Prediction
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
@@ -34,12 +30,8 @@ __all__ = [
     "DegradationPath",
     "DisbackError",
     "Handle",
-    "MaskedSamples",
-    "OriginalFeatures",
     "Prediction",
-    "RunLog",
     "ScoreNetwork",
-    "Trackers",
     "TrajectoryScheduler",
     "Watch",
     "attach",
@@ -59,19 +51,15 @@ _HOME = {
     "DegradationPath": "path.degradation_path",
     "DisbackError": "errors",
     "Handle": "handle",
-    "MaskedSamples": "plugins.nonfinite_counter",
-    "OriginalFeatures": "plugins.teacher_features",
     "Prediction": "prediction",
-    "RunLog": "plugins.run_log",
     "ScoreNetwork": "weights.network",
-    "Trackers": "plugins.trackers",
     "TrajectoryScheduler": "scheduler",
     "Watch": "launch.import_hooks",
     "attach": "attachment",
     "hookimpl": "plugins.hookspecs",
     "record": "recording",
 }
-# Public modules that do not stand at the top of the package.
+# Public modules inside a package.
 _MODULES = {"lora": "weights.lora"}
 
 

@@ -13,7 +13,8 @@ from disback_plugin.errors import OptionError
 from disback_plugin.handle import Handle
 from disback_plugin.loop import optimizers
 from disback_plugin.loop.lr_schedulers import Stateful
-from disback_plugin.plugins.manager import Adapter, PluginManager
+from disback_plugin.plugins.hookspecs import Adapter
+from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.weights.network import Network, ScoreNetwork
 
@@ -162,7 +163,7 @@ def _roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins:
     if trainer is None and adapter is None and len(named) == len(given):
         return Adapter(**given)
     if trainer is not None and not named:
-        return plugins.adapter(trainer, adapter)
+        return plugins.find_adapter(trainer, adapter)
     raise OptionError(
         f"attach({', '.join(['trainer'] * (trainer is not None) + ['adapter'] * (adapter is not None) + named)})",
         expected=f"a trainer and perhaps its adapter's name, or {', '.join(given)}",

@@ -196,7 +196,7 @@ class Handle:
             DisbackError: As `attach` says. Then no hook is left.
         """
         if distributed.is_main_process():
-            self._log = self._plugins.keep_log(log, path)
+            self._log = self._plugins.add_run_log(log, path)
         self._stages.open(path, generator=lambda: _fingerprint_of(self._generator_optimizers), state=state, **recording)
         if self.path is not None and self.scheduler is not None and state is None and distributed.is_main_process():
             stages = self._stages
@@ -278,7 +278,7 @@ class Handle:
         now: dict[str, float] = {} if recorder is None else {"disback/recording": recorder.iteration}
         if numbers:
             told = {f"disback/{name.removeprefix('disback/')}": value for name, value in numbers.items()}
-            self._plugins.log(now | told, self.generator_updates)
+            self._plugins.call("disback_log", values=now | told, step=self.generator_updates)
         if pictures and self._log is not None:
             at = None if recorder is None else recorder.iteration
             self._log.log(pictures, self.generator_updates, recording=at)

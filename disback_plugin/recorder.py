@@ -135,9 +135,9 @@ class Recorder:
             self._tell()
             self._say_if_unfitted()
         if due:
-            self._plugins.node_recorded(self.path, self.path.nodes[-1])
+            self._plugins.call("disback_after_node_recorded", path=self.path, node=self.path.nodes[-1])
         if self.done:
-            self._plugins.path_completed(self.path)
+            self._plugins.call("disback_after_path_completed", path=self.path)
 
     def _judge(self, iteration: int) -> None:
         """See whether the network is fitted, and perhaps let the recording end for that."""
@@ -162,7 +162,8 @@ class Recorder:
             iterations, losses = zip(*self._losses, strict=True)
             self._losses.clear()
             for iteration, loss in zip(iterations, torch.stack(losses).tolist(), strict=True):
-                self._plugins.log({"disback/recording": iteration, "disback/loss": loss}, 0)
+                values = {"disback/recording": iteration, "disback/loss": loss}
+                self._plugins.call("disback_log", values=values, step=0)
 
     def resume(self, fit: Tensor) -> None:
         """Go on with the fit of an earlier process, whose weights the caller has restored."""
@@ -176,7 +177,8 @@ class Recorder:
         cosines = self.fit.cosines()
         for i in range(self._told, len(cosines)):  # the first is between updates 1 and 2
             if math.isfinite(cosines[i]):
-                self._plugins.log({"disback/recording": i + 2, "disback/agreement": cosines[i]}, 0)
+                values = {"disback/recording": i + 2, "disback/agreement": cosines[i]}
+                self._plugins.call("disback_log", values=values, step=0)
         self._told = len(cosines)
 
     def _say_if_unfitted(self) -> None:

@@ -107,7 +107,7 @@ def record(
 
     def begin_log(recorder: Recorder, **more: Any) -> None:
         """Begin the log, now that nothing is refused any more."""
-        kept = listening.keep_log(log, folder) if distributed.is_main_process() else None
+        kept = listening.add_run_log(log, folder) if distributed.is_main_process() else None
         if kept is not None:
             at = recorder.iteration
             kept.begin("record", recording=at, resumed=at > 0, **recorder.path.log_fields(), settings=settings | more)

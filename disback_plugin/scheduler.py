@@ -407,13 +407,19 @@ class TrajectoryScheduler:
         values = {"disback/position": position, "disback/node": ceil(position), "disback/gradient": now.gradient}
         moved = position != previous.position
         if moved:
-            self._plugins.node_swapped(self, position, previous.position, updates)
+            self._plugins.call(
+                "disback_after_node_swapped",
+                scheduler=self,
+                position=position,
+                previous=previous.position,
+                update=updates,
+            )
             norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
             values["disback/swap_ms"] = self._teacher.swap_ms
             values["disback/delta_norm"] = length(norms, previous.position, position)
         if not distributed.is_main_process():
             return
-        self._plugins.log(values, updates)
+        self._plugins.call("disback_log", values=values, step=updates)
         if moved and not self._plugins.listens("disback_log"):
             # A ramp moves at each update: a position between two nodes is a detail.
             level = logging.INFO if position == int(position) else logging.DEBUG

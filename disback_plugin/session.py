@@ -133,7 +133,7 @@ class Session:
         ending = "; the teacher is back at itself for good" if sign == "diverged" and gives_up else ""
         logger.warning("update %d, position %g: %s%s", scheduler.generator_updates, scheduler.position, warning, ending)
         if self._plugins.listens("disback_log"):
-            self._plugins.log({f"disback/{sign}": 1.0}, scheduler.generator_updates)
+            self._plugins.call("disback_log", values={f"disback/{sign}": 1.0}, step=scheduler.generator_updates)
 
     def close(self) -> None:
         """Put s'_0 back into the teacher, bit for bit, and what a recording advanced."""

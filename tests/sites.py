@@ -23,7 +23,7 @@ def install(folder, name, source, *, group="disback.hooks", distribution=None):
 
 
 def found(plugins, name):
-    (plugin,) = [plugin for plugin in plugins.listed() if plugin.name == name]
+    (plugin,) = [plugin for plugin in plugins.list_plugins() if plugin.name == name]
     return plugin
 
 
@@ -48,18 +48,18 @@ MISTAKES = {
     "syntax": ("def", "SyntaxError: "),
     "misspelt": (
         "@hookimpl\ndef disback_after_node_swop(position): pass",
-        "disback_after_node_swop is no hook (disback_after_node_swapped is)",
+        "PluginValidationError: unknown hook 'disback_after_node_swop'",
     ),
     "argument": (
         "@hookimpl\ndef disback_log(values, stp): pass",
-        "disback_log has no argument stp, only values, step",
+        "PluginValidationError: Plugin '",
     ),
-    "unmarked": ("def disback_log(values, step): pass", "disback_log is not marked with @hookimpl"),
+    "unmarked": ("def disback_log(values, step): pass", "ValueError: disback_log is not marked with @hookimpl"),
     "wrapper": (
         "@hookimpl(wrapper=True)\ndef disback_log(values):\n    return (yield)",
-        "disback_log is a wrapper, and a plug-in answers for itself alone",
+        "ValueError: disback_log is a wrapper, and plug-ins are isolated from each other",
     ),
-    "empty": ("", "it implements no hook"),
+    "empty": ("", "ValueError: it implements no hook"),
 }
 
 

@@ -14,7 +14,8 @@ from worlds import Run, difference
 import disback_plugin as disback
 from disback_plugin import hookimpl
 from disback_plugin.errors import OptionError, PluginError, RoleError
-from disback_plugin.plugins.manager import GROUP, find_adapter
+from disback_plugin.plugins import find_adapter
+from disback_plugin.plugins.entry_points import ADAPTERS
 from disback_plugin.weights.network import ScoreNetwork
 
 
@@ -95,7 +96,7 @@ def test_a_broken_adapter_stops_nobody_who_did_not_ask_for_it(site, tmp_path, mi
 
 @pytest.mark.parametrize("answer", ["raise ValueError('oops')", "return 7"])
 def test_an_adapter_that_fails_when_asked_is_passed_over(site, tmp_path, caplog, answer):
-    install(site, "theirs", f"@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n    {answer}", group=GROUP)
+    install(site, "theirs", f"@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n    {answer}", group=ADAPTERS)
     with disback.attach(Dmd2Trainer(), path=tmp_path / "path", record=1, every=1):
         pass
     assert "theirs of disback-theirs 1.0 is broken" in caplog.text
@@ -105,7 +106,7 @@ def test_an_adapter_that_fails_when_asked_is_passed_over(site, tmp_path, caplog,
 
 def test_a_refusal_counts_only_if_nobody_else_knows_the_trainer(site):
     refuses = "from disback_plugin.errors import RoleError\n@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n"
-    install(site, "no", f"{refuses}    raise RoleError('a thing', expected='another', cure='go')", group=GROUP)
+    install(site, "no", f"{refuses}    raise RoleError('a thing', expected='another', cure='go')", group=ADAPTERS)
     assert find_adapter(Dmd2Trainer())
     with pytest.raises(RoleError, match="found a thing"):
         find_adapter({})

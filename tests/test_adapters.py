@@ -17,7 +17,6 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.errors import RoleError
-from disback_plugin.plugins.manager import GROUP
 from disback_plugin.testing import check_adapter
 
 ADAPTERS = Path(__file__).parent.parent / "adapters"
@@ -67,7 +66,7 @@ def test_a_trainer_of_our_own_imports_public_names(file):
 
 
 def test_every_adapter_is_found_through_its_entry_point():
-    ours = {p.name for p in entry_points(group=GROUP) if p.value.startswith("disback_adapters.")}
+    ours = {p.name for p in entry_points(group="disback.adapters") if p.value.startswith("disback_adapters.")}
     assert ours == set(FILES)
 
 

@@ -23,7 +23,8 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_listing_and_calling_plug_ins_imports_nothing_heavy():
     assert (
         imported_by(
-            "from disback_plugin.plugins.manager import PluginManager; PluginManager(autoload=False).log({}, 0)"
+            "from disback_plugin.plugins import PluginManager; "
+            "PluginManager(autoload=False).call('disback_log', values={}, step=0)"
         )
         == set()
     )

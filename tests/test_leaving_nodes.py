@@ -136,7 +136,7 @@ if rank == 0:  # without such a plug-in nothing is exchanged: the other rank is 
 plugins, answers = PluginManager(), []
 for updates in (1, 2, 3):
     answers.append(plugins.should_advance(None, 1.0, updates, None))
-answers.append([plugin.reason for plugin in plugins.listed() if plugin.name == "theirs"])
+answers.append([plugin.reason for plugin in plugins.list_plugins() if plugin.name == "theirs"])
 try:
     PluginManager("theirs").should_advance(None, 1.0, 2, None)
 except PluginError as error:

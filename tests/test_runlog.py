@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_warning_and_the_run_goes_on(tmp_path, caplog):
         handle.log({"loss": 1.0})
         assert handle.phase == "done"
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "goes on without its log: /dev/full cannot be written" in warning.getMessage()
+    assert "continues without its log: /dev/full cannot be written" in warning.getMessage()
     assert str(errno.ENOSPC) in warning.getMessage()
 
 

@@ -15,7 +15,7 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.errors import OptionError, PluginError
-from disback_plugin.plugins import log_reader
+from disback_plugin.plugins import Trackers, log_reader
 
 
 class Memory(GeneralTracker):
@@ -53,7 +53,7 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
 
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
     accelerator.init_trackers("run")
-    norms = walk(tmp_path, disback.Trackers(accelerator))
+    norms = walk(tmp_path, Trackers(accelerator))
     accelerator.end_training()
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -73,7 +73,7 @@ def test_any_tracker_of_accelerate_is_told_under_the_step_of_the_loop(tmp_path):
     memory, steps = Memory(), count(100)
     accelerator = Accelerator(cpu=True, log_with=memory)
     accelerator.init_trackers("run", config={"lr": 1.0})
-    walk(tmp_path, disback.Trackers(accelerator, step=lambda: next(steps)))
+    walk(tmp_path, Trackers(accelerator, step=lambda: next(steps)))
     moves = [(step, row["disback/generator_updates"]) for step, row in memory.rows if "disback/position" in row]
     assert moves == [(103, 0), (104, 2)], "after the three cosines of the recording"
 
@@ -111,7 +111,7 @@ def test_wandb_and_trackio_get_plain_numbers_in_the_order_of_steps(name, kind, t
     accelerator.init_trackers("project", config={"lr": 1.0})
     run = Run()
     options = {"path": tmp_path / "path", "record": 10, "every": 5, "schedule": "ramp:2"}
-    with disback.attach(**run.roles(), **options, plugins=[disback.Trackers(accelerator)]) as handle:
+    with disback.attach(**run.roles(), **options, plugins=[Trackers(accelerator)]) as handle:
         for _ in range(14):
             run.step()
             handle.log({"loss": torch.tensor(0.5)})
@@ -126,7 +126,7 @@ def test_wandb_and_trackio_get_plain_numbers_in_the_order_of_steps(name, kind, t
 
 def test_an_accelerator_without_trackers_is_refused():
     with pytest.raises(OptionError, match="init_trackers"):
-        disback.Trackers(Accelerator(cpu=True))
+        Trackers(Accelerator(cpu=True))
 
 
 def test_a_tracker_that_was_asked_for_and_breaks_raises(tmp_path):
@@ -137,7 +137,7 @@ def test_a_tracker_that_was_asked_for_and_breaks_raises(tmp_path):
     accelerator = Accelerator(cpu=True, log_with=Broken())
     accelerator.init_trackers("run")
     with pytest.raises(PluginError, match="no network"):
-        walk(tmp_path, disback.Trackers(accelerator))
+        walk(tmp_path, Trackers(accelerator))
 
 
 def test_without_a_listener_the_numbers_are_in_the_log(tmp_path, caplog):

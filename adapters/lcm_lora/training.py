@@ -17,7 +17,8 @@ from disback_adapters.lcm_lora.options import Options
 from disback_adapters.lcm_lora.prompts import Embeddings, described, prompts_of
 from disback_adapters.lcm_lora.updates import Updates
 
-from disback_plugin import Handle, Trackers, attach
+from disback_plugin import Handle, attach
+from disback_plugin.plugins import Trackers
 
 __all__ = ["Trainer", "train"]
 

@@ -16,40 +16,44 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "plugins",
         help="list the installed plug-ins and adapters",
-        description="List the plug-ins and adapters of all installed distributions, without importing one. With "
+        description="List the plug-ins and adapters of all installed distributions, without importing any. With "
         "--check each is imported, and exit code 1 means that one is broken.",
         examples="disback plugins\ndisback plugins --env\ndisback -p no:mine plugins --check",
     )
-    plugins.add_argument(
-        "--check", action="store_true", help="import each, and say whether it works, and what it hooks"
-    )
-    plugins.add_argument("--env", action="store_true", help="add the versions of what matters, for a bug report")
+    plugins.add_argument("--check", action="store_true", help="import each, and show its hooks or its error")
+    plugins.add_argument("--env", action="store_true", help="add the versions that a bug report needs")
     json_option(plugins)
     plugins.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plug-ins; return 1 if a check found a broken one."""
+    """Print the plug-ins; return 1 if --check found a broken one."""
     import logging
     from dataclasses import asdict
 
-    from disback_plugin.plugins.installed import environment, table
     from disback_plugin.plugins.manager import PluginManager
+    from disback_plugin.plugins.run_log import versions
 
-    plugins = PluginManager(*options.plugins, autoload=False)
     logger = logging.getLogger("disback_plugin")
     before = logger.level
-    logger.setLevel(logging.ERROR)  # the table says what the warnings would
+    logger.setLevel(logging.ERROR)  # the table shows the reasons that the warnings give
     try:
-        found = plugins.check() if options.check else plugins.listed()
+        plugins = PluginManager(*options.plugins, autoload=False).list_plugins(load=options.check)
     finally:
         logger.setLevel(before)
-    around = environment() if options.env else {}
+    environment = versions() if options.env else {}
     if options.json:
-        listed = {"plugins": [asdict(plugin) for plugin in found]}
-        print(json.dumps(listed | ({"environment": around} if options.env else {})))
+        listed = {"plugins": [asdict(plugin) for plugin in plugins]}
+        print(json.dumps(listed | ({"environment": environment} if environment else {})))
     else:
-        print(table(found))
-        for name, version in around.items():
+        rows = [("name", "distribution", "group", "entry point", "status", "hooks", "reason")]
+        for plugin in plugins:
+            hooks = ", ".join(hook.removeprefix("disback_") for hook in plugin.hooks)
+            distribution = f"{plugin.distribution} {plugin.version}"
+            rows.append((plugin.name, distribution, plugin.group, plugin.value, plugin.status, hooks, plugin.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+        for name, version in environment.items():
             print(f"{name} {version}")
-    return int(options.check and any(plugin.status == "broken" for plugin in found))
+    return int(options.check and any(plugin.status == "broken" for plugin in plugins))

@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,7 +34,7 @@ from disback_plugin.handle import Handle
 from disback_plugin.launch.checkpoint_states import CheckpointStates
 from disback_plugin.launch.import_hooks import Watch, call_after_import, replace
 from disback_plugin.launch.prepared_networks import PreparedNetworks
-from disback_plugin.plugins.manager import GROUP, PluginManager
+from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
 
 __all__ = ["ScriptRunner"]
@@ -59,8 +58,9 @@ class ScriptRunner:
         handle: The handle that `attach` returned, or None before that.
 
     Raises:
-        OptionError: If there is no such adapter, or `roles` are given for an adapter that finds them itself.
-        RoleError: If the adapter cannot be imported or has no `WATCH`.
+        OptionError: If the adapter is not installed or is blocked, or `roles` are given and it finds them itself.
+        PluginError: If the adapter cannot be imported.
+        RoleError: If the adapter has no `WATCH`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ScriptRunner:
         self.handle: Handle | None = None
         self._plugins = PluginManager.of(plugins)
         self._adapter, self._path, self._options = adapter, Path(path), options
-        self._watches = _watches(adapter)
+        self._watches = _watches(self._plugins.load(adapter, f"--adapter {adapter}"), adapter)
         self._roles = _validated_roles(roles or {}, adapter, self._watches)
         self._states = CheckpointStates(self._path)
         self._prepared = PreparedNetworks(self._before_forward)
@@ -192,7 +192,7 @@ class ScriptRunner:
     # -- from then on -------------------------------------------------------------------------------------------------
 
     def _attach(self, trainer: object, watch: Watch) -> None:
-        roles = self._plugins.adapter(trainer, self._adapter)
+        roles = self._plugins.find_adapter(trainer, self._adapter)
         teacher = ScoreNetwork.of(roles.teacher, role="teacher")
         fake_score = ScoreNetwork.of(roles.fake_score, role="fake score")
         if self._prepared.have_run((teacher, fake_score)):
@@ -244,22 +244,7 @@ class ScriptRunner:
         )
 
 
-def _watches(adapter: str) -> tuple[Watch, ...]:
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    if adapter not in points:
-        raise OptionError(
-            f"--adapter {adapter}",
-            expected=f"one of {', '.join(sorted(points))}",
-            cure="install the distribution that has it, or call disback.attach in the script",
-        )
-    try:
-        module = points[adapter].load()
-    except Exception as error:  # a third party's module may raise anything
-        raise RoleError(
-            f"an adapter {adapter!r} that cannot be imported ({type(error).__name__}: {error})",
-            expected="a module that can",
-            cure="mend or upgrade the distribution that it is from",
-        ) from error
+def _watches(module: object, adapter: str) -> tuple[Watch, ...]:
     watch = getattr(module, "WATCH", ())
     watches = (watch,) if isinstance(watch, Watch) else tuple(watch)
     if not watches or not all(isinstance(each, Watch) for each in watches):

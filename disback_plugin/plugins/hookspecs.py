@@ -1,24 +1,24 @@
-"""The six hooks that a plug-in may implement, the marker for it, and what an adapter answers. Imports no torch.
+"""The six hooks that a plug-in may implement, the marker `hookimpl`, and the answer of an adapter. Imports no torch.
 
-| hook                            | when                                              | who is called        |
-|---------------------------------|---------------------------------------------------|----------------------|
-| `disback_adapter`               | `attach(trainer)` looks for the roles             | until one answers    |
-| `disback_after_node_recorded`   | Algorithm 1 saved s'_i                            | everyone             |
-| `disback_after_path_completed`  | it saved s'_N                                     | everyone             |
-| `disback_should_advance`        | Algorithm 2, after a generator update on a node   | until one answers    |
-| `disback_after_node_swapped`    | the teacher holds another position                | everyone             |
-| `disback_log`                   | at each swap, and whenever a number is known      | everyone             |
+| hook                           | called                                                     | implementations called |
+|--------------------------------|------------------------------------------------------------|------------------------|
+| `disback_adapter`              | when `attach(trainer)` looks for the roles                 | until one answers      |
+| `disback_after_node_recorded`  | after Algorithm 1 saved s'_i                               | all                    |
+| `disback_after_path_completed` | after Algorithm 1 saved s'_N                               | all                    |
+| `disback_should_advance`       | in Algorithm 2, after a generator update on a node         | until one answers      |
+| `disback_after_node_swapped`   | after the teacher was moved to another position            | all                    |
+| `disback_log`                  | at each move of the teacher, and when a number is measured | all                    |
 
-A plug-in is a module, or an object, with functions of these names marked `@hookimpl`. It may take fewer arguments than
-the hook has, by name; one with a default is never passed. `hookimpl(tryfirst=True)` and `trylast=True` order plug-ins,
-else the last one registered is called first. Wrappers are refused: each plug-in answers for itself alone.
+A plug-in is a module, or an object, with functions of these names marked `@hookimpl`. A function may take fewer
+arguments than the hook has, by name; pluggy never passes an argument that has a default. `hookimpl(tryfirst=True)` and
+`trylast=True` order plug-ins; otherwise the plug-in registered last is called first. Wrappers are refused, because
+plug-ins are isolated from each other.
 
-All but `disback_log` are called on every process of a distributed run.
+`disback_log` is called on the main process of a distributed run, the other hooks on every process.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["ARGUMENTS", "PROJECT", "Adapter", "Specs", "hookimpl"]
+__all__ = ["PROJECT", "Adapter", "Specs", "hookimpl"]
 
 PROJECT = "disback"
 
@@ -44,14 +44,15 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class Adapter:
-    """Who plays which role in one live trainer; the four arguments of `attach`, and what the trainer needs beside.
+    """The roles in one live trainer: four arguments of `attach`, and the plug-ins that the trainer needs.
 
     Attributes:
         teacher: The teacher s_theta.
-        fake_score: s_phi.
-        generator_optimizer: Whatever steps the generator.
-        fake_score_optimizer: Whatever steps s_phi.
-        plugins: What makes plug-ins that take part by themselves, by the name with which "no:NAME" leaves one out.
+        fake_score: The fake score s_phi.
+        generator_optimizer: The optimizer of the generator, or several.
+        fake_score_optimizer: The optimizer of the fake score, or several.
+        plugins: Functions without arguments, each of which makes a plug-in for this run, by the plug-in's name;
+            "no:NAME" blocks one.
 
     Example:
         >>> from types import SimpleNamespace
@@ -76,13 +77,14 @@ class Specs:
 
     @hookspec(firstresult=True)
     def disback_adapter(self, trainer: object) -> Adapter | None:
-        """Return the roles in a trainer that this adapter understands, or None.
+        """Return the roles in a trainer that this adapter knows, or None for any other trainer.
 
         Args:
             trainer: The live trainer that the user passed to `attach`.
 
         Raises:
-            RoleError: If it is the right trainer in a state that cannot have DisBack; say why and what would work.
+            RoleError: If this is the right trainer in a state that DisBack cannot work with; the error says why, and
+                what would work.
 
         Example:
             >>> from disback_plugin.plugins.manager import PluginManager
@@ -90,17 +92,17 @@ class Specs:
             ...     @hookimpl
             ...     def disback_adapter(self, trainer):
             ...         return Adapter(*trainer) if isinstance(trainer, tuple) else None
-            >>> PluginManager(Pairs(), autoload=False).adapter(("s_theta", "s_phi", "opt_g", "opt_f")).fake_score
+            >>> PluginManager(Pairs(), autoload=False).find_adapter(("s_theta", "s_phi", "opt_g", "opt_f")).fake_score
             's_phi'
         """
 
     @hookspec
     def disback_after_node_recorded(self, path: DegradationPath, node: Node) -> None:
-        """Take note that s'_i is on the path. Its file is on disk by now.
+        """React to a new node s'_i, whose file is on disk by now.
 
         Args:
-            path: The path, as far as it is recorded.
-            node: The node, i >= 1: its index, iteration, size and errors; `path[node.index]` decodes it.
+            path: The path recorded so far.
+            node: The node, i >= 1: its index, iteration and size; `path[node.index]` decodes its weights.
 
         Example:
             >>> class Sizes:
@@ -111,7 +113,7 @@ class Specs:
 
     @hookspec
     def disback_after_path_completed(self, path: DegradationPath) -> None:
-        """Take note that recording ended: the generator may move from now on. Not called for a path that is reused.
+        """React to the end of a recording; the generator is trained from now on. Not called for a reused path.
 
         Args:
             path: The complete path.
@@ -127,26 +129,26 @@ class Specs:
     def disback_should_advance(
         self, scheduler: TrajectoryScheduler, position: float, updates_in_node: int, signal: Any
     ) -> bool | None:
-        """Overrule how long the teacher stands on a node: the paper's "when near convergence, we switch" (Sec. 4.3).
+        """Decide whether the teacher leaves its node: the paper's "when near convergence, we switch" (Sec. 4.3).
 
-        Asked after each generator update while the teacher is on a node i >= 1 of a schedule that stands on nodes
-        (`Fixed`, or any with `discrete = True`); never on a ramp, and never at the teacher itself. What is left of the
-        plan follows from there: a node that was left early or late moves all later ones by as much. The scheduler's
-        `state_dict` remembers what was answered; a plug-in with a state of its own has to save that itself.
+        Called after each generator update while the teacher is on a node i >= 1 of a schedule that stays on nodes
+        (`Fixed`, or any with `discrete = True`); never on a ramp, and never at the teacher itself. A node left early or
+        late moves all later nodes of the schedule by as many updates. The scheduler's `state_dict` remembers the
+        answers; a plug-in saves any state of its own itself.
 
-        In a distributed run every process asks, and the first rank's answer holds for all. A plug-in that raises on one
-        of them is left out on all. That takes one exchange of a few bytes a question, and only where a plug-in has this
-        hook; all processes need the same ones.
+        In a distributed run every process calls the hook, and the answer of rank 0 holds for all. A plug-in that raises
+        on one rank is left out on all. This costs one exchange of a few bytes for each call, and only if a plug-in has
+        this hook; all ranks need the same plug-ins.
 
         Args:
-            scheduler: The scheduler that asks; to be read only.
+            scheduler: The scheduler that asks; read it, do not change it.
             position: i, as a float.
             updates_in_node: Generator updates on this node so far, >= 1.
-            signal: What the loop passed to `scheduler.step(signal)`, or set as `handle.signal`; None if nothing.
+            signal: The argument of `scheduler.step(signal)`, or the value of `handle.signal`; None if neither is set.
 
         Returns:
-            True to leave the node now, False to stay on it, though its time may be up, and None to leave it to others,
-            or to the plan.
+            True to leave the node now, False to stay on it even if the schedule leaves it, None to let another plug-in
+            or the schedule decide.
 
         Example:
             >>> from disback_plugin.plugins.manager import PluginManager
@@ -162,15 +164,15 @@ class Specs:
     def disback_after_node_swapped(
         self, scheduler: TrajectoryScheduler, position: float, previous: float, update: int
     ) -> None:
-        """Take note that the teacher holds another position: at the start, on the walk, after a resume, on `detach`.
+        """React to a move of the teacher: at the start, during backtracking, after a resume, and on `detach`.
 
-        `previous` is the position of the call before, 0.0 at first; so what depends on the position (guidance scales)
-        can be set here and nowhere else. Not called around `original_teacher`, which is no part of the walk.
+        `previous` is the position of the call before, 0.0 at first, so that a setting that depends on the position (a
+        guidance scale) can be set in this hook alone. `original_teacher` does not call this hook.
 
         Args:
-            scheduler: The scheduler, its state settled.
-            position: Where the teacher stands now, in [0, N]; 0.0 is the teacher itself.
-            previous: Where it stood before.
+            scheduler: The scheduler; its state is up to date.
+            position: The teacher's position now, in [0, N]; 0.0 is the teacher itself.
+            previous: The teacher's position before.
             update: Generator updates so far.
 
         Example:
@@ -182,20 +184,21 @@ class Specs:
 
     @hookspec
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
-        """Take what a run reports: plain numbers, on the main process, between two steps and at the end.
+        """Receive the numbers of a run: plain numbers, on the main process, between two steps and at the end.
 
-        `Trackers` takes them to accelerate's. Where nobody listens, moves go to `logging`: INFO at a node, else DEBUG.
+        `Trackers` sends them to accelerate's trackers. If no plug-in implements this hook, each move of the teacher is
+        logged by `logging`, at INFO on a node and else at DEBUG.
 
         Args:
-            values: Numbers by name. Where the walk is: "disback/position" in [0, N]; "disback/node", the node at or
-                above it; "disback/gradient", the factor on the generator's gradient; and, if the teacher moved,
-                "disback/swap_ms", host milliseconds of its write, and "disback/delta_norm", how far it went along the
-                path, in weight space. While recording, now and then: "disback/recording", an update of s_phi;
-                "disback/agreement", the cosine of its gradient and the one before (`fitting`), and where it is known
-                "disback/loss". Once, 1.0: "disback/stalled" or "disback/diverged", of a run that goes wrong in the walk
-                (`monitoring`). What the loop gives to `Handle.log`. Every 50 updates: "disback/masked_samples", how
-                many samples the losses left out on this process since the last report, because they were not finite;
-                0 too (`masking.MaskedSamples`).
+            values: Numbers by name. During backtracking: "disback/position" in [0, N]; "disback/node", the node at or
+                above the position; "disback/gradient", the factor on the generator's gradient; and, if the teacher
+                moved, "disback/swap_ms", the host's milliseconds for the write, and "disback/delta_norm", the length of
+                the move along the path in weight space. While recording, now and then: "disback/recording", the
+                recording iteration; "disback/agreement", the cosine between two successive gradients of the fake score;
+                and, where it is known, "disback/loss". Once, as 1.0: "disback/stalled" or "disback/diverged", if a run
+                stops converging. Every number given to `Handle.log`. Every 50 updates: "disback/masked_samples", how
+                many samples the losses on this process left out since the last report because they were not finite, 0
+                included (`MaskedSamples`).
             step: Generator updates so far.
 
         Example:
@@ -204,14 +207,8 @@ class Specs:
             ...     @hookimpl
             ...     def disback_log(self, values, step):
             ...         print(step, dict(values))
-            >>> PluginManager(Print(), autoload=False).log({"disback/masked_samples": 0}, 50)
+            >>> PluginManager(Print(), autoload=False).call(
+            ...     "disback_log", values={"disback/masked_samples": 0}, step=50
+            ... )
             50 {'disback/masked_samples': 0}
         """
-
-
-# The arguments of each hook, in order.
-ARGUMENTS = {
-    name: tuple(inspect.signature(spec).parameters)[1:]
-    for name, spec in vars(Specs).items()
-    if name.startswith(f"{PROJECT}_")
-}

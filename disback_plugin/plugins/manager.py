@@ -1,397 +1,360 @@
-"""The pluggy host: the plug-ins of one run, which of them broke, and the calls of its steps. Imports no torch.
+"""The plug-ins of one run: pluggy registers, blocks and orders them; this module isolates the run from their errors.
 
-What a plug-in may implement is in `hookspecs`, where it comes from in `plugins` and `shelf`. A run takes
+A run uses every installed plug-in of the entry-point group `disback.hooks`, the adapter that knows its trainer (group
+`disback.adapters`, imported only then), and the names and objects of `attach(..., plugins=...)`.
 
-* the installed plug-ins of the group `disback.hooks`, all of them, and the adapter that knows its trainer;
-* what it was given by name or as an object (`attach(..., plugins=...)`), and what its script registered (`register`);
-* nothing that is blocked: `plugins=("no:NAME",)`, `disback -p no:NAME`, `DISBACK_PLUGINS="no:NAME,no:OTHER"`. With
-  `DISBACK_DISABLE_PLUGIN_AUTOLOAD=1` nothing that was not asked for by name.
-
-A plug-in that breaks, at import or in a hook, is named in the log with its distribution and left out from then on; one
-that was asked for raises. pluggy orders and checks; the calls are resolved once, to bound methods, so that a step pays
-for no dispatch, and where nobody listens for nothing. `DISBACK_TRACE_PLUGINS=1` logs every call and its answer.
+`plugins=("no:NAME",)`, `disback -p no:NAME` and `DISBACK_PLUGINS="no:NAME,no:OTHER"` block plug-ins, which are then not
+imported. With `DISBACK_DISABLE_PLUGIN_AUTOLOAD=1` a run uses only the installed plug-ins that were asked for by name.
+`DISBACK_TRACE_PLUGINS=1` logs each call and its answer. Imports no torch.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import EntryPoint
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
+import pluggy
+
 from disback_plugin import distributed
-from disback_plugin.errors import DisbackError, OptionError, RoleError
-from disback_plugin.plugins.hookspecs import ARGUMENTS, Adapter, hookimpl
-from disback_plugin.plugins.installed import ADAPTERS, HOOKS, Plugin
+from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleError
+from disback_plugin.plugins.entry_points import ADAPTERS, HOOKS, Plugin, installed
+from disback_plugin.plugins.hookspecs import PROJECT, Adapter, Specs
 from disback_plugin.plugins.run_log import NAME, RunLog
-from disback_plugin.plugins.shelf import Shelf, require_fit
 
 if TYPE_CHECKING:
-    from disback_plugin.path.degradation_path import DegradationPath
-    from disback_plugin.path.manifest import Node
     from disback_plugin.scheduler import TrajectoryScheduler
 
-__all__ = ["GROUP", "Adapter", "PluginManager", "find_adapter", "hookimpl", "register"]
+__all__ = ["PluginManager", "find_adapter"]
 
 logger = logging.getLogger(__name__)
 
-GROUP = ADAPTERS
-
-# A plug-in's name, and its implementation of a hook, called with all of the hook's arguments in order.
-Call = tuple[str, Callable[..., Any]]
-
-
-class _Script:
-    """What the script of this process registered; runs look at `changes` before they call anything."""
-
-    plugins: tuple[object, ...] = ()
-    changes = 0
+HOOK_NAMES = tuple(name for name in vars(Specs) if name.startswith(PROJECT))
+# Hooks that only report: without a plug-in that implements only these, a run trains the same weights.
+REPORTING = {"disback_log", "disback_after_node_recorded", "disback_after_path_completed"}
 
 
-def register(plugin: object) -> Callable[[], None]:
-    """Let a plug-in hear the runs of this process, those under way too.
+class PluginManager(pluggy.PluginManager):
+    """The plug-ins of one run, each isolated from the run and from the other plug-ins.
 
-    For one run alone pass it to that: `attach(..., plugins=(plugin,))`.
+    A plug-in that raises, at import or in a hook, is named in a warning and left out of the rest of the run. A plug-in
+    that was asked for, by name or as an object, raises PluginError.
 
     Args:
-        plugin: An object or module with functions marked `@hookimpl` and named after a hook of `Specs`.
-
-    Returns:
-        A function that takes it out again.
+        wanted: "NAME" asks for an installed plug-in, "no:NAME" blocks one, anything else is a plug-in itself. As in
+            pytest, a blocked name need not be installed.
+        autoload: Whether to use the installed plug-ins that were not asked for; None: unless
+            `DISBACK_DISABLE_PLUGIN_AUTOLOAD` is set.
 
     Raises:
-        OptionError: If it implements no hook, or one of them wrongly, or is registered already.
+        OptionError: If a name is not installed, or both asked for and blocked, or an object is not a plug-in.
+        PluginError: If a plug-in that was asked for by name is broken.
 
     Example:
+        >>> from disback_plugin import hookimpl
         >>> class Print:
         ...     @hookimpl
-        ...     def disback_log(self, values, step):
-        ...         print(step, dict(values))
-        >>> unregister = register(Print())
-        >>> PluginManager().log({"disback/masked_samples": 0}, 50)
-        50 {'disback/masked_samples': 0}
-        >>> unregister()
-    """
-    require_fit(plugin)
-    if any(known is plugin for known in _Script.plugins):
-        raise OptionError("a plug-in that is registered already", expected="a new one", cure="register it once")
-    _Script.plugins, _Script.changes = (*_Script.plugins, plugin), _Script.changes + 1
-
-    def unregister() -> None:
-        left = tuple(known for known in _Script.plugins if known is not plugin)
-        if left != _Script.plugins:
-            _Script.plugins, _Script.changes = left, _Script.changes + 1
-
-    return unregister
-
-
-class PluginManager:
-    """The plug-ins of one run: listed without an import, loaded by name, each isolated from the run and the others.
-
-    Args:
-        wanted: "NAME" asks for an installed plug-in, "no:NAME" blocks one, anything else is a plug-in itself. A blocked
-            name that is not installed is no error, as in pytest.
-        autoload: Whether the installed ones that nobody asked for are used; None: unless
-            `DISBACK_DISABLE_PLUGIN_AUTOLOAD` is set.
-        environ: Where `DISBACK_PLUGINS` and the other variables are read; None: the process's environment.
-
-    Raises:
-        OptionError: If a name is not installed, or both asked for and blocked, or an object is no plug-in.
-        PluginError: If one that was asked for by name is broken.
-
-    Example:
-        >>> class Count:
-        ...     nodes = 0
-        ...
-        ...     @hookimpl
-        ...     def disback_after_node_recorded(self, node):
-        ...         self.nodes += 1
-        >>> count = Count()
-        >>> PluginManager(count, "no:dmd2").node_recorded(None, None)
-        >>> count.nodes
-        1
+        ...     def disback_log(self, values):
+        ...         print(values)
+        >>> PluginManager(Print(), "no:dmd2").call("disback_log", values={"loss": 0.5}, step=7)
+        {'loss': 0.5}
     """
 
-    def __init__(self, *wanted: object, autoload: bool | None = None, environ: Mapping[str, str] | None = None) -> None:
-        environ = os.environ if environ is None else environ
-        names = [name.strip() for name in environ.get("DISBACK_PLUGINS", "").split(",") if name.strip()]
+    def __init__(self, *wanted: object, autoload: bool | None = None) -> None:
+        super().__init__(PROJECT)
+        self.add_hookspecs(Specs)
+        if _is_set("DISBACK_TRACE_PLUGINS"):  # warnings, which are seen without any logging handler
+            self.trace.root.setwriter(lambda text: logger.warning("trace: %s", text.strip()))
+        self._autoload = not _is_set("DISBACK_DISABLE_PLUGIN_AUTOLOAD") if autoload is None else autoload
+        self._plugins = installed()
+        self._known = {plugin.name: plugin for plugin in reversed(self._plugins)}
+        self._asked: set[str] = set()
+        names = [name.strip() for name in os.environ.get("DISBACK_PLUGINS", "").split(",") if name.strip()]
         names += [name for name in wanted if isinstance(name, str)]
-        self._autoload = not _is_on(environ, "DISBACK_DISABLE_PLUGIN_AUTOLOAD") if autoload is None else autoload
-        self._trace = _is_on(environ, "DISBACK_TRACE_PLUGINS")
-        self._shelf = Shelf()
-        self._of_script: dict[str, object] = {}
-        self._changes = -1  # no plan of calls yet
-        self._calls: dict[str, tuple[Call, ...]] = {}
-        self._block(names)
-        for plugin in wanted:
-            if not isinstance(plugin, str):
-                self._shelf.add(plugin)
+        for name in names:
+            if name.startswith("no:"):
+                self.set_blocked(name.removeprefix("no:"))
+        for plugin in self._plugins:
+            if self.is_blocked(plugin.name):
+                plugin.status, plugin.reason = "blocked", f"by no:{plugin.name}"
+        for given in wanted:
+            if not isinstance(given, str):
+                self.add(given)
         for name in names:
             if not name.startswith("no:"):
-                self._shelf.require(name, f"plug-in {name!r}")
-                self._shelf.load(name, asked=True)
-        for name in self._shelf.names(HOOKS) if self._autoload else ():
-            self._shelf.load(name)
+                self.load(name)
+        if self._autoload:
+            self._load_group(HOOKS)
 
     @classmethod
     def of(cls, plugins: PluginManager | Sequence[object]) -> PluginManager:
-        """Return what it is given, or `PluginManager(*plugins)`.
+        """Return the manager that was passed, or `PluginManager(*plugins)`.
 
         Raises:
-            OptionError: If it is one plug-in or name instead of several.
+            OptionError: If `plugins` is a single plug-in or name.
         """
         if isinstance(plugins, PluginManager):
             return plugins
         if isinstance(plugins, str) or not isinstance(plugins, Sequence):
-            raise OptionError(
-                f"plugins={plugins!r}", expected="a sequence", cure="put it into a tuple: plugins=(plugin,)"
-            )
+            raise OptionError(f"plugins={plugins!r}", expected="a sequence", cure="write plugins=(plugin,)")
         return cls(*plugins)
 
-    # -- what there is ------------------------------------------------------------------------------------------------
+    def list_plugins(self, *, load: bool = False) -> list[Plugin]:
+        """Return every plug-in, installed or passed as an object, sorted by group and name.
 
-    def listed(self) -> list[Plugin]:
-        """Return every plug-in, installed or given as an object, with what is known of it; imports nothing."""
-        return self._shelf.listed()
+        Args:
+            load: Import every plug-in that is not blocked first, so that each is ready, blocked or broken.
+        """
+        if load:
+            self._load_group(ADAPTERS)
+            self._load_group(HOOKS)
+        return sorted(self._plugins, key=lambda plugin: (plugin.group, plugin.name))
 
-    def check(self) -> list[Plugin]:
-        """Import every plug-in that is not blocked; return the list, each of it ready, blocked or broken."""
-        for group in (ADAPTERS, HOOKS):
-            for name in self._shelf.names(group):
-                self._shelf.load(name)
-        self._changes = -1
-        return self.listed()
+    def load(self, name: str, found: str = "") -> Any:
+        """Import and register an installed plug-in that the user asked for; return the module or object.
 
-    # -- what a run calls ---------------------------------------------------------------------------------------------
+        Args:
+            name: Name of its entry point.
+            found: The user's words for the plug-in, for an error; "": plug-in 'NAME'.
 
-    def adapter(self, trainer: object, name: str | None = None) -> Adapter:
-        """Return the roles in a trainer; the adapter that knew them takes part in the run from now on.
+        Raises:
+            OptionError: If no such plug-in is installed, or it is blocked; then it is not imported.
+            PluginError: If it is broken.
+        """
+        if name not in self._known or self.is_blocked(name):
+            available = sorted(known for known, plugin in self._known.items() if plugin.status != "blocked")
+            raise OptionError(
+                (found or f"plug-in {name!r}") + ", which is blocked" * self.is_blocked(name),
+                expected=f"one of {available}",
+                cure=f"install the distribution that has it, drop no:{name}, or pass the roles to attach() yourself",
+            )
+        self._asked.add(name)
+        self._load(name)
+        return self.get_plugin(name)
+
+    def add(self, plugin: object, name: str = "") -> None:
+        """Register an object as a plug-in, unless it is registered already.
+
+        Args:
+            plugin: The plug-in.
+            name: The name of a plug-in that the run or its adapter adds, in place of another of that name. It counts as
+                asked for only if it does more than report.
+
+        Raises:
+            OptionError: If it is not a plug-in.
+        """
+        if self.is_registered(plugin):
+            return
+        base = getattr(plugin, "__name__", type(plugin).__name__)
+        names = chain([base], (f"{base} {number}" for number in count(2)))
+        entry = Plugin(name or next(each for each in names if each not in self._known and not self.is_blocked(each)))
+        self.unregister(name=entry.name)
+        try:
+            self._register(plugin, entry)
+        except (ValueError, pluggy.PluginValidationError) as error:
+            raise OptionError(
+                f"a {type(plugin).__qualname__} as plug-in: {' '.join(str(error).split())}",
+                expected=f"an object or module that implements some of {', '.join(HOOK_NAMES)}",
+                cure="mark the functions with disback_plugin.hookimpl, and give them a hook's name and arguments",
+            ) from error
+        self._known[entry.name] = entry
+        self._plugins.append(entry)
+        if not name or not REPORTING.issuperset(entry.hooks):
+            self._asked.add(entry.name)
+
+    def find_adapter(self, trainer: object, name: str | None = None) -> Adapter:
+        """Return the roles in a trainer. The adapter that knows the trainer stays a plug-in of this run.
 
         Args:
             trainer: The live trainer.
-            name: The adapter to ask; None asks all, and skips those that cannot be imported.
+            name: The adapter to ask; None: ask all, and skip those that cannot be imported.
 
         Raises:
             OptionError: If there is no adapter of this name, or it is blocked.
-            RoleError: If no adapter understands the trainer, or one does, and it cannot have DisBack.
-            PluginError: If the named one is broken.
+            RoleError: If no adapter knows the trainer, or one does and refuses it.
+            PluginError: If the named adapter is broken.
         """
         if name is not None:
-            self._shelf.require(name, f"adapter={name!r}")
-            candidates = [name]
-        else:
-            candidates = self._shelf.names(ADAPTERS) if self._autoload else []
-        before = [each for each in candidates if self._shelf.has(each)]
-        loaded = [each for each in candidates if self._shelf.load(each, asked=name is not None)]
-        self._resolve()
-        knows, answer = self._ask(trainer, name)
-        for other in loaded:  # what does not know this trainer has no part in the run
-            if other != knows and other not in before:
-                self._shelf.drop(other)
-        self._resolve()
-        if isinstance(answer, Adapter):
-            for lent, make in answer.plugins.items():
-                self._shelf.lend(lent, make)
-            self._resolve()
-            return answer
-        broken = [self._shelf[each] for each in candidates if self._shelf[each].status == "broken"]
-        asked = f"{name or sorted(loaded)}"
-        if broken:
-            asked += f"; left out: {', '.join(f'{plugin} ({plugin.reason})' for plugin in broken)}"
-        raise answer or RoleError(
-            f"a {type(trainer).__module__}.{type(trainer).__qualname__} that no adapter understands (asked {asked})",
-            expected="a trainer that one of them knows",
-            cure="pass teacher=, fake_score=, generator_optimizer= and fake_score_optimizer= instead of the trainer",
-        )
-
-    def _ask(self, trainer: object, only: str | None) -> tuple[str, Adapter | DisbackError | None]:
-        """Return who knows a trainer, and the roles; if nobody does, the first who knows it and refuses."""
+            self.load(name, f"adapter={name!r}")
+        candidates = [name] if name is not None else self._load_group(ADAPTERS) if self._autoload else []
+        asked = [each for each in candidates if self.has_plugin(each)]
+        known_by = ""
+        roles: Adapter | None = None
         refusal: DisbackError | None = None
-        for name, function in self._calls_of("disback_adapter"):
-            if only is not None and name != only:
-                continue
-            try:
-                answer = function(trainer)
-                if answer is not None and not isinstance(answer, Adapter):
-                    raise TypeError(f"an answer that is a {type(answer).__qualname__}, not an Adapter or None")
-            except DisbackError as error:
+        for plugin, answer, error in self._outcomes("disback_adapter", {"trainer": trainer}, _as_adapter, only=name):
+            if isinstance(error, DisbackError):
                 refusal = refusal or error
-            except Exception as error:
-                self._failed(name, "disback_adapter", error)
-            else:
-                if answer is not None:
-                    return name, answer
-        return "", refusal
+            elif error is not None:
+                self._leave_out(plugin, error, "disback_adapter")
+            elif answer is not None:
+                known_by, roles = plugin, answer
+                break
+        for other in {*asked} - self._asked - {known_by}:
+            self.unregister(name=other)
+        if roles is None:
+            broken = [self._known[each] for each in candidates if self._known[each].status == "broken"]
+            left_out = [f"; left out: {plugin} ({plugin.reason})" for plugin in broken]
+            raise refusal or RoleError(
+                f"a {type(trainer).__module__}.{type(trainer).__qualname__} that no adapter understands "
+                f"(asked {name or sorted(asked)}{''.join(left_out)})",
+                expected="a trainer that one of them knows",
+                cure="pass teacher=, fake_score=, generator_optimizer= and fake_score_optimizer= instead",
+            )
+        for lent, make in roles.plugins.items():
+            if not self.is_blocked(lent):
+                self.add(make(), lent)
+        return roles
 
-    def node_recorded(self, path: DegradationPath, node: Node) -> None:
-        """Call `disback_after_node_recorded(path, node)`."""
-        self._call_all("disback_after_node_recorded", (path, node))
+    def add_run_log(self, file: str | os.PathLike[str] | None, path: str | os.PathLike[str] | None) -> RunLog | None:
+        """Register the log of this run and return it; None if "no:run_log" blocks it, or there is no place for it.
 
-    def path_completed(self, path: DegradationPath) -> None:
-        """Call `disback_after_path_completed(path)`."""
-        self._call_all("disback_after_path_completed", (path,))
+        Args:
+            file: The log's file; None: beside the path.
+            path: The folder of the path, if there is one.
+        """
+        if self.is_blocked(NAME) or (file is None and path is None):
+            return None
+        log = RunLog(file) if file is not None else RunLog.beside(path or "")
+        self.add(log, NAME)
+        return log
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+
+    def listens(self, hook: str) -> bool:
+        """Return whether a plug-in implements a hook; the run log does not count."""
+        return any(each.plugin_name != NAME for each in getattr(self.hook, hook).get_hookimpls())
+
+    def call(self, hook: str, **arguments: Any) -> None:
+        """Call every implementation of a hook that has no result, with the arguments of `Specs`, by name."""
+        for name, _, error in self._outcomes(hook, arguments):
+            if error is not None:
+                self._leave_out(name, error, hook)
 
     def should_advance(
         self, scheduler: TrajectoryScheduler, position: float, updates_in_node: int, signal: Any
     ) -> bool | None:
-        """Return the first answer to `disback_should_advance(scheduler, position, updates_in_node, signal)`; None if
-        nobody has one.
+        """Return rank 0's first answer to `disback_should_advance`, on every rank; None if no plug-in answers.
 
-        In a distributed run every rank is asked, and the first rank's answer holds for all, so that they cannot part. A
-        plug-in that raises on one of them is left out on all. Where no plug-in has this hook, nothing is exchanged.
+        Collective, if a plug-in has this hook. A plug-in that raises on one rank is left out on all.
         """
-        calls = self._calls_of("disback_should_advance")
-        if not calls:
+        hook, advance, errors = "disback_should_advance", None, {}
+        if not self.listens(hook):
             return None
-        leave: bool | None = None
-        failed: dict[int, Exception] = {}
-        for index, (_, function) in enumerate(calls):
-            try:
-                answer = function(scheduler, position, updates_in_node, signal)
-                leave = None if answer is None else bool(answer)
-            except Exception as error:
-                failed[index] = error
-            if leave is not None:
+        arguments = {"scheduler": scheduler, "position": position, "updates_in_node": updates_in_node, "signal": signal}
+        for name, answer, error in self._outcomes(hook, arguments, lambda said: None if said is None else bool(said)):
+            if error is not None:
+                errors[name] = error
+            if answer is not None:
+                advance = answer
                 break
-        told = distributed.gather(
-            (leave, {index: f"{type(error).__name__}: {error}" for index, error in failed.items()})
-        )
-        for rank, (_, reasons) in enumerate(told):
-            for index, reason in reasons.items():
-                failed.setdefault(index, RuntimeError(f"on rank {rank}, {reason}"))
-        for index in sorted(failed):
-            self._failed(calls[index][0], "disback_should_advance", failed[index])
-        leave = told[0][0]
-        return leave
+        gathered = distributed.gather((advance, {name: _describe(error) for name, error in errors.items()}))
+        for rank, (_, descriptions) in enumerate(gathered):
+            for name, description in descriptions.items():
+                errors.setdefault(name, RuntimeError(f"on rank {rank}, {description}"))
+        for name in sorted(errors):
+            self._leave_out(name, errors[name], hook)
+        return gathered[0][0]
 
-    def node_swapped(self, scheduler: TrajectoryScheduler, position: float, previous: float, update: int) -> None:
-        """Call `disback_after_node_swapped(scheduler, position, previous, update)`."""
-        self._call_all("disback_after_node_swapped", (scheduler, position, previous, update))
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Call `disback_log(values, step)`, which is for the main process only: the caller sees to that."""
-        self._call_all("disback_log", (values, step))
-
-    def listens(self, hook: str) -> bool:
-        """Return whether some plug-in implements a hook; the run's own log does not count."""
-        return any(name != NAME for name, _ in self._calls_of(hook))
-
-    def keep_log(self, file: str | os.PathLike[str] | None, path: str | os.PathLike[str] | None) -> RunLog | None:
-        """Let the log of a run take part from now on; return it, or None if "no:run_log" keeps it out.
-
-        Args:
-            file: The file; None: beside the path, and without a path no log.
-            path: The folder of the path, if there is one.
-        """
-        if file is not None:
-            log = RunLog(file)
-        elif path is not None:
-            log = RunLog.beside(path)
-        else:
-            return None
-        lent = self._shelf.lend(NAME, lambda: log)
-        self._resolve()
-        return log if lent else None
-
-    # -- calls --------------------------------------------------------------------------------------------------------
-
-    def _calls_of(self, hook: str) -> tuple[Call, ...]:
-        if self._changes != _Script.changes:
-            self._resolve()
-        return self._calls[hook]
-
-    def _call_all(self, hook: str, arguments: tuple[Any, ...]) -> None:
-        for name, function in self._calls_of(hook):
+    def _outcomes(
+        self,
+        hook: str,
+        arguments: dict[str, Any],
+        convert: Callable[[Any], Any] = lambda answer: answer,
+        only: str | None = None,
+    ) -> Iterator[tuple[str, Any, Exception | None]]:
+        """Call the implementations of a hook in pluggy's order; yield the plug-in, the answer and the error of each."""
+        for each in reversed(getattr(self.hook, hook).get_hookimpls()):
+            answer = error = None
+            if only not in (None, each.plugin_name):
+                continue
             try:
-                function(*arguments)
-            except Exception as error:
-                self._failed(name, hook, error)
+                answer = convert(each.function(*[arguments[name] for name in each.argnames]))
+            except Exception as raised:
+                error = raised
+            self.trace(f"{each.plugin_name}: {hook}", arguments, "->", answer if error is None else repr(error))
+            yield each.plugin_name, answer, error
 
-    def _failed(self, name: str, hook: str, error: Exception) -> None:
-        """Leave a plug-in out from now on, and raise if it was asked for."""
+    # -- registration -------------------------------------------------------------------------------------------------
+
+    def _load_group(self, group: str) -> list[str]:
+        """Import and register the installed plug-ins of a group; return the names of all, also of those left out."""
+        names = [plugin.name for plugin in self._known.values() if plugin.group == group]
+        for name in names:
+            self._load(name)
+        return names
+
+    def _load(self, name: str) -> None:
+        """Import and register an installed plug-in, unless it is blocked, or broken and not asked for."""
+        plugin = self._known[name]
+        if self.has_plugin(name) or self.is_blocked(name) or (plugin.status == "broken" and name not in self._asked):
+            return
         try:
-            self._shelf.fail(name, f"{type(error).__name__} in {hook}: {error}", error)
-        finally:
-            self._resolve()  # it is not called on the way out either
+            self._register(EntryPoint(plugin.name, plugin.value, plugin.group).load(), plugin)
+        except (Exception, SystemExit) as error:  # a third party's module may raise anything, or call sys.exit
+            self._leave_out(name, error)
 
-    def _resolve(self) -> None:
-        """Bring the plan of calls up to date with the script's plug-ins and those that are loaded."""
-        self._changes = _Script.changes
-        for name in [name for name, plugin in self._of_script.items() if not _is_in(plugin, _Script.plugins)]:
-            self._shelf.forget(name)
-            del self._of_script[name]
-        for plugin in _Script.plugins:
-            if not self._shelf.holds(plugin) and not _is_in(plugin, self._of_script.values()):
-                self._of_script[self._shelf.add(plugin)] = plugin
-        self._calls = {hook: tuple(self._functions(hook)) for hook in ARGUMENTS}
+    def _register(self, plugin: Any, entry: Plugin) -> None:
+        """Validate and register a plug-in. Raises ValueError or pluggy's PluginValidationError."""
+        if isinstance(plugin, type):
+            raise ValueError("it is a class, not a module or an instance")
+        for name in HOOK_NAMES:
+            if callable(getattr(plugin, name, None)) and self.parse_hookimpl_opts(plugin, name) is None:
+                raise ValueError(f"{name} is not marked with @hookimpl")
+        try:
+            self.register(plugin, entry.name)
+            self.check_pending()
+            callers = self.get_hookcallers(plugin)
+            if not callers:
+                raise ValueError("it implements no hook")
+            for each in chain.from_iterable(caller.get_hookimpls() for caller in callers):
+                if each.wrapper or each.hookwrapper:
+                    raise ValueError(
+                        f"{each.function.__name__} is a wrapper, and plug-ins are isolated from each other"
+                    )
+        except Exception:
+            self.unregister(name=entry.name)
+            raise
+        entry.status, entry.reason, entry.hooks = "ready", "", tuple(sorted(caller.name for caller in callers))
 
-    def _functions(self, hook: str) -> Iterator[Call]:
-        for name, function, wanted in self._shelf.implementations(hook):
-            positional = _positional(function, wanted, ARGUMENTS[hook])
-            yield name, _traced(positional, f"{name}: {hook}") if self._trace else positional
-
-    def _block(self, names: list[str]) -> None:
-        for name in [name.removeprefix("no:") for name in names if name.startswith("no:")]:
-            if name in names:
-                raise OptionError(
-                    f"plug-in {name!r} both asked for and blocked", expected="one of the two", cure="drop one"
-                )
-            self._shelf.block(name)
+    def _leave_out(self, name: str, error: BaseException, hook: str = "") -> None:
+        """Unregister a broken plug-in and warn; raise PluginError if it was asked for."""
+        plugin = self._known[name]
+        plugin.status, plugin.reason = "broken", _describe(error, f" in {hook}" if hook else "")
+        self.unregister(name=name)
+        if name in self._asked:
+            raise PluginError(
+                f"the plug-in {plugin} broken ({plugin.reason})",
+                expected="a plug-in that works",
+                cure="correct it" + (f", or block it with no:{name}" if plugin.distribution else ", or omit it"),
+            ) from error
+        logger.warning("the plug-in %s is broken and left out (%s); block it with no:%s", plugin, plugin.reason, name)
 
 
 def find_adapter(trainer: object, name: str | None = None) -> Adapter:
-    """Return the roles in a trainer, as `PluginManager.adapter` finds them.
-
-    Args:
-        trainer: The live trainer.
-        name: The adapter to ask; None asks all that are installed.
-
-    Raises:
-        OptionError: If there is no adapter of this name.
-        RoleError: If no adapter understands the trainer.
-        PluginError: If the named one is broken.
+    """Return the roles in a trainer as `PluginManager.find_adapter` does, with the installed adapters.
 
     Example:
-        >>> from disback_plugin.errors import RoleError
         >>> try:
         ...     find_adapter(object())
         ... except RoleError as error:
         ...     print(type(error).__name__)
         RoleError
     """
-    return PluginManager().adapter(trainer, name)
+    return PluginManager().find_adapter(trainer, name)
 
 
-def _is_on(environ: Mapping[str, str], variable: str) -> bool:
-    return environ.get(variable, "") not in ("", "0")
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
 
 
-def _is_in(plugin: object, others: Any) -> bool:
-    return any(other is plugin for other in others)
+def _describe(error: BaseException, where: str = "") -> str:
+    return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
 
 
-def _positional(
-    function: Callable[..., Any], wanted: tuple[str, ...], arguments: tuple[str, ...]
-) -> Callable[..., Any]:
-    """Return a function of all arguments of a hook that passes on those that an implementation wants."""
-    indices = [arguments.index(name) for name in wanted]
-    if indices == list(range(len(arguments))):
-        return function
-    if not indices:
-        return lambda *given: function()
-    if len(indices) == 1:
-        (index,) = indices
-        return lambda *given: function(given[index])
-    pick = itemgetter(*indices)
-    return lambda *given: function(*pick(given))
-
-
-def _traced(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    def traced(*arguments: Any) -> Any:
-        answer = function(*arguments)
-        # Asked for by a variable of the environment: it has to be seen without any handler set up.
-        logger.warning("trace: %s%r -> %r", name, arguments, answer)
-        return answer
-
-    return traced
+def _as_adapter(answer: object) -> Adapter | None:
+    if answer is not None and not isinstance(answer, Adapter):
+        raise TypeError(f"an answer that is a {type(answer).__qualname__}, not an Adapter or None")
+    return answer

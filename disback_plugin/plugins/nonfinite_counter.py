@@ -1,4 +1,4 @@
-"""Samples that the losses leave out because they are not finite: counted on their device, reported now and then."""
+"""Counts the samples that the losses leave out because they are not finite; reads the count from the device rarely."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from disback_plugin import distributed
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.terms.batches import LISTENER
 
 __all__ = ["MaskedSamples"]
 
@@ -22,25 +21,22 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Batches that are kept before they are added up.
-PENDING = 64
-
 
 class MaskedSamples:
     """Counts the samples that the losses of `losses` and `kernels` mask, and reports them as "disback/masked_samples".
 
-    A report goes to the plug-ins that implement `disback_log`, or, where there is none, into a warning of `logging` if
-    the count is not 0. Only a report waits for the device. Each process counts its own samples; the main one reports.
+    A report goes to the plug-ins that implement `disback_log`; if there is none, a count above 0 is a warning of
+    `logging`. Only a report waits for the device. Each process counts its own samples; the main process reports.
 
     Args:
-        every: Steps from one report to the next, >= 50.
-        plugins: Who hears of it: a `hooks.Plugins`, or names and objects for one.
+        every: Generator updates from one report to the next, >= 50.
+        plugins: A `PluginManager`, or the names and objects for one.
 
     Attributes:
-        steps: Generator updates so far; set it where a run resumes.
+        steps: Generator updates so far; set it when a run is resumed.
 
     Raises:
-        OptionError: If `every` is smaller.
+        OptionError: If `every` is below 50.
 
     Example:
         >>> from disback_plugin import losses
@@ -57,19 +53,19 @@ class MaskedSamples:
 
     def __init__(self, every: int = 50, *, plugins: PluginManager | Sequence[object] = ()) -> None:
         if every < 50:
-            raise OptionError(f"every={every}", expected="50 or more", cure="leave it away for 50: a report is a sync")
+            raise OptionError(f"every={every}", expected="50 or more", cure="omit it: each report waits for the device")
         self._plugins = PluginManager.of(plugins)
         self.every = every
         self.steps = 0
-        self._finite: list[Tensor] = []
         self._counts: dict[torch.device, Tensor] = {}
 
     def watch(self, loss: Callable[P, R]) -> Callable[P, R]:
-        """Return the loss with the same signature; what it masks is counted here."""
+        """Return a loss of the same signature whose masked samples are counted here."""
+        from disback_plugin.terms.batches import LISTENER  # imports the losses, which `attach` does not need
 
         @functools.wraps(loss)
         def watched(*args: P.args, **kwargs: P.kwargs) -> R:
-            token = LISTENER.set(self._take)
+            token = LISTENER.set(self._count)
             try:
                 return loss(*args, **kwargs)
             finally:
@@ -78,42 +74,34 @@ class MaskedSamples:
         return watched
 
     def step(self) -> None:
-        """Count one finished generator update, and report if it is time to."""
+        """Count a finished generator update, and report every `every` updates."""
         self.steps += 1
         if self.steps % self.every == 0:
             self.report()
 
     def report(self) -> int:
-        """Read the count, a sync, report it, and begin anew; call it at the end. Without a new loss nothing happens.
+        """Read the count, which waits for the device, report it and restart from 0; call this method at the end.
+
+        Without a loss since the last report nothing is reported.
 
         Returns:
-            The count on this process since the last report.
+            The count of this process since the last report.
         """
-        self._add_up()
         if not self._counts:
             return 0
         masked = sum(int(count.item()) for count in self._counts.values())
         self._counts.clear()
-        if not distributed.is_main_process():
-            return masked
-        self._plugins.log({"disback/masked_samples": masked}, self.steps)
-        if masked and not self._plugins.listens("disback_log"):
-            logger.warning(
-                "%d samples were not finite and had no gradient, up to update %d: look at the outputs of teacher and "
-                "fake score, and at their dtype",
-                masked,
-                self.steps,
-            )
+        if distributed.is_main_process():
+            self._plugins.call("disback_log", values={"disback/masked_samples": masked}, step=self.steps)
+            if masked and not self._plugins.listens("disback_log"):
+                logger.warning(
+                    "%d samples were not finite and got no gradient, up to update %d: look at the outputs of teacher "
+                    "and fake score, and at their dtype",
+                    masked,
+                    self.steps,
+                )
         return masked
 
-    def _take(self, finite: Tensor) -> None:
-        self._finite.append(finite)
-        if len(self._finite) >= PENDING:
-            self._add_up()
-
-    def _add_up(self) -> None:
-        for device in {finite.device for finite in self._finite}:
-            batches = [finite for finite in self._finite if finite.device == device]
-            masked = torch.cat(batches).logical_not().sum()
-            self._counts[device] = self._counts[device] + masked if device in self._counts else masked
-        self._finite.clear()
+    def _count(self, finite: Tensor) -> None:
+        masked = finite.logical_not().sum()
+        self._counts[finite.device] = self._counts.get(finite.device, 0) + masked

@@ -1,15 +1,15 @@
-"""The log of a run: a file of JSON lines, beside the path as "PATH.log.jsonl", that people and `disback report` read.
+"""Where the numbers of a run go: its log, a file of JSON lines beside the path as "PATH.log.jsonl", and trackers.
 
     {"time": ..., "update": 0, "begin": "attach", "path": ..., "settings": {...}, "versions": {...}, ...}
     {"time": ..., "update": 0, "recording": 5, "agreement": 0.93}
     {"time": ..., "update": 0, "recording": 50, "recorded": {"index": 1, "bytes": ..., "weight_error": ...}}
     {"time": ..., "update": 12, "position": 1.4, "node": 2, "gradient": 0.7, "swap_ms": 0.8, "delta_norm": 0.1}
-    {"time": ..., "update": 20, "loss": 0.3, "distance": 4.2}          what the loop logs itself
+    {"time": ..., "update": 20, "loss": 0.3, "distance": 4.2}          numbers that the loop logs
     {"time": ..., "update": 20, "samples": "samples/020.png"}          a picture, relative to the log
 
-`update` counts the generator's, and is 0 while recording, where `recording` counts those of s_phi. Lines are only ever
-added: a run that is resumed from update 50 says so, and what a killed one had written after its update 50 counts for
-nothing (`histories`). A number that is not finite is null. Nothing here imports torch, or waits for a device.
+`update` counts generator updates, and is 0 while recording, where `recording` counts recording iterations. Lines are
+only appended: a run that is resumed at update 50 writes so, and readers ignore what the killed process wrote after
+update 50 (`log_reader`). A number that is not finite is null. Nothing here imports torch or waits for a device.
 """
 
 from __future__ import annotations
@@ -18,38 +18,40 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins.hookspecs import hookimpl
-from disback_plugin.plugins.installed import environment
 
 if TYPE_CHECKING:
     from disback_plugin.path.degradation_path import DegradationPath
     from disback_plugin.path.manifest import Node
 
-__all__ = ["NAME", "RESERVED", "SUFFIX", "RunLog", "numbers_and_pictures"]
+__all__ = ["NAME", "RESERVED", "SUFFIX", "RunLog", "Trackers", "numbers_and_pictures", "versions"]
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".log.jsonl"
-# Under which it takes part in a run; "no:run_log" leaves it out.
+# The run log's name as a plug-in: "no:run_log" blocks it.
 NAME = "run_log"
-# Keys that say what kind of line one is, and when.
+# Keys that say which kind of line it is, and when it was written.
 RESERVED = frozenset(("time", "update", "recording", "begin", "resume", "recorded", "completed"))
 
 
 class RunLog:
-    """Writes the log of one run. `attach` and `record` have one by themselves; this is for loops that have neither.
+    """A plug-in that writes the log of one run. `attach` and `record` add one themselves.
 
-    It is a plug-in too: `TrajectoryScheduler(..., plugins=(log,))`. Where a line cannot be written, as on a full disk,
-    a warning says so, once, and the run goes on without a log.
+    `TrajectoryScheduler(..., plugins=(log,))`, and a baseline without DisBack, use one explicitly. If a line cannot be
+    written, as on a full disk, one warning says so and the run continues without a log.
 
     Args:
-        file: Where to; lines are added to what is there.
+        file: The file to append to.
 
     Example:
         >>> import tempfile
@@ -73,134 +75,153 @@ class RunLog:
             >>> RunLog.beside("runs/path").file.as_posix()
             'runs/path.log.jsonl'
         """
-        folder = Path(path) if Path(path).name else Path(path).absolute()  # as of "."
+        folder = Path(path) if Path(path).name else Path(path).absolute()  # "." has no name
         return cls(folder.parent / f"{folder.name}{SUFFIX}")
 
     def begin(
         self, kind: str, *, update: int = 0, recording: int | None = None, resumed: bool = False, **about: Any
     ) -> None:
-        """Write what a run is, and then what was logged before; until then every line waits, so that a run that is
-        refused leaves nothing behind.
+        """Write what kind of run begins, then the lines logged so far; they wait until then, so that a refused run
+        leaves no file.
 
         Args:
-            kind: What began: "attach", "record", or a name of your own.
+            kind: "attach", "record", or a name of your own.
             update: Generator updates so far.
-            recording: Recorded updates of s_phi so far, while recording.
-            resumed: Whether it goes on from a run that this file knows: then lines after this moment count no more.
-            about: Whatever else describes the run, as plain values; versions are added.
+            recording: Recording iterations so far, while recording.
+            resumed: Whether the run continues a run of this file; readers then ignore that run's lines after `update`.
+            about: Plain values that describe the run; the versions of packages are added.
         """
         waiting, self._waiting = self._waiting or [], None
-        where = {"update": update} if recording is None else {"update": update, "recording": recording}
-        self._write(
-            [where | {"begin": kind, "resumed": resumed} | about | {"versions": environment()}, *waiting], anew=True
-        )
+        first = {"begin": kind, "resumed": resumed, **about, "versions": versions()}
+        self._write(_moment(update, recording) | first, *waiting)
 
     def resume(self, *, update: int, recording: int | None = None) -> None:
-        """Note that the run goes on from here, whatever was written after this moment.
+        """Write that the run continues from an earlier moment; readers then ignore the lines after it.
 
         Args:
-            update: Generator updates of the moment.
-            recording: Recorded updates of s_phi, while recording.
+            update: Generator updates at that moment.
+            recording: Recording iterations at that moment, while recording.
         """
-        self._write([{"update": update, "resume": True} | ({} if recording is None else {"recording": recording})])
+        self._write(_moment(update, recording) | {"resume": True})
 
     def log(self, values: Mapping[str, Any], update: int, *, recording: int | None = None) -> None:
-        """Write numbers, and the paths of pictures, under the present update.
+        """Write numbers and the paths of pictures.
 
         Args:
             values: By name: plain numbers, tensors of one element, and `Path` objects of PNG files.
             update: Generator updates so far.
-            recording: Recorded updates of s_phi, while recording.
+            recording: Recording iterations so far, while recording.
 
         Raises:
-            OptionError: If a name is taken, or a value is something else.
+            OptionError: If a name is reserved, or a value is of another kind.
         """
         numbers, pictures = numbers_and_pictures(values)
-        line: dict[str, Any] = {"update": update} | ({} if recording is None else {"recording": recording})
+        line = _moment(update, recording)
         line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._write([line | {name: self._relative(picture) for name, picture in pictures.items()}])
-
-    # -- what a run tells a plug-in -----------------------------------------------------------------------------------
+        folder = self.file.parent.absolute()
+        for name, picture in pictures.items():
+            picture = picture.absolute()
+            line[name] = (picture.relative_to(folder) if picture.is_relative_to(folder) else picture).as_posix()
+        self._write(line)
 
     @hookimpl
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
-        """Write the `values` of a run at `step` generator updates, without their "disback/"."""
+        """Write the `values` at `step` generator updates, without the prefix "disback/"."""
         plain = {name.removeprefix("disback/"): value for name, value in values.items()}
         recording = plain.pop("recording", None)
         self.log(plain, step, recording=None if recording is None else int(recording))
 
     @hookimpl
     def disback_after_node_recorded(self, path: DegradationPath, node: Node) -> None:
-        """Write what a `node` of the `path` is."""
+        """Write what `path` says of a new `node`."""
         self._write(
-            [
-                {
-                    "update": 0,
-                    "recording": node.iteration,
-                    "recorded": {k: v for k, v in vars(node).items() if k != "extra"},
-                }
-            ]
+            _moment(0, node.iteration)
+            | {"recorded": {key: value for key, value in vars(node).items() if key != "extra"}}
         )
 
     @hookimpl
     def disback_after_path_completed(self, path: DegradationPath) -> None:
-        """Write how the recording of the `path` ended."""
+        """Write how the recording of `path` ended."""
         manifest = path.manifest
         ended = {"iterations": manifest.iterations, "fitted": manifest.fitted, "ended": manifest.ended}
-        self._write([{"update": 0, "recording": manifest.iterations, "completed": ended}])
+        self._write(_moment(0, manifest.iterations) | {"completed": ended})
 
-    # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _torn(self) -> bool:
-        """Whether the file ends within a line."""
-        size = self.file.stat().st_size
-        if not size:  # or a device
-            return False
-        with self.file.open("rb") as file:
-            file.seek(size - 1)
-            return file.read(1) != b"\n"
-
-    def _relative(self, picture: Path) -> str:
-        folder, picture = self.file.parent.absolute(), picture.absolute()
-        return (picture.relative_to(folder) if picture.is_relative_to(folder) else picture).as_posix()
-
-    def _write(self, lines: list[dict[str, Any]], *, anew: bool = False) -> None:
-        """Add lines, or let them wait. The file is open only meanwhile: nothing is lost, and nothing to be closed."""
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        lines = [{"time": now} | line for line in lines]
+    def _write(self, *lines: dict[str, Any]) -> None:
+        """Append lines; before `begin`, keep them. The file is opened and closed each time, so that none is lost."""
+        now = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
         if self._waiting is not None:
-            self._waiting += lines
+            self._waiting += [now | line for line in lines]
         elif not self._broken:
-            text = "".join(f"{json.dumps(line, default=str)}\n" for line in lines)
+            text = "".join(f"{json.dumps(now | line, default=str)}\n" for line in lines)
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.open("a", encoding="utf-8") as file:
-                    # A run that was killed within a line must not swallow the first of this one.
-                    file.write("\n" + text if anew and self._torn() else text)
+                    # The process before may have been killed within a line, which must not swallow the first of ours.
+                    file.write("\n" + text if "begin" in lines[0] and file.tell() else text)
             except OSError as error:
                 self._broken = True
-                logger.warning("the run goes on without its log: %s cannot be written (%s)", self.file, error)
+                logger.warning("the run continues without its log: %s cannot be written (%s)", self.file, error)
+
+
+class Trackers:
+    """A plug-in that sends the numbers of a run to the trackers of an `accelerate.Accelerator`.
+
+    Args:
+        accelerator: An accelerator whose `init_trackers` was called.
+        step: A function that returns the step under which the trainer itself logs, for trackers that need increasing
+            steps, as Weights & Biases does; None: generator updates. These are logged as "disback/generator_updates"
+            too.
+
+    Raises:
+        OptionError: If the accelerator has no tracker.
+
+    Example:
+        >>> class Tracker:
+        ...     def log(self, values, step):
+        ...         print(step, values)
+        >>> class Accelerator:
+        ...     trackers = [Tracker()]
+        >>> Trackers(Accelerator()).disback_log({"disback/position": 2.0}, 40)
+        40 {'disback/position': 2.0, 'disback/generator_updates': 40}
+    """
+
+    def __init__(self, accelerator: Any, *, step: Callable[[], int] | None = None) -> None:
+        if not getattr(accelerator, "trackers", None):
+            raise OptionError(
+                f"a {type(accelerator).__name__} without trackers",
+                expected="accelerate's Accelerator(log_with=...)",
+                cure="call accelerator.init_trackers(name) before attach()",
+            )
+        self._accelerator, self._step = accelerator, step
+
+    @hookimpl
+    def disback_log(self, values: Mapping[str, float], step: int) -> None:
+        """Send the `values` at `step` generator updates to each tracker; called on the main process only."""
+        at = step if self._step is None else self._step()
+        for tracker in self._accelerator.trackers:
+            tracker.log({**values, "disback/generator_updates": step}, step=at)
 
 
 def numbers_and_pictures(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Path]]:
-    """Return numbers as floats, and the paths of pictures, apart.
+    """Return the numbers as floats, and the paths of pictures.
 
     Raises:
-        OptionError: If a name is taken, or a value is something else.
+        OptionError: If a name is reserved, or a value is of another kind.
 
     Example:
         >>> numbers_and_pictures({"loss": 1, "samples": Path("samples.png")})
         ({'loss': 1.0}, {'samples': PosixPath('samples.png')})
     """
-    pictures = {name: value for name, value in values.items() if isinstance(value, Path)}
-    numbers = {}
+    numbers: dict[str, float] = {}
+    pictures: dict[str, Path] = {}
     for name, value in values.items():
         if not isinstance(name, str) or not name or name in RESERVED:
             raise OptionError(f"the name {name!r}", expected=f"none of {', '.join(sorted(RESERVED))}", cure="rename it")
-        if name in pictures:
-            continue
         try:
-            numbers[name] = float(value)
+            if isinstance(value, Path):
+                pictures[name] = value
+            else:
+                numbers[name] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise OptionError(
                 f"{name}={value!r:.60}, a {type(value).__name__}, to be logged",
@@ -208,3 +229,21 @@ def numbers_and_pictures(values: Mapping[str, Any]) -> tuple[dict[str, float], d
                 cure="log a mean of it, or save it as a picture",
             ) from error
     return numbers, pictures
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a bug report needs, by distribution; nothing is imported.
+
+    Example:
+        >>> list(versions())[:4]
+        ['python', 'platform', 'disback-plugin', 'torch']
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("disback-plugin", "torch", "diffusers", "accelerate", "timm", "peft", "pluggy"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _moment(update: int, recording: int | None) -> dict[str, Any]:
+    return {"update": update} if recording is None else {"update": update, "recording": recording}
