@@ -14,7 +14,7 @@ from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
 from disback_plugin.convergence import EVERY, SAMPLE, fitted_after
-from disback_plugin.recorder import HASTE, LEAST
+from disback_plugin.recorder import FEWEST_ITERATIONS, LEARNING_RATE_FACTOR
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]
 
@@ -105,7 +105,7 @@ class Distillation:
         planned = [LONGEST if method.record is None else method.record for method in self.methods]
         last, columns = None, [[] for _ in self.methods]
         rates = self._fake_adam.rates
-        haste = torch.tensor([float(HASTE if method.record is None else 1) for method in self.methods])
+        haste = torch.tensor([float(LEARNING_RATE_FACTOR if method.record is None else 1) for method in self.methods])
         for done in range(1, max(planned) + 1):
             moving = torch.tensor([float(done <= count) for count in planned])
             if not moving.any():
@@ -119,15 +119,15 @@ class Distillation:
             for member, method in enumerate(self.methods):
                 if method.record is None and done <= planned[member] and done % EVERY == 0:
                     if not self.fitted[member] and (fitted := fitted_after(columns[member])):
-                        self.fitted[member], haste[member] = HASTE * fitted, 1
-                    if self.fitted[member] and done >= LEAST:
+                        self.fitted[member], haste[member] = LEARNING_RATE_FACTOR * fitted, 1
+                    if self.fitted[member] and done >= FEWEST_ITERATIONS:
                         planned[member] = done
         self.recorded, self._fake_adam.rates = planned, rates
 
     def clock(self, member: int) -> int:
         """F of a member, or, if it was never fitted, the updates that it had at the learning rate itself."""
         hastened = self.methods[member].record is None
-        return self.fitted[member] or (HASTE if hastened else 1) * self.recorded[member]
+        return self.fitted[member] or (LEARNING_RATE_FACTOR if hastened else 1) * self.recorded[member]
 
     @torch.no_grad()
     def excess(self) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from disback_plugin.errors import StateError
 
-__all__ = ["VERSION", "Phase", "Progress", "upgrade_state", "validate_state"]
+__all__ = ["VERSION", "Phase", "Progress", "upgrade_state", "validate_form", "validate_state"]
 
 # Version of a state; `upgrade_state` translates the earlier ones.
 VERSION = 2
@@ -107,6 +107,26 @@ def upgrade_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(key, key): value for key, value in state.items()} | {"version": VERSION}
 
 
+def validate_form(state: object) -> dict[str, Any]:
+    """Return the state of any attached run under the keys of the present version; its values are not compared.
+
+    Raises:
+        StateError: If it is no state, or of a later version.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"a state that is {state!r:.60}",
+            expected="what handle.state_dict() returned",
+            cure="save it beside the trainer's checkpoint; a checkpoint from before DisBack has none",
+        )
+    present = upgrade_state(state)
+    texts = ("path", "nodes", "schedule", "fit", "restore", "fake_score")
+    validate_state(
+        present, like=dict.fromkeys(texts, "") | Progress().to_state() | {"version": VERSION}, fixed=("version",)
+    )
+    return present
+
+
 def validate_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: tuple[str, ...] = ()) -> None:
     """Raise unless a state has every key of `like` with a value of the same type. Further keys are ignored.
 
@@ -121,8 +141,8 @@ def validate_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: 
     missing = sorted(like.keys() - state.keys())
     if missing:
         raise StateError(
-            f"a state without {', '.join(missing)}, with keys {sorted(state)}",
-            expected=f"keys {sorted(like)}",
+            f"a state with keys {sorted(state)}",
+            expected=f"one that also has {', '.join(missing)}",
             cure="pass what state_dict() of the same kind of object returned",
         )
     for key, value in like.items():

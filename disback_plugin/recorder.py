@@ -1,71 +1,197 @@
-"""Updates of a network, counted and made into nodes: what every recording does, whoever steps the network."""
+"""The recorder: counts the updates of s', decides when s' is fitted, and saves the nodes of a path.
+
+Every recording uses it, whether `attach` or `record` runs it and whoever steps the network.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from disback_plugin import distributed
 from disback_plugin.convergence import EVERY, FitDetector
+from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Manifest, Recording
 from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.progress import Progress
 from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["HASTE", "LEAST", "Recorder"]
+__all__ = ["FEWEST_ITERATIONS", "LEARNING_RATE_FACTOR", "PATIENCE", "Recorder", "open_or_create"]
 
 logger = logging.getLogger(__name__)
 
-# Fewer updates are no recording, however soon s' is fitted: a warm start of ten is worth its price (EVIDENCE.md).
-LEAST = 10
+# A recording that ends once s' is fitted has at least this many iterations: a warm start of ten costs less than it
+# gains (benchmarks/EVIDENCE.md).
+FEWEST_ITERATIONS = 10
 
-# Until s' is fitted, a recording that ends then has so many times the learning rate, and takes half as long. What is
-# left of the ten updates has the trainer's own (EVIDENCE.md).
-HASTE = 2
+# Factor on the learning rate in such a recording until s' is fitted, which then takes half as long. The rest of the ten
+# iterations has the trainer's own rate (benchmarks/EVIDENCE.md).
+LEARNING_RATE_FACTOR = 2
+
+# This many steps in a row without an update are a broken loop, not a slow start: a GradScaler that starts at 2^16 skips
+# at most about 20.
+PATIENCE = 100
+
+
+def open_or_create(
+    folder: str | os.PathLike[str],
+    teacher: ScoreNetwork,
+    recording: Recording,
+    *,
+    generator: str | None = None,
+    validate: Callable[[int], None] = lambda nodes: None,
+) -> DegradationPath:
+    """Return the path in a folder: a finished one of this teacher, its unfinished one, or a new one. Collective.
+
+    Args:
+        folder: A folder that holds a path, is empty, or does not exist.
+        teacher: The teacher s_theta.
+        recording: How to record. A finished path is used however it was recorded; an unfinished one must agree.
+        generator: Fingerprint of the initial generator, if known.
+        validate: Called with the index N of the last node before anything is written; raises if N does not fit.
+
+    Raises:
+        PathError: If the folder holds something else, a path of another teacher, or an unfinished one of another
+            recording or another initial generator.
+    """
+    opened: list[DegradationPath] = []
+    state = teacher.full_state()
+
+    def prepare() -> Manifest:
+        if DegradationPath.exists(folder):
+            opened.append(resume(DegradationPath(folder)))
+        else:
+            validate(recording.nodes)
+            opened.append(DegradationPath.create(folder, state, recording, generator=generator))
+        return opened[0].manifest
+
+    def resume(path: DegradationPath) -> DegradationPath:
+        if path.complete:
+            _validate_finished(path, recording, validate)
+        else:
+            validate(recording.nodes)
+        path.verify_teacher(state)
+        _compare_recordings(path, recording, generator)
+        path.write_teacher(state)
+        path.remove_leftovers()
+        path.verify()
+        # A crash may have come between the last node and the mark of completion.
+        if not path.complete and len(path) - 1 == path.manifest.last_node:
+            path.finish()
+        return path
+
+    # Only rank 0 reads and writes the folder: the others must not see it half written.
+    manifest = distributed.on_main_process(prepare, state)
+    path = opened[0] if opened else DegradationPath(folder, manifest)
+
+    def read_last_node() -> None:
+        # Rank 0 has compared the teacher already, and the other ranks' shards of it.
+        if not opened and not state.sharded:
+            path.verify_teacher(state)
+        path.source(len(path) - 1)
+
+    # Each rank decodes nodes for itself: all find the files and the same teacher, or all raise.
+    distributed.on_every_rank(read_last_node, "find the path and the same teacher")
+    return path
+
+
+def _validate_finished(path: DegradationPath, recording: Recording, validate: Callable[[int], None]) -> None:
+    try:
+        validate(len(path) - 1)
+    except OptionError as error:
+        raise OptionError(
+            f"{error.found}: the finished one in {path.folder}, of {path.manifest.iterations} updates",
+            expected=error.expected,
+            cure=f"pass another path=, where {recording.iterations} updates would make {recording.nodes} nodes, or a "
+            "schedule that fits this one",
+        ) from error
+
+
+def _compare_recordings(path: DegradationPath, recording: Recording, generator: str | None) -> None:
+    """Warn if a finished path was recorded otherwise; raise if an unfinished one was."""
+    recorded = path.manifest
+    other_student = None not in (generator, recorded.generator) and generator != recorded.generator
+    if path.complete:
+        if other_student:
+            logger.warning("%s was recorded on another initial generator than the one at hand", path.folder)
+        if recording not in (recorded.recording, Recording()):  # the caller asked for something else
+            logger.warning("%s is finished, and used as it is: %s, not %s", path.folder, recorded.recording, recording)
+        return
+    if other_student or recorded.recording != recording:
+        raise PathError(
+            f"an unfinished recording of {'another initial generator' if other_student else recorded.recording}",
+            expected=f"the recording that {path.folder} began, to resume it, not {recording}",
+            cure="pass the same generator, record=, every=, codec= and keep_teacher=, or another path=",
+        )
 
 
 class Recorder:
     """Turns updates of a network into nodes: call `update` after each of them.
 
     Args:
-        path: An unfinished path; node files are added to it.
+        path: An unfinished path, to which nodes are added.
         network: s', the network that is fitted.
-        training: Returns what the recording needs, beside the path, to go on from the current iteration bit for bit;
-            None where the trainer's own checkpoint holds that.
-        until_fitted: Whether to end as soon as the network is fitted (`convergence`), after ten updates or later.
-        hastens: Whether the caller multiplies the learning rate of each update by `haste`.
-        plugins: Who hears of the nodes.
+        progress: The run's progress; `recorded` is set to the iteration of the last node, and counted from there.
+        training: Returns all that the recording needs beside the path to resume bit for bit at this iteration; None
+            where the trainer's checkpoint holds that.
+        until_fitted: Whether to end as soon as s' is fitted, after at least ten iterations.
+        scales_rate: Whether the caller multiplies the learning rate of each update by `learning_rate_factor`.
+        plugins: The plug-ins that are called for each node.
 
     Attributes:
-        hastens: As given.
-        fit: What the gradients say of the fit.
-        looked: Whether the gradients of the coming update were looked at.
+        fit: The cosines of the gradients of s', which say whether s' is fitted.
+        gradients_seen: Whether the gradients of the coming update have been observed.
+        went_on: Whether the network was updated after node N was saved.
     """
 
     def __init__(
         self,
         path: DegradationPath,
         network: ScoreNetwork,
+        progress: Progress,
         *,
         training: Callable[[], dict[str, Tensor]] | None = None,
         until_fitted: bool = False,
-        hastens: bool = False,
-        plugins: PluginManager | Sequence[object] = (),
+        scales_rate: bool = False,
+        plugins: PluginManager,
     ) -> None:
-        self.path, self.network, self._training = path, network, training
-        self.fit, self._until_fitted = FitDetector(network), until_fitted
-        self.hastens = hastens
-        self._plugins = PluginManager.of(plugins)
-        self.iteration = self._since = path.nodes[-1].iteration if path.nodes else 0
-        self.looked = False
-        self._told = 0  # cosines that the plug-ins know of
+        self.path, self.network, self.progress, self._training = path, network, progress, training
+        self.fit, self._until_fitted, self._scales_rate = FitDetector(network), until_fitted, scales_rate
+        self._plugins = plugins
+        self.gradients_seen = self.went_on = False
+        self._logged = 0  # number of cosines that have been logged
         self._losses: list[tuple[int, Tensor]] = []
+        self._seconds: list[float] = []  # of each write of a node
+        progress.recorded = self._resumed_at = path.nodes[-1].iteration if path.nodes else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether node N is saved."""
+        return self.progress.recorded >= self.path.manifest.iterations
+
+    @property
+    def learning_rate_factor(self) -> int:
+        """Factor on the learning rate of the next update."""
+        known, recorded = self.path.manifest, self.progress.recorded
+        # After resuming from an earlier checkpoint, the manifest may describe iterations not yet repeated.
+        fitted = known.fitted is not None and recorded >= known.fitted
+        if fitted or self.done or not self._scales_rate:
+            return 1
+        if recorded or known.fitted is not None:
+            return known.haste  # the factor that the recording began with
+        return LEARNING_RATE_FACTOR if self._until_fitted else 1
+
+    # -- begin and resume ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Write the last recorded node, the teacher at first, into the network.
+        """Write the last recorded node, at first the teacher, into the network.
 
         Raises:
             MismatchError: If the network's keys or shapes are not the teacher's. Then nothing was written.
@@ -74,137 +200,140 @@ class Recorder:
         last = len(self.path) - 1
         distributed.on_every_rank(lambda: self.network.write(self.path.source(last)), "read the last node")
 
-    @property
-    def done(self) -> bool:
-        """Whether node N is saved."""
-        return self.iteration >= self.path.manifest.iterations
+    def load_fit(self, fit: Tensor | str) -> None:
+        """Continue with the saved cosines of a process whose weights the caller has restored."""
+        if isinstance(fit, str):
+            self.fit.load_text(fit)
+        else:
+            self.fit.load_tensor(fit)
+        self._logged = len(self.fit.cosines())
 
-    @property
-    def haste(self) -> int:
-        """Factor on the learning rate of the next update."""
-        known = self.path.manifest
-        # What the path says may lie ahead, where the run goes on from an earlier checkpoint.
-        fitted = known.fitted is not None and self.iteration >= known.fitted
-        if fitted or self.done or not self.hastens:
-            return 1
-        if self.iteration or known.fitted is not None:
-            return known.haste  # as it began, also where another schedule goes on with it
-        return HASTE if self._until_fitted else 1
+    def go_back(self, iteration: int) -> None:
+        """Go back to an iteration whose weights the caller has restored; later nodes will be recorded again."""
+        self.path.remove_nodes_after(iteration)
+        self.progress.recorded = self._resumed_at = iteration
+        # The saved network may have been updated after node N: the scheduler compares the weights.
+        self.went_on = self.done
+        if self.done and not self.path.complete:
+            self.path.finish()
 
-    def look(self) -> None:
-        """Look at the gradients of an update, while they are there; `update` does so where nobody has."""
+    # -- an update ----------------------------------------------------------------------------------------------------
+
+    def observe_gradients(self) -> None:
+        """Observe the gradients of the coming update before the loop clears them; else `update` does."""
         known = self.path.manifest
-        if not self.looked and known.fitted is None and known.ended is None:  # then nothing more is asked of them
+        if not self.gradients_seen and known.fitted is None and known.ended is None:
             self.fit.observe()
-        self.looked = True
+        self.gradients_seen = True
 
     def update(self, loss: object = None) -> None:
-        """Count one update of the network; save a node if it is due. After the last node nothing counts any more.
+        """Count one update of the network and save a node if one is due. After node N nothing is counted.
 
         Args:
-            loss: Of this update, to be logged; what is no tensor of one element is nothing.
+            loss: The loss of this update, to be logged if it is a tensor of one element.
 
         Raises:
             PluginError: If a plug-in that was asked for raised. The node is saved.
         """
         if self.done:
+            self.went_on = True
             return
-        iteration = self.iteration + 1
-        self._keep(loss, iteration)
-        self.look()
-        self.looked = False
-        if iteration == 1 and self.path.manifest.fitted is None and self.haste != self.path.manifest.haste:
-            self.path.update_manifest(haste=self.haste)
-        self._judge(iteration)
+        iteration = self.progress.recorded + 1
+        if isinstance(loss, Tensor) and loss.numel() == 1 and distributed.is_main_process():
+            self._losses.append((iteration, loss.detach().reshape(())))
+        self.observe_gradients()
+        self.gradients_seen = False
+        known = self.path.manifest
+        if iteration == 1 and known.fitted is None and self.learning_rate_factor != known.haste:
+            self.path.update_manifest(haste=self.learning_rate_factor)
+        self._decide(iteration)
         due = self.path.manifest.due(iteration)
         if due:
-            distributed.agree({"path": self.path.identity, "recording_iteration": iteration})
-            training = None if self._training is None else self._training()
-            self.path.append(
-                self.network.full_state(),
-                iteration=iteration,
-                exactly=self.network.buffer_names(),
-                training=training,
-            )
-            logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
-        self.iteration = iteration  # only now: a node that could not be written is due again
-        self._finish_if_done()
+            self._save_node(iteration)
+        self.progress.recorded = iteration  # only now: a node that could not be written is due again
         if self.done or iteration % EVERY == 0:
-            self._tell_losses()
+            self._log_losses()
         if self.done:
-            self._tell()
-            self._say_if_unfitted()
+            if not self.path.complete:
+                self.path.finish()
+            self._log_cosines()
+            self._log_end()
         if due:
             self._plugins.call("disback_after_node_recorded", path=self.path, node=self.path.nodes[-1])
         if self.done:
             self._plugins.call("disback_after_path_completed", path=self.path)
 
-    def _judge(self, iteration: int) -> None:
-        """See whether the network is fitted, and perhaps let the recording end for that."""
+    def _decide(self, iteration: int) -> None:
+        """Decide whether s' is fitted, and whether the recording ends because of that."""
         known = self.path.manifest
         if known.ended is not None or iteration % EVERY:
             return
         fitted = known.fitted
         if fitted is None:
             fitted = iteration if distributed.on_main_process(self.fit.fitted_after) is not None else None
-            self._tell()
-        ended = iteration if self._until_fitted and fitted is not None and iteration >= LEAST else None
-        if (fitted, ended) != (known.fitted, known.ended) and fitted is not None:
+            self._log_cosines()
+        ends = self._until_fitted and fitted is not None and iteration >= FEWEST_ITERATIONS
+        ended = iteration if ends else None
+        if fitted is not None and (fitted, ended) != (known.fitted, known.ended):
             self.path.update_manifest(fitted=fitted, ended=ended)
 
-    def _keep(self, loss: object, iteration: int) -> None:
-        if isinstance(loss, Tensor) and loss.numel() == 1 and distributed.is_main_process():
-            self._losses.append((iteration, loss.detach().reshape(())))
+    def _save_node(self, iteration: int) -> None:
+        distributed.agree({"path": self.path.identity, "recording_iteration": iteration})
+        training = None if self._training is None else self._training()
+        before = time.perf_counter()
+        self.path.append(
+            self.network.full_state(), iteration=iteration, exactly=self.network.buffer_names(), training=training
+        )
+        self._seconds.append(time.perf_counter() - before)
+        logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
 
-    def _tell_losses(self) -> None:
-        """Report the losses that were kept: one read of the device for several."""
+    # -- the log ------------------------------------------------------------------------------------------------------
+
+    def _log(self, iteration: int, values: dict[str, float]) -> None:
+        self._plugins.call("disback_log", values={"disback/recording": iteration} | values, step=0)
+
+    def _log_losses(self) -> None:
+        """Log the losses since the last call with one read from the device."""
         if self._losses:
             iterations, losses = zip(*self._losses, strict=True)
             self._losses.clear()
             for iteration, loss in zip(iterations, torch.stack(losses).tolist(), strict=True):
-                values = {"disback/recording": iteration, "disback/loss": loss}
-                self._plugins.call("disback_log", values=values, step=0)
+                self._log(iteration, {"disback/loss": loss})
 
-    def resume(self, fit: Tensor) -> None:
-        """Go on with the fit of an earlier process, whose weights the caller has restored."""
-        self.fit.load_tensor(fit)
-        self._told = len(self.fit.cosines())
-
-    def _tell(self) -> None:
-        """Report the cosines that have just been read from the device."""
+    def _log_cosines(self) -> None:
         if not distributed.is_main_process():
             return
         cosines = self.fit.cosines()
-        for i in range(self._told, len(cosines)):  # the first is between updates 1 and 2
-            if math.isfinite(cosines[i]):
-                values = {"disback/recording": i + 2, "disback/agreement": cosines[i]}
-                self._plugins.call("disback_log", values=values, step=0)
-        self._told = len(cosines)
+        for index, cosine in list(enumerate(cosines))[self._logged :]:
+            if math.isfinite(cosine):  # cosine 0 compares updates 1 and 2
+                self._log(index + 2, {"disback/agreement": cosine})
+        self._logged = len(cosines)
 
-    def _say_if_unfitted(self) -> None:
-        known = self.path.manifest
-        if known.fitted is not None or not distributed.is_main_process():
+    def _log_end(self) -> None:
+        """Log the length of the recording, the size of the path and the cost of a node; warn if s' was not fitted."""
+        if not distributed.is_main_process():
             return
-        if self.iteration - self._since > EVERY and not any(map(math.isfinite, self.fit.cosines())):
+        known, iterations = self.path.manifest, self.progress.recorded
+        size, seconds = sum(entry.bytes for entry in known.entries), sum(self._seconds) / len(self._seconds)
+        logger.info(
+            "recorded %d iterations: s' %s; the path has %d bytes, and a node took %.2g s to write",
+            iterations,
+            "was not seen to be fitted" if known.fitted is None else f"was fitted after {known.fitted}",
+            size,
+            seconds,
+        )
+        self._log(iterations, {"disback/path_bytes": size, "disback/node_seconds": seconds})
+        if known.fitted is not None:
+            return
+        if iterations - self._resumed_at > EVERY and not any(map(math.isfinite, self.fit.cosines())):
             logger.warning(
                 "no gradients of s' were seen at its %d updates, so that nobody knows whether it is fitted: "
                 'schedule="auto" takes all of them for the time that this takes',
-                self.iteration,
+                iterations,
             )
         elif self._until_fitted:
             logger.warning(
-                "s' was not seen to be fitted in its %d updates, and the walk takes as long as they did: is its "
+                "s' was not seen to be fitted in its %d updates, and backtracking takes as long as they did: is its "
                 "learning rate still warming up? record at the rate to come, or with a larger record=",
-                self.iteration,
+                iterations,
             )
-
-    def rewind(self, iteration: int) -> None:
-        """Go back to `iteration`, whose weights the caller has restored; nodes after it will be recorded again."""
-        self.path.remove_nodes_after(iteration)
-        self.iteration = self._since = iteration
-        self._told = len(self.fit.cosines())
-        self._finish_if_done()
-
-    def _finish_if_done(self) -> None:
-        if self.done and not self.path.complete:
-            self.path.finish()

@@ -16,14 +16,12 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from disback_plugin import distributed
-from disback_plugin._text_table import aligned
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import VERSION, Phase, Progress, upgrade_state, validate_state
 from disback_plugin.schedule_base import Plan, Schedule, Target, to_config, validate_config
 from disback_plugin.schedules import resolve
-from disback_plugin.summary import agenda
 from disback_plugin.teacher import TeacherWriter
 from disback_plugin.weights.network import Network, ScoreNetwork
 
@@ -167,10 +165,12 @@ class TrajectoryScheduler:
         return self._plan.timeline_from(self.progress)
 
     def __repr__(self) -> str:
+        from disback_plugin._text_table import aligned
+        from disback_plugin.summary import timeline
+
         nodes = "no path" if self.path is None else f"N = {self.last_node}, {self.path.folder}"
         state = "done" if self.done else "started" if self.started else "not started"
-        manifest = None if self.path is None else self.path.manifest
-        rows = agenda(manifest, None, self.timeline(), self.generator_updates)
+        rows = timeline(self.progress, self.timeline(), None if self.path is None else self.path.manifest)
         return (
             f"<TrajectoryScheduler {state}: position {self.position:g} ({nodes}), {self.settled!r}, "
             f"{self.generator_updates} generator updates>\n{aligned(rows)}"

@@ -1,252 +1,215 @@
-"""Algorithm 1, then Algorithm 2, on one pair of networks: begun, handed over, and resumed where a run stood."""
+"""The two stages on one loop: Algorithm 1 (degradation recording), then Algorithm 2 (distribution backtracking).
+
+The optimizer hooks call the session before and after each step. While recording, each fake-score update goes to the
+recorder and the generator is held still; the generator's first step after the last node begins backtracking, and from
+then on each generator update goes to the scheduler.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
-from disback_plugin import distributed, startup_warnings
+from disback_plugin import distributed
 from disback_plugin.convergence import DivergenceMonitor, FitDetector
-from disback_plugin.errors import OptionError, PluginError, StateError
-from disback_plugin.loop.lr_schedulers import SchedulerSnapshot
-from disback_plugin.opening import open_or_create
+from disback_plugin.errors import StateError, TrainingError
+from disback_plugin.loop import optimizers, roles
+from disback_plugin.loop.lr_schedulers import Restorable, SchedulerSnapshot
+from disback_plugin.loop.optimizer_hooks import OptimizerHooks
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.manifest import Manifest, Recording
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.progress import Phase, Progress, validate_state
-from disback_plugin.recorder import Recorder
+from disback_plugin.plugins.run_log import RunLog
+from disback_plugin.progress import VERSION, Phase, Progress, validate_form, validate_state
+from disback_plugin.recorder import PATIENCE, Recorder
+from disback_plugin.schedule_base import Plan, to_config, validate_config
 from disback_plugin.scheduler import TrajectoryScheduler
-from disback_plugin.schedules import Schedule, validate_config
+from disback_plugin.schedules import Schedule, Target
 from disback_plugin.weights.network import ScoreNetwork
 
 __all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
 
-# Counters of a state, and their names in the scheduler's progress.
-COUNTS = {"generator_updates": "generator_updates", "plan_updates": "schedule_step", "node_since": "node_since"}
-# Signs of a run that goes wrong (`monitoring`), and what is said of them.
+# Signs of a run that goes wrong (`convergence`), and the warnings.
 SIGNS = {
     "stalled": "the fake score does not follow the student, its gradients at updates in a row agree: give it a higher "
     "learning rate or more updates per generator update, unless its rate is still warming up",
     "diverged": "the fake score's gradients have grown thirtyfold or are not finite: the student runs away from it; "
     "lower the generator's learning rate",
 }
-# Of a state. What another version wrote is loaded as well: whoever raises this translates in `_check`.
-VERSION = 1
 
 
 class Session:
-    """The recorder while recording, and then the scheduler.
+    """One run on the networks and optimizers of a trainer.
+
+    Args:
+        teacher: s_theta.
+        fake_score: s_phi.
+        generator_optimizers: Optimizers that step the generator.
+        fake_score_optimizers: Optimizers among which are those that step s_phi; the others are left alone.
+        schedule: As in `attach`, resolved.
+        prefetch: As in `attach`.
+        plugins: As in `attach`.
+        restore: As in `attach`.
 
     Attributes:
+        progress: The phase and the counters, which the recorder and the scheduler share.
         path: The path, or None with record=0.
-        recorder: The recorder while recording; then None.
-        scheduler: The scheduler once recording is over; until then None.
-        fake_score_updates: Finished updates of s_phi, recording included.
+        recorder: The recorder while recording, else None.
+        scheduler: The scheduler after recording, else None.
+        log: The run's log on the main process, unless there is none.
+        signal: The value that `disback_should_advance` is given.
+        warning: A text to be logged at the first generator step, unless a state is loaded before.
+
+    Raises:
+        RoleError: If a network or an optimizer does not fit its role.
+        MismatchError: If teacher and fake score differ in keys or shapes.
+        OptionError: If `restore` holds an object that cannot be restored.
     """
 
     def __init__(
         self,
         teacher: ScoreNetwork,
         fake_score: ScoreNetwork,
+        generator_optimizers: list[Optimizer],
+        fake_score_optimizers: list[Optimizer],
         *,
         schedule: Schedule,
         prefetch: bool | None,
         plugins: PluginManager,
-        rewind: SchedulerSnapshot,
-        hastens: bool,
+        restore: Restorable,
     ) -> None:
+        roles.check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
         self.teacher, self.fake_score = teacher, fake_score
-        self.schedule, self._prefetch, self._plugins = schedule, prefetch, plugins
-        self._rewind, self._hastens = rewind, hastens
+        self.schedule, self._prefetch, self.plugins = schedule, prefetch, plugins
+        self.generator_optimizers = generator_optimizers
+        weights = [tensor for _, tensor in fake_score.named_tensors()]
+        self.fake_score_optimizers = optimizers.steppers(fake_score_optimizers, weights)
+        self.progress = Progress()
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
-        self.fake_score_updates = 0
-        self._monitor: DivergenceMonitor | None = None  # while the teacher walks
-        self._went_on = False  # s_phi was updated after it was saved as s'_N
+        self.log: RunLog | None = None
+        self.signal: Any = None
+        self._monitor: DivergenceMonitor | None = None  # while backtracking
+        self._generator_steps = 0
+        self.warning = ""
+        stepped = (*generator_optimizers, *self.fake_score_optimizers)
+        self._lr_schedulers = SchedulerSnapshot(restore, stepped)
+        self.hooks = OptimizerHooks(generator_optimizers, self.fake_score_optimizers, fake_score, self)
+
+    # -- queries ------------------------------------------------------------------------------------------------------
 
     @property
-    def phase(self) -> str:
-        """ "recording", "backtracking" or "done"."""
-        if self.scheduler is None:
-            return "recording"
-        return "done" if self.scheduler.done else "backtracking"
+    def position(self) -> float:
+        """The teacher's position in [0, N]; 0.0 is the teacher itself."""
+        return 0.0 if self.scheduler is None else self.scheduler.position
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
+    @property
+    def active_schedule(self) -> Schedule:
+        """The schedule; once backtracking has begun, with the length that it took from the recording."""
+        return self.schedule if self.scheduler is None else self.scheduler.settled
+
+    def timeline(self) -> list[tuple[int, Target]]:
+        """Return generator updates with the target from there on; empty if the recording has yet to decide."""
+        if self.scheduler is not None:
+            return self.scheduler.timeline()
+        if self.schedule.until_fitted:
+            return []
+        return Plan(self.schedule, 0 if self.path is None else self.path.manifest.last_node).timeline()
+
+    def __repr__(self) -> str:
+        from disback_plugin.summary import describe_session
+
+        return describe_session(self)
+
+    # -- the loop, as OptimizerHooks calls it -------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Look at the learning rates before a recording advances them, and put them back after it."""
-        if self.scheduler is None:
-            self._rewind.take()
+        """Capture the learning-rate schedulers before recording advances them, and restore them afterwards."""
+        if self.progress.phase is Phase.RECORDING:
+            self._lr_schedulers.capture()
         else:
-            self._rewind.put_back(optimizer)
+            self._lr_schedulers.restore(optimizer)
 
-    def haste(self) -> int:
-        """Return the factor on the learning rate of s_phi for its next step."""
-        return 1 if self.recorder is None else self.recorder.haste
+    def gradient_factor(self) -> float | None:
+        """Return the factor on the generator's gradient; None while recording, which holds the generator still."""
+        return None if self.scheduler is None else self.scheduler.gradient_factor
 
-    def fake_score_updated(self) -> None:
-        """Count an update of s_phi; it may be a node."""
-        self.fake_score_updates += 1
+    def learning_rate_factor(self) -> int:
+        """Return the factor on the learning rate of s_phi."""
+        return 1 if self.recorder is None else self.recorder.learning_rate_factor
+
+    def after_fake_score_step(self, updated: bool) -> None:
+        """Count an update of s_phi, which may make a node."""
+        if not updated:
+            return
+        self.progress.fake_score_updates += 1
         if self.recorder is not None:
-            self._went_on = self.recorder.done
             self.recorder.update()
         elif self._monitor is not None:
             self._monitor.observe()
 
-    def generator_stepped(self, updated: bool, signal: Any) -> None:
-        """Move the teacher after an update of the generator, or hand over after a step that was held still."""
+    def after_generator_step(self, updated: bool) -> None:
+        """Move the teacher after a generator update, or begin backtracking after the last node."""
+        self._generator_steps += 1
+        if self.warning:
+            logger.warning("%s", self.warning)
+            self.warning = ""
+        if self.path is not None and not self.progress.fake_score_updates and self._generator_steps > PATIENCE:
+            raise TrainingError(
+                f"{self._generator_steps} generator steps and none of the fake score",
+                expected="a loop that trains both",
+                cure="pass the optimizer that the loop steps for the fake score, and check the trainer's update ratio",
+            )
         if self.scheduler is not None:
             if updated:
-                self.scheduler.step(signal)
-                self._see_how_it_goes(self.scheduler)
+                self.scheduler.step(self.signal)
+                self._read_monitor(self.scheduler)
         elif self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
             original = self.recorder.path.teacher_source
             distributed.on_every_rank(lambda: self.teacher.write(original()), "read node 0")
-            self._begin_backtracking()
+            self.begin_backtracking()
+            logger.info("%r", self)
 
-    def _see_how_it_goes(self, scheduler: TrajectoryScheduler) -> None:
-        """Draw what there is to be drawn from a window of s_phi's gradients: say it once, wait, let go of the path."""
+    def _read_monitor(self, scheduler: TrajectoryScheduler) -> None:
+        """Read a finished window of s_phi's gradients; warn once of each sign, and perhaps end backtracking."""
         monitor = self._monitor
         if monitor is None or scheduler.done:
             self._monitor = None
             return
         signs = monitor.new_signs()
-        gives_up = monitor.diverged and self.schedule.until_fitted
+        ends = monitor.diverged and self.schedule.until_fitted
         for sign in signs:
-            self._warn(sign, SIGNS[sign], scheduler, gives_up)
-        if gives_up:
+            if distributed.is_main_process():
+                ending = "; the teacher is s'_0 for good" if sign == "diverged" and ends else ""
+                update = self.progress.generator_updates
+                logger.warning("update %d, position %g: %s%s", update, scheduler.position, SIGNS[sign], ending)
+                if self.plugins.listens("disback_log"):
+                    self.plugins.call("disback_log", values={f"disback/{sign}": 1.0}, step=update)
+        if ends:
             scheduler.end_backtracking()
             self._monitor = None
 
-    def _warn(self, sign: str, warning: str, scheduler: TrajectoryScheduler, gives_up: bool) -> None:
-        if not distributed.is_main_process():
-            return
-        ending = "; the teacher is back at itself for good" if sign == "diverged" and gives_up else ""
-        logger.warning("update %d, position %g: %s%s", scheduler.generator_updates, scheduler.position, warning, ending)
-        if self._plugins.listens("disback_log"):
-            self._plugins.call("disback_log", values={f"disback/{sign}": 1.0}, step=scheduler.generator_updates)
-
-    def close(self) -> None:
-        """Put s'_0 back into the teacher, bit for bit, and what a recording advanced."""
-        self._rewind.put_back()
-        if self.scheduler is not None:
-            self.scheduler.restore_teacher()
-        elif self.path is not None:  # in train mode it may have changed its running statistics
-            self.teacher.write(self.path.teacher_source())
-
-    # -- the start ----------------------------------------------------------------------------------------------------
-
-    def open(
-        self,
-        folder: str | os.PathLike[str] | None,
-        *,
-        record: int,
-        every: int,
-        codec: str,
-        keep_teacher: bool,
-        generator: Callable[[], str | None],
-        state: Mapping[str, Any] | None,
-    ) -> None:
-        """Open or begin the path, and go to where the run stands.
-
-        Args:
-            folder: As `path` of `attach`.
-            record: As in `attach`.
-            every: As in `attach`.
-            codec: As in `attach`.
-            keep_teacher: As in `attach`.
-            generator: Returns the generator's fingerprint; None if it is not known.
-            state: As in `attach`.
-
-        Raises:
-            DisbackError: As `attach` says.
-        """
-        where = None if folder is None else str(Path(folder).absolute())
-        distributed.agree(
-            {"path": where, "record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
-            | {"schedule": repr(self.schedule), "resumes": state is not None}
-        )
-        if state is not None:
-            distributed.on_every_rank(lambda: self._check_form(state), "be given a state")
-        try:
-            if record == 0 and not isinstance(record, bool):
-                self._begin_without_path(folder)
-                if state is not None:
-                    self.check(state)
-                    self.load(state)
-            elif folder is None or not str(folder):
-                raise OptionError(
-                    "no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for none"
-                )
-            elif state is None:
-                self._begin(folder, Recording(record, every, codec, keep_teacher), generator)
-            else:
-                self._continue(folder, state)
-        except PluginError:  # it heard of the start, and raised
-            if self.scheduler is not None:
-                self.scheduler.restore_teacher()
-            raise
-
-    def _begin_without_path(self, folder: str | os.PathLike[str] | None) -> None:
-        if folder is not None and DegradationPath.exists(folder):
-            raise OptionError(
-                f"record=0 and a path in {folder}",
-                expected="one or the other",
-                cure="pass path=None for a run without DisBack, or leave record= alone: a finished path is reused",
-            )
-        self._begin_backtracking()
-
-    def _begin(self, folder: str | os.PathLike[str], recording: Recording, generator: Callable[[], str | None]) -> None:
-        self.path = open_or_create(folder, self.teacher, recording, generator=generator(), check=self.schedule.validate)
-        startup_warnings.of_other_weights(self.teacher, self.fake_score, self.path)
-        if self.path.complete:
-            self._begin_backtracking()
-            return
-        self.recorder = self._new_recorder(self.path)
-        self.recorder.start()
-
-    def _continue(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-        def prepare() -> Manifest:
-            path = DegradationPath(folder)
-            path.remove_leftovers()
-            path.verify()
-            return path.manifest
-
-        self.path = DegradationPath(folder, distributed.on_main_process(prepare))
-        self.check(state)
-        if not self.path.manifest.recording.keep_teacher:
-            self.path.verify_teacher(self.teacher.full_state())
-        source = self.path.source
-        distributed.on_every_rank(lambda: self.teacher.write(source(0)), "read node 0")
-        self.load(state)
-
-    def _begin_backtracking(self) -> None:
-        # What was recorded here is s'_N already, unless it went on: to write it, decoded, would change it for nothing.
-        is_there = self.recorder is not None and not self._went_on
-        scheduler = self._new_scheduler(None if is_there else self.fake_score)
+    def begin_backtracking(self) -> None:
+        """Start the scheduler: s_phi becomes s'_N unless it is s'_N already, and the teacher moves to its position."""
+        # What was just recorded is s'_N, unless s_phi was updated since: the decoded node would differ from it.
+        is_last_node = self.recorder is not None and not self.recorder.went_on
+        scheduler = self._new_scheduler(None if is_last_node else self.fake_score)
         try:
             scheduler.start()
         finally:
-            if scheduler.started:  # though a plug-in raised when it heard of it
-                self.scheduler, self.recorder = scheduler, None
-                self._watch(scheduler)
+            if scheduler.started:  # even if a plug-in raised when it was called
+                self._set_scheduler(scheduler)
 
-    def _watch(self, scheduler: TrajectoryScheduler) -> None:
-        walks = not scheduler.done and scheduler.last_node
-        self._monitor = DivergenceMonitor(self.fake_score, scheduler.horizon) if walks else None
-
-    def _new_recorder(self, path: DegradationPath) -> Recorder:
-        until_fitted = self.schedule.until_fitted
-        return Recorder(path, self.fake_score, until_fitted=until_fitted, hastens=self._hastens, plugins=self._plugins)
+    def _set_scheduler(self, scheduler: TrajectoryScheduler) -> None:
+        self.scheduler, self.recorder = scheduler, None
+        monitored = not scheduler.done and scheduler.last_node
+        self._monitor = DivergenceMonitor(self.fake_score, scheduler.horizon) if monitored else None
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
         return TrajectoryScheduler(
@@ -256,63 +219,86 @@ class Session:
             schedule=self.schedule,
             prefetch=self._prefetch,
             together=True,
-            plugins=self._plugins,
+            plugins=self.plugins,
+            progress=self.progress,
         )
+
+    def _new_recorder(self, path: DegradationPath) -> Recorder:
+        return Recorder(
+            path,
+            self.fake_score,
+            self.progress,
+            until_fitted=self.schedule.until_fitted,
+            scales_rate=all(map(optimizers.has_learning_rates, self.fake_score_optimizers)),
+            plugins=self.plugins,
+        )
+
+    # -- begin and end ------------------------------------------------------------------------------------------------
+
+    def open(self, path: DegradationPath) -> None:
+        """Begin on a path of this teacher: record if it is unfinished, else backtrack."""
+        self.path = path
+        if path.complete:
+            self.progress.recorded = path.manifest.iterations
+            self.begin_backtracking()
+        else:
+            self.recorder = self._new_recorder(path)
+            self.recorder.start()
+
+    def detach(self) -> None:
+        """Remove every hook, and restore the teacher and the learning-rate schedulers. A second call does nothing.
+
+        Raises:
+            PathError: If node 0 cannot be read any more. The hooks are removed all the same.
+        """
+        if not self.hooks.installed:
+            return
+        if not self.progress.fake_score_updates and not self._generator_steps:
+            logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
+        self.hooks.remove()
+        self._lr_schedulers.restore()
+        if self.scheduler is not None:
+            self.scheduler.restore_teacher()
+        elif self.path is not None:  # in train mode it may have changed its running statistics
+            self.teacher.write(self.path.teacher_source())
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain scalars."""
-        iteration = None if self.recorder is None else self.recorder.iteration
+        """Return the progress, and all that identifies the run, as plain scalars."""
+        recorded = None if self.recorder is None else self.progress.recorded
+        seen = self._monitor if self.recorder is None else self.recorder.fit
         return {
             "version": VERSION,
             "path": "" if self.path is None else self.path.identity,
-            "nodes": "" if self.path is None else self.path.nodes_digest(iteration),
-            "schedule": repr(self.schedule),
-            "phase": self.phase,
-            "recording_iteration": 0 if iteration is None else iteration,
-            **(dict.fromkeys(COUNTS, 0) if self.scheduler is None else _counts(self.scheduler.progress)),
-            "fake_score_updates": self.fake_score_updates,
-            "fit": self._seen(),
-            "restore": self._rewind.state,
+            "nodes": "" if self.path is None else self.path.nodes_digest(recorded),
+            "schedule": to_config(self.schedule),
+            **self.progress.to_state(),
+            "fit": "" if seen is None else seen.to_text(),
+            "restore": self._lr_schedulers.to_text(),
             "fake_score": self.fake_score.local_checksum(),
         }
 
-    def _seen(self) -> str:
-        """Return what was seen of s_phi's gradients: by the recorder, or the monitor; empty if nobody looks."""
-        if self.recorder is not None:
-            return self.recorder.fit.to_text()
-        return "" if self._monitor is None else self._monitor.to_text()
+    def validate_form(self, state: object) -> dict[str, Any]:
+        """Return a state of any run under the keys of the present version; raise StateError if it is no state."""
+        return distributed.on_every_rank(lambda: validate_form(state), "be given a state")
 
-    def check(self, state: Mapping[str, Any]) -> None:
-        """Raise unless a state is of this path and schedule, and of the moment whose weights s_phi holds.
+    def validate(self, state: Mapping[str, Any]) -> Progress:
+        """Return the progress in a state, or raise unless the state is of this path, schedule and fake score.
 
         Raises:
-            StateError: If not.
-            RankError: If so, but not on another rank, or if that was given another state.
+            StateError: If the state does not fit.
+            RankError: If the state fits here but not on another rank, or if that rank was given another state.
         """
-        distributed.on_every_rank(lambda: self._check_form(state), "be given a state")
-        holds = self.fake_score.matches_checksum(str(state.get("fake_score", "")))  # all ranks look together
-        counts = {name: state.get(name) for name in ("phase", "recording_iteration", "generator_updates")}
-        distributed.on_every_rank(lambda: self._check(state, holds), "be given the state that fits it", counts)
+        holds = self.fake_score.matches_checksum(state["fake_score"])  # collective
+        facts = {name: state[name] for name in ("phase", "recorded", "generator_updates")}
+        return distributed.on_every_rank(
+            lambda: self._validate_here(state, holds), "be given the state that fits it", facts
+        )
 
-    def _check_form(self, state: object) -> None:
-        """Raise unless this is a state, of whatever run."""
-        if not isinstance(state, Mapping):
-            raise StateError(
-                f"a state that is {state!r:.60}",
-                expected="what handle.state_dict() returned",
-                cure="save it beside the trainer's checkpoint; of a checkpoint from before DisBack there is none",
-            )
-        version = state.get("version")
-        if type(version) is int and version > VERSION:
-            raise StateError(
-                f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin"
-            )
-        validate_state(state, like=self.state_dict(), fixed=("version",))
-
-    def _check(self, state: Mapping[str, Any], holds: bool) -> None:
-        validate_state(state, like=self.state_dict(), fixed=("path",))
+    def _validate_here(self, state: Mapping[str, Any], holds: bool) -> Progress:
+        identity = "" if self.path is None else self.path.identity
+        validate_state(state, like={"path": identity}, fixed=("path",))
         validate_config(self.schedule, state["schedule"])
         if not holds:
             raise StateError(
@@ -321,48 +307,35 @@ class Session:
                 cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state); "
                 "or load it before, and call attach(..., state=state)",
             )
-        self._rewind.check(state["restore"])
-        recording = state["phase"] == "recording"
+        progress = Progress.from_state(state)
+        recording = progress.phase is Phase.RECORDING
+        self._lr_schedulers.validate_text(state["restore"])
         (FitDetector if recording else DivergenceMonitor).validate_text(state["fit"])
-        if self.path is None:
-            return
-        if state["nodes"] != self.path.nodes_digest(state["recording_iteration"] if recording else None):
+        if self.path is not None and state["nodes"] != self.path.nodes_digest(progress.recorded if recording else None):
             raise StateError(
                 f"other nodes in {self.path.folder} than at the saved moment",
                 expected="the path that the state was saved with",
                 cure="restore the folder, or start again in an empty one",
             )
+        return progress
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that was checked: counters are set, and the teacher is written from the path."""
-        if state["phase"] == "recording":
-            self._resume_recording(int(state["recording_iteration"]), state["fit"])
-        else:
-            self._resume_backtracking(state)
-        self.fake_score_updates = int(state["fake_score_updates"])
-        self._rewind.load(state["restore"])
-
-    def _resume_recording(self, iteration: int, fit: str) -> None:
-        assert self.path is not None
-        if self.scheduler is not None:
-            self.scheduler.restore_teacher()
-            self.scheduler = None
-        self._monitor = None
-        self.recorder = self._new_recorder(self.path)
-        self.recorder.fit.load_text(fit)
-        self.recorder.rewind(iteration)
-        # After node N the saved s_phi may have gone on, or not: the scheduler looks, and writes only if it has.
-        self._went_on = self.recorder.done
-
-    def _resume_backtracking(self, state: Mapping[str, Any]) -> None:
-        if self.scheduler is None:  # the crash came after the recording, but before this handle saw its end
-            self.scheduler, self.recorder = self._new_scheduler(None), None
-        counts = {name: state[key] for key, name in COUNTS.items()}
-        self.scheduler.resume(Progress(Phase.BACKTRACKING, **counts))
-        self._watch(self.scheduler)
+    def load(self, state: Mapping[str, Any], progress: Progress) -> None:
+        """Continue from a validated state: set the counters and write the teacher from the path."""
+        self._lr_schedulers.load_text(state["restore"])
+        if progress.phase is Phase.RECORDING:
+            assert self.path is not None
+            if self.scheduler is not None:
+                self.scheduler.restore_teacher()
+            self.scheduler = self._monitor = None
+            self.progress.commit(progress)
+            self.recorder = self._new_recorder(self.path)
+            self.recorder.load_fit(state["fit"])
+            self.recorder.go_back(progress.recorded)
+            return
+        # Without a scheduler, the crash came before this loop saw the end of its recording.
+        scheduler = self._new_scheduler(None) if self.scheduler is None else self.scheduler
+        scheduler.resume(progress)
+        self.progress.recorded = 0 if self.path is None else self.path.manifest.iterations
+        self._set_scheduler(scheduler)
         if self._monitor is not None:
             self._monitor.load_text(state["fit"])
-
-
-def _counts(progress: Progress) -> dict[str, int]:
-    return {key: getattr(progress, name) for key, name in COUNTS.items()}

@@ -1,19 +1,20 @@
-"""A handle shows who plays which role, the plan, and what happens at which update."""
+"""The text of a handle: the roles, the schedule and the timeline."""
 
 from __future__ import annotations
 
 from worlds import Run
 
 import disback_plugin as disback
+from disback_plugin.progress import Phase, Progress
 from disback_plugin.schedules import Fixed, GradientRamp, Target
-from disback_plugin.summary import ROWS, agenda
+from disback_plugin.summary import ROWS, timeline
 
 
 def lines(handle):
     return [" ".join(line.split()) for line in repr(handle).splitlines()]
 
 
-def test_a_handle_names_the_networks_their_roles_and_the_plan(tmp_path):
+def test_a_handle_shows_the_networks_their_roles_and_the_schedule(tmp_path):
     run = Run()
     weights = sum(p.numel() for p in run.generator.parameters())
     options = {"path": tmp_path, "record": 6, "every": 2, "schedule": Fixed(2, 3)}
@@ -22,7 +23,7 @@ def test_a_handle_names_the_networks_their_roles_and_the_plan(tmp_path):
         shown = lines(handle)
         assert shown[0].startswith(f"<disback recording: position 0 (N = 3, {tmp_path}), Fixed(2, 3), 0 generator")
         assert shown[1].startswith("teacher Score, ")
-        assert shown[1].endswith("float32, cpu s_theta, the real score: walks the path, is never trained")
+        assert shown[1].endswith("float32, cpu s_theta, the real score: moves along the path, is never trained")
         assert shown[2].startswith("fake score Score, ")
         assert shown[2].endswith("s_phi: ends the recording as s'_N, trained by Adam")
         assert shown[3] == f"generator {weights} weights held still while recording, trained by Adam"
@@ -30,21 +31,21 @@ def test_a_handle_names_the_networks_their_roles_and_the_plan(tmp_path):
             "-> recording 3 of 6 fake-score updates, nodes s'_1 to s'_3, the next one at 4",
             "generator update 0 teacher at position 2",
             "generator update 2 teacher at position 1",
-            "generator update 5 teacher at position 0: itself, for good",
+            "generator update 5 teacher at position 0: s_theta for good",
         ]
         run.steps(3 + 2)
         assert lines(handle)[4:] == [
             "recorded 6 fake-score updates, nodes s'_1 to s'_3",
             "generator update 0 teacher at position 2",
             "-> generator update 2 teacher at position 1",
-            "generator update 5 teacher at position 0: itself, for good",
+            "generator update 5 teacher at position 0: s_theta for good",
         ]
         run.steps(9)
-        assert lines(handle)[-1] == "-> generator update 5 teacher at position 0: itself, for good"
-    assert lines(handle)[-1].endswith("teacher at position 0: itself, for good")
+        assert lines(handle)[-1] == "-> generator update 5 teacher at position 0: s_theta for good"
+    assert lines(handle)[-1].endswith("teacher at position 0: s_theta for good")
 
 
-def test_what_a_plug_in_put_off_is_shown_where_it_will_happen(tmp_path):
+def test_a_node_that_a_plug_in_keeps_is_shown_to_end_later(tmp_path):
     class Stay:
         @disback.hookimpl
         def disback_should_advance(self, position):
@@ -58,11 +59,11 @@ def test_what_a_plug_in_put_off_is_shown_where_it_will_happen(tmp_path):
         assert lines(handle)[-3:] == [
             "-> generator update 0 teacher at position 2",
             "generator update 11 teacher at position 1",
-            "generator update 14 teacher at position 0: itself, for good",
+            "generator update 14 teacher at position 0: s_theta for good",
         ]
 
 
-def test_what_a_plug_in_ended_early_is_shown_when_it_ended(tmp_path):
+def test_a_node_that_a_plug_in_ended_is_shown_to_have_ended_early(tmp_path):
     class Leave:
         @disback.hookimpl
         def disback_should_advance(self):
@@ -74,24 +75,24 @@ def test_what_a_plug_in_ended_early_is_shown_when_it_ended(tmp_path):
         run.steps(6 + 1)
         assert lines(handle)[-2:] == [
             "-> generator update 1 teacher at position 1",
-            "generator update 4 teacher at position 0: itself, for good",
+            "generator update 4 teacher at position 0: s_theta for good",
         ]
         run.steps(5)
-        assert lines(handle)[-1] == "-> generator update 2 teacher at position 0: itself, for good"
+        assert lines(handle)[-1] == "-> generator update 2 teacher at position 0: s_theta for good"
 
 
-def test_without_a_path_only_the_gradient_is_shown():
+def test_without_a_path_the_timeline_shows_the_gradient_only():
     with disback.attach(**Run().roles(), record=0, schedule=GradientRamp(50)) as handle:
         assert lines(handle)[1].endswith("s_theta, the real score: is never trained")
         assert lines(handle)[4:] == [
             "-> generator update 0 teacher at position 0, the generator's gradient times 0.01",
-            "generator update 50 teacher at position 0: itself, for good",
+            "generator update 50 teacher at position 0: s_theta for good",
         ]
 
 
-def test_a_long_agenda_is_shown_by_its_ends_and_where_the_run_is():
+def test_a_long_timeline_is_shown_by_its_ends_and_the_present_row():
     stages = [(10 * i, Target(float(99 - i))) for i in range(100)]
-    rows = agenda(None, None, stages, updates=505)
+    rows = timeline(Progress(Phase.BACKTRACKING, generator_updates=505), stages, None)
     assert len(rows) <= ROWS + 2
     assert [row for row in rows if row[0]] == [("->", "generator update 500", "teacher at position 49")]
     assert rows[0][1] == "generator update 0"

@@ -25,6 +25,7 @@ import disback_plugin as disback
 from disback_plugin.errors import StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
+from disback_plugin.progress import VERSION, upgrade_state
 from disback_plugin.schedules import Ramp
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -230,7 +231,7 @@ class Golden(nn.Module):
 
 
 def golden(folder):
-    """A path, the roles and a state that version 1 wrote, on numbers that are the same everywhere."""
+    """Return the path and the roles of a state that version 1 wrote, on numbers that are the same everywhere."""
     teacher, fake, generator = Golden(0), Golden(0), Golden(3)
     path = DegradationPath.create(folder, ScoreNetwork(teacher).full_state(), Recording(2, 1, "int8"))
     for iteration in (1, 2):
@@ -265,10 +266,38 @@ def test_a_state_of_version_1_is_loaded_and_one_of_a_newer_version_is_refused(tm
     path, roles = golden(tmp_path / "path")
     handle = disback.attach(**roles, path=path, schedule="fixed:3", state=GOLDEN)
     assert (handle.position, handle.generator_updates, handle.fake_score_updates) == (1.0, 2, 5)
-    assert handle.state_dict() == GOLDEN
-    with pytest.raises(StateError, match="a state of version 2; expected at most 1; to mend it, upgrade"):
-        handle.load_state_dict(GOLDEN | {"version": 2, "news": 1})
+    state = handle.state_dict()
+    assert state.keys() == upgrade_state(GOLDEN).keys()
+    same = ("path", "nodes", "phase", "schedule_step", "node_since", "restore", "fake_score")
+    assert {key: state[key] for key in same} == {key: upgrade_state(GOLDEN)[key] for key in same}
+    assert (state["version"], state["recorded"]) == (VERSION, 2)
+    handle.load_state_dict(GOLDEN)
+    assert handle.state_dict() == state
+    with pytest.raises(StateError, match="a state of version 3; expected at most 2; to mend it, upgrade"):
+        handle.load_state_dict(state | {"version": 3})
     handle.detach()
+
+
+def test_a_key_that_a_later_version_adds_to_a_state_is_ignored(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN) as handle:
+        run.steps(7)
+        state = handle.state_dict()
+        handle.load_state_dict(state | {"news": 1})
+        assert handle.state_dict() == state
+
+
+@pytest.mark.parametrize(
+    "change", [{"phase": "resting"}, {"recorded": -1}, {"node_since": 99}, {"generator_updates": 1.0}], ids=repr
+)
+def test_a_state_with_a_value_out_of_its_domain_is_refused_and_changes_nothing(tmp_path, change):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN) as handle:
+        run.steps(7)
+        before = all_of(run, handle)
+        with pytest.raises(StateError, match=next(iter(change))):
+            handle.load_state_dict(handle.state_dict() | change)
+        assert difference(all_of(run, handle), before) == []
 
 
 def test_a_state_saved_after_s_phi_went_on_beyond_the_last_node_resumes_as_the_run_went_on(tmp_path):
@@ -344,7 +373,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def crash(self):
-        self.handle._ride.end()  # the process is gone: nothing is put back
+        self.handle._session.hooks.remove()  # the process is gone: nothing is put back
         self.fresh()
 
     @rule()

@@ -190,7 +190,7 @@ def test_two_schedulers_that_cannot_be_told_apart_are_left_alone_and_named(tmp_p
     run = Scheduled(lambda o: [lr.ExponentialLR(o, 0.9), lr.ExponentialLR(o, 0.8)])
     with disback.attach(**run.roles(), path=tmp_path, record=2, every=1):
         run.steps(3)
-    assert "ExponentialLR of optimizer 0 is advanced by the recording, and not put back: pass restore=" in caplog.text
+    assert "ExponentialLR of optimizer 0 is advanced by the recording and not restored: pass restore=" in caplog.text
     assert [s.last_epoch for s in run.schedulers] == [3, 3, 3, 3]
 
 

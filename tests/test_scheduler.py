@@ -282,7 +282,8 @@ def test_a_state_of_version_1_is_loaded(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(7))
     old = {
-        "path": recorded.identity, "nodes": recorded.digest(), "schedule": "Ramp(updates=7, start=0.9, amplitude=True)",
+        "path": recorded.identity,
+        "nodes": recorded.nodes_digest(), "schedule": "Ramp(updates=7, start=0.9, amplitude=True)",
         "generator_updates": 3, "plan_updates": 3, "node_since": 3, "started": True,
     }  # fmt: skip
     scheduler.load_state_dict(old)

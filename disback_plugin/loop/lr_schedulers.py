@@ -1,8 +1,7 @@
-"""Learning-rate schedules that a recording consumed, put back: the generator stood still while its warm-up went by.
+"""Learning-rate schedulers, restored after a recording during which the generator stood still.
 
-Each optimizer's schedulers are put back just before its first step after the recording, so that this step has the
-learning rate that the trainer's own first step would have had, and a run that records has those of one that reuses the
-path.
+Each optimizer's schedulers are restored just before its first step after the recording. This step then has the learning
+rate that the trainer's own first step would have had, and a run that records equals one that reuses the path.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from disback_plugin.errors import OptionError, StateError
 from disback_plugin.loop import optimizers
 
-__all__ = ["SchedulerSnapshot", "Stateful", "rewound", "taken"]
+__all__ = ["Restorable", "SchedulerSnapshot", "Stateful", "restored"]
 
 logger = logging.getLogger(__name__)
 
-# What schedulers write into an optimizer's groups.
+# Settings of a parameter group that schedulers write.
 SCHEDULED = ("lr", "momentum", "betas")
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything with a state of plain numbers: a scheduler, the ramp of an average."""
+    """An object with a state of plain numbers: a scheduler, or the ramp of a moving average."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state."""
@@ -41,193 +40,179 @@ class Stateful(Protocol):
         """Go back to a state."""
 
 
-class Target(NamedTuple):
-    """Something with a state, the index of the optimizer it is put back with, and whether it writes its rates."""
+# The argument `restore` of `attach`.
+Restorable = str | Stateful | Sequence[str | Stateful]
+
+
+class _Found(NamedTuple):
+    """An object to restore, and the index of the optimizer before whose step it is restored."""
 
     stateful: Stateful
-    owner: int
-    scheduled: bool
+    optimizer: int
+    writes_groups: bool
 
 
 class SchedulerSnapshot:
-    """States at the first step of a recording, to be put back at its end.
+    """The states of learning-rate schedulers before the first step of a recording, to be restored at its end.
 
     Args:
-        restore: "schedulers" for every `LRScheduler` of the optimizers, which are looked for in memory; objects with
-            `state_dict` and `load_state_dict`; or a sequence of these. Empty for nothing.
-        generator: The optimizers of the generator. Objects are put back together with the first.
-        fake_score: Those of s_phi.
+        restore: "schedulers" for every `LRScheduler` of the optimizers, which are searched in memory; objects with
+            `state_dict` and `load_state_dict`; or a sequence of these. An empty sequence restores nothing.
+        optimizers: The generator's and the fake score's. Objects without an optimizer are restored with the first.
 
     Raises:
-        OptionError: If something in `restore` is neither, or its state is not made of plain numbers.
+        OptionError: If an element of `restore` is neither, or its state is not made of plain numbers.
 
     Example:
         >>> import torch
         >>> sgd = torch.optim.SGD([torch.ones(1)], lr=1.0)
         >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
-        >>> rewind = SchedulerSnapshot("schedulers", [sgd], [])
-        >>> rewind.take()
+        >>> snapshot = SchedulerSnapshot("schedulers", [sgd])
+        >>> snapshot.capture()
         >>> for _ in range(3):
         ...     sgd.step()
         ...     warmup.step()
         >>> warmup.get_last_lr()
         [1.0]
-        >>> rewind.put_back(sgd)
+        >>> snapshot.restore(sgd)
         >>> warmup.get_last_lr(), sgd.param_groups[0]["lr"]
         ([0.25], 0.25)
     """
 
-    def __init__(
-        self,
-        restore: str | Stateful | Sequence[str | Stateful],
-        generator: list[Optimizer],
-        fake_score: list[Optimizer],
-    ) -> None:
-        several = isinstance(restore, Sequence) and not isinstance(restore, str)
-        given: list[Any] = [*restore] if several else [restore]  # type: ignore[misc]
+    def __init__(self, restore: Restorable, optimizers: Sequence[Optimizer]) -> None:
+        given = [*restore] if isinstance(restore, Sequence) and not isinstance(restore, str) else [restore]
         self._objects = [item for item in given if isinstance(item, Stateful)]
-        self._finds = any(isinstance(item, str) for item in given)
-        self._optimizers = [*generator, *fake_score]
-        self._then: dict[str, Any] | None = None  # what is still to be put back; None before it was looked at
+        self._searches = "schedulers" in [item for item in given if isinstance(item, str)]
+        self._optimizers = optimizers
+        self._saved: dict[str, Any] | None = None  # states still to be restored; None before `capture`
         wrong = [item for item in given if item not in self._objects and item != "schedulers"]
-        wrong += [item for item in self._objects if _encoded(item.state_dict()) is None]
+        wrong += [item for item in self._objects if _to_json(item.state_dict()) is None]
         if wrong:
             raise OptionError(
                 f"restore={wrong[0]!r:.80}",
                 expected='"schedulers", or objects whose state_dict() holds plain numbers',
-                cure='leave restore= alone, pass () for nothing, or ("schedulers", ramp) for more',
+                cure='omit restore=, pass () for nothing, or ("schedulers", ramp) for more',
             )
 
-    @property
-    def state(self) -> str:
-        """What is still to be put back, as JSON; "" before the first step."""
-        return "" if self._then is None else json.dumps(self._then)
-
-    def take(self) -> None:
-        """Keep the states, if that was not done yet. Call it before each step of a recording."""
-        if self._then is not None:
+    def capture(self) -> None:
+        """Save the states, the first time that it is called; call it before each step of a recording."""
+        if self._saved is not None:
             return
-        self._then = {}
-        for name, targets in self._targets().items():
-            state = _encoded(targets[0].stateful.state_dict())
-            if state is None or len(targets) > 1:
-                why = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
-                logger.warning("%s is advanced by the recording, and not put back: %s", name, why)
+        self._saved = {}
+        for name, found in self._found().items():
+            stateful, index, writes_groups = found[0]
+            state = _to_json(stateful.state_dict())
+            if state is None or len(found) > 1:
+                reason = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
+                logger.warning("%s is advanced by the recording and not restored: %s", name, reason)
                 continue
-            owner, scheduled = targets[0].owner, targets[0].scheduled
-            groups = self._optimizers[owner].param_groups if scheduled else []
-            kept = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
-            self._then[name] = {
-                "owner": owner,
-                "state": json.loads(state),
-                "groups": json.loads(_encoded(kept) or "[]"),
-            }
-        if self._then:
-            logger.info("put back after the recording: %s", ", ".join(self._then))
+            groups = self._optimizers[index].param_groups if writes_groups else []
+            settings = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
+            plain = json.loads(_to_json(settings) or "[]")
+            self._saved[name] = {"owner": index, "state": json.loads(state), "groups": plain}
+        if self._saved:
+            logger.info("to be restored after the recording: %s", ", ".join(self._saved))
 
-    def put_back(self, optimizer: Optimizer | None = None) -> None:
-        """Put the states of one optimizer's schedulers back, or, with None, all; once."""
-        if not self._then:
+    def restore(self, optimizer: Optimizer | None = None) -> None:
+        """Restore the saved states that belong to one optimizer, or, with None, all of them; each once."""
+        if not self._saved:
             return
-        due = [name for name in self._then if optimizer in (None, self._optimizers[self._then[name]["owner"]])]
-        targets = self._targets() if due else {}
+        due = [name for name, saved in self._saved.items() if optimizer in (None, self._optimizers[saved["owner"]])]
+        present = self._found() if due else {}
         for name in due:
-            then = self._then.pop(name)
-            for target in targets.get(name, ()):  # none if the trainer has dropped it
-                target.stateful.load_state_dict(_merged(target.stateful.state_dict(), then["state"]))
-                _write_groups(self._optimizers[then["owner"]], then["groups"])
+            saved = self._saved.pop(name)
+            for stateful, _, _ in present.get(name, ()):  # none if the trainer has dropped the scheduler
+                stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
+                for group, settings in zip(
+                    self._optimizers[saved["owner"]].param_groups, saved["groups"], strict=False
+                ):
+                    for setting, value in settings.items():
+                        optimizers.set_in_group(group, setting, _merged(group[setting], value))
 
-    def check(self, state: str) -> None:
-        """Raise unless all that a state wants put back is here.
+    def to_text(self) -> str:
+        """Return the states still to be restored as JSON; "" before `capture`."""
+        return "" if self._saved is None else json.dumps(self._saved)
 
-        Raises:
-            StateError: If not.
-        """
-        wanted = json.loads(state) if state else {}
-        here = {name for name, targets in self._targets().items() if len(targets) == 1} if wanted else set()
+    def validate_text(self, text: str) -> None:
+        """Raise StateError unless each scheduler that a text restores exists here, once."""
+        wanted = json.loads(text) if text else {}
+        here = {name for name, found in self._found().items() if len(found) == 1} if wanted else set()
         if not wanted.keys() <= here:
             raise StateError(
-                f"a state that puts back the {min(wanted.keys() - here)}",
+                f"a state that restores the {min(wanted.keys() - here)}",
                 expected=f"one of {sorted(here)}",
                 cure="build the schedulers before the state is loaded, and pass the same restore= as in the saved run",
             )
 
-    def load(self, state: str) -> None:
-        """Go on from a state that was checked."""
-        self._then = json.loads(state) if state else None
+    def load_text(self, text: str) -> None:
+        """Continue from a text that `to_text` returned and `validate_text` accepted."""
+        self._saved = json.loads(text) if text else None
 
-    def _targets(self) -> dict[str, list[Target]]:
-        """Return what there is to put back, by name; several of one name cannot be told apart in another process."""
-        targets: dict[str, list[Target]] = {}
-        for scheduler in self._schedulers() if self._finds else ():
-            target = self._target(scheduler)
-            targets.setdefault(f"{type(scheduler).__name__} of optimizer {target.owner}", []).append(target)
-        for index, item in enumerate(self._objects):
-            targets[f"{type(item).__name__} at restore[{index}]"] = [self._target(item)]
-        return targets
-
-    def _target(self, stateful: Stateful) -> Target:
-        owner = self._owner(getattr(stateful, "scheduler", stateful))  # accelerate's wrapper
-        return Target(stateful, owner or 0, scheduled=owner is not None)
-
-    def _owner(self, scheduler: object) -> int | None:
-        optimizer = optimizers.innermost(getattr(scheduler, "optimizer", None))
-        return next((index for index, ours in enumerate(self._optimizers) if ours is optimizer), None)
+    def _found(self) -> dict[str, list[_Found]]:
+        """Return all objects to restore, by name. Several of one name cannot be told apart in another process."""
+        found: dict[str, list[_Found]] = {}
+        for scheduler in self._schedulers() if self._searches else ():
+            index = self._index(scheduler) or 0
+            name = f"{type(scheduler).__name__} of optimizer {index}"
+            found.setdefault(name, []).append(_Found(scheduler, index, writes_groups=True))
+        for position, item in enumerate(self._objects):
+            owner = self._index(getattr(item, "scheduler", item))  # accelerate wraps schedulers
+            name = f"{type(item).__name__} at restore[{position}]"
+            found[name] = [_Found(item, owner or 0, writes_groups=owner is not None)]
+        return found
 
     def _schedulers(self) -> list[LRScheduler]:
-        """Find the schedulers of our optimizers; one that drives others speaks for them."""
+        """Return the schedulers of the optimizers; of a scheduler that drives others, only itself."""
         given = {id(inner) for item in self._objects for inner in (item, getattr(item, "scheduler", None))}
-        found = [
+        schedulers = [
             item
-            for item in gc.get_objects()
-            if issubclass(type(item), LRScheduler)  # not isinstance: a proxy may answer to that
+            for item in gc.get_objects()  # an optimizer does not know its schedulers
+            if issubclass(type(item), LRScheduler)  # isinstance would also accept a proxy
             and id(item) not in given
-            and self._owner(item) is not None
+            and self._index(item) is not None
         ]
-        driven = {id(inner) for item in found for inner in getattr(item, "_schedulers", ())}
-        return [item for item in found if id(item) not in driven]
+        driven = {id(inner) for item in schedulers for inner in getattr(item, "_schedulers", ())}
+        return [item for item in schedulers if id(item) not in driven]
 
-
-def taken(optimizer: Optimizer) -> SchedulerSnapshot:
-    """Return the present states of one optimizer's schedulers."""
-    rewind = SchedulerSnapshot("schedulers", [], [optimizer])
-    rewind.take()
-    return rewind
+    def _index(self, scheduler: object) -> int | None:
+        optimizer = optimizers.innermost(getattr(scheduler, "optimizer", None))
+        return next((index for index, own in enumerate(self._optimizers) if own is optimizer), None)
 
 
 @contextmanager
-def rewound(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Put back, at the end, the learning-rate schedulers of every optimizer that steps one of these weights inside.
+def restored(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Restore, at the end, the learning-rate schedulers of every optimizer that steps one of these weights inside.
 
     Example:
         >>> import torch
         >>> weight = torch.ones(1, requires_grad=True)
         >>> sgd = torch.optim.SGD([weight], lr=1.0)
         >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
-        >>> with rewound([weight]):
+        >>> with restored([weight]):
         ...     sgd.step()
         ...     warmup.step()
         >>> warmup.get_last_lr(), sgd.param_groups[0]["lr"]
         ([0.25], 0.25)
     """
     own = [*weights]
-    found: dict[Optimizer, SchedulerSnapshot] = {}
+    snapshots: dict[Optimizer, SchedulerSnapshot] = {}
 
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if optimizer not in found and optimizers.steppers([optimizer], own):
-            found[optimizer] = taken(optimizer)
+        if optimizer not in snapshots and optimizers.groups_of(optimizer, own):
+            snapshots[optimizer] = SchedulerSnapshot("schedulers", [optimizer])
+            snapshots[optimizer].capture()
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
         yield
     finally:
         hook.remove()
-        for rewind in found.values():
-            rewind.put_back()
+        for snapshot in snapshots.values():
+            snapshot.restore()
 
 
-def _encoded(state: Any) -> str | None:
-    """Return a state as JSON, a tensor of one element as a number; None if it is made of anything else."""
+def _to_json(state: Any) -> str | None:
+    """Return a state as JSON, a tensor of one element as a number; None if the state holds anything else."""
 
     def number(value: Any) -> float:
         if isinstance(value, Tensor) and value.numel() == 1:
@@ -241,17 +226,11 @@ def _encoded(state: Any) -> str | None:
 
 
 def _merged(now: Any, then: Any) -> Any:
-    """Return `now` with what differs from `then` as it was then; what JSON would change and did not move is kept."""
-    if _encoded(now) == _encoded(then):
+    """Return `now` with the values of `then` where they differ; equal values keep the types that JSON would change."""
+    if _to_json(now) == _to_json(then):
         return now
     if isinstance(now, dict) and isinstance(then, dict) and now.keys() == then.keys():
         return {key: _merged(now[key], then[key]) for key in now}
     if isinstance(now, (list, tuple)) and isinstance(then, list) and len(now) == len(then):
         return type(now)([_merged(*pair) for pair in zip(now, then, strict=True)])
     return then
-
-
-def _write_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    for group, then in zip(optimizer.param_groups[: len(groups)], groups, strict=True):
-        for setting, value in then.items():
-            optimizers.put(group, setting, _merged(group[setting], value))

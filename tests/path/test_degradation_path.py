@@ -262,8 +262,9 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
     """Fail at each rename in turn; what is there afterwards must open, and end equal to an undisturbed recording."""
     from pathlib import Path
 
-    from disback_plugin.opening import open_or_create
-    from disback_plugin.recorder import Recorder
+    from disback_plugin.plugins.manager import PluginManager
+    from disback_plugin.progress import Progress
+    from disback_plugin.recorder import Recorder, open_or_create
 
     teacher, *nodes = states(4)
     net = Score()
@@ -272,10 +273,11 @@ def test_a_crash_at_any_write_leaves_a_path_that_opens_and_resumes(tmp_path, mon
 
     def record():
         student = Score()
-        recorder = Recorder(open_or_create(tmp_path / "path", ScoreNetwork(net), plan), ScoreNetwork(student))
+        path = open_or_create(tmp_path / "path", ScoreNetwork(net), plan)
+        recorder = Recorder(path, ScoreNetwork(student), Progress(), plugins=PluginManager())
         recorder.start()
         while not recorder.done:
-            ScoreNetwork(student).load_state_dict(nodes[recorder.iteration // 10])
+            ScoreNetwork(student).load_state_dict(nodes[recorder.progress.recorded // 10])
             recorder.update()
         return recorder.path
 
