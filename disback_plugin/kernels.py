@@ -1,12 +1,12 @@
-"""The losses of `losses`, fused: same names, same signatures, one pass over memory instead of a dozen.
+"""The losses of `losses`, fused: the same names and signatures, one pass over memory instead of a dozen.
 
-`torch.compile` makes one kernel of each formula: gradient and the loss of each sample come out of it together.
+`torch.compile` makes one kernel of each formula, which computes the gradient and the loss of each sample.
 
     from disback_plugin import kernels
     loss = kernels.dmd(x, real, fake, eps=eps, alpha=alpha, sigma=sigma, prediction=Prediction.EPS)
 
 One graph serves every batch of two or more. On CUDA a block takes a whole sample (`split_reductions=False`: a single
-kernel) as long as samples are small, as latents are; large images are split over blocks.
+kernel) if samples are small, as latents are; large images are split over blocks.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from types import FunctionType
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from disback_plugin import _loss_formulas as formulas
 from disback_plugin import losses
+from disback_plugin._loss_formulas import Formula
 from disback_plugin.errors import OptionError
-from disback_plugin.terms import formulas
-from disback_plugin.terms.artefacts import Artefact, tensors
-from disback_plugin.terms.formulas import Formula
 
 __all__ = ["denoising", "diff_instruct", "dmd", "fuse", "sid", "vsd"]
 
@@ -35,19 +34,18 @@ Mode = Literal["auto"] | bool
 
 # Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
 ONE_BLOCK = 1 << 16
-# Elements of a batch from which on compiling is worth its seconds on a CPU: that of latents, 4 x 4 x 64 x 64. Fused is
-# 1.5 times as fast from two elements on, but below this it repays the 10 to 20 s of a process's first compiled form,
-# at 20 to 100 microseconds a call, after some 200,000 calls only.
+# Elements of a batch from which compiling is worth its seconds on a CPU: a batch of latents, 4 x 4 x 64 x 64. Smaller
+# batches gain 20 to 100 microseconds a call, which repay the 10 to 20 s of a process's first compilation too late.
 WINS_ON_CPU = 1 << 16
 
 
 def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
-    """Return the fused twin of a loss.
+    """Return the fused form of a loss.
 
     Args:
         loss: One of `denoising, diff_instruct, dmd, sid, vsd` of `losses`, or any function that calls them.
-        compile: True: compile always, and raise if that fails. "auto": run the plain form for batches so small that
-            fused does not win, and from the first failure of the compiler on, with one warning. False: the plain form.
+        compile: True: always compile, and raise if that fails. "auto": run the plain form for batches so small that
+            fused does not win, and after the first failure of the compiler, with one warning. False: the plain form.
 
     Returns:
         A function with the loss's signature; `__wrapped__` is the loss.
@@ -63,132 +61,144 @@ def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
         >>> x.grad[0].tolist()
         [-0.5, -0.5, -0.5]
     """
-    if compile not in ("auto", True, False):
-        raise OptionError(f"compile={compile!r}", expected="'auto', True or False", cure="leave it away for 'auto'")
+    if compile not in _RUNNERS:
+        raise OptionError(f"compile={compile!r}", expected="'auto', True or False", cure="omit it for 'auto'")
 
     @functools.wraps(loss)
     def fused(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            return loss(*args, **kwargs)  # a part of the caller's own graph, which fuses it
-        token = formulas.RUN.set(_RUNNERS[compile])
+            return loss(*args, **kwargs)  # the caller's own graph contains the loss and fuses it
+        token = formulas.RUNNER.set(_RUNNERS[compile])
         try:
             return loss(*args, **kwargs)
         finally:
-            formulas.RUN.reset(token)
+            formulas.RUNNER.reset(token)
 
     return fused
 
 
-def _always(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
-    tensor: Tensor = inputs[0]
-    # A batch of one would be a graph of its own, and one of none has nothing to do.
-    if tensor.shape[0] < 2:
+def _run_compiled(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
+    first: Tensor = inputs[0]
+    kind = _kind(inputs)
+    # A batch of one would need a graph of its own.
+    if kind is None or len(first) < 2:
         return formula(*inputs)
-    return _compiled(formula, tensor.device.type, _one_block(tensor), _kind(inputs))(*inputs)
+    one_block = first.device.type == "cuda" and first[0].numel() <= ONE_BLOCK
+    return _compiled(formula, first.device.type, one_block, kind)(*inputs)
 
 
-def _where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
-    tensor: Tensor = inputs[0]
-    if formula in _FAILED or (tensor.device.type == "cpu" and tensor.numel() < WINS_ON_CPU):
+def _run_where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
+    first: Tensor = inputs[0]
+    if formula in _FAILED or (first.device.type == "cpu" and first.numel() < WINS_ON_CPU):
         return formula(*inputs)
     try:
-        return _always(formula, *inputs)
-    except Exception as error:  # whatever a missing or broken compiler raises
+        return _run_compiled(formula, *inputs)
+    except Exception as error:  # a missing or broken compiler may raise anything
         _FAILED.add(formula)
-        warnings.warn(
-            f"the fused form of {formula.__name__} does not compile here ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); the plain form is used from now on",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        message = f"the fused form of {formula.__name__} does not compile here ({reason}); the plain form is used"
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
         return formula(*inputs)
 
 
 @functools.cache
-def _compiled(formula: Formula, device: str, one_block: bool, kind: Hashable) -> Formula:
-    """Compile a formula for one kind of inputs: all that is alike but for the batch."""
-    # A code object of its own: dynamo counts graphs by code object, and gives up after eight. A name of its own: by it
-    # dynamo remembers what varied, and a constant that differs between two kinds would become an input of the second.
+def _compiled(formula: Formula, device: str, one_block: bool, kind: Kind) -> Formula:
+    """Compile a formula for one kind of inputs, which may differ in the batch size alone."""
+    # Dynamo gives up on a code object after eight graphs, so each kind has its own. It remembers by the name of the
+    # code what varied, and would turn a constant that differs between two kinds into an input of the second.
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
-    whole = _averaged(formula) if device == "cpu" else formula
+    whole = _with_mean_loss(formula) if device == "cpu" else formula
     twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
-    artefact = Artefact()
-    if one_block:
-        compiled: Formula = torch.compile(twin, fullgraph=True, options={"split_reductions": False})
-    else:
-        compiled = torch.compile(twin, fullgraph=True, backend=artefact)
-    ready: Formula | None = None
+    options: dict[str, Any] = {"split_reductions": False} if one_block else {}
+    if kind.fully_compared and hasattr(torch.compiler, "skip_all_guards_unsafe"):  # this torch has guard filters
+        options["guard_filter_fn"] = _keep_guards_on_the_batch
+    compiled: Formula = torch.compile(twin, fullgraph=True, options=options)
+    called = False
 
-    def with_any_batch(*inputs: Any) -> tuple[Tensor, ...]:
-        nonlocal ready
-        if ready is not None:
-            return ready(*inputs)
-        if any(factor.requires_grad for factor in tensors(inputs)):
-            ready = formula  # a learned weight wants a graph through the formula
-            return formula(*inputs)
-        marked = _with_dynamic_batch(inputs, len(inputs[0]))
-        outputs = compiled(*marked)
-        ready = artefact.direct(marked, outputs) or compiled
+    def run(*inputs: Any) -> tuple[Tensor, ...]:
+        nonlocal called
+        outputs = compiled(*(inputs if called else _with_dynamic_batch(inputs, len(inputs[0]))))
+        called = True
         return outputs
 
-    return with_any_batch
+    return run
 
 
-def _averaged(formula: Formula) -> Formula:
-    """The mean of the losses inside the kernel; on a GPU it would be a kernel of its own."""
+def _keep_guards_on_the_batch(guards: Any) -> list[bool]:
+    """Skip the guards on what `_kind` has compared already: on a CPU they take as long as the kernel of a latent."""
+    return [guard.guard_type in ("SHAPE_ENV", "DUPLICATE_INPUT") for guard in guards]
+
+
+def _with_mean_loss(formula: Formula) -> Formula:
+    """Return the formula with the mean of the losses inside the kernel; on a GPU the mean would be a second kernel."""
 
     def averaged(*inputs: Any) -> tuple[Tensor, ...]:
         *gradients, values, finite = formula(*inputs)
-        # A sum in float32 would come with a condition on the batch.
+        # A sum in float32 would add a condition on the batch size.
         return *gradients, values.mean(dtype=torch.float64).to(values.dtype), finite
 
     return averaged
 
 
-def _kind(inputs: tuple[Any, ...]) -> Hashable:
-    """Return what a graph depends on: dtypes, devices, image sizes, strides, which factors are per sample or learned,
-    constants; and, once more, the process's own settings.
+class Kind(NamedTuple):
+    """All that a graph depends on but for the batch size. `fully_compared`: dynamo's guards would find nothing else."""
+
+    fully_compared: bool
+    process: tuple[Hashable, ...]
+    inputs: tuple[Hashable, ...]
+
+
+def _kind(inputs: tuple[Any, ...]) -> Kind | None:
+    """Return the kind of some inputs; None if they must not be compiled.
+
+    A kind holds the settings of the process, the constants, and of each tensor the dtype, device, sizes, strides and
+    whether its first axis is the batch.
     """
     first: Tensor = inputs[0]
     shape, device = first.shape, first.device
-    process = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    return device, shape[1:], process, _kinds(inputs, shape, device)
-
-
-def _kinds(inputs: tuple[Any, ...], shape: torch.Size, device: torch.device) -> Hashable:
-    kinds: list[Hashable] = []
-    for e in inputs:
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
+    process = (*modes, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    # A stride may equal the batch size and be taken for it, and on a GPU a guard decides on 32-bit indices.
+    fully_compared = device.type == "cpu"
+    kinds: list[Hashable] = [device, shape[1:]]
+    for e in _flatten(inputs):
         if not isinstance(e, Tensor):
-            kinds.append(_kinds(e, shape, device) if isinstance(e, tuple) else e)
-            continue
-        same = e.shape == shape and e.device == device
-        if same and type(e) is Tensor and e.is_contiguous() and not e.requires_grad:
-            kinds.append(e.dtype)  # as nearly all are
+            kinds.append(e)
+        # A learned factor needs a graph through the formula; a lazily negated tensor or a subclass hides its values.
+        elif e.requires_grad or e.is_neg() or type(e) not in (Tensor, torch.nn.Parameter):
+            return None
+        elif e.shape == shape and e.device == device and e.is_contiguous():
+            kinds.append(e.dtype)  # nearly all inputs are of this kind
         else:
-            per_sample = e.shape[:1] == shape[:1]
-            kinds.append((type(e), e.dtype, e.device, e.shape[1:], e.stride(), per_sample, e.requires_grad))
-    return tuple(kinds)
+            kinds.append((e.dtype, e.device, e.ndim, e.shape[1:], e.stride(), e.shape[:1] == shape[:1]))
+            fully_compared = fully_compared and e.is_cpu and e.is_contiguous()
+    return Kind(fully_compared, process, tuple(kinds))
 
 
-def _one_block(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda" and tensor[0].numel() <= ONE_BLOCK
+def _flatten(inputs: tuple[Any, ...]) -> Iterator[Any]:
+    for entry in inputs:
+        if isinstance(entry, tuple):
+            yield len(entry)
+            yield from _flatten(entry)
+        else:
+            yield entry
 
 
 def _with_dynamic_batch(inputs: Any, batch: int) -> Any:
-    """Mark the batch axis on aliases: a mark on the caller's own tensors would follow them into his graphs."""
+    """Mark the batch axis dynamic on views, so that the caller's tensors are not marked."""
     if isinstance(inputs, Tensor):
-        alias = inputs.view_as(inputs)
-        if alias.ndim and len(alias) == batch:
-            torch._dynamo.mark_dynamic(alias, 0)
-        return alias
+        view = inputs.view_as(inputs)
+        if view.ndim and len(view) == batch:
+            torch._dynamo.mark_dynamic(view, 0)
+        return view
     return tuple(_with_dynamic_batch(entry, batch) for entry in inputs) if isinstance(inputs, tuple) else inputs
 
 
 _FAILED: set[Formula] = set()
 _RUNNERS: dict[Mode, Callable[..., tuple[Tensor, ...]]] = {
-    "auto": _where_it_wins,
-    True: _always,
-    False: formulas.plainly,
+    "auto": _run_where_it_wins,
+    True: _run_compiled,
+    False: formulas.run_plain,
 }
 
 denoising = fuse(losses.denoising)

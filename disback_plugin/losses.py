@@ -1,12 +1,12 @@
-r"""Generator losses, in plain torch: the specification of the fused kernels; and the names of all other losses.
+r"""Generator losses in plain torch, which specify the fused ones of `kernels`; and the names of all other losses.
 
-With x_t = alpha x + sigma eps, outputs f (fake score) and r (teacher) of one kind of prediction, and t their common
-target (`scores.target`), every score difference is a multiple of f - r, and what denoising takes from x one of t - r:
+With x_t = alpha x + sigma eps, outputs f (fake score) and r (teacher) of one kind of prediction, and their common
+target t (`prediction.target`), every score difference is a multiple of f - r, and x - D_theta is a multiple of t - r:
 
     D_phi - D_theta = c (f - r),     x - D_theta = c (t - r),     s_phi - s_theta = k (f - r)
 
-with c and k from `scores.ratio`. So no loss here converts an output to x_0 or to a score; nothing large cancels,
-and float32 is exact to 1e-7 where the x_0 form needs float64.
+with c and k from `prediction.ratio`. So no loss converts an output to x_0 or to a score; nothing large cancels, and
+float32 is exact to 1e-7 where the x_0 form needs float64.
 
 | loss            | dL/dx                                               | source                              |
 |-----------------|-----------------------------------------------------|-------------------------------------|
@@ -15,7 +15,7 @@ and float32 is exact to 1e-7 where the x_0 form needs float64.
 | `dmd`           | w (D_phi - D_theta) / mean|x - D_theta| / (B n)     | arXiv 2311.18828, Eq. 7 and 8       |
 | `sid`           | through both networks                               | arXiv 2404.04057, Eq. 23            |
 
-Gradients are computed in closed form and handed to autograd as they are, without a surrogate graph.
+Gradients are computed in closed form and passed to autograd as they are, without a surrogate graph.
 """
 
 from __future__ import annotations
@@ -24,24 +24,17 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from disback_plugin.prediction import Prediction, ratio
-from disback_plugin.terms import formulas
-from disback_plugin.terms.batches import (
-    Number,
-    count,
-    is_mask,
-    mean,
-    numbers,
-    rows,
-    run,
-    same_shape,
-    scale,
-    target_parts,
-    teacher_halves,
-    with_gradients,
+from disback_plugin import _loss_formulas as formulas
+from disback_plugin._denoising import (
+    denoising,
+    dmd_regression,
+    edm_weight,
+    gan_discriminator,
+    gan_generator,
+    snr_weight,
 )
-from disback_plugin.terms.companions import dmd_regression, gan_discriminator, gan_generator
-from disback_plugin.terms.denoising import denoising, edm_weight, snr_weight
+from disback_plugin._loss_formulas import Number, factors, row_factor, rows
+from disback_plugin.prediction import Prediction, ratio
 
 __all__ = [
     "denoising",
@@ -72,21 +65,21 @@ def diff_instruct(
     nonfinite: NonFinite = "mask",
     skipped: Tensor | None = None,
 ) -> Tensor:
-    r"""Diff-Instruct (arXiv 2305.18455), Eq. 8: dL/dx = w alpha (s_phi(x_t) - s_theta(x_t)) / B.
+    r"""Compute the loss of Diff-Instruct (arXiv 2305.18455), Eq. 8: dL/dx = w alpha (s_phi(x_t) - s_theta(x_t)) / B.
 
     Args:
-        x: Generated samples x = G(z), shape (B, ...); they carry the generator's graph.
+        x: Generated samples x = G(z), shape (B, ...), which carry the generator's graph.
         real: The teacher's output on x_t = alpha x + sigma eps, shape (B, ...); no gradient flows into it. With
             `guidance`, its output on the doubled batch, shape (2 B, ...), the unconditional half first.
         fake: The fake score's output on the same x_t, shape (B, ...); no gradient flows into it.
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
         prediction: The kind of `real` and `fake`.
-        weight: w(t) >= 0, broadcast against x. 1 is Eq. 8 itself; sigma^2 / alpha^2 is what the published Diff-Instruct
-            code uses, the difference of the two x_0-predictions.
+        weight: w(t) >= 0, broadcast against x. 1 is Eq. 8 itself; sigma^2 / alpha^2, as in the published code of
+            Diff-Instruct, makes the gradient the difference of the two x_0-predictions.
         guidance: Scale s of classifier-free guidance: the teacher's output is u + s (c - u). None: no guidance.
-        nonfinite: "mask": a sample whose gradient is not finite gets none; "zero": `nan_to_num` element by element, as
-            the public trainers do (an Inf becomes 3e38).
+        nonfinite: "mask": a sample whose gradient is not finite has a gradient of zero; "zero": `nan_to_num` element
+            by element, as in the public trainers (an Inf becomes 3e38).
         skipped: A counter, shape (), to which the number of samples that were not finite is added, without a sync.
 
     Returns:
@@ -94,7 +87,8 @@ def diff_instruct(
         mean over the B samples (the reduction of Diff-Instruct's authors). The value itself measures no progress.
 
     Raises:
-        MismatchError: If x, real and fake do not fit.
+        MismatchError: If x, real, fake and the factors do not fit.
+        OptionError: If `prediction` or `nonfinite` is unknown.
 
     Example:
         >>> import torch
@@ -104,7 +98,8 @@ def diff_instruct(
         >>> x.grad.tolist()  # descent moves x along the teacher's score
         [[-1.0, 0.0]]
     """
-    alpha, sigma = numbers(x, alpha, sigma)
+    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
+    alpha, sigma = factors(x, alpha, sigma)
     k = ratio(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, weight * alpha * k, guidance, nonfinite, skipped)
 
@@ -122,21 +117,21 @@ def vsd(
     nonfinite: NonFinite = "mask",
     skipped: Tensor | None = None,
 ) -> Tensor:
-    """Variational score distillation (ProlificDreamer, arXiv 2305.16213, Eq. 9): dL/dx = w (eps_theta - eps_phi) / B.
+    """Compute variational score distillation (arXiv 2305.16213, Eq. 9): dL/dx = w (eps_theta - eps_phi) / B.
 
     It is `diff_instruct` with the weight w sigma / alpha; value and errors are the same.
 
     Args:
-        x: Generated sample that carries the graph, shape (B, ...).
-        real: Output of the teacher, shape of x.
-        fake: Output of s_phi, shape of x.
+        x: Generated samples, as in `diff_instruct`.
+        real: The teacher's output, as in `diff_instruct`.
+        fake: The fake score's output, as in `diff_instruct`.
         alpha: Signal scale alpha_t > 0, broadcast against x.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
-        prediction: What both networks predict.
-        weight: w_t, broadcast against x; the authors' is sigma^2.
-        guidance: CFG scale on the teacher, as in `diff_instruct`.
-        nonfinite: What becomes of samples with NaN or infinity, as in `diff_instruct`.
-        skipped: Where to count those, as in `diff_instruct`.
+        prediction: The kind of `real` and `fake`.
+        weight: w(t) >= 0, broadcast against x; sigma^2 in ProlificDreamer.
+        guidance: Scale of classifier-free guidance, as in `diff_instruct`.
+        nonfinite: "mask" or "zero", as in `diff_instruct`.
+        skipped: A counter, as in `diff_instruct`.
 
     Example:
         >>> import torch
@@ -146,7 +141,8 @@ def vsd(
         >>> x.grad.item()
         1.0
     """
-    alpha, sigma = numbers(x, alpha, sigma)
+    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
+    alpha, sigma = factors(x, alpha, sigma)
     k = ratio(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
     return _difference(x, real, fake, -weight * k, guidance, nonfinite, skipped)
 
@@ -165,31 +161,32 @@ def dmd(
     nonfinite: NonFinite = "mask",
     skipped: Tensor | None = None,
 ) -> Tensor:
-    """Distribution matching, DMD and DMD2 (arXiv 2311.18828, Eq. 7 and 8): dL/dx = w g / (B n).
+    """Compute the distribution matching loss of DMD and DMD2 (arXiv 2311.18828, Eq. 7 and 8): dL/dx = w g / (B n).
 
         g = (D_phi - D_theta) / mean|x - D_theta|,   the mean over the n elements of a sample
 
-    Valid as long as x is what was noised and no x_0-prediction is clipped on the way; else convert to X0 yourself, pass
-    prediction=X0 and the x that the normaliser shall use.
+    The loss is valid if x is the sample that was noised and no x_0-prediction is clipped. Otherwise convert the outputs
+    to X0, and pass prediction=X0 and the x that the normaliser should use.
 
     Args:
-        x: As in `diff_instruct`; so are the arguments not named here.
-        real: As in `diff_instruct`.
-        fake: As in `diff_instruct`.
+        x: Generated samples, as in `diff_instruct`.
+        real: The teacher's output, as in `diff_instruct`.
+        fake: The fake score's output, as in `diff_instruct`.
         eps: The noise in x_t, shape (B, ...).
-        alpha: Signal scale alpha_t > 0, broadcast against x.
-        sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
+        alpha: Signal scale alpha_t > 0, broadcast against x; one number an element, as one a frame, is allowed.
+        sigma: Noise scale sigma_t > 0 in data units, likewise.
         prediction: The kind of `real` and `fake`.
-        weight: w(t) >= 0, broadcast against x; 1 in DMD2.
-        guidance: As in `diff_instruct`.
-        nonfinite: As in `diff_instruct`; "zero" is DMD2's own. A teacher that denoises x to itself divides by zero.
-        skipped: As in `diff_instruct`.
+        weight: w(t) >= 0, one number or one a sample; 1 in DMD2.
+        guidance: Scale of classifier-free guidance, as in `diff_instruct`.
+        nonfinite: As in `diff_instruct`; DMD2 uses "zero". A teacher that returns x itself divides by zero.
+        skipped: A counter, as in `diff_instruct`.
 
     Returns:
         mean(g^2) / 2 over all elements, shape (): the authors' 0.5 * mse(x, stopgrad(x - g)).
 
     Raises:
-        MismatchError: If x, real, fake and eps do not fit.
+        MismatchError: If x, real, fake, eps and the factors do not fit.
+        OptionError: If `prediction` or `nonfinite` is unknown.
 
     Example:
         >>> import torch
@@ -199,20 +196,25 @@ def dmd(
         >>> x.grad.tolist()
         [[-0.5, 0.5]]
     """
-    alpha, sigma = numbers(x, alpha, sigma)
-    # Of c in D_phi - D_theta = c (f - r) only the sign is left by the normaliser: more eps, v or flow is less x_0.
-    sign = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0
-    gradient, values, finite = run(
+    prediction = Prediction(prediction)
+    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
+    # The normaliser cancels c in D_phi - D_theta = c (f - r) but for its sign, unless c varies within a sample.
+    sign, c = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0, None
+    if not (formulas.is_per_sample(alpha, x) and formulas.is_per_sample(sigma, x)):
+        a, b = factors(x, alpha, sigma)
+        sign, c = 1.0, row_factor(ratio(prediction, Prediction.X0, alpha=a, sigma=b), x)
+    gradient, values, finite = formulas.RUNNER.get()(
         formulas.dmd,
-        *teacher_halves(x, real, fake, guidance, eps=eps),
+        *formulas.teacher_outputs(x, real, fake, guidance, eps=eps),
         rows(fake),
-        target_parts(prediction, x, eps, alpha, sigma),
-        scale(sign * weight, x, per_sample=True),
-        1.0 if guidance is None else scale(guidance, x),
-        is_mask(nonfinite),
+        formulas.target_parts(prediction, x, eps, alpha, sigma),
+        c,
+        row_factor(sign * weight, x, per_sample=True),
+        1.0 if guidance is None else row_factor(guidance, x),
+        formulas.is_mask(nonfinite),
     )
-    count(skipped, finite)
-    return with_gradients(mean(values), (x, gradient))
+    formulas.count_nonfinite(skipped, finite)
+    return formulas.with_gradients(formulas.mean_loss(values), (x, gradient))
 
 
 def sid(
@@ -229,30 +231,31 @@ def sid(
     nonfinite: NonFinite = "mask",
     skipped: Tensor | None = None,
 ) -> Tensor:
-    """Score identity distillation, SiD (arXiv 2404.04057, Eq. 23). Its gradient flows through both networks.
+    """Compute score identity distillation, SiD (arXiv 2404.04057, Eq. 23). Its gradient flows through both networks.
 
         L = w sum((D_theta - D_phi) ((D_theta - x) - a (D_theta - D_phi))) / mean|x - D_theta|,   batch mean
 
     Args:
         x: Generated samples x = G(z), shape (B, ...). x_t has to be built from x with its graph: the two direct paths
-            from x, over x_t and over the bracket, cancel, and only their remainder is computed.
+            from x, through x_t and through the bracket, cancel, and only their remainder is computed.
         real: The teacher's output on x_t, shape (B, ...), with its graph.
         fake: The fake score's output on x_t, shape (B, ...), with its graph.
         eps: The noise in x_t, shape (B, ...).
-        alpha: Signal scale alpha_t > 0, broadcast against x.
-        sigma: Noise scale sigma_t > 0 in data units, broadcast against x.
+        alpha: Signal scale alpha_t > 0, one number or one a sample.
+        sigma: Noise scale sigma_t > 0 in data units, likewise.
         prediction: The kind of `real` and `fake`.
-        weight: w(t) >= 0, broadcast against x.
+        weight: w(t) >= 0, one number or one a sample.
         alpha_sid: a of the paper; 1.0 to 1.2 in its experiments.
-        nonfinite: "mask": a sample that is not finite is left out (the authors'); "zero": `nan_to_num`.
-        skipped: As in `diff_instruct`.
+        nonfinite: "mask": a sample that is not finite is left out, as in the authors' code; "zero": `nan_to_num`.
+        skipped: A counter, as in `diff_instruct`.
 
     Returns:
         The loss, shape (): the sum over a sample's elements, the mean over the batch. The normaliser, at least 1e-5, is
         a constant to the gradient. At a = 1 the value oscillates around zero.
 
     Raises:
-        MismatchError: If x, real, fake and eps differ in shape.
+        MismatchError: If x, real, fake, eps and the factors do not fit.
+        OptionError: If `prediction` or `nonfinite` is unknown.
 
     Example:
         >>> import torch
@@ -261,38 +264,38 @@ def sid(
         >>> loss.item()  # (2 - 1) ((2 - 0) - (2 - 1)) / 2
         0.5
     """
-    same_shape(x=x, real=real, fake=fake, eps=eps)
-    alpha, sigma = numbers(x, alpha, sigma)
+    formulas.validate_shapes(x=x, real=real, fake=fake, eps=eps)
+    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight)
+    alpha, sigma = factors(x, alpha, sigma)
     c = ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
-    of_x = prediction not in (Prediction.EPS, Prediction.SCORE)  # whether the target is a function of x
-    *gradients, values, finite = run(
+    target_depends_on_x = prediction not in (Prediction.EPS, Prediction.SCORE)
+    *gradients, values, finite = formulas.RUNNER.get()(
         formulas.sid,
         rows(real),
         rows(fake),
-        target_parts(prediction, x, eps, alpha, sigma),
-        scale(c, x, per_sample=True),
-        scale(weight, x, per_sample=True),
-        scale(alpha_sid, x),
-        is_mask(nonfinite),
-        of_x,
+        formulas.target_parts(prediction, x, eps, alpha, sigma),
+        row_factor(c, x, per_sample=True),
+        row_factor(weight, x, per_sample=True),
+        row_factor(alpha_sid, x),
+        formulas.is_mask(nonfinite),
+        target_depends_on_x,
     )
-    count(skipped, finite)
-    sources = (real, fake, x) if of_x else (real, fake)
-    return with_gradients(mean(values), *zip(sources, gradients, strict=True))
+    formulas.count_nonfinite(skipped, finite)
+    sources = (real, fake, x) if target_depends_on_x else (real, fake)
+    return formulas.with_gradients(formulas.mean_loss(values), *zip(sources, gradients, strict=True))
 
 
 def _difference(
     x: Tensor, real: Tensor, fake: Tensor, k: Number, guidance: Number | None, nonfinite: str, skipped: Tensor | None
 ) -> Tensor:
-    teacher = teacher_halves(x, real, fake, guidance)
-    gradient, values, finite = run(
+    gradient, values, finite = formulas.RUNNER.get()(
         formulas.difference,
-        *teacher,
+        *formulas.teacher_outputs(x, real, fake, guidance),
         rows(fake),
         rows(x),
-        scale(k, x),
-        1.0 if guidance is None else scale(guidance, x),
-        is_mask(nonfinite),
+        row_factor(k, x),
+        1.0 if guidance is None else row_factor(guidance, x),
+        formulas.is_mask(nonfinite),
     )
-    count(skipped, finite)
-    return with_gradients(mean(values), (x, gradient))
+    formulas.count_nonfinite(skipped, finite)
+    return formulas.with_gradients(formulas.mean_loss(values), (x, gradient))

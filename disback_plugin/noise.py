@@ -10,7 +10,8 @@ case.
 | `Discrete`      | 0, 1, ..., T - 1 | sqrt(alphas_cumprod_t) | sqrt(1 - alphas_cumprod_t)                 |
 | `RectifiedFlow` | [0, 1]           | 1 - t                  | t                                          |
 
-`from_diffusers` reads the schedule that a scheduler of diffusers, or its config, was trained under.
+A time outside its domain raises an OptionError if it is a number or a tensor on the CPU. A tensor on another device is
+not read, because that would wait for the device. `from_diffusers` reads the schedule of a diffusers scheduler.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Karras:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t = 1 and sigma_t for times t in [0, 1], shape (B,)."""
+        _validate_times(t, 1.0, self)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return torch.ones_like(t), (low + t * (high - low)) ** self.rho
 
@@ -117,37 +119,11 @@ class Discrete:
             )
         object.__setattr__(self, "alphas_cumprod", tuple(values))
 
-    @classmethod
-    def from_diffusers(cls, scheduler: object) -> Discrete:
-        """Return the schedule of a diffusers scheduler with `alphas_cumprod`: DDPM, DDIM, LCM, PNDM, Euler, DPM-Solver.
-
-        In float32 `add_noise` with it equals the scheduler's own bit for bit, where that preserves the variance; one
-        that adds sigma eps alone (Euler) divides by sqrt(1 + sigma^2) before the network sees it, and comes to this.
-
-        Args:
-            scheduler: The scheduler, or what its `scheduler_config.json` holds, as a mapping.
-
-        Raises:
-            OptionError: If it has no such schedule; `noise.from_diffusers` also takes flow matching.
-
-        Example:
-            >>> from diffusers import DDIMScheduler
-            >>> len(Discrete.from_diffusers(DDIMScheduler(rescale_betas_zero_snr=True)).alphas_cumprod)
-            1000
-        """
-        schedule = from_diffusers(scheduler)
-        if isinstance(schedule, cls):
-            return schedule
-        raise OptionError(
-            "a flow-matching scheduler for a discrete schedule",
-            expected="one with alphas_cumprod",
-            cure="call noise.from_diffusers(scheduler), which returns a RectifiedFlow",
-        )
-
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t and sigma_t in float32 for integer times t in {0, ..., T - 1}, shape (B,)."""
-        # The difference is taken in float64: 1 - alpha_t^2 cancels at small t. Rounded before the square root it is the
-        # float32 difference of float32 values, so that diffusers' own arithmetic is met bit for bit.
+        _validate_times(t, len(self.alphas_cumprod) - 1, self)
+        # The difference is taken in float64, because 1 - alpha_t^2 cancels at small t, and rounded before the square
+        # root, so that it equals diffusers' float32 difference of float32 values bit for bit.
         alpha_bar = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=t.device)[t]
         return alpha_bar.float().sqrt(), (1 - alpha_bar).float().sqrt()
 
@@ -163,23 +139,28 @@ class RectifiedFlow:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t = 1 - t and sigma_t = t for times t in [0, 1], shape (B,)."""
+        _validate_times(t, 1.0, self)
         return 1 - t, t
 
 
 def from_diffusers(scheduler: object) -> Discrete | RectifiedFlow:
     """Return the noise schedule that a network under a diffusers scheduler was trained with.
 
-    What a scheduler changes for sampling alone (spacing, Karras sigmas, `shift`, dynamic shifting) changes which times
-    are visited, not what x_t is at a time, and is left out: under flow matching sigma_t = t whatever the shift.
+    Options for sampling alone (spacing, Karras sigmas, `shift`, dynamic shifting) change which times are visited, not
+    x_t at a time, and are ignored: under flow matching sigma_t = t whatever the shift. In float32 `add_noise` with a
+    `Discrete` equals the scheduler's own bit for bit if that preserves the variance. A scheduler that adds sigma eps
+    alone (Euler) divides by sqrt(1 + sigma^2) before the network, which amounts to the same.
 
     Args:
-        scheduler: The scheduler, or what its `scheduler_config.json` holds, as a mapping.
+        scheduler: The scheduler, or the content of its `scheduler_config.json` as a mapping.
 
     Returns:
-        A `Discrete`, or a `RectifiedFlow`, whose t is the scheduler's timestep / num_train_timesteps.
+        A `Discrete` (DDPM, DDIM, LCM, PNDM, Euler, DPM-Solver), or a `RectifiedFlow`, whose t is the scheduler's
+        timestep / num_train_timesteps.
 
     Raises:
-        OptionError: If it is neither (EDM, consistency models, TrigFlow ...), or a config of no known class.
+        OptionError: If the scheduler has another schedule (EDM, consistency models, TrigFlow ...), or if the config
+            names no known class.
 
     Example:
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
@@ -214,7 +195,7 @@ def from_diffusers(scheduler: object) -> Discrete | RectifiedFlow:
 
 
 def built(scheduler: object) -> Any:
-    """Return a scheduler, built by diffusers if only its config was given."""
+    """Return the scheduler itself, or the one that diffusers builds from its config."""
     if not isinstance(scheduler, Mapping):
         return scheduler
     import diffusers
@@ -224,13 +205,29 @@ def built(scheduler: object) -> Any:
         raise OptionError(
             f"a scheduler's config with _class_name={scheduler.get('_class_name')!r}",
             expected="the name of a scheduler of diffusers",
-            cure="pass the scheduler itself, or all that scheduler_config.json holds",
+            cure="pass the scheduler itself, or the whole content of scheduler_config.json",
         )
     return kind.from_config(dict(scheduler))
 
 
+def _validate_times(t: Tensor | float, last: float, schedule: object) -> None:
+    """Raise OptionError for a time outside [0, last]: for an integer `last`, of {0, ..., last}."""
+    steps, times, found = isinstance(last, int), torch.as_tensor(t), ""
+    fits = not steps or not (times.is_floating_point() or times.dtype == torch.bool)
+    if fits and times.is_cpu and times.numel() and not torch.compiler.is_compiling():
+        low, high = (float(end) for end in times.detach().aminmax())
+        rounding = 4 * torch.finfo(times.dtype).eps if times.is_floating_point() else 0.0
+        fits, found = -rounding <= low and high <= last + rounding, f" from {low:g} to {high:g}"  # NaN does not fit
+    if not fits:
+        raise OptionError(
+            f"times t of {times.dtype}{found} for {type(schedule).__name__}",
+            expected=f"integers in {{0, ..., {last}}}" if steps else "numbers in [0, 1]",
+            cure="pass the timesteps as they are" if steps else "divide a timestep by the number of training timesteps",
+        )
+
+
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """Append axes to one value per sample, shape (B,), so that it broadcasts against `like`, shape (B, ...).
+    """Append axes to one value a sample, shape (B,), so that it broadcasts against `like`, shape (B, ...).
 
     Example:
         >>> expand(torch.ones(2), like=torch.zeros(2, 3, 8, 8)).shape

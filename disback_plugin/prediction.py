@@ -1,4 +1,4 @@
-r"""What a score network predicts, and the conversions between the kinds.
+r"""The kinds of output of a score network, and the conversions between them.
 
 With x_t = alpha x_0 + sigma eps, every prediction is a linear combination a x_0 + b eps:
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
-from disback_plugin.noise import RectifiedFlow, built, from_diffusers
 
 __all__ = ["Prediction", "coefficients", "convert", "mixture", "ratio", "target"]
 
@@ -43,20 +42,30 @@ class Prediction(str, Enum):
     SCORE = "score"
 
     @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise OptionError(
+            f"prediction={value!r}",
+            expected=f"one of {', '.join(kind.value for kind in cls)}",
+            cure="pass the kind of output that the networks were trained for",
+        )
+
+    @classmethod
     def from_diffusers(cls, scheduler: object) -> Prediction:
         """Return what a network under a diffusers scheduler predicts.
 
         Args:
-            scheduler: The scheduler, or what its `scheduler_config.json` holds, as a mapping.
+            scheduler: The scheduler, or the content of its `scheduler_config.json` as a mapping.
 
         Raises:
-            OptionError: If its prediction is unknown, or means another thing than it says (`noise.from_diffusers`).
+            OptionError: If its prediction type is unknown, or does not fit its noise schedule (`noise.from_diffusers`).
 
         Example:
             >>> from diffusers import DDPMScheduler
             >>> Prediction.from_diffusers(DDPMScheduler(prediction_type="v_prediction"))
             <Prediction.V: 'v'>
         """
+        from disback_plugin.noise import RectifiedFlow, built, from_diffusers  # `attach` needs no noise schedule
+
         scheduler = built(scheduler)
         flows = isinstance(from_diffusers(scheduler), RectifiedFlow)
         config = dict(getattr(scheduler, "config", {}))

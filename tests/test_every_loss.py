@@ -133,6 +133,17 @@ def test_a_factor_that_would_be_broadcast_along_the_wrong_axis_is_refused(name):
         getattr(losses, name)(x, x, x, **noise_of(name, x), **options)
 
 
+@pytest.mark.parametrize("name", ["diff_instruct", "vsd", "dmd", "sid", "denoising"])
+@pytest.mark.parametrize("kind", list(Prediction))
+@pytest.mark.parametrize("factor", ["alpha", "sigma", "weight"])
+def test_a_malformed_factor_is_refused_alike_by_every_loss_and_kind(name, kind, factor):
+    x = torch.randn(4, 2, 3)
+    for wrong in (torch.ones(4), torch.ones(3, 1, 1), torch.ones(4, 1, 1, 1), torch.ones(4, 2, 2)):
+        options = {"alpha": 0.6, "sigma": 0.8, "prediction": kind} | {factor: wrong}
+        with pytest.raises(MismatchError, match=f"{factor} of shape .* for a batch"):
+            getattr(losses, name)(x, x, x, **noise_of(name, x), **options)
+
+
 @pytest.mark.parametrize("name", ["dmd", "sid"])
 def test_a_weight_for_each_element_is_refused_where_the_normaliser_is_one_a_sample(name):
     x = torch.randn(4, 1, 5, 5)

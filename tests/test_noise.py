@@ -48,3 +48,36 @@ def test_lognormal_sigma_has_the_moments_it_is_asked_for(global_random_state):
     log_sigma = lognormal_sigma(100_000, mean=-1.2, std=1.2, generator=torch.Generator().manual_seed(0)).log()
     assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.02)
     assert log_sigma.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t"),
+    [
+        (RectifiedFlow(), 500.0),
+        (RectifiedFlow(), torch.tensor([0.5, 1.1])),
+        (RectifiedFlow(), torch.tensor([0.5, torch.nan])),
+        (Karras(), torch.tensor([-0.1])),
+        (Discrete(STABLE_DIFFUSION), torch.tensor([3, -1])),
+        (Discrete(STABLE_DIFFUSION), torch.tensor([1000])),
+        (Discrete(STABLE_DIFFUSION), torch.tensor([0.5])),
+        (Discrete(STABLE_DIFFUSION), torch.tensor([True])),
+    ],
+    ids=str,
+)
+def test_a_time_outside_the_domain_is_refused(schedule, t):
+    with pytest.raises(OptionError, match=f"for {type(schedule).__name__}; expected .*; to mend it, "):
+        schedule(t)
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(), Karras()], ids=str)
+def test_a_time_that_rounding_moved_past_the_end_and_an_empty_batch_are_accepted(schedule):
+    schedule(torch.tensor([1.0000001, -1e-7]))
+    assert [len(scale) for scale in schedule(torch.zeros(0))] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "schedule", [RectifiedFlow(), Karras(), Discrete(STABLE_DIFFUSION)], ids=lambda s: type(s).__name__
+)
+def test_a_time_on_another_device_is_not_read(schedule):
+    t = torch.zeros(3, device="meta", dtype=torch.int64 if isinstance(schedule, Discrete) else torch.float32)
+    assert [scale.shape for scale in schedule(t)] == [(3,), (3,)]  # a meta tensor raises when its values are read

@@ -15,7 +15,7 @@ from tiny_pipelines import text_time, unet
 
 from disback_plugin import noise
 from disback_plugin.errors import OptionError, RoleError
-from disback_plugin.noise import Discrete, RectifiedFlow, add_noise, expand
+from disback_plugin.noise import RectifiedFlow, add_noise, expand
 from disback_plugin.prediction import Prediction, convert, target
 
 PREDICTIONS = {"epsilon": Prediction.EPS, "sample": Prediction.X0, "v_prediction": Prediction.V}
@@ -49,7 +49,7 @@ def test_noising_equals_the_schedulers_own_bit_for_bit(kind, config, zero, seed,
     options = {"rescale_betas_zero_snr": True} if zero and kind is not diffusers.PNDMScheduler else {}
     scheduler = kind(**config, **options)
     for given_as in (scheduler, json.loads(scheduler.to_json_string())):
-        schedule = Discrete.from_diffusers(given_as)
+        schedule = noise.from_diffusers(given_as)
         assert torch.equal(torch.tensor(schedule.alphas_cumprod), scheduler.alphas_cumprod)
         x_t = add_noise(x_0, eps, **scales(schedule, t, x_0))
         assert torch.equal(x_t, scheduler.add_noise(x_0, eps, t)), type(given_as)
@@ -61,7 +61,7 @@ def test_targets_and_conversions_are_the_schedulers_own(config, kind, seed, data
     x_0, eps, times = batch(seed, [t])
     scheduler = diffusers.DDIMScheduler(**config, prediction_type=kind, clip_sample=False, set_alpha_to_one=False)
     scheduler.set_timesteps(config["num_train_timesteps"])
-    prediction, at = Prediction.from_diffusers(scheduler), scales(Discrete.from_diffusers(scheduler), times, x_0)
+    prediction, at = Prediction.from_diffusers(scheduler), scales(noise.from_diffusers(scheduler), times, x_0)
     assert prediction is PREDICTIONS[kind]
     torch.testing.assert_close(target(Prediction.V, x_0, eps, **at), scheduler.get_velocity(x_0, eps, times))
     x_t, output = scheduler.add_noise(x_0, eps, times), eps.flip(1)
@@ -92,7 +92,7 @@ def test_a_sampler_in_sigma_space_comes_to_the_same_input_of_the_network():
     x_0, eps, _ = batch(0, [0])
     x_t = scheduler.scale_model_input(scheduler.add_noise(x_0, eps, t), t[0])
     assert t == t.round()
-    ours = add_noise(x_0, eps, **scales(Discrete.from_diffusers(scheduler), t.long(), x_0))
+    ours = add_noise(x_0, eps, **scales(noise.from_diffusers(scheduler), t.long(), x_0))
     torch.testing.assert_close(ours, x_t)
 
 
@@ -111,14 +111,9 @@ def test_a_sampler_in_sigma_space_comes_to_the_same_input_of_the_network():
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_schedule_of_ours_is_refused_with_the_cure(scheduler, cure):
-    for read in (noise.from_diffusers, Discrete.from_diffusers, Prediction.from_diffusers):
+    for read in (noise.from_diffusers, Prediction.from_diffusers):
         with pytest.raises(OptionError, match=cure):
             read(scheduler)
-
-
-def test_a_discrete_schedule_of_a_flow_is_refused_with_the_cure():
-    with pytest.raises(OptionError, match=r"noise\.from_diffusers"):
-        Discrete.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler())
 
 
 def test_a_prediction_that_means_another_thing_is_refused():

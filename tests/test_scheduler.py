@@ -233,18 +233,18 @@ def test_without_a_path_nothing_is_ever_written():
 
 
 def test_a_wrapped_loss_can_run_its_losses_fused(recorded):
+    from disback_plugin import _loss_formulas as formulas
     from disback_plugin import kernels
-    from disback_plugin.terms import formulas
 
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score)
     scheduler.start()
     runners = []
-    plain = scheduler.wrap(lambda: runners.append(formulas.RUN.get()))
-    fused = scheduler.wrap(lambda: runners.append(formulas.RUN.get()), fuse=True)
+    plain = scheduler.wrap(lambda: runners.append(formulas.RUNNER.get()))
+    fused = scheduler.wrap(lambda: runners.append(formulas.RUNNER.get()), fuse=True)
     plain()
     fused()
-    assert runners == [formulas.plainly, kernels._RUNNERS["auto"]]
+    assert runners == [formulas.run_plain, kernels._RUNNERS["auto"]]
 
 
 def test_a_second_start_and_one_after_a_resume_change_nothing(recorded):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disback_plugin import prediction
+from disback_plugin import losses, prediction
+from disback_plugin.errors import OptionError
 from disback_plugin.noise import add_noise
 from disback_plugin.prediction import Prediction, coefficients, convert, target
 
@@ -109,3 +110,13 @@ def test_the_ratio_is_the_second_coefficient_alone(source, to, world):
     found = prediction.ratio(source.value, to.value, alpha=alpha, sigma=sigma)  # the kinds' names do as well
     torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64), c_o, rtol=1e-9, atol=0)
     assert found == 1.0 or source is not to
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones():
+    x = torch.zeros(2, 3)
+    with pytest.raises(OptionError, match="prediction='x_0'; expected one of eps, x0, v, flow, score"):
+        convert(x, "x_0", Prediction.EPS, x_t=x, alpha=1.0, sigma=1.0)
+    for name in ("diff_instruct", "vsd", "dmd", "sid", "denoising"):
+        eps = {"eps": x} if name in ("dmd", "sid") else {}
+        with pytest.raises(OptionError, match="prediction='x_0'"):
+            getattr(losses, name)(x, x, x, **eps, alpha=1.0, sigma=1.0, prediction="x_0")

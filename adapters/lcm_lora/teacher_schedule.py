@@ -36,7 +36,7 @@ class Recording:
         self.student = trainer.unet
         self.fake_score = copy.deepcopy(trainer.teacher_unet).requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.fake_score.parameters(), lr=LEARNING_RATE)
-        self.noise = noise.Discrete.from_diffusers(trainer.noise_scheduler)
+        self.noise = noise.from_diffusers(trainer.noise_scheduler)
         self.prediction = Prediction.from_diffusers(trainer.noise_scheduler)
         self.scheduler = LCMScheduler.from_config(trainer.noise_scheduler.config)
         self.scheduler.set_timesteps(1)

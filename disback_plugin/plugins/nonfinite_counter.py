@@ -61,15 +61,15 @@ class MaskedSamples:
 
     def watch(self, loss: Callable[P, R]) -> Callable[P, R]:
         """Return a loss of the same signature whose masked samples are counted here."""
-        from disback_plugin.terms.batches import LISTENER  # imports the losses, which `attach` does not need
+        from disback_plugin._loss_formulas import FINITE_LISTENER  # imports the losses, which `attach` does not need
 
         @functools.wraps(loss)
         def watched(*args: P.args, **kwargs: P.kwargs) -> R:
-            token = LISTENER.set(self._count)
+            token = FINITE_LISTENER.set(self._count)
             try:
                 return loss(*args, **kwargs)
             finally:
-                LISTENER.reset(token)
+                FINITE_LISTENER.reset(token)
 
         return watched
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from disback_plugin import _loss_formulas as formulas
 from disback_plugin import losses
 from disback_plugin.prediction import Prediction
-from disback_plugin.terms import formulas
 
 
 def formula(
@@ -41,10 +41,10 @@ def formula(
     arguments = (real, x, eps) if loss == "denoising" else (x, real, fake)
     if loss in ("dmd", "sid"):
         options["eps"] = eps
-    token = formulas.RUN.set(record)
+    token = formulas.RUNNER.set(record)
     try:
         getattr(losses, loss)(*arguments, **options)
     finally:
-        formulas.RUN.reset(token)
+        formulas.RUNNER.reset(token)
     (call,) = calls
     return call

@@ -1,0 +1,337 @@
+r"""The formulas of the losses as pure functions of tensors, and what surrounds a formula: its inputs and its gradients.
+
+Notation: r and f are the outputs of the teacher and of the fake score, t is their common target, all of one kind of
+prediction. Sums and means run over the n elements of a sample, B is the batch size. A target is passed as (t,) or as
+(x, eps, a, b) with t = a x + b eps. A factor (k, c, weight) is a tensor that broadcasts, or a number that never changes
+and becomes a constant of the compiled form.
+
+A formula returns the gradients of the loss, then the loss of each sample, shape (B,), then whether each sample is
+finite, shape (B,). Formulas do not branch on values, so that `kernels` can compile them. Arithmetic and gradients are
+in float32 or better whatever the dtype of the inputs, because a GradScaler has to scale a gradient before it is cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from disback_plugin.errors import MismatchError, OptionError, TrainingError
+from disback_plugin.prediction import Prediction, mixture
+
+Number: TypeAlias = Tensor | float
+Formula: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+
+def run_plain(formula: Formula, *inputs: object) -> tuple[Tensor, ...]:
+    """Run a formula without compiling it."""
+    return formula(*inputs)
+
+
+# The function that runs formulas in this context: `run_plain`, or the compiled form inside a loss of `kernels`.
+RUNNER: ContextVar[Callable[..., tuple[Tensor, ...]]] = ContextVar("RUNNER", default=run_plain)
+# A function that receives, for each loss, which samples were finite: a boolean tensor of shape (B,).
+FINITE_LISTENER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("FINITE_LISTENER", default=None)
+# The longest sum that inductor keeps in registers on a CPU.
+REGISTER_SUM = 4096
+
+
+# -- formulas --------------------------------------------------------------------------------------------------------
+
+
+def difference(
+    real: Tensor, unconditional: Tensor | None, fake: Tensor, x: Tensor, k: Number, guidance: Number, mask: bool
+) -> tuple[Tensor, ...]:
+    """With g = k (f - r): the gradient by x is g / B, the loss of a sample is sum(g x)."""
+    r, f = _guided(real, unconditional, guidance), _float(fake)
+    g = k * (f - r)
+    loss = _sum(g * _float(x))
+    finite = loss.isfinite()
+    by_x = _replace_nonfinite(g, finite, mask) / len(x)
+    return by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
+
+
+def dmd(
+    real: Tensor,
+    unconditional: Tensor | None,
+    fake: Tensor,
+    target: tuple[Tensor, ...],
+    c: Tensor | None,
+    k: Number,
+    guidance: Number,
+    mask: bool,
+) -> tuple[Tensor, ...]:
+    """With g = k c (f - r) / mean|c (t - r)|: the gradient by x is g / (B n), the loss of a sample is mean(g^2) / 2."""
+    r, f, t = _guided(real, unconditional, guidance), _float(fake), _combined(target)
+    d, e = f - r, t - r
+    if c is not None:
+        d, e = c * d, c * e
+    # One pass over the sample computes both sums: mean(g^2) = k^2 mean(d^2) / mean|e|^2.
+    scale = k / _mean(e.abs())
+    loss = 0.5 * scale.square() * _mean(d.square())
+    finite = loss.isfinite()
+    if mask:
+        by_x = _replace_nonfinite(scale / real.numel() * d, finite, mask)  # one division a sample, not one an element
+    else:
+        g = _replace_nonfinite(scale * d, finite, mask)
+        loss = 0.5 * _mean(g.square())
+        by_x = g / real.numel()
+    return by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
+
+
+def sid(
+    real: Tensor,
+    fake: Tensor,
+    target: tuple[Tensor, ...],
+    c: Number,
+    weight: Number,
+    alpha_sid: Number,
+    mask: bool,
+    target_depends_on_x: bool,
+) -> tuple[Tensor, ...]:
+    """With q = w c^2 / max(|c| mean|r - t|, 1e-5): the loss of a sample is q sum((r - f) ((r - t) - a (r - f))).
+
+    The gradients are those by r, by f and, if t depends on x, by x, each over B.
+    """
+    r, f, t = _float(real), _float(fake), _combined(target)
+    d, e = r - f, r - t
+    size = c.abs() if isinstance(c, Tensor) else abs(c)
+    q = weight * (size * (size / (size * _mean(e.abs())).clamp(min=1e-5)))
+    loss = q * _sum(d * (e - alpha_sid * d))
+    finite = loss.isfinite()
+    q = q / len(real)  # divided once a sample: a division at each element costs registers
+    by_r = _replace_nonfinite(q * (e + (1 - 2 * alpha_sid) * d), finite, mask)
+    by_f = _replace_nonfinite(q * (2 * alpha_sid * d - e), finite, mask)
+    dt_dx: Number = target[2] if len(target) == 4 else 1.0
+    by_x = [_replace_nonfinite(-q * dt_dx * d, finite, mask)] if target_depends_on_x else []
+    return by_r, by_f, *by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
+
+
+def denoising(output: Tensor, target: tuple[Tensor, ...], weight: Number) -> tuple[Tensor, ...]:
+    """The gradient by the output o is 2 w (o - t) / (B n), the loss of a sample is mean(w (o - t)^2)."""
+    error = _float(output) - _combined(target)
+    by_output = 2 * weight * error / output.numel()
+    loss = _flat(_mean(weight * error.square()))
+    return by_output, loss, loss.isfinite()
+
+
+def _combined(target: tuple[Tensor, ...]) -> Tensor:
+    if len(target) == 1:
+        return _float(target[0])
+    x, eps, a, b = target
+    return a * _float(x) + b * _float(eps)
+
+
+def _guided(real: Tensor, unconditional: Tensor | None, guidance: Number) -> Tensor:
+    """Apply classifier-free guidance: r = u + s (c - u)."""
+    if unconditional is None:
+        return _float(real)
+    u = _float(unconditional)
+    return u + guidance * (_float(real) - u)
+
+
+def _replace_nonfinite(value: Tensor, finite: Tensor, mask: bool) -> Tensor:
+    # A product with 0 would keep a NaN, and nan_to_num alone would turn an Inf into a gradient of 3e38.
+    return torch.where(finite, value, 0.0) if mask else value.nan_to_num()
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Sum over the elements of each sample, shape (B, 1, ...)."""
+    if not _in_stages(tensor):
+        return tensor.sum(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    total, axis = tensor, tensor.ndim
+    while axis > 1:
+        last, axis = axis, axis - 1
+        while axis > 1 and prod(tensor.shape[axis - 1 : last]) <= REGISTER_SUM:
+            axis -= 1
+        total = total.sum(dim=tuple(range(axis, last)), keepdim=True)
+    return total
+
+
+def _mean(tensor: Tensor) -> Tensor:
+    if _in_stages(tensor):
+        return _sum(tensor) / prod(tensor.shape[1:])
+    return tensor.mean(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+
+
+def _in_stages(tensor: Tensor) -> bool:
+    # On a CPU inductor writes partial results of longer sums to memory, at a third of the speed.
+    return tensor.is_cpu and torch.compiler.is_compiling()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor))
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def validate_shapes(**tensors: Tensor) -> None:
+    """Raise MismatchError unless all tensors have one shape."""
+    shapes = [tensor.shape for tensor in tensors.values()]
+    if shapes.count(shapes[0]) < len(shapes):
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise MismatchError(found, expected="one shape", cure="pass outputs computed from this very batch")
+
+
+def validate_factors(like: Tensor, **factors: Number | None) -> None:
+    """Raise MismatchError unless every factor broadcasts against `like` with the batch as its first axis."""
+    one_a_sample = (len(like), *[1] * (like.ndim - 1))
+    for name, factor in factors.items():
+        if not isinstance(factor, Tensor) or not factor.ndim or factor.shape == one_a_sample:
+            continue
+        found, shape = _over_rows(factor, like).shape, rows(like).shape
+        along_the_last_axis = len(found) == 1 and found != (1,)
+        fits = all(size in (1, whole) for size, whole in zip(reversed(found), reversed(shape), strict=False))
+        if along_the_last_axis or len(found) > len(shape) or not fits:
+            raise MismatchError(
+                f"{name} of shape {tuple(factor.shape)} for a batch {tuple(like.shape)}",
+                expected=f"a shape that broadcasts from the left, as {one_a_sample}",
+                cure=f"pass {name}=noise.expand({name}, like=x)",
+            )
+
+
+def teacher_outputs(
+    x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None, **others: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the teacher's conditional and, under guidance, unconditional output; all else must have the shape of x."""
+    if guidance is None:
+        validate_shapes(x=x, real=real, fake=fake, **others)
+        return rows(real), None
+    if real.shape != (2 * len(x), *x.shape[1:]):
+        raise MismatchError(
+            f"real {tuple(real.shape)} with guidance for x {tuple(x.shape)}",
+            expected="twice the batch, the unconditional half first",
+            cure="run the teacher once on torch.cat([x_t, x_t]) with both conditions",
+        )
+    validate_shapes(x=x, fake=fake, **others)
+    unconditional, conditional = rows(real).chunk(2)
+    return conditional, unconditional
+
+
+def target_parts(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
+    """Return the target t as the formulas take it: (t,), or (x, eps, a, b) with t = a x + b eps."""
+    if prediction == Prediction.X0:
+        return (rows(x),)
+    if prediction == Prediction.EPS:
+        return (rows(eps),)
+    a, b = mixture(prediction, *factors(x, alpha, sigma))
+    return rows(x), rows(eps), _over_rows(a, x), _over_rows(b, x)
+
+
+def is_mask(nonfinite: str) -> bool:
+    """Return whether samples that are not finite are masked; raise OptionError for an unknown mode."""
+    if nonfinite not in ("mask", "zero"):
+        raise OptionError(f"nonfinite={nonfinite!r}", expected="'mask' or 'zero'", cure="omit it for 'mask'")
+    return nonfinite == "mask"
+
+
+def factors(like: Tensor, *values: Number) -> list[Tensor]:
+    """Return factors as tensors on the device of `like`, in float32 or better."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [
+        # A fill is enqueued; `as_tensor` would copy from the host and wait for the copy.
+        value.to(like.device, dtype)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=dtype, device=like.device)
+        for value in values
+    ]
+
+
+def row_factor(value: Number, like: Tensor, *, per_sample: bool = False) -> Number:
+    """Return a factor that broadcasts against `rows(like)`; 1 and -1, which never change, remain numbers.
+
+    Raises:
+        MismatchError: If the factor must be one number a sample and is not.
+    """
+    if not isinstance(value, Tensor) and value in (1, -1):
+        return float(value)
+    (factor,) = factors(like, value)
+    factor = _over_rows(factor, like)
+    if per_sample and not is_per_sample(factor, like):
+        raise MismatchError(
+            f"a factor of shape {tuple(factor.shape)}",
+            expected=f"one number a sample, as {(len(like), *[1] * (max(like.ndim, 2) - 1))}",
+            cure="multiply element by element outside of this loss, whose normaliser is one number a sample",
+        )
+    return factor
+
+
+def is_per_sample(factor: Number, like: Tensor) -> bool:
+    """Return whether a factor is one number, or one number a sample."""
+    if not isinstance(factor, Tensor) or factor.numel() == 1:
+        return True
+    shape = _over_rows(factor, like).shape
+    return len(shape) == max(like.ndim, 2) and prod(shape[1:]) == 1
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph and with at least one axis beside the batch."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if tensor.ndim > 1 else tensor[:, None]
+
+
+def _over_rows(factor: Tensor, like: Tensor) -> Tensor:
+    return factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+def mean_loss(values: Tensor) -> Tensor:
+    """Return the mean over the samples, shape (B,); 0 for an empty batch. A compiled form returns the mean itself."""
+    if not values.ndim:
+        return values
+    return values.mean() if len(values) else values.sum()
+
+
+def count_nonfinite(skipped: Tensor | None, finite: Tensor) -> None:
+    """Add the number of samples that were not finite to a counter, and call the listener, without a sync."""
+    if skipped is not None:
+        skipped += (~finite).sum()
+    listener = FINITE_LISTENER.get()
+    if listener is not None:
+        listener(finite)
+
+
+def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the value as a function of the first tensor of each pair, whose gradient is the second."""
+    gradients = [gradient.detach() if gradient.requires_grad else gradient for _, gradient in pairs]
+    shaped = tuple([g if g.shape == s.shape else g.view(s.shape) for g, (s, _) in zip(gradients, pairs, strict=True)])
+    result: Tensor = _WithGradients.apply(value, shaped, *[source for source, _ in pairs])
+    return result
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known, in float32 or better."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *sources: Tensor) -> Tensor:
+        ctx.dtypes = [source.dtype for source in sources]
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise TrainingError(
+                "backward(create_graph=True) through a loss with closed-form gradients",
+                expected="first derivatives only",
+                cure="compute the term whose second derivative you need without disback_plugin.losses",
+            )
+        gradients = ctx.saved_tensors
+        # Reading one number is free on a CPU; on another device it would be a sync, and in a graph a break.
+        if torch.compiler.is_compiling() or not upstream.is_cpu or upstream.item() != 1.0:
+            gradients = [gradient * upstream for gradient in gradients]
+        # Scaled first and cast after: 65536, where a GradScaler starts, does not exist in float16.
+        cast = [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        # The value itself may depend on learned factors, such as a weight.
+        return (upstream, None, *cast)

@@ -1,1 +1,0 @@
-"""What the losses are made of: formulas, and what stands around them."""
