@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_source_file_the_recipes_and_the_teachers(wheel):
         wanted = {
             f"{package}/{file.relative_to(ROOT / folder)}"
             for file in (ROOT / folder).rglob("*")
-            if file.suffix in {".css", ".py", ".safetensors", ".toml"} or file.name == "py.typed"
+            if file.suffix in {".css", ".j2", ".py", ".safetensors", ".toml"} or file.name == "py.typed"
         }
         found = {name for name in wheel.namelist() if name.startswith(f"{package}/")}
         assert found == wanted

@@ -18,7 +18,7 @@ from worlds import Run, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import OptionError, PathError
-from disback_plugin.plugins.log_reader import find, read, settle
+from disback_plugin.plugins.log_reader import find, last_run, read
 from disback_plugin.plugins.run_log import RunLog
 
 OPTIONS = {"record": 10, "every": 5, "schedule": "ramp:4"}
@@ -195,7 +195,7 @@ def test_a_run_goes_on_from_one_of_its_own_path_not_from_the_last_one():
     ours, another = ({"update": 9, "loss": loss} for loss in (1.0, 2.0))
     early, early_of_another = ({"update": 4, "loss": loss} for loss in (3.0, 4.0))
     lines = [begin("a", False), early, ours, begin("b", False), early_of_another, another, begin("a", True)]
-    assert settle(lines).curves() == {"loss": [(4, 3.0)]}
+    assert last_run(lines).curves() == {"loss": [(4, 3.0)]}
 
 
 def test_a_line_that_a_killed_process_left_half_does_not_hide_the_next(tmp_path):
@@ -294,7 +294,7 @@ def test_whatever_is_killed_and_resumed_reads_as_one_run(processes):
 @given(st.lists(st.dictionaries(st.sampled_from(["update", "recording", "begin", "resume", "resumed", "path", "x"]),
                                 st.integers(0, 9)), max_size=12))  # fmt: skip
 def test_any_lines_at_all_read_as_a_history_whose_updates_only_grow(lines):
-    history = settle([{"update": 0} | line for line in lines])
+    history = last_run([{"update": 0} | line for line in lines])
     for recording in (False, True):
         for curve in history.curves(recording=recording).values():
             assert [at for at, _ in curve] == sorted({at for at, _ in curve})

@@ -38,15 +38,15 @@ def run(options: argparse.Namespace) -> None:
     """Write the page."""
     from disback_plugin.path import files
     from disback_plugin.plugins.log_reader import load_all
+    from disback_plugin.report.figures import compare
     from disback_plugin.report.page import page
-    from disback_plugin.report.panels import compare
 
     runs = load_all(options.runs)
     text = page(runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(options.out, text)
     if options.json:
-        told = [{"run": r.name, "log": str(r.file), "updates": r.updates, "recorded": r.recorded} for r in runs]
-        print(json.dumps({"out": str(options.out), "runs": told, "comparison": compare(runs)}))
+        found = [{"run": r.name, "log": str(r.file), "updates": r.updates, "recorded": r.recorded} for r in runs]
+        print(json.dumps({"out": str(options.out), "runs": found, "comparison": compare(runs)}))
     else:
         print(f"{options.out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(text) / 1e6:.1f} MB")

@@ -1,4 +1,4 @@
-"""The report and the plots: what they show is what the logs say."""
+"""The report shows what the logs say."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import Run
 
+import disback_plugin as disback
 from disback_plugin import cli
-from disback_plugin.plugins.log_reader import read, settle
+from disback_plugin.plugins.log_reader import OWN_NUMBERS, last_run, read
 from disback_plugin.plugins.run_log import RunLog
+from disback_plugin.report.figures import compare, crossing, panels, svg
 from disback_plugin.report.page import page
-from disback_plugin.report.panels import compare, crossing, panels
-from disback_plugin.report.plots import svg
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -135,7 +136,7 @@ def test_the_panels_hold_what_the_history_holds(two):
         for title, name in (("distance", "distance"), ("position", "position"), ("swap time", "swap_ms")):
             (panel,) = [panel for (_, known), panel in by_title.items() if known == title]
             assert [series.points for series in panel.series if series.run == i] == [curves[name]]
-        agreement = by_title["The recording", "gradient agreement"]
+        agreement = by_title["Recording", "gradient agreement"]
         dots, means = (series.points for series in agreement.series if series.run == i)
         assert dots == recording["agreement"]
         assert [x for x, _ in means] == [5, 10]
@@ -165,6 +166,26 @@ def test_a_crossing_is_at_the_first_value_below_or_just_before_it(values, thresh
         assert max(below[0] - 1, 0) <= found <= below[0]
 
 
+def test_alarms_are_drawn_as_disbacks_own_and_everything_that_a_run_logs_by_itself_is_known(tmp_path):
+    run = last_run([{"update": 7, "stalled": 1.0}, {"update": 9, "diverged": 1.0}, {"update": 9, "loss": 2.0}])
+    sections = {panel.title: panel.section for panel in panels([run])}
+    assert sections == {"loss": "Measured by the loop", "stalled": "Backtracking", "diverged": "Backtracking"}
+
+    logged = set()
+
+    class Names:
+        @disback.hookimpl
+        def disback_log(self, values):
+            logged.update(name.removeprefix("disback/") for name in values)
+
+    run = Run()
+    options = {"record": 10, "every": 5, "schedule": "ramp:4", "plugins": (Names(),)}
+    with disback.attach(**run.roles(), path=tmp_path / "path", **options):
+        run.steps(20)
+    assert {"position", "gradient", "agreement"} < logged
+    assert logged - {"recording"} <= {*OWN_NUMBERS}
+
+
 NAMES = st.sampled_from(
     ["position", "gradient", "swap_ms", "agreement", "loss", "distance", "<b>&\"'", "masked_samples"]
 )
@@ -181,15 +202,13 @@ LINES = st.lists(
 @settings(deadline=None, max_examples=12)
 @given(st.lists(LINES, min_size=1, max_size=3))
 def test_any_log_makes_a_well_formed_page(runs):
-    histories = [settle(lines) for lines in runs]
+    histories = [last_run(lines) for lines in runs]
     assert len(Page(page(histories)).figures) == len(panels(histories))
 
 
 def test_a_figure_takes_its_colours_from_the_page(two):
-    from xml.etree.ElementTree import tostring
-
     for i, panel in enumerate(panels(two)):
-        text = tostring(svg(panel, f"p{i}"), "unicode")
+        text = svg(panel, f"p{i}")
         # White and black of the clip paths and of nothing are matplotlib's own.
         assert not set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", text)), panel.title
         assert {f"var(--run-{series.run})" for series in panel.series} <= set(re.findall(r"var\(--run-\d\)", text))
@@ -209,13 +228,13 @@ def test_the_command_writes_a_page_of_a_folder_and_says_so_in_json(two, tmp_path
 
 def test_without_matplotlib_it_says_what_to_install(two, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main(["report", str(two[0].file), "--out", str(tmp_path / "x.png")]) == 2
+    assert cli.main(["report", str(two[0].file), "--out", str(tmp_path / "x.html")]) == 2
     assert "pip install 'disback-plugin[plots]'" in capsys.readouterr().err
-    assert not (tmp_path / "x.png").exists()
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_no_log_is_one_line_and_exit_code_1(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "x.png")]) == 1
+    assert cli.main(["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "x.html")]) == 1
     told = capsys.readouterr().err
     assert told.startswith("disback: found no log of a run at")
     assert told.count("\n") == 1
@@ -265,7 +284,7 @@ def test_pictures_are_shown_though_no_number_was_logged(tmp_path):
     log.log({"position": 1.0, "samples": tmp_path / "x.png", "gone": tmp_path / "y.png"}, 7)
     text = page([read(log.file)])
     assert text.count("data:image/png;base64,") == 1
-    assert "y.png is not there any more" in text
+    assert "y.png is missing" in text
 
 
 def test_runs_of_one_name_in_two_folders_are_told_apart(tmp_path, capsys):

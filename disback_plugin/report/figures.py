@@ -1,0 +1,324 @@
+"""The curves of a report: which panels some runs have, and each panel as SVG. Importing this loads no torch.
+
+matplotlib draws with placeholder colours, for which the page's CSS variables are put in.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from disback_plugin.errors import OptionError
+from disback_plugin.plugins.log_reader import OWN_NUMBERS, Curve, History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["DASHES", "MEASURED", "Panel", "Series", "compare", "crossing", "panels", "svg"]
+
+# Curves whose names begin like this measure how good a run is, the lower the better: by them runs are compared.
+MEASURES = ("distance", "mismatch")
+MEASURED, BACKTRACKING, RECORDING, NODES = "Measured by the loop", "Backtracking", "Recording", "Nodes"
+UPDATES, ITERATIONS = "generator updates", "recording iterations"
+
+# Of each number of backtracking: title, how to read it, unit, look, and a value that says that nothing happened.
+OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
+    "position": (
+        "position",
+        "Position of the teacher on the path: N is the network fitted to the initial student, 0 the teacher itself.",
+        "",
+        "steps",
+        0,
+    ),
+    "gradient": ("gradient factor", "Factor on the generator's gradient; 1 is the trainer's own.", "", "steps", 1),
+    "swap_ms": ("swap time", "Time of the host for each move of the teacher.", "ms", "points", None),
+    "masked_samples": ("masked samples", "Samples without a gradient, because they were not finite.", "", "points", 0),
+    "stalled": ("stalled", "A point: the fake score no longer followed the student.", "", "points", 0),
+    "diverged": ("diverged", "A point: the student ran away from the fake score.", "", "points", 0),
+}
+NODE_PANELS = (
+    ("step to a node", "delta_norm", "Distance from the node before, in weight space.", 1.0, ""),
+    ("codec error in the weights", "weight_error", "Over the step from the node before.", 100.0, "%"),
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve of one run.
+
+    Attributes:
+        run: Index of the run, which decides the colour.
+        label: Name of the run, or of the curve.
+        points: (x, y) as logged.
+        look: "line"; "steps", where a value holds until the next; "points"; or "faint" points behind a line.
+    """
+
+    run: int
+    label: str
+    points: Curve
+    look: str = "line"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves with one pair of axes.
+
+    Attributes:
+        section: Heading in the report.
+        title: Name of the number.
+        about: How to read the panel, in a sentence.
+        x: What the x axis counts.
+        series: The curves.
+        y: Unit of the y axis; empty for a plain number.
+        level: A horizontal line.
+        marks: Vertical lines: index of the run, and x.
+    """
+
+    section: str
+    title: str
+    about: str
+    x: str
+    series: tuple[Series, ...]
+    y: str = ""
+    level: float | None = None
+    marks: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the loop's values span so much that a logarithmic axis shows more."""
+        values = [y for series in self.series for _, y in series.points if y is not None]
+        return self.section == MEASURED and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+
+    def rows(self) -> list[tuple[int, list[float | None]]]:
+        """Return the points as a table: each x with the value of every series."""
+        columns = [dict(series.points) for series in self.series]
+        return [(x, [column.get(x) for column in columns]) for x in sorted({x for column in columns for x in column})]
+
+
+def panels(runs: Sequence[History]) -> list[Panel]:
+    """Return all panels of some runs, those of one section next to each other.
+
+    Example:
+        >>> from disback_plugin.plugins.log_reader import last_run
+        >>> run = last_run([{"update": 0, "position": 1.0}, {"update": 9, "position": 0.0}, {"update": 9, "loss": 0.5}])
+        >>> [(panel.section, panel.title) for panel in panels([run])]
+        [('Measured by the loop', 'loss'), ('Backtracking', 'position')]
+    """
+    every = [*_measured(runs), *_backtracking(runs), *_recording(runs), *_nodes(runs)]
+    return [panel for panel in every if panel.series]
+
+
+def _series(runs: Sequence[History], name: str, look: str = "line", *, recording: bool = False) -> tuple[Series, ...]:
+    curves = [(i, run, run.curves(recording=recording).get(name, [])) for i, run in enumerate(runs)]
+    return tuple(Series(i, run.name, curve, look) for i, run, curve in curves if curve)
+
+
+def _names(runs: Iterable[History], *, recording: bool = False) -> list[str]:
+    """Return the names of the loop's own numbers: measures first, else in the order in which they came."""
+    found = dict.fromkeys(name for run in runs for name in run.curves(recording=recording) if name not in OWN_NUMBERS)
+    return sorted(found, key=lambda name: not name.startswith(MEASURES))
+
+
+def _measured(runs: Sequence[History]) -> Iterator[Panel]:
+    for name in _names(runs):
+        about = "The lower the better." if name.startswith(MEASURES) else "As the loop logged it."
+        yield Panel(MEASURED, name, about, UPDATES, _series(runs, name))
+
+
+def _backtracking(runs: Sequence[History]) -> Iterator[Panel]:
+    for name, (title, about, unit, look, still) in OWN_PANELS.items():
+        moved = tuple(each for each in _series(runs, name, look) if any(y != still for _, y in each.points))
+        yield Panel(BACKTRACKING, title, about, UPDATES, moved, unit)
+
+
+def _recording(runs: Sequence[History]) -> Iterator[Panel]:
+    from disback_plugin.convergence import AGREEMENT, means
+
+    series: list[Series] = []
+    for each in _series(runs, "agreement", "faint", recording=True):
+        cosines = dict(each.points)
+        row = [cosines.get(i) for i in range(2, max(cosines) + 1)]
+        averaged: Curve = list(means([math.nan if cosine is None else cosine for cosine in row]))
+        series += [each, Series(each.run, f"{each.label}, mean of the last quarter", averaged)]
+    done = [(i, run.completed()) for i, run in enumerate(runs)]
+    marks = tuple((i, how["fitted"]) for i, how in done if how and how.get("fitted"))
+    about = (
+        "Dots: the cosine between each gradient of s_phi and the one before. While s_phi is far from the student's "
+        "score they agree; s_phi is fitted, at the vertical line, when the mean of the last quarter is below "
+        f"{AGREEMENT:g}."
+    )
+    yield Panel(RECORDING, "gradient agreement", about, ITERATIONS, tuple(series), level=AGREEMENT, marks=marks)
+    for name in _names(runs, recording=True):
+        drawn = _series(runs, name, recording=True)
+        yield Panel(RECORDING, f"{name}, while recording", "As it was logged.", ITERATIONS, drawn, marks=marks)
+
+
+def _nodes(runs: Sequence[History]) -> Iterator[Panel]:
+    for title, key, about, factor, unit in NODE_PANELS:
+        found: list[tuple[int, str, Curve]] = []
+        for i, run in enumerate(runs):
+            known = [node for node in run.nodes() if node.get(key) is not None]
+            found.append((i, run.name, [(node["iteration"], factor * node[key]) for node in known]))
+        series = tuple(Series(i, name, points, "points") for i, name, points in found if points)
+        yield Panel(NODES, title, about, ITERATIONS, series, unit)
+
+
+# -- several runs -----------------------------------------------------------------------------------------------------
+
+
+def crossing(curve: Curve, threshold: float) -> float | None:
+    """Return the updates after which a curve is first at or below a threshold, interpolated; None if never.
+
+    Example:
+        >>> crossing([(0, 5.0), (10, 3.0)], 4.0), crossing([(0, 5.0)], 4.0)
+        (5.0, None)
+    """
+    known = [(x, y) for x, y in curve if y is not None]
+    for i, (x, y) in enumerate(known):
+        if y <= threshold:
+            if i == 0:
+                return float(x)
+            before, above = known[i - 1]
+            return before + (above - threshold) / (above - y) * (x - before)
+    return None
+
+
+def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
+    """Return a row for each measure and run: its last value, the updates to the lowest value that every run reached,
+    and their ratios to the first run: below 1 where the last value is lower, above 1 where fewer updates were needed.
+
+    Example:
+        >>> from disback_plugin.plugins.log_reader import last_run
+        >>> slow, fast = (
+        ...     last_run([{"update": u, "distance": d} for u, d in curve])
+        ...     for curve in ([(0, 9.0), (40, 1.0)], [(0, 9.0), (20, 0.5)])
+        ... )
+        >>> [(row["last"], row["last ratio"], row["updates ratio"]) for row in compare([slow, fast])]
+        [(1.0, 1.0, 1.0), (0.5, 0.5, 2.125)]
+    """
+    rows: list[dict[str, Any]] = []
+    for name in [name for name in _names(runs) if name.startswith(MEASURES)]:
+        curves = {each.run: [y for _, y in each.points if y is not None] for each in _series(runs, name)}
+        curves = {run: values for run, values in curves.items() if values}
+        if len(curves) < 2:
+            continue
+        threshold = max(map(min, curves.values()))
+        reached = {each.run: crossing(each.points, threshold) for each in _series(runs, name)}
+        first = min(curves)
+        rows += [
+            {
+                "measure": name,
+                "run": runs[run].name,
+                "last": values[-1],
+                "last ratio": _ratio(values[-1], curves[first][-1]),
+                "threshold": threshold,
+                "updates": reached[run],
+                "updates ratio": _ratio(reached[first], reached[run]),
+            }
+            for run, values in curves.items()
+        ]
+    return rows
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+# Of each run; they repeat. Runs can be told apart without colour.
+DASHES = ("", "6 2", "2 2", "7 2 2 2", "10 3", "4 1 1 1 1 1")
+MARKERS = "osD^vP"
+# Placeholders in an SVG for the colours of text and of each run.
+INK, RUNS = "#00aa00", tuple(f"#00bb{i:02x}" for i in range(len(DASHES)))
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "disback",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.8,
+} | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+
+
+def svg(panel: Panel, key: str) -> str:
+    """Return a panel as SVG: text and axes in `currentColor`, run i in the CSS variable `--run-i`.
+
+    Args:
+        panel: The panel.
+        key: Prefix of the ids in the SVG, which must differ between the panels of one page.
+
+    Raises:
+        OptionError: If matplotlib is not installed.
+
+    Example:
+        >>> drawn = svg(Panel("", "loss", "", "updates", (Series(0, "run", [(0, 2.0), (9, 1.0)]),)), "a")
+        >>> "currentColor" in drawn, "var(--run-0)" in drawn, drawn.count("<svg")
+        (True, True, 1)
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise OptionError(
+            "no matplotlib", expected="the package that draws", cure="pip install 'disback-plugin[plots]'"
+        ) from error
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.9, 2.6), layout="constrained")
+        _draw(figure.subplots(), panel)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue().replace(INK, "currentColor")
+    for i, colour in enumerate(RUNS):
+        text = text.replace(colour, f"var(--run-{i})")
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace("xlink:href", "href")
+    used = set(re.findall(r"#([\w-]+)", " ".join(re.findall(r'(?:href|clip-path)="[^"]*"', text))))
+    text = re.sub(r' id="([^"]*)"', lambda match: f' id="{key}-{match[1]}"' if match[1] in used else "", text)
+    for name in used:
+        text = text.replace(f"#{name}", f"#{key}-{name}")
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    label = escape(f"{panel.title} over {panel.x}")
+    return f'<svg {box[0]} role="img" aria-label="{label}">{re.split("<svg[^>]*>", text, maxsplit=1)[1]}'
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    end = max((x for series in panel.series for x, _ in series.points), default=0)
+    for series in panel.series:
+        x = [at for at, _ in series.points]
+        y = [math.nan if value is None else value for _, value in series.points]
+        if series.look == "steps":
+            x, y = [*x, max(end, x[-1])], [*y, y[-1]]
+        run = series.run % len(DASHES)
+        look: dict[str, Any] = {"color": RUNS[run], "zorder": 3}
+        if series.look == "faint":
+            look |= {"linestyle": "none", "marker": MARKERS[run], "markersize": 3, "alpha": 0.35}
+        elif series.look == "points" or sum(value == value for value in y) == 1:
+            look |= {"linestyle": "none", "marker": MARKERS[run], "markersize": 4}
+        elif DASHES[run]:
+            look["linestyle"] = (0, tuple(float(length) / STYLE["lines.linewidth"] for length in DASHES[run].split()))
+        axes.plot(x, y, drawstyle="steps-post" if series.look == "steps" else "default", **look)
+    if panel.level is not None:
+        axes.axhline(panel.level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
+    for run, at in panel.marks:
+        axes.axvline(at, color=RUNS[run % len(RUNS)], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+    if panel.logarithmic:
+        from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.grid(visible=True, axis="y", color=INK, alpha=0.15, linewidth=0.6)
+    axes.margins(x=0.02)
+    if all(series.look == "points" for series in panel.series):  # amounts, which begin at zero
+        axes.set_xlim(0, 1.05 * max(end, 1))
+        axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", nbins=6, integer=True)
