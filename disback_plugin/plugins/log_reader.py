@@ -133,7 +133,7 @@ def _resumed(runs: Sequence[list[Line]], line: Line) -> list[Line]:
         return [*_until(line, runs), line]
     candidates = [run for run in runs[:-1] if _is_on_path_of(own, run)]
     # A process that has only just attached has no past of its own; the state is of an earlier process.
-    if not candidates or any(_moment(known) > _moment(own) for known in runs[-1]):
+    if not candidates or any("begin" not in known and _moment(known) > _moment(own) for known in runs[-1]):
         candidates.append(runs[-1])
     start = _until(line, candidates)
     return [*start, *([] if any(known is own for known in start) else [own]), line]
@@ -141,8 +141,9 @@ def _resumed(runs: Sequence[list[Line]], line: Line) -> list[Line]:
 
 def _until(line: Line, runs: Sequence[list[Line]]) -> list[Line]:
     """Return the lines, up to the moment of `line`, of the last run that got as far."""
-    reached = [run for run in runs if any(_moment(known) >= _moment(line) for known in run)]
-    return [known for known in (reached or runs)[-1] if _moment(known) <= _moment(line)]
+    moment = _moment(line)
+    reached = [run for run in runs if any("begin" not in known and _moment(known) >= moment for known in run)]
+    return [known for known in (reached or runs)[-1] if _moment(known) <= moment]
 
 
 def _is_on_path_of(begin: Line, run: Sequence[Line]) -> bool:
