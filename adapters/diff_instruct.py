@@ -1,13 +1,13 @@
-"""Diff-Instruct (arXiv 2305.18455): the trainer of `di_train.py`, pkulwj1994/diff_instruct.
+"""Adapt Diff-Instruct (arXiv 2305.18455): the trainer of `di_train.py`, pkulwj1994/diff_instruct.
 
 Everything is a local variable of `training_loop` (`training/di_training_loop.py:94`): the teacher `net` (:151), the
 fake score `Sg` (:153), the generator `G` (:154), `optimizer` of `Sg` and `g_optimizer` (:168-169). Weights are loaded
 after the copies in DDP were made (:171-200). The loss is built by class name (:167) and first called with the fake
 score, before any step (:254); there the loop's variables are read. A round is one update of the fake score (:267), then
-one of the generator (:298). Inside the generator's loss the teacher is in train mode, dropout on
+one of the generator (:298). Inside the generator's loss the teacher is in train mode, with dropout
 (`training/di_loss.py:44`).
 
-The trainer saves no optimizer, and nothing resumes it: after a stop only the path is used again.
+The trainer saves no optimizer and cannot resume: after a stop only the path is used again.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""FastGen (NVlabs/FastGen): DMD2, f-distill, CausVid and Self-Forcing, which share `DMD2Model`'s names.
+"""Adapt FastGen (NVlabs/FastGen): DMD2, f-distill, CausVid and Self-Forcing, which share `DMD2Model`'s names.
 
-One entry in the config:
+Add one entry to the config:
 
     from disback_adapters.fastgen import callback
     config.trainer.callbacks["disback"] = L(callback)(path="runs/path", record=200, every=50)
 
-or `disback run --adapter fastgen train.py --config=...`, or `attach(model, adapter="fastgen", ...)` after
+or run `disback run --adapter fastgen train.py --config=...`, or call `attach(model, adapter="fastgen", ...)` after
 `model.init_optimizers()`.
 
 `model.teacher` (`fastgen/methods/model.py:195`), `model.fake_score` (`methods/distribution_matching/dmd2.py:48`) and
 the student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:462`). The generator is updated at every
 `student_update_freq`-th iteration, the fake score at the others (`dmd2.py:448`). The fake score starts as the teacher
-only if a pretrained path is given; `attach` sets it in any case. The checkpoint holds no teacher, but the state of
-callbacks, which is loaded before `on_load_checkpoint_end` (`fastgen/trainer.py:141-152`).
+only if a pretrained path is given; `attach` sets it in any case. The checkpoint does not contain the teacher. It
+contains the state of callbacks, which is loaded before `on_load_checkpoint_end` (`fastgen/trainer.py:141-152`).
 
-A discriminator reads features of the teacher, and trains neither teacher nor fake score: it keeps seeing s'_0's.
+A discriminator reads features of the teacher, and trains neither teacher nor fake score. It keeps the features of s'_0.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ WATCH = Watch(
 
 @hookimpl
 def disback_adapter(trainer: Any) -> Adapter | None:
-    """Return the roles of a FastGen model whose optimizers are there; None for anything else.
+    """Return the roles of a FastGen model that has its optimizers; None for anything else.
 
     Raises:
-        RoleError: If the method has no fake score, or the config never trains it.
+        RoleError: If the method has no fake score, or the config never trains the fake score.
     """
     if not all(hasattr(trainer, name) for name in ("net", "net_optimizer", "config")):
         return None
@@ -64,8 +64,8 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     adversarial = trainer.config.gan_loss_weight_gen > 0
     if adversarial:
         logger.info(
-            "the discriminator goes on seeing features of the original teacher, of which a second copy is kept while "
-            "the teacher walks; no:teacher_features lets it see those of the active node instead"
+            "the discriminator keeps the features of the original teacher, of which a second copy is held during "
+            "backtracking; no:teacher_features gives it those of the active node instead"
         )
     return Adapter(
         teacher=trainer.teacher,
@@ -79,8 +79,8 @@ def disback_adapter(trainer: Any) -> Adapter | None:
 def features_of(active: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Answer a call of the teacher with the score of the active node and the features of the original teacher.
 
-    It is asked for features alone (`dmd2.py:277`, `:307`, `:369`), or for score and features (`dmd2.py:138`,
-    `f_distill.py:146`), which come as a list with the score first (`networks/EDM/network.py:963-970`).
+    FastGen asks for features alone (`dmd2.py:277`, `:307`, `:369`), or for score and features (`dmd2.py:138`,
+    `f_distill.py:146`), which are returned as a list with the score first (`networks/EDM/network.py:963-970`).
     """
     if not kwargs.get("feature_indices"):
         return active(*args, **kwargs)
@@ -98,7 +98,7 @@ def callback(path: str, **options: Any) -> Any:
         path: As in `attach`.
         options: Further arguments of `attach`: record, every, codec, keep_teacher, schedule.
     """
-    base: Any = sys.modules["fastgen.callbacks.callback"].Callback  # FastGen is what calls us
+    base: Any = sys.modules["fastgen.callbacks.callback"].Callback  # FastGen has imported it
 
     class DisBack(base):
         handle: Handle | None = None

@@ -12,9 +12,9 @@ import tiny_pipelines
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
-from disback_adapters.lcm_lora import prompts as prompts_module
+from disback_adapters.lcm_lora import pipelines, training
 from disback_adapters.lcm_lora.options import Options, read
-from disback_adapters.lcm_lora.prompts import Embeddings, prompts_of
+from disback_adapters.lcm_lora.pipelines import Embeddings, prompts_of
 from disback_adapters.lcm_lora.training import Trainer, train
 from safetensors.torch import load_file
 
@@ -45,7 +45,7 @@ def told(teacher, output, **more):
 
 
 def student_of(trainer):
-    return {name: weight.clone() for name, weight in trainer.cast.student.role.weights.state_dict().items()}
+    return {name: weight.clone() for name, weight in trainer.roles.student.weights.state_dict().items()}
 
 
 def same(one, other):
@@ -78,7 +78,7 @@ def test_what_is_exported_samples_in_a_pipeline_what_the_trained_student_does(te
     pipeline.load_lora_weights(tmp_path)
     found = sampled(pipeline, tmp_path, kind, z)
     with torch.no_grad():
-        assert torch.equal(found, trainer.cast.student(z, trainer.embeddings.rows([0, 1])))
+        assert torch.equal(found, trainer.roles.student.generate(z, trainer.embeddings.rows([0, 1])))
     assert not torch.allclose(found, untrained, atol=1e-2)
     card = (tmp_path / "README.md").read_text()
     assert INFERENCE[kind][0].__name__ in card
@@ -105,13 +105,13 @@ def test_the_latest_checkpoint_is_the_last_one_that_is_whole(teachers, tmp_path)
 
 def test_one_network_is_held_and_its_own_weights_never_change(teachers, tmp_path):
     trainer = Trainer(told(teachers["sd15"], tmp_path))
-    roles = (trainer.cast.teacher, trainer.cast.fake_score, trainer.cast.student.role)
+    roles = (trainer.roles.teacher, trainer.roles.fake_score, trainer.roles.student)
     assert len({id(role.network) for role in roles}) == 1
     base = disback.lora.base_checksum(trainer.pipeline.unet)
-    before = trainer.cast.teacher.weights.fingerprint()
+    before = trainer.roles.teacher.weights.fingerprint()
     trainer.run()
     assert disback.lora.base_checksum(trainer.pipeline.unet) == base
-    assert trainer.cast.teacher.weights.fingerprint() == before
+    assert trainer.roles.teacher.weights.fingerprint() == before
 
 
 def test_the_generator_stands_still_while_recording_and_the_teacher_walks_after(teachers, tmp_path):
@@ -122,7 +122,7 @@ def test_the_generator_stands_still_while_recording_and_the_teacher_walks_after(
     def watched():
         if not seen:
             assert same(student_of(trainer), still)
-        seen.append(trainer.cast.teacher.weights.checksum())
+        seen.append(trainer.roles.teacher.weights.checksum())
         return round_of()
 
     trainer.updates.update_generator = watched
@@ -174,8 +174,8 @@ def test_a_whole_student_is_exported_as_a_network(teachers, tmp_path):
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = sampled(DiffusionPipeline.from_pretrained(teachers["sd15"], unet=unet), tmp_path, "sd15", z)
     with torch.no_grad():
-        assert torch.equal(found, trainer.cast.student(z, trainer.embeddings.rows([0, 1])))
-    assert "unet=UNet2DConditionModel.from_pretrained" in (tmp_path / "README.md").read_text()
+        assert torch.equal(found, trainer.roles.student.generate(z, trainer.embeddings.rows([0, 1])))
+    assert "unet = UNet2DConditionModel.from_pretrained" in (tmp_path / "README.md").read_text()
 
 
 def test_training_goes_on_from_a_lora_that_is_given(teachers, tmp_path):
@@ -186,8 +186,6 @@ def test_training_goes_on_from_a_lora_that_is_given(teachers, tmp_path):
 
 
 def test_what_is_published_is_weights_scheduler_and_card(teachers, tmp_path, monkeypatch):
-    from disback_adapters.lcm_lora import export
-
     sent = []
 
     class Hub:
@@ -197,7 +195,7 @@ def test_what_is_published_is_weights_scheduler_and_card(teachers, tmp_path, mon
         def upload_folder(self, **what):
             sent.append(what)
 
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(training, "HfApi", Hub)
     train(told(teachers["sd15"], tmp_path / "mine", steps=1, checkpoint_every=1, push_to_hub=True))
     from huggingface_hub.utils import filter_repo_objects
 
@@ -222,7 +220,7 @@ def test_the_student_is_lcms_parametrisation(tmp_path, prediction, timestep):
     z, conditions = torch.randn(2, 4, 8, 8), trainer.embeddings.rows([0, 2])
     t = torch.tensor([timestep] * 2)
     with torch.no_grad():
-        output, x = trainer.cast.student.role(z, t, conditions), trainer.cast.student(z, conditions)
+        output, x = trainer.roles.student(z, t, conditions), trainer.roles.student.generate(z, conditions)
     alpha, sigma = (value.view(2, 1, 1, 1) for value in trainer.updates.denoiser.noise(t))
     x_0 = {"epsilon": (z - sigma * output) / alpha, "v_prediction": alpha * z - sigma * output, "sample": output}
     scaled = 10.0 * timestep  # arXiv 2310.04378, Eq. 9, with sigma_data = 0.5
@@ -254,7 +252,7 @@ def test_text_is_encoded_once_and_the_encoders_are_let_go(teachers, tmp_path, mo
     first = Trainer(told(teachers["sdxl"], tmp_path))
     assert first.pipeline.text_encoder is None
     AcceleratorState._reset_state(True)
-    monkeypatch.setattr(Embeddings, "make", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(Embeddings, "write", lambda *args: pytest.fail("encoded again"))
     again = Trainer(told(teachers["sdxl"], tmp_path))
     assert again.pipeline.text_encoder_2 is None
     assert same(again.embeddings.rows([2, 0]), first.embeddings.rows([2, 0]))
@@ -271,7 +269,7 @@ def test_rows_come_from_their_files_however_many_there_are(teachers, tmp_path, m
     embeddings = Trainer(told(teachers["sd15"], tmp_path / "a")).embeddings
     whole = [embeddings.rows([index]) for index in range(3)]
     AcceleratorState._reset_state(True)
-    monkeypatch.setattr(prompts_module, "ROWS", 2)
+    monkeypatch.setattr(pipelines, "ROWS", 2)
     parts = Trainer(told(teachers["sd15"], tmp_path / "b")).embeddings
     assert len(list((tmp_path / "b" / "embeddings").glob("0*.safetensors"))) == 2
     for index in range(3):
@@ -308,7 +306,7 @@ WRONG = {
     "a quantised base": (quantised, {}, RoleError, "load the teacher without quantisation"),
     "SDXL without added conditions": (without_added_conditions, {}, OptionError, "two text encoders"),
     "a consistency model": ({"time_cond_proj_dim": 8}, {}, RoleError, "distilled from as --teacher"),
-    "a checkpoint that is not there": ({}, {"resume": "latest"}, OptionError, "leave --resume out"),
+    "a checkpoint that is not there": ({}, {"resume": "latest"}, OptionError, "omit --resume"),
     "a size that the VAE does not have": ({}, {"resolution": 15}, OptionError, "pass 16"),
 }
 
@@ -350,7 +348,7 @@ import sys
 from disback_adapters.lcm_lora.options import read
 from disback_adapters.lcm_lora.training import train
 trainer = train(read(sys.argv[1:]))
-sys.stdout.write(f"weights {trainer.cast.student.role.weights.checksum()}\\n")
+sys.stdout.write(f"weights {trainer.roles.student.weights.checksum()}\\n")
 """
 
 

@@ -185,7 +185,7 @@ def test_a_denoiser_runs_on_what_it_says_it_needs(of, x_t, conditions):
     assert seen[0].tolist() == ([250.0, 500.0] if flows else [3, 999])  # what the networks were trained on
     for missing in conditions:
         with pytest.raises(OptionError, match="encode_prompt"):
-            found.arguments(t, {name: value for name, value in conditions.items() if name != missing})
+            found(x_t, t, {name: value for name, value in conditions.items() if name != missing})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`accelerate launch -m disback_adapters.lcm_lora student --teacher DIR_OR_HUB --prompts FILE --output DIR ...`."""
+"""Run the trainer: `accelerate launch -m disback_adapters.lcm_lora student --teacher DIR_OR_HUB --prompts FILE ...`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ USE = "use: python -m disback_adapters.lcm_lora student --teacher DIR_OR_HUB --p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trainer; return 0, 1 if the run is broken, or 2 for wrong use."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] != ["student"]:
+    command, *given = [*(sys.argv[1:] if arguments is None else arguments)] or [""]
+    if command != "student":
         sys.stderr.write(f"{USE}\n(`teacher_schedule` is `disback run --adapter lcm_lora SCRIPT`)\n")
         return 2
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from disback_adapters.lcm_lora.options import read
 
     try:
-        options = read(given[1:])
+        options = read(given)
         from disback_adapters.lcm_lora.training import train
 
         train(options)

@@ -1,57 +1,72 @@
-"""The denoiser of a diffusers pipeline: what it predicts under which noise, and what its forward needs beside x_t.
+"""Read a teacher from a diffusers pipeline: its denoiser, its noise and prediction, and its prompts' embeddings.
 
-| network                                 | its time              | conditions, by the names `arguments` takes      |
-|-----------------------------------------|-----------------------|-------------------------------------------------|
-| `UNet2DConditionModel` (SD 1.5, 2.1)    | t; 1000 t under flows | encoder_hidden_states                           |
-| with addition_embed_type text_time      | the same              | also text_embeds, time_ids (SDXL)               |
-| `SD3Transformer2DModel`                 | 1000 t                | encoder_hidden_states, pooled_projections       |
-| `FluxTransformer2DModel`                | t                     | also txt_ids, img_ids; guidance if distilled    |
+| network                                 | its time              | conditions that its forward needs                 |
+|-----------------------------------------|-----------------------|---------------------------------------------------|
+| `UNet2DConditionModel` (SD 1.5, 2.1)    | t; 1000 t under flows | encoder_hidden_states                             |
+| with addition_embed_type text_time      | the same              | also text_embeds, time_ids (SDXL)                 |
+| `SD3Transformer2DModel`                 | 1000 t                | encoder_hidden_states, pooled_projections         |
+| `FluxTransformer2DModel`                | t                     | also txt_ids, img_ids                             |
 
 Read from configs as diffusers 0.30 to 0.42 write them (`unet_2d_condition.py`, `transformer_sd3.py`,
-`transformer_flux.py`, and how their pipelines call them); diffusers itself is not imported.
+`transformer_flux.py`, and how their pipelines call them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from disback_adapters.lcm_lora.options import Options
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from disback_plugin import Prediction
 from disback_plugin import noise as noises
-from disback_plugin.errors import OptionError, RoleError
+from disback_plugin.errors import MismatchError, OptionError, RoleError
 
-__all__ = ["Denoiser", "denoiser"]
+__all__ = ["Denoiser", "Embeddings", "denoiser", "load", "prompts_of"]
 
-# What goes into a UNet's added_cond_kwargs instead of being an argument of its own.
+# These conditions go into a UNet's added_cond_kwargs; the others are arguments of their own.
 ADDED = ("text_embeds", "time_ids")
-# Values of a UNet's config by which it wants nothing but what the table says.
+# Values of a UNet's config for which it takes no conditions beside those of the table.
 UNET = {
     "addition_embed_type": (None, "text", "text_time"),
     "encoder_hid_dim_type": (None, "text_proj"),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
+TRANSFORMERS = {
+    "SD3Transformer2DModel": ("encoder_hidden_states", "pooled_projections"),
+    "FluxTransformer2DModel": ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
+}
+TEXT = ("text_encoder", "tokenizer")
+EMBEDDINGS = "embeddings.json"
+ROWS, BATCH = 1_000, 50  # prompts of a file, and of a call of the text encoders
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What there is to know of a pipeline's denoiser to train scores with it.
+    """The denoiser of a pipeline, and what training scores with it requires.
 
     Attributes:
         component: Its name in the pipeline: "unet" or "transformer".
         network: The network.
         noise: The noise schedule that it was trained under.
-        prediction: What it predicts.
-        conditions: Names of what its forward needs beside x_t and the time.
-        time_scale: What the network is given as time, in units of the noise's t.
+        prediction: Its prediction.
+        conditions: Names of the arguments that its forward needs beside x_t and the time.
+        time_scale: Factor from the noise's t to the network's time.
         channels: Channels of x_t: dimension 1 of images, the last one of Flux's packed latents.
 
     Example:
-        >>> import torch
         >>> class Net(nn.Module):
         ...     def forward(self, x_t, timestep, return_dict):
         ...         return (x_t * timestep.view(-1, 1, 1, 1),)
@@ -68,33 +83,6 @@ class Denoiser:
     time_scale: float
     channels: int
 
-    def arguments(self, t: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the keyword arguments of the network's forward beside x_t, which is its first.
-
-        Args:
-            t: Times of the noise schedule, shape (B,).
-            conditions: A tensor for each name of `conditions`, no more, no less.
-
-        Raises:
-            OptionError: If one is missing or unknown.
-
-        Example:
-            >>> import torch
-            >>> net = Denoiser("transformer", nn.Identity(), noises.RectifiedFlow(), Prediction.FLOW, (), 1000.0, 4)
-            >>> net.arguments(torch.tensor([0.5]), {})["timestep"].tolist()
-            [500.0]
-        """
-        if set(conditions) != set(self.conditions):
-            raise OptionError(
-                f"conditions {sorted(conditions)}",
-                expected=f"{', '.join(self.conditions)} for the {self.component}, a {type(self.network).__name__}",
-                cure="pass what the pipeline's own encode_prompt returns (and, of SDXL, its time ids)",
-            )
-        time = t if self.time_scale == 1 else t * self.time_scale
-        own = {name: value for name, value in conditions.items() if name not in ADDED}
-        added = {name: value for name, value in conditions.items() if name in ADDED}
-        return {"timestep": time, **own, **({"added_cond_kwargs": added} if added else {}), "return_dict": False}
-
     def __call__(
         self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor], *, network: nn.Module | None = None
     ) -> Tensor:
@@ -103,21 +91,34 @@ class Denoiser:
         Args:
             x_t: Noisy samples, shape (B, channels, height, width), or (B, tokens, channels) for Flux.
             t: Times of the noise schedule, shape (B,).
-            conditions: As in `arguments`.
-            network: Which network of this kind to ask: a wrapped or copied one; None for the pipeline's own.
+            conditions: A tensor for each name of `conditions`, no more, no less.
+            network: A wrapped or copied network of this kind to use; None for the pipeline's own.
+
+        Raises:
+            OptionError: If a condition is missing or unknown.
         """
-        output: Tensor = (self.network if network is None else network)(x_t, **self.arguments(t, conditions))[0]
+        if set(conditions) != set(self.conditions):
+            raise OptionError(
+                f"conditions {sorted(conditions)}",
+                expected=f"{', '.join(self.conditions)} for the {self.component}, a {type(self.network).__name__}",
+                cure="pass what the pipeline's own encode_prompt returns (and the time ids of SDXL)",
+            )
+        arguments: dict[str, Any] = {name: value for name, value in conditions.items() if name not in ADDED}
+        if len(arguments) < len(conditions):
+            arguments["added_cond_kwargs"] = {name: conditions[name] for name in ADDED}
+        time = t if self.time_scale == 1 else t * self.time_scale
+        output: Tensor = (network or self.network)(x_t, timestep=time, return_dict=False, **arguments)[0]
         return output
 
 
-def denoiser(pipeline: object) -> Denoiser:
-    """Return what there is to know of a diffusers pipeline's denoiser.
+def denoiser(pipeline: Any) -> Denoiser:
+    """Return the denoiser of a diffusers pipeline.
 
     Args:
         pipeline: A `DiffusionPipeline`, or anything with its attributes `scheduler` and `unet` or `transformer`.
 
     Raises:
-        RoleError: If there is none, or one that needs what is not known here, or that does not fit its scheduler.
+        RoleError: If it has none, one of an unknown kind, one that does not fit its scheduler, or one distilled before.
         OptionError: If the scheduler is of another kind of model (`noise.from_diffusers`).
 
     Example:
@@ -129,59 +130,213 @@ def denoiser(pipeline: object) -> Denoiser:
         >>> found.prediction, found.conditions
         (<Prediction.EPS: 'eps'>, ('encoder_hidden_states', 'text_embeds', 'time_ids'))
     """
-    component, network = _component(pipeline)
+    component = next((n for n in ("unet", "transformer") if isinstance(getattr(pipeline, n, None), nn.Module)), None)
+    if component is None or not hasattr(pipeline, "scheduler"):
+        raise RoleError(
+            f"{type(pipeline).__name__}, without a scheduler and a unet or a transformer",
+            expected="a diffusers pipeline",
+            cure="pass DiffusionPipeline.from_pretrained(...)",
+        )
+    network, scheduler = getattr(pipeline, component), pipeline.scheduler
     plain = extract_model_from_parallel(network)
     name, config = type(plain).__name__, dict(getattr(plain, "config", {}))
-    scheduler: Any = pipeline.scheduler  # type: ignore[attr-defined]
     noise, prediction = noises.from_diffusers(scheduler), Prediction.from_diffusers(scheduler)
-    steps = float(scheduler.config["num_train_timesteps"]) if isinstance(noise, noises.RectifiedFlow) else 1.0
-    conditions: tuple[str, ...] = ("encoder_hidden_states",)
-    if name == "UNet2DConditionModel":
-        odd = [f"{key}={config[key]!r}" for key, known in UNET.items() if config.get(key) not in known]
-        if odd:
-            raise _unknown(f"a UNet with {', '.join(odd)}")
-        if config.get("addition_embed_type") == "text_time":
-            conditions += ADDED
-        if config.get("time_cond_proj_dim") is not None:  # a guidance scale, embedded: consistency models
-            conditions += ("timestep_cond",)
-    elif name in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
-        conditions += ("pooled_projections",)
-        if name == "FluxTransformer2DModel":
-            conditions += ("txt_ids", "img_ids", *(("guidance",) if config.get("guidance_embeds") else ()))
-            steps = 1.0  # it multiplies by 1000 itself
-        if not isinstance(noise, noises.RectifiedFlow):
-            raise RoleError(
-                f"{name} under a {type(scheduler).__name__}",
-                expected="a flow-matching scheduler, for a flow model",
-                cure="use the scheduler of the model's own repository, as FlowMatchEulerDiscreteScheduler",
-            )
-    else:
-        raise _unknown(f"a denoiser of class {name}")
+    flow = isinstance(noise, noises.RectifiedFlow)
+    conditions = _conditions(name, config)
+    if name in TRANSFORMERS and not flow:
+        raise RoleError(
+            f"{name} under a {type(scheduler).__name__}",
+            expected="a flow-matching scheduler, for a flow model",
+            cure="use the scheduler of the model's own repository, as FlowMatchEulerDiscreteScheduler",
+        )
+    if config.get("time_cond_proj_dim") is not None or config.get("guidance_embeds"):
+        raise RoleError(
+            f"a {component} that takes a guidance scale as input, so one distilled before",
+            expected="a diffusion model: the output of a consistency model is no score (the paper's appendix A)",
+            cure="pass the model that it was distilled from as --teacher, and its LoRA as --student_lora",
+        )
     channels = int(config["in_channels"])
     if config.get("out_channels") not in (None, channels):
         raise RoleError(
             f"a {name} from {channels} to {config['out_channels']} channels",
-            expected="one that predicts as many as it is given",
+            expected="a denoiser with as many output as input channels",
             cure="use a text-to-image model; inpainting models and learned variances cannot be distilled here",
         )
-    return Denoiser(component, network, noise, prediction, conditions, steps, channels)
+    # Flux multiplies its time by 1000 itself.
+    scaled = flow and name != "FluxTransformer2DModel"
+    time_scale = float(scheduler.config["num_train_timesteps"]) if scaled else 1.0
+    return Denoiser(component, network, noise, prediction, conditions, time_scale, channels)
 
 
-def _component(pipeline: object) -> tuple[str, nn.Module]:
-    for component in ("unet", "transformer"):
-        network = getattr(pipeline, component, None)
-        if isinstance(network, nn.Module) and hasattr(pipeline, "scheduler"):
-            return component, network
+def _conditions(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    odd = [f"{key}={config[key]!r}" for key, known in UNET.items() if config.get(key) not in known]
+    if name in TRANSFORMERS:
+        return TRANSFORMERS[name]
+    if name == "UNet2DConditionModel" and not odd:
+        return ("encoder_hidden_states", *(ADDED if config.get("addition_embed_type") == "text_time" else ()))
     raise RoleError(
-        f"{type(pipeline).__name__}, without a scheduler and a unet or a transformer",
-        expected="a diffusers pipeline",
-        cure="pass DiffusionPipeline.from_pretrained(...)",
-    )
-
-
-def _unknown(found: str) -> RoleError:
-    return RoleError(
-        found,
+        f"a denoiser of class {name}" + (f" with {', '.join(odd)}" if odd else ""),
         expected="a UNet2DConditionModel (SD 1.5, SDXL), SD3Transformer2DModel or FluxTransformer2DModel for text",
-        cure="make a disback_adapters.lcm_lora.pipelines.Denoiser of what is known of it, and a call for its forward",
+        cure="make a disback_adapters.lcm_lora.pipelines.Denoiser of it, and a call for its forward",
     )
+
+
+# -- the teacher's pipeline, with its prompts' embeddings -------------------------------------------------------------
+
+
+def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddings, int]:
+    """Load the teacher's pipeline onto a device, all but the VAE, and encode the prompts unless their files exist.
+
+    Returns:
+        The pipeline without its text encoders, its denoiser, the prompts' embeddings, and the images' size in pixels.
+
+    Raises:
+        RoleError: If the denoiser is quantised, or cannot be a teacher (`denoiser`).
+        MismatchError: If the prediction is another one than `options.prediction`.
+        OptionError: If `options.resolution` is no multiple of the VAE's factor.
+    """
+    config = DiffusionPipeline.load_config(options.teacher)
+    for component in {"unet", "transformer"} & config.keys():
+        if "quantization_config" in UNet2DConditionModel.load_config(options.teacher, subfolder=component):
+            raise RoleError(
+                f"a quantised {component}",
+                expected="floating-point weights, on which LoRA is trained and into which nodes are written",
+                cure="load the teacher without quantisation; --mixed_precision bf16 halves its memory",
+            )
+    folder, prompts = Path(options.output) / "embeddings", prompts_of(options.prompts, options.prompt_column)
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    about = {"teacher": options.teacher, "prompts": digest, "count": len(prompts)}
+    about |= {"resolution": options.resolution, "precision": options.mixed_precision}
+    file = folder / EMBEDDINGS
+    encoded = file.exists() and json.loads(file.read_text()) == about
+    text = [name for name in config if name.startswith(TEXT)]
+    pipeline = DiffusionPipeline.from_pretrained(options.teacher, **dict.fromkeys(text if encoded else []))
+    half = options.mixed_precision == "bf16" and options.fake_score == options.student == "lora"
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False)
+            part.to("cpu" if name == "vae" else device, **({"dtype": torch.bfloat16} if half else {}))
+    found = denoiser(pipeline)
+    if options.prediction is not None and Prediction(options.prediction) is not found.prediction:
+        raise MismatchError(
+            f"--prediction {options.prediction}, and a teacher whose scheduler states {found.prediction.value}",
+            expected="the same prediction",
+            cure="omit --prediction, or correct prediction_type in the teacher's scheduler_config.json",
+        )
+    own = found.network.config.sample_size * pipeline.vae_scale_factor
+    pixels = options.resolution or own
+    if pixels % pipeline.vae_scale_factor:
+        expected = f"a multiple of {pipeline.vae_scale_factor}"
+        raise OptionError(f"--resolution {options.resolution}", expected=expected, cure=f"pass {own}")
+    if not encoded:
+        Embeddings.write(folder, pipeline, found.conditions, prompts, pixels, about)
+        pipeline.register_modules(**dict.fromkeys(text))
+    return pipeline, found, Embeddings(folder), pixels
+
+
+def prompts_of(source: str | Sequence[str], column: str = "text") -> list[str]:
+    """Return prompts from a list, a text file with one a line, or a column of a dataset on the hub or in a folder.
+
+    Raises:
+        OptionError: If there are none, or `datasets` is not installed for a dataset.
+
+    Example:
+        >>> prompts_of(["a red cube", ""])
+        ['a red cube']
+    """
+    if not isinstance(source, str):
+        lines = list(source)
+    elif Path(source).is_file():
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+    else:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise OptionError(
+                f"no file {source!r}",
+                expected="a text file with one prompt a line",
+                cure="correct the name, or `pip install datasets` if it is the id of a dataset",
+            ) from None
+        lines = load_dataset(source, split="train")[column]
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise OptionError(f"no prompt in {source!r}", expected="one prompt a line", cure="correct the file")
+    return found
+
+
+class Embeddings:
+    """Read the conditions of prompts, which were encoded once, from mapped files: a million prompts take no memory.
+
+    `FOLDER/00000.safetensors` and so on hold the conditions of `ROWS` prompts each, `null.safetensors` those of no
+    prompt; `embeddings.json`, written last, identifies prompts and teacher.
+
+    Args:
+        folder: Folder of the files.
+
+    Attributes:
+        count: Number of prompts.
+        null: The conditions of no prompt, each of shape (1, ...).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.count: int = json.loads((folder / EMBEDDINGS).read_text())["count"]
+        files = range(-(-self.count // ROWS))
+        self._files = [safe_open(folder / f"{number:05d}.safetensors", framework="pt") for number in files]
+        self.null: dict[str, Tensor] = load_file(folder / "null.safetensors")
+
+    @staticmethod
+    def write(
+        folder: Path, pipeline: Any, names: Sequence[str], prompts: list[str], pixels: int, about: dict[str, Any]
+    ) -> None:
+        """Encode prompts and write the files; `about` identifies them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / EMBEDDINGS).unlink(missing_ok=True)
+        for start in range(0, len(prompts), ROWS):
+            rows = prompts[start : start + ROWS]
+            parts = [encode(pipeline, names, rows[at : at + BATCH], pixels)[0] for at in range(0, len(rows), BATCH)]
+            whole = {name: torch.cat([part[name] for part in parts]) for name in names}
+            save_file(whole, folder / f"{start // ROWS:05d}.safetensors")
+        save_file(encode(pipeline, names, [""], pixels)[1], folder / "null.safetensors")
+        (folder / EMBEDDINGS).write_text(json.dumps(about))
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return the conditions of the prompts at these indices, each of shape (B, ...)."""
+        at = [(self._files[index // ROWS], index % ROWS) for index in indices]
+        return {name: torch.cat([file.get_slice(name)[row : row + 1] for file, row in at]) for name in self.null}
+
+
+def encode(pipeline: Any, names: Sequence[str], prompts: list[str], pixels: int) -> list[dict[str, Tensor]]:
+    """Return the conditions of B prompts, and those of no prompt as the pipeline's own guidance has them.
+
+    Args:
+        pipeline: A pipeline with its text encoders.
+        names: Names of the conditions.
+        prompts: B prompts.
+        pixels: Height and width of the images, for SDXL's time ids.
+
+    Returns:
+        Two mappings from each name to a tensor of shape (B, ...).
+
+    Raises:
+        OptionError: If the pipeline makes no such condition.
+    """
+    wanted = inspect.signature(pipeline.encode_prompt).parameters
+    texts = {name: prompts for name in ("prompt", "prompt_2", "prompt_3") if name in wanted}
+    with torch.no_grad():
+        made = pipeline.encode_prompt(
+            **texts, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+    sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).expand(len(prompts), -1)
+    both = []
+    for own in (0, 1):
+        found = {"encoder_hidden_states": made[own], "time_ids": sizes.to(made[own])}
+        if len(made) > 2:
+            found |= dict.fromkeys(("text_embeds", "pooled_projections"), made[own + 2])
+        if missing := [name for name in names if name not in found]:
+            raise OptionError(
+                f"a {type(pipeline).__name__} that makes no {', '.join(missing)}, which its denoiser needs",
+                expected="a pipeline of the denoiser's own kind, as SDXL's with two text encoders",
+                cure="load the teacher as the pipeline it was published as, such as StableDiffusionXLPipeline",
+            )
+        both.append({name: found[name].contiguous().cpu() for name in names})
+    return both

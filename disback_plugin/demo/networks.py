@@ -11,8 +11,7 @@ set of matrix products, and no member sees another (Adam acts on each element al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,9 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from disback_plugin.noise import Karras
-
-__all__ = ["PIXELS", "SIGMA_DATA", "Denoiser", "ensemble", "load_teacher", "random_weights", "sample_in_steps"]
+__all__ = ["PIXELS", "SIGMA_DATA", "Denoiser", "ensemble", "load_teacher", "random_weights"]
 
 PIXELS = 64
 SIGMA_DATA = 0.75
@@ -207,23 +204,3 @@ def load_teacher(network: str, members: int) -> Denoiser:
         torch.Size([2, 3, 64])
     """
     return ensemble(network, [load_file(TEACHERS / f"{network}.safetensors")] * members)
-
-
-@torch.no_grad()
-def sample_in_steps(denoiser: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: int = 40) -> Tensor:
-    """Integrate dx/dsigma = (x - D(x, sigma)) / sigma from sigma = 80 to 0 by Euler's method.
-
-    Args:
-        denoiser: D, from x_t, shape (E, B, 64), and sigma, shape (), to a prediction of x_0.
-        noise: Unit Gaussian noise, shape (E, B, 64).
-        steps: Number of calls of the denoiser, >= 2, at noise scales of EDM (arXiv 2206.00364, Eq. 5).
-
-    Example:
-        >>> sample_in_steps(lambda x_t, sigma: torch.ones_like(x_t), torch.zeros(1, 1, 2)).round(decimals=4).tolist()
-        [[[1.0, 1.0]]]
-    """
-    _, sigmas = Karras(0.01, 80.0)(torch.linspace(1, 0, steps, device=noise.device))
-    x = sigmas[0] * noise
-    for sigma, following in pairwise(sigmas):
-        x = x + (following - sigma) * (x - denoiser(x, sigma)) / sigma
-    return denoiser(x, sigmas[-1])

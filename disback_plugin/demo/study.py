@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 import disback_plugin as disback
 from disback_plugin.demo import figures
-from disback_plugin.demo.networks import PIXELS, load_teacher, sample_in_steps
+from disback_plugin.demo.networks import PIXELS
 from disback_plugin.demo.trainer import LOSSES, Regime, Streams, Trainer, digits, generate
 from disback_plugin.errors import OptionError
 from disback_plugin.metrics import frechet_distance
@@ -302,9 +302,8 @@ def demo(*, seeds: int, student: str, network: str, schedule: str | None, loss: 
     regime = regime_of(network, student, loss, **({} if schedule is None else {"schedule": parse(schedule)}))
     out.mkdir(parents=True, exist_ok=True)
     runs = Study(regime, range(seeds), out).run_all()
-    z = torch.randn(1, 64, PIXELS, generator=torch.Generator().manual_seed(0))
     images = {
-        "teacher, 40 evaluations": sample_in_steps(load_teacher(network, 1), z)[0],
+        "the digits": digits(),
         f"one step, {LOSSES[loss]}": runs[loss].samples,
         "one step, DisBack": runs["disback"].samples,
     }
