@@ -1,16 +1,16 @@
-"""Does it converge faster, and where? Regimes x methods x seeds, from the same random numbers, paired.
+"""Compare convergence of methods in regimes, with the same seeds and random numbers for each method.
 
-    python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; without a regime: all of them, for hours
-    python benchmarks/bench_convergence.py REGIME... --out DIR --own   # and each method at its own best rate
-    python benchmarks/bench_convergence.py REGIME... --out DIR --halves    # and warm start and path of auto alone
-    python benchmarks/bench_convergence.py --keep DIR              # what is in DIR into convergence.jsonl, EVIDENCE.md
-    python benchmarks/bench_convergence.py --figures DIR           # pictures of what is kept, into DIR
+    python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; all regimes unless some are named: hours
+    python benchmarks/bench_convergence.py REGIME... --out DIR --own       # also each method at its own best rate
+    python benchmarks/bench_convergence.py REGIME... --out DIR --halves    # also warm start and path of auto alone
+    python benchmarks/bench_convergence.py --keep DIR              # results in DIR into convergence.jsonl, EVIDENCE.md
+    python benchmarks/bench_convergence.py --figures DIR           # figures of the kept results into DIR
     pytest -m slow benchmarks/bench_convergence.py                 # one tiny regime
 
 Methods and regimes: `convergence_methods`. The rate of a regime is Diff-Instruct's best, found on tuning seeds and
-teachers, and the same for every method; with --own each method's own best is found likewise, and those with another
-one than Diff-Instruct's run at it too. What is shown are other seeds and other teachers. A regime's result grows by one
-part after the other (`PARTS`), and what is there is not done again.
+teachers, and the same for every method; with --own each method's own best rate is found likewise, and the methods whose
+rate differs run at it too. The results are of other seeds and other teachers. A regime's result grows by one part after
+the other (`PARTS`), and finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from convergence_runs import Distillation
 from convergence_worlds import RECIPES, students, world
 from tqdm import tqdm
 
-# Tried first; a best one at the edge has the next, by a factor of two, tried as well.
+# These rates are tried first; if the best one is at the edge, the next by a factor of two is tried as well.
 RATES = (5e-4, 1e-3, 2e-3)
-# Within so much of its best score Diff-Instruct's rate is a method's own too: a few seeds do not tell.
+# If Diff-Instruct's rate is within this factor of a method's best score, the method keeps it.
 CLOSE = 1.1
 
 
 def distil(regime, methods, rates, part, folder, title, *, curves=True):
-    """Run the methods of one regime; returns each method's curves and what its recordings were."""
+    """Run the methods of one regime; return each method's curves and its recordings."""
     place, seeds = world(regime.world), regime.seeds(part)
     bank = students(place, "teacher", part, seeds, folder)
     student = students(place, regime.student, part, seeds, folder)
@@ -62,7 +62,7 @@ def distil(regime, methods, rates, part, folder, title, *, curves=True):
 
 
 def tuned(name, pairs, folder):
-    """Each pair's median final distance over the tuning seeds, by method and rate."""
+    """Return each pair's median final distance over the tuning seeds, by method and rate."""
     candidates = [replace(method, name=f"{method.name} {rate:g}") for method, rate in pairs]
     rates, title = [rate for _, rate in pairs], f"{name}: rates"
     runs = distil(REGIMES[name], candidates, rates, "tuning", folder, title, curves=False)
@@ -74,7 +74,7 @@ def tuned(name, pairs, folder):
 
 
 def searched(name, methods, rates, folder):
-    """The same for some rates, and for those beyond as long as a method's best lies at the edge."""
+    """Return the same for some rates, and for the next ones as long as a method's best rate is at the edge."""
     scores = {method.name: {} for method in methods}
     pairs = [(method, rate) for method in methods for rate in rates]
     while pairs:
@@ -85,7 +85,7 @@ def searched(name, methods, rates, folder):
 
 
 def beyond(scores):
-    """The next rate on the side where the best one lies at the edge; None if it does not."""
+    """Return the next rate beyond the best one if that is at the edge, else None."""
     rates, found = sorted(map(float, scores)), best(scores)
     return found / 2 if found == rates[0] else 2 * found if found == rates[-1] else None
 
@@ -95,7 +95,7 @@ def best(scores):
 
 
 def part_rate(name, folder, content):
-    """Diff-Instruct's best rate, unless the regime has one."""
+    """Find Diff-Instruct's best rate, unless the regime has one."""
     if rate := REGIMES[name].rate:
         return {"name": name, "rate": rate, "tuning": {}}
     scores = searched(name, [BASELINE], RATES, folder)[BASELINE.name]
@@ -103,7 +103,7 @@ def part_rate(name, folder, content):
 
 
 def part_runs(name, folder, content):
-    """All methods at that rate."""
+    """Run all methods at that rate."""
     runs = distil(REGIMES[name], METHODS, [content["rate"]] * len(METHODS), "shown", folder, name)
     recorded = [run.pop("recorded") for run in runs.values()][-1]
     signs = [run.pop("excess") for run in runs.values()][-1]
@@ -111,7 +111,7 @@ def part_runs(name, folder, content):
 
 
 def part_own_rates(name, folder, content):
-    """Each other method's best rate: Diff-Instruct's, unless another is better by more than a tenth."""
+    """Find each other method's best rate: Diff-Instruct's, unless another is better by more than a tenth."""
     rate = content["rate"]
     if REGIMES[name].rate:
         return {"own_tuning": {}, "own_rates": {method.name: rate for method in METHODS[1:]}}
@@ -121,7 +121,7 @@ def part_own_rates(name, folder, content):
 
 
 def part_own_runs(name, folder, content):
-    """Those methods again whose best rate is another one."""
+    """Run the methods whose best rate differs at that rate."""
     others = [(m, r) for m in METHODS[1:] if (r := content["own_rates"][m.name]) != content["rate"]]
     if not others:
         return {"own_runs": {}}
@@ -130,20 +130,20 @@ def part_own_runs(name, folder, content):
 
 
 def part_halves(name, folder, content):
-    """The warm start alone and the path alone, at Diff-Instruct's rate."""
+    """Run the warm start alone and the path alone, at Diff-Instruct's rate."""
     if name not in ABLATED:
         return {"halves": {}}
     return {"halves": distil(REGIMES[name], HALVES, [content["rate"]] * 2, "shown", folder, f"{name}: halves")}
 
 
-# Parts of a result, by a name that it has once the part is done.
+# Parts of a result, by a key that the result has once the part is done.
 PARTS = {"rate": part_rate, "runs": part_runs}
 OWN = {"own_rates": part_own_rates, "own_runs": part_own_runs}
 HALF = {"halves": part_halves}
 
 
 def study(name: str, folder: Path, *, own: bool = False, halves: bool = False) -> None:
-    """Do what of a regime's parts is not done yet; its JSON is written after each."""
+    """Run the unfinished parts of a regime; its JSON is written after each."""
     file = folder / results.file_name(name)
     for key, part in (PARTS | (OWN if own else {}) | (HALF if halves else {})).items():
         content = json.loads(file.read_text()) if file.exists() else {}
@@ -157,11 +157,11 @@ def study(name: str, folder: Path, *, own: bool = False, halves: bool = False) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of: {', '.join(REGIMES)}")
-    parser.add_argument("--out", type=Path, help="where teachers and results go")
+    parser.add_argument("--out", type=Path, help="folder for teachers and results")
     parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
     parser.add_argument("--halves", action="store_true", help=f"with --out: auto's halves ({', '.join(ABLATED)})")
-    parser.add_argument("--keep", type=Path, help="where results are: they go into convergence.jsonl and EVIDENCE.md")
-    parser.add_argument("--figures", type=Path, help="where teachers are, and pictures go")
+    parser.add_argument("--keep", type=Path, help="folder of results to copy into convergence.jsonl and EVIDENCE.md")
+    parser.add_argument("--figures", type=Path, help="folder of teachers, and for figures")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.regimes if name not in REGIMES]
     if unknown or sum(folder is not None for folder in (arguments.out, arguments.keep, arguments.figures)) != 1:

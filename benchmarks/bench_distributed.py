@@ -1,4 +1,4 @@
-"""Moving a sharded teacher (FSDP2) at 1, 2 and 4 processes, and what an attached plug-in without a path costs a step.
+"""Measure moves of a sharded teacher (FSDP2) at 1, 2 and 4 processes, and the cost of DisBack without a path.
 
 Goals: each rank reads <= 1.1 of its share of the files, sends nothing, and needs <= the memory of the largest tensor;
 attached with the teacher only, <= 1 % of a step on the small U-Net (`bench_hooks` holds the scheduler to 5 us).
@@ -59,7 +59,7 @@ def folder():
 
 
 class Bytes:
-    """Counts what is read of a path."""
+    """Count the bytes that are read from a path."""
 
     def __enter__(self):
         self.read, self._old = 0, NodeSource.read
@@ -82,7 +82,7 @@ class Bytes:
 
 
 def moves(folder):
-    """What one rank sees of moves to the last node and back."""
+    """Return the measurements of one rank of moves to the last node."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -141,9 +141,9 @@ def bench_moves_of_a_sharded_teacher(benchmark, folder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def bench_a_plug_in_without_a_path_costs_less_than_a_hundredth_of_a_step(benchmark):
-    """The step of the U-Net as a whole, and what the hooks add to two optimizer steps, measured on their own.
+    """Measure the U-Net's whole step, and separately the time that the hooks add to two optimizer steps.
 
-    Whole steps differ by more than a hundredth from one to the next; hooks do the same whatever the optimizer does.
+    Whole steps vary by more than a hundredth; the work of the hooks does not depend on the optimizer.
     """
     benchmark.group = "attached, teacher only"
     loop, steps = Loop(), []

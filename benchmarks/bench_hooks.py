@@ -1,7 +1,7 @@
-"""What plug-ins and the scheduler cost a step: none, one, and eight plug-ins that implement every hook.
+"""Measure the cost of plug-ins and the scheduler in a step: none, one, and eight plug-ins with every hook.
 
 Goal: hooks and scheduler together under 5 us for a step that moves no weights, with eight plug-ins. A move decodes a
-node, in milliseconds; what its plug-ins add to that is measured apart, against the same limit.
+node, in milliseconds; the cost of its plug-ins is measured apart, against the same limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDS = 15
 
 
 class Listener:
-    """Implements every event, and abstains where it is asked."""
+    """A plug-in that implements every hook and returns no answer."""
 
     @disback.hookimpl
     def disback_after_node_recorded(self, path, node):
@@ -66,7 +66,7 @@ def recorded(tmp_path_factory):
 
 
 def on_node_3(recorded, plug_ins):
-    """A scheduler that stands on node 3 for longer than this benchmark lasts."""
+    """Return a scheduler that stays on node 3 for longer than this benchmark lasts."""
     teacher, path = recorded
     plugins = PluginManager(*(Listener() for _ in range(plug_ins)), autoload=False)
     scheduler = disback.TrajectoryScheduler(path, copy.deepcopy(teacher), schedule=Fixed(10**9), plugins=plugins)

@@ -1,4 +1,4 @@
-"""Moving the teacher to another node, on a network of Stable Diffusion 1.5's size: 860 M parameters, random weights.
+"""Measure moves of the teacher on a network of Stable Diffusion 1.5's size: 860 M parameters, random weights.
 
 Goals, of medians in one process: >= 7 over `torch.load` and `load_state_dict` (the official code's way) from files,
 >= 10 from a resident node; an int8 node is decoded in <= 2 plain copies; a move from files takes <= 1 % of a node as
@@ -31,7 +31,7 @@ ROUNDS = 5
 
 
 def network(config=SD15):
-    """The U-Net, without the minutes that its initialisation takes."""
+    """Return the U-Net without its initialisation, which takes minutes."""
     with torch.device("meta"):
         net = UNet2DConditionModel.from_config(config)
     net.to_empty(device="cpu")
@@ -43,13 +43,13 @@ def network(config=SD15):
 
 
 def anonymous():
-    """Bytes of anonymous memory of this process."""
+    """Return the bytes of anonymous memory of this process."""
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
 
 class Peak:
-    """The largest anonymous memory while something runs, over that before."""
+    """Measure the largest anonymous memory inside the context, over that before."""
 
     def __enter__(self):
         self.before, self.extra, self._stop = anonymous(), 0, threading.Event()

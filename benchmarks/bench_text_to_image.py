@@ -1,6 +1,6 @@
-"""One-step students of a text-to-image teacher that has learned something, with DisBack and without.
+"""Distil one-step students of a small trained text-to-image teacher, with DisBack and without.
 
-    python benchmarks/bench_text_to_image.py --out DIR      # 20 minutes of one core; goes on where it was stopped
+    python benchmarks/bench_text_to_image.py --out DIR      # 20 minutes of one core; resumes after a stop
     ... --out SLOW --seeds 1 2 3 --set learning_rate=2e-4 steps=200
     ... --table DIR SLOW                                    # into EVIDENCE.md
 
@@ -55,19 +55,19 @@ COUNT = 50  # samples of each digit
 
 
 class Measured(Trainer):
-    """A trainer that looks at its student's samples now and then, with random numbers of its own."""
+    """A trainer that measures its student's samples now and then, with its own random numbers."""
 
     def run(self):
         self.answer, _ = classifier()
-        self.curve = {0: self.look()}
+        self.curve = {0: self.measure()}
         super().run()
 
     def after_update(self, handle, values):
         super().after_update(handle, values)
         if handle.generator_updates in AT:
-            self.curve[handle.generator_updates] = self.look()
+            self.curve[handle.generator_updates] = self.measure()
 
-    def look(self):
+    def measure(self):
         z = torch.randn(10 * COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(12345))
         with torch.no_grad(), self.averaged():
             x = self.roles.student.generate(z, self.embeddings.rows(list(range(10)) * COUNT))
@@ -83,7 +83,7 @@ def measures(x, answer):
     }
 
 
-def play(teacher, seed, arm, **more):
+def distil(teacher, seed, arm, **more):
     """Distil once; return the curve."""
     began = time.process_time()
     with tempfile.TemporaryDirectory() as output:
@@ -108,7 +108,7 @@ def main(out, seeds, **more):
         for arm in ARMS:
             if (seed, arm) not in done:
                 with file.open("a") as log:
-                    print(json.dumps(play(teacher, seed, arm, **more)), file=log)
+                    print(json.dumps(distil(teacher, seed, arm, **more)), file=log)
 
 
 def of_teacher(folder):
@@ -126,7 +126,7 @@ def read(file):
 @pytest.mark.slow
 def bench_a_student_of_a_teacher_that_has_learned_little_still_learns(tmp_path):
     train_teacher(tmp_path / "teacher", steps=100)
-    curve = play(str(tmp_path / "teacher"), 0, "DisBack, auto", steps=25)["curve"]
+    curve = distil(str(tmp_path / "teacher"), 0, "DisBack, auto", steps=25)["curve"]
     assert set(curve) == {0, 25}
 
 
@@ -143,12 +143,12 @@ def section(outs):
 
 
 def tables(out):
-    """Return the tables of one setting, and who ends better than whom."""
+    """Return the tables of one setting, and pairwise comparisons of the methods."""
     of = {(run["seed"], run["arm"]): run["curve"] for run in read(out / "runs.jsonl")}
     seeds = sorted({seed for seed, _ in of if all((seed, arm) in of for arm in ARMS)})
     times = [at for at in AT if all(str(at) in curve for curve in of.values())]
-    told = ", ".join(f"{name} = {value:g}" for name, value in (SETTING | known(out)).items() if name in SHOWN)
-    lines = [f"**{told}**, {len(seeds)} seeds:", ""]
+    shown = ", ".join(f"{name} = {value:g}" for name, value in (SETTING | known(out)).items() if name in SHOWN)
+    lines = [f"**{shown}**, {len(seeds)} seeds:", ""]
     for name, form in (("accuracy", "{:.1%}"), ("distance", "{:.2f}")):
         title = "of the prompt's class" if name == "accuracy" else "Frechet distance"
         lines += [f"| {title} | {' | '.join(map(str, times))} |", "|---" * (1 + len(times)) + "|"]
@@ -163,11 +163,11 @@ def tables(out):
 
 
 def known(out):
-    """Return what was set otherwise in a folder's runs."""
+    """Return the settings that differ in a folder's runs."""
     return json.loads((out / "set.json").read_text()) if (out / "set.json").exists() else {}
 
 
-# What the tables do not say.
+# Limits that the tables do not show.
 LIMITS = (
     "The setting, t = 399 without guidance, was chosen on seed 0, because there one step begins far from the data: at "
     "t = 999 an untrained student is of its prompt's class on 98 % of samples already, and with guidance every arm is "
@@ -179,7 +179,7 @@ LIMITS = (
 
 
 def setting(teacher):
-    """Return what was done, in lines of Markdown."""
+    """Describe the setting in lines of Markdown."""
     first = ARMS["DisBack, auto"]["record"]
     text = (
         'Teacher: a latent diffusion of scikit-learn\'s digits with prompts as "the digit seven". In 50 steps '

@@ -1,4 +1,4 @@
-"""Every comparison runs on one thread, and says on what machine."""
+"""Run every comparison on one thread, and record the machine."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Pictures of what `bench_convergence` measured, like some of the paper's (arXiv 2408.15991).
+"""Draw the results of `bench_convergence` in figures like some of the paper's (arXiv 2408.15991).
 
 | file          | like the paper's | from                                                                            |
 |---------------|------------------|---------------------------------------------------------------------------------|
 | distances.png | Figure 1         | the results: medians over seeds, and the range of auto's and Diff-Instruct's    |
 | ablation.png  | Table 3          | the results of `--halves`: auto, and its warm start and its path alone          |
-| mismatch.png  | Figure 4         | runs made here: Eq. 9 of the target on the student's samples, fixed and walking |
-| planar.png    | Figures 8 and 9  | the same runs: samples of the student on the way                                |
+| mismatch.png  | Figure 4         | runs made here: Eq. 9 of the fixed and the moving target on the student's samples |
+| planar.png    | Figures 8 and 9  | the same runs: samples of the student over updates                               |
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from disback_plugin.metrics import mismatch_degree
 from disback_plugin.prediction import Prediction
 
 SIGMAS = (0.5, 1.0, 2.0)
-# Regimes of the runs made here, their seeds, when samples of the first are shown, and when the target is measured.
+# Regimes and seeds of the runs made here, and the updates of the shown samples and of the measured target.
 PLANAR, SEEDS = ("gauss far", "gauss scratch"), range(8)
 SHOWN, MEASURED = (0, 20, 60, 120, 400), (1, *range(5, 101, 5))
 
 
 def draw(folder, regimes, methods, distillation) -> None:
-    """Write all four into a folder that has the teachers, or gets them."""
+    """Write all four figures into the folder of the teachers."""
     results = read(regimes)
     save(folder, "distances", distances(results))
     if halves := {name: result for name, result in results.items() if result.halves}:
         save(folder, "ablation", ablation(halves))
     both = (methods[0], methods[-1])
-    runs = {name: walk(folder, regimes[name], results[name].rate, both, distillation) for name in PLANAR}
+    runs = {name: distil(folder, regimes[name], results[name].rate, both, distillation) for name in PLANAR}
     save(folder, "mismatch", mismatch(runs))
     save(folder, "planar", planar(runs))
 
@@ -83,8 +83,8 @@ def ablation(results):
     return figure
 
 
-def walk(folder, regime, rate, methods, distillation):
-    """Train some seeds under each method; returns the mismatch and the first one's samples on the way."""
+def distil(folder, regime, rate, methods, distillation):
+    """Train some seeds under each method; return the mismatch, and samples of the first seed, over updates."""
     place, seeds = world(regime.world), list(SEEDS)
     bank, student = (students(place, kind, "shown", seeds, folder) for kind in ("teacher", regime.student))
     runs = distillation(place, regime, methods, [rate] * len(methods), seeds, bank, student)
@@ -94,7 +94,7 @@ def walk(folder, regime, rate, methods, distillation):
     updates = iter(range(regime.updates + 1))
 
     @torch.no_grad()
-    def look():
+    def measure():
         update = next(updates)
         if update not in {*SHOWN, *MEASURED}:
             return
@@ -109,8 +109,8 @@ def walk(folder, regime, rate, methods, distillation):
                     median(distance(runs.target, member, x[member]) for member in mine)
                 )
 
-    look()
-    runs.train(regime.updates, look)
+    measure()
+    runs.train(regime.updates, measure)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The goals that were set beforehand for `auto`, and which of them the results reach."""
+"""Compare the results with the goals that were set beforehand for `auto`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERDICTS = {True: "reached", False: "**missed**", None: "not measured"}
 
 
 def goals(results: dict[str, Result], regimes: dict) -> list[tuple[str, str, bool | None]]:
-    """Each goal that was set beforehand, what was measured, and whether it is reached (None: not measured)."""
+    """Return each goal, the measured value, and whether the goal is reached (None: not measured)."""
     rows: list[tuple[str, str, bool | None]] = []
 
     def goal(what: str, regime: str, measure) -> None:
@@ -71,7 +71,7 @@ def _harmless(r: Result) -> tuple[str, bool]:
 
 
 def verdict(better: int, seeds: int) -> int:
-    """1 if so many seeds are better beyond chance, -1 if so many are worse, by a two-sided sign test at 5 %; else 0."""
+    """Return 1 if the seeds are better beyond chance, -1 if worse, by a two-sided sign test at 5 %; else 0."""
     rarer = max(better, seeds - better)
     chance = 2 * sum(math.comb(seeds, k) for k in range(rarer, seeds + 1)) / 2**seeds
     return 0 if chance >= 0.05 else 1 if 2 * better > seeds else -1

@@ -1,18 +1,18 @@
-"""What `bench_convergence` compares, and where.
+"""Define the methods and the regimes of `bench_convergence`.
 
 | method        | recording       | teacher                           | generator's gradient      |
 |---------------|-----------------|-----------------------------------|---------------------------|
 | diff-instruct | none            | s'_0                              | as it is                  |
 | warm          | 25              | s'_0                              | as it is                  |
 | grad-ramp     | none            | s'_0                              | 1 - 0.99 (1 - u / 100)+   |
-| plain-ramp    | 25              | walks back in 50                  | as it is                  |
+| plain-ramp    | 25              | moves back in 50 updates          | as it is                  |
 | fixed         | 50              | 3/4, 2/4, 1/4: 20, 60, 60 updates | as it is                  |
-| auto          | until fitted    | walks back in F                   | whole after 3F            |
+| auto          | until fitted    | moves back in F updates           | whole after 3F            |
 
 auto's recording has twice the learning rate until s' is fitted.
 
-The path has one node: the straight line from s'_0 to s'_N. "fixed" stands on quarters of that line, not on recorded
-nodes between.
+The path has one node: the straight line from s'_0 to s'_N. "fixed" has its positions on quarters of that line,
+not on recorded nodes between.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["ABLATED", "BASELINE", "HALVES", "METHODS", "REGIMES", "Method", "Reg
 
 # In forward passes: an update of s_phi is the generator's samples, and a pass forwards and back.
 COST_OF_FAKE_STEP = 4
-# So many evaluations a final distance is the mean of.
+# A final distance is the mean of this number of evaluations.
 LAST = 3
-# A recording that never sees s' fitted ends here.
+# A recording in which s' is never fitted ends after this number of updates.
 LONGEST = 200
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is added to Diff-Instruct: a recording (None: until s' is fitted) and a schedule on a path of N nodes.
+    """Add a recording (None: until s' is fitted) and a schedule on a path of N nodes to Diff-Instruct.
 
-    Without `warm`, s_phi and its optimizer begin at the teacher all the same.
+    Without `warm`, s_phi and its optimizer still start from the teacher.
     """
 
     name: str
@@ -68,21 +68,21 @@ METHODS = (
     Method("fixed", Fixed(20, 60, 60), 50, nodes=4),
     Method("auto", SingleAuto(), None),
 )
-# The two halves of auto, alone (the paper's Table 3), and where they were looked at.
+# The two halves of auto, alone (the paper's Table 3), and the regimes in which they were measured.
 HALVES = (Method("warm start only", WarmStart(), None), Method("path only", SingleAuto(), None, warm=False))
 ABLATED = ("mlp scratch", "conv teacher 20", "conv rolled", "gauss far")
 
 
 @dataclass(frozen=True)
 class Regime:
-    """A world, a first student, and how it is distilled.
+    """Describe one comparison: a world, the first student, and the distillation.
 
     Attributes:
-        sigma_init: Noise scale that the generator is fed with.
-        updates: Of the generator, in all.
+        sigma_init: Noise scale of the generator's input.
+        updates: Generator updates.
         loss: "diff-instruct", "dmd" or "sid".
         ratio: Updates of s_phi in a round.
-        rate: Learning rate of all; None: looked for.
+        rate: Learning rate of all methods; None: to be searched.
     """
 
     world: str
@@ -99,7 +99,7 @@ class Regime:
 
     @property
     def cost(self) -> int:
-        """What a round costs, in forward passes of one network, a backward pass being two."""
+        """Return the cost of a round in forward passes of one network, a backward pass being two."""
         return COST_OF_FAKE_STEP * self.ratio + (7 if self.loss == "sid" else 5)
 
     def seeds(self, part: str) -> list[int]:

@@ -1,10 +1,10 @@
-"""The results of `bench_convergence`, as numbers: how much faster, how much nearer to the data, seed by seed.
+"""Compute speeds and final distances of each seed from the results of `bench_convergence`.
 
 A result is a JSON: `runs[method]` has `updates` (n,), `ema` (n, seeds) and `raw`, the last three of n, and `R["auto"]`
-has, of each seed, how long it was recorded and after how many updates s' was fitted; `own_runs` has the methods whose
-own best rate is another one than Diff-Instruct's. All ratios are to Diff-Instruct with the same seed, at its best rate.
+has the recorded updates and F of each seed; `own_runs` has the methods whose own best rate is not Diff-Instruct's. All
+ratios are to Diff-Instruct with the same seed, at its best rate.
 
-A run goes by its label: the method, and its rate where that is its own. What was measured last of each regime is kept
+The label of a run is its method, and its rate if that is the method's own. The last result of each regime is kept
 beside this file, to four digits (`KEPT`).
 """
 
@@ -54,7 +54,7 @@ def kept() -> dict[str, dict]:
 
 
 def keep(folder: Path, regimes: dict[str, Regime]) -> None:
-    """Put what of the regimes is in a folder among what is kept, in place of what was measured before."""
+    """Copy the results in a folder into the kept ones, and replace earlier results of these regimes."""
     files = {name: folder / file_name(name) for name in regimes}
     new = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     found = kept() | {name: rounded(content) for name, content in new.items() if "runs" in content}
@@ -73,23 +73,23 @@ def rounded(value):
 
 
 def read(regimes: dict[str, Regime]) -> dict[str, Result]:
-    """Return what is kept of the regimes, in their order."""
+    """Return the kept results of the regimes, in their order."""
     found = kept()
     return {name: Result(found[name], regime.cost) for name, regime in regimes.items() if name in found}
 
 
 def curves(values: list[list[float]]) -> list[list[float]]:
-    """From one list an evaluation to one list a seed."""
+    """Turn one list an evaluation into one list a seed."""
     return [list(seed) for seed in zip(*values, strict=True)]
 
 
 def final(curve: list[float]) -> float:
-    """The average of the last evaluations."""
+    """Return the mean of the last evaluations."""
     return sum(curve[-LAST:]) / len(curve[-LAST:])
 
 
 class Result:
-    """One regime's runs, seed by seed."""
+    """Hold the runs of one regime, seed by seed."""
 
     def __init__(self, content: dict, cost_of_round: int = 9) -> None:
         self.rate, runs = content["rate"], dict(content["runs"])
@@ -112,15 +112,15 @@ class Result:
         self.thresholds = [factor * median(self.finals) for factor in THRESHOLDS]
 
     def head_start(self, label: str, seed: int) -> float:
-        """What the recording costs, in generator updates."""
+        """Return the cost of the recording in generator updates."""
         recorded = self.fitted[label][seed][0] if label in self.fitted else RECORDED[label.partition(",")[0]]
         return COST_OF_FAKE_STEP * recorded / self._round
 
     def speed(self, method: str, threshold: float, seed: int, compute: bool = False) -> float | None:
-        """How many times sooner a seed is at a threshold; None if it began there.
+        """Return how many times sooner than Diff-Instruct a seed reaches a threshold; None if it starts below.
 
-        Who never is counts as being there at twice the run's length if the other is, Diff-Instruct at its end; if
-        neither is, it is 1.
+        A method that never reaches it counts as reaching it at twice the run's length, and Diff-Instruct at its end; if
+        both never do, the result is 1.
         """
         plain, ours = (crossing(self.updates, self.ema[name][seed], threshold) for name in (BASELINE, method))
         if plain == 0 or ours == 0:
@@ -137,11 +137,11 @@ class Result:
         return median(known) if 2 * len(known) > self.seeds else None
 
     def last(self, method: str, curves: dict[str, list[list[float]]]) -> list[float]:
-        """Each seed's final distance over Diff-Instruct's."""
+        """Return each seed's final distance over Diff-Instruct's."""
         return [final(a) / final(b) for a, b in zip(curves[method], curves[BASELINE], strict=True)]
 
     def equal_compute(self, method: str) -> list[float]:
-        """The same, where the recording has cost the run so many of its last updates."""
+        """Return the same with the cost of the recording taken off the end of the run."""
         ratios = []
         for seed, curve in enumerate(self.ema[method]):
             ends = [u - self.head_start(method, seed) for u in self.updates[-LAST:]]
@@ -149,11 +149,11 @@ class Result:
         return ratios
 
     def least(self, method: str) -> list[float]:
-        """Each seed's least distance on the way, over Diff-Instruct's: what one who stops at the best would have."""
+        """Return each seed's least distance over Diff-Instruct's: the result of stopping at the best moment."""
         return [min(a) / min(b) for a, b in zip(self.ema[method], self.ema[BASELINE], strict=True)]
 
     def stalled(self, method: str) -> list[bool]:
-        """Which seeds end above twice Diff-Instruct's median final distance, or are not finite."""
+        """Return for each seed whether it ends above twice Diff-Instruct's median final distance, or is not finite."""
         return [not final(curve) <= 2 * median(self.finals) for curve in self.ema[method]]
 
     def diverged(self, method: str) -> int:
@@ -161,7 +161,7 @@ class Result:
 
 
 def crossing(updates: list[int], curve: list[float], threshold: float) -> float:
-    """Updates after which a curve first is at a threshold, interpolated; 0 if it begins there, inf if it never is."""
+    """Return the updates until a curve first is at a threshold, interpolated; 0 if it starts below, inf if never."""
     if curve[0] <= threshold:
         return 0.0
     for u, v, a, b in zip(updates, updates[1:], curve, curve[1:], strict=False):
@@ -171,16 +171,16 @@ def crossing(updates: list[int], curve: list[float], threshold: float) -> float:
 
 
 def at(updates: list[int], curve: list[float], u: float) -> float:
-    """A curve's value between two evaluations."""
+    """Return a curve's value between two evaluations."""
     i = next(i for i in range(1, len(updates)) if updates[i] >= u)
     part = (u - updates[i - 1]) / (updates[i] - updates[i - 1])
     return curve[i - 1] + part * (curve[i] - curve[i - 1])
 
 
 def over_all(results: dict[str, Result], *, own: bool = True) -> dict[str, list[float]]:
-    """Of each method the geometric means over regimes: updates to 2x, to 1.3x, compute to the same, final distances.
+    """Return each method's geometric means over regimes: updates to 2x, to 1.3x, compute to both, final distances.
 
-    Each at its own best rate where that was looked for, or all at Diff-Instruct's.
+    Each method is at its own best rate where that was searched, or all are at Diff-Instruct's.
     """
 
     def label(result: Result, method: str) -> str:

@@ -1,7 +1,7 @@
-"""The runs of `bench_convergence`: all seeds of all methods train side by side in one module.
+"""Train all seeds of all methods of `bench_convergence` side by side in one module.
 
-So the optimizer, whose members have rates of their own and may stand still, and the recording's end are written here
-once more; `tests/test_convergence_bench.py` shows that `attach` gives the same.
+Therefore the optimizer, whose members have their own rates and may be held still, and the end of the recording are
+repeated here; `tests/test_convergence_bench.py` shows that `attach` gives the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRAINING, RECORDING, EVALUATION = 1, 2, 3
 
 
 class Adam:
-    """Adam without momentum, betas (0, 0.999), whose members have rates of their own and may stand still."""
+    """Adam without momentum, betas (0, 0.999), whose members have their own rates and may be held still."""
 
     def __init__(self, weights: list[Tensor], rates: Tensor) -> None:
         self.weights, self.rates = weights, rates
@@ -46,14 +46,14 @@ class Adam:
             weight.sub_(denominator.reciprocal_().mul_(g).mul_(along(self.rates * moving * correction, weight)))
 
     def forget(self, members: Tensor) -> None:
-        """Begin anew with the members for which it is 1."""
+        """Reset the state of the members for which `members` is 1."""
         self.updates *= 1 - members
         for second in self.second:
             second *= 1 - along(members, second)
 
 
 def along(members: Tensor, weight: Tensor) -> Tensor:
-    """One number a member, shaped to broadcast against a weight of shape (E, ...)."""
+    """Reshape one number a member to broadcast against a weight of shape (E, ...)."""
     return members.view(-1, *[1] * (weight.ndim - 1))
 
 
@@ -63,7 +63,7 @@ class Distillation:
     Args:
         world: Data and networks.
         regime: Loss, noise scale and batch.
-        methods: What is compared.
+        methods: Methods to compare.
         rates: Learning rate of each method, of both networks.
         seeds: Seeds of the noise.
         teacher: Weights of each seed's teacher, (len(seeds), ...).
@@ -101,16 +101,16 @@ class Distillation:
         self.fitted = [0] * len(self.methods)
 
     def record(self) -> None:
-        """Algorithm 1: s_phi is fitted to the standing generator, each member for as long as its method says."""
+        """Fit s_phi to the generator, which is held still (Algorithm 1), each member as long as its method says."""
         planned = [LONGEST if method.record is None else method.record for method in self.methods]
         last, columns = None, [[] for _ in self.methods]
         rates = self._fake_adam.rates
-        haste = torch.tensor([float(LEARNING_RATE_FACTOR if method.record is None else 1) for method in self.methods])
+        factor = torch.tensor([float(LEARNING_RATE_FACTOR if method.record is None else 1) for method in self.methods])
         for done in range(1, max(planned) + 1):
             moving = torch.tensor([float(done <= count) for count in planned])
             if not moving.any():
                 break
-            self._fake_adam.rates = rates * haste
+            self._fake_adam.rates = rates * factor
             gradient = sampled(self.fake_step(RECORDING, moving))
             if last is not None:
                 cosines = torch.cosine_similarity(gradient, last, dim=1).tolist()
@@ -119,19 +119,19 @@ class Distillation:
             for member, method in enumerate(self.methods):
                 if method.record is None and done <= planned[member] and done % EVERY == 0:
                     if not self.fitted[member] and (fitted := fitted_after(columns[member])):
-                        self.fitted[member], haste[member] = LEARNING_RATE_FACTOR * fitted, 1
+                        self.fitted[member], factor[member] = LEARNING_RATE_FACTOR * fitted, 1
                     if self.fitted[member] and done >= FEWEST_ITERATIONS:
                         planned[member] = done
         self.recorded, self._fake_adam.rates = planned, rates
 
     def clock(self, member: int) -> int:
-        """F of a member, or, if it was never fitted, the updates that it had at the learning rate itself."""
+        """Return F of a member, or, if it was never fitted, its updates counted at the plain learning rate."""
         hastened = self.methods[member].record is None
         return self.fitted[member] or (LEARNING_RATE_FACTOR if hastened else 1) * self.recorded[member]
 
     @torch.no_grad()
     def excess(self) -> list[float]:
-        """Each member's excess loss of the teacher over s_phi on the student's samples (L_teacher / L_s'N - 1)."""
+        """Return each member's excess loss L_teacher / L_s'N - 1 on the student's samples."""
         stream, shape = seeded(77), (256, self.world.size)
         z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (shape, shape[:1], shape))
         z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))
@@ -142,7 +142,7 @@ class Distillation:
         return (ours / fitted - 1).tolist()
 
     def train(self, updates: int, tick: Callable[[], object] = lambda: None, *, curves: bool = True) -> dict[str, list]:
-        """Algorithm 2; returns distances of the generator's average at every evaluation, and of itself at the last.
+        """Run Algorithm 2; return distances of the averaged generator, and at the last evaluations of the raw one.
 
         Without `curves` only the last evaluations of the average are made.
         """
@@ -158,7 +158,7 @@ class Distillation:
             method.schedule.settle(self.clock(i)) if method.schedule.until_fitted else method.schedule
             for i, method in enumerate(self.methods)
         ]
-        everyone, stands = torch.ones(len(self.methods)), torch.zeros(len(self.methods))
+        everyone, current = torch.ones(len(self.methods)), torch.zeros(len(self.methods))
         found: dict[str, list] = {"updates": [], "ema": [], "raw": []}
         if curves:
             found["updates"].append(0)
@@ -170,8 +170,8 @@ class Distillation:
             position = torch.tensor(
                 [aim.position / method.nodes for aim, method in zip(aims, self.methods, strict=True)]
             )
-            if not torch.equal(position, stands):
-                stands = position
+            if not torch.equal(position, current):
+                current = position
                 with torch.no_grad():
                     for weight, a, b in zip(self.target.parameters(), origin, end, strict=True):
                         torch.lerp(a, b, along(position, a), out=weight)
@@ -186,7 +186,7 @@ class Distillation:
         return found
 
     def fake_step(self, purpose: int, moving: Tensor) -> tuple[Tensor, ...]:
-        """One update of s_phi by the denoising loss on the generator's samples; returns its gradients."""
+        """Update s_phi by the denoising loss on the generator's samples; return the gradients."""
         z, log_sigma, eps = self._draws(purpose)
         with torch.no_grad():
             x_0 = self._generate(z)
@@ -228,7 +228,7 @@ class Distillation:
 
 
 def sampled(gradients: Sequence[Tensor]) -> Tensor:
-    """Every k-th number of each member's gradient, as `disback_plugin.convergence` takes them."""
+    """Return every k-th number of each member's gradient, as `disback_plugin.convergence` does."""
     flat = torch.cat([gradient.flatten(1) for gradient in gradients], 1)
     return flat[:, :: -(-flat.shape[1] // SAMPLE)]
 

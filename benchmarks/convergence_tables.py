@@ -1,4 +1,4 @@
-"""From the results of `bench_convergence` to the tables of EVIDENCE.md."""
+"""Write the results of `bench_convergence` as the tables of EVIDENCE.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVIDENCE = Path(__file__).parent / "EVIDENCE.md"
 
 
 def of_regime(name: str, result: Result) -> list[str]:
-    """The table of one regime."""
+    """Return the table of one regime."""
     recorded, fitted = ([pair[i] for pair in result.fitted[OURS]] for i in (0, 1))
     how = "--out DIR --own" if result.own else "--out DIR"
     near = ", ".join(f"{threshold:.3g}" for threshold in result.thresholds)
@@ -65,7 +65,7 @@ def spread(values: list[float]) -> str:
 
 
 def predictors(results: dict[str, Result]) -> list[str]:
-    """Two numbers of a recording beside the gain that was measured, regime by regime."""
+    """Return a table of two numbers of a recording beside the measured gain, regime by regime."""
     known = {name: r for name, r in results.items() if r.excess is not None}
     lines = [
         "### The excess loss of a recording, F, and the gain",
@@ -96,12 +96,12 @@ def _signs(known: dict[str, Result]) -> str:
         "F": [median(pair[1] for pair in r.fitted[OURS]) for r in known.values()],
     }
     found = {sign: spearmanr(values, outcome) for sign, values in signs.items()}
-    told = ", ".join(f"{sign} {f.statistic:+.2f} (p = {f.pvalue:.2f})" for sign, f in found.items())
-    return f"Rank correlation with the measured ratio over these {len(known)} regimes: {told}."
+    listed = ", ".join(f"{sign} {f.statistic:+.2f} (p = {f.pvalue:.2f})" for sign, f in found.items())
+    return f"Rank correlation with the measured ratio over these {len(known)} regimes: {listed}."
 
 
 def text(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
-    """All results, as Markdown."""
+    """Return all results as Markdown."""
     rows = goals(results, regimes)
     missing = [name for name in regimes if name not in results]
     counts = [sum(row[2] is verdict for row in rows) for verdict in (True, False)]
@@ -124,7 +124,7 @@ def text(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
 
 
 def _halves(results: dict[str, Result]) -> list[str]:
-    """Warm start and path of auto, each alone (the paper's Table 3)."""
+    """Return a table of the warm start and the path of auto, each alone (the paper's Table 3)."""
     known = {name: r for name, r in results.items() if r.halves}
     if not known:
         return []
@@ -167,19 +167,19 @@ def _how_many(results: dict[str, Result]) -> str:
 
 
 def hurry(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
-    """Three sentences for a reader in a hurry, from the same numbers."""
+    """Return the same results in three sentences."""
     rows, means, own = goals(results, regimes), over_all(results, own=False), over_all(results)
     controls, owns = (", ".join(f"{method} {m[method][5]:.2f}" for method in CONTROLS) for m in (means, own))
     reached, missed, unknown = (
         f"{len(found)} ({'; '.join(dict.fromkeys(what.split(':')[0] for what in found)) or 'none'})"
         for found in ([what for what, _, known in rows if known is wanted] for wanted in (True, False, None))
     )
-    told = {1: [], -1: [], 0: []}
+    names = {1: [], -1: [], 0: []}
     for name, result in results.items():
         equal = result.equal_compute(result.best[OURS])
         better = sum(value < 1 for value in equal)
-        told[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} better)")
-    better, worse, alike = (", ".join(told[way]) or "no regime" for way in (1, -1, 0))
+        names[verdict(better, len(equal))].append(f"{name} ({median(equal):.2f}, {better} of {len(equal)} better)")
+    better, worse, alike = (", ".join(names[way]) or "no regime" for way in (1, -1, 0))
     unknown = "" if unknown.startswith("0") else f", {unknown} not measured yet"
     every = "all" if len(results) == len(regimes) else f"{len(results)} of"
     return (
@@ -196,7 +196,7 @@ def hurry(results: dict[str, Result], regimes: dict[str, Regime]) -> str:
 
 
 def write(regimes: dict[str, Regime]) -> None:
-    """Put the sentences and the tables between their markers in EVIDENCE.md."""
+    """Write the sentences and the tables between their markers in EVIDENCE.md."""
     results, page = read(regimes), EVIDENCE.read_text()
     for marker, found in (("tables", text(results, regimes)), ("hurry", hurry(results, regimes))):
         begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"

@@ -1,4 +1,4 @@
-"""The worlds of `bench_convergence`: data, networks, teachers and students far from them.
+"""Make the worlds of `bench_convergence`: data, networks, teachers and first students.
 
 | world       | data                                       | network                    | distance                     |
 |-------------|--------------------------------------------|----------------------------|------------------------------|
@@ -46,7 +46,7 @@ FAR = (600, 2e-3, 128)
 
 
 class World:
-    """Data and the kind of network that learns them; `distance` says how far samples are from the data."""
+    """Hold data and build the networks that learn them; `distance` compares samples with the data."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -60,7 +60,7 @@ class World:
                 self.data = mixture(name)
         self.sigma_data = 0.75 if subject == "digits" else float(self.data.std())
         self.size = self.data.shape[1]
-        # Students are distilled under more noise where there are more pixels: at EDM's this one gets worse and worse.
+        # Students of larger images are distilled under more noise: at EDM's noise scales this one only gets worse.
         self.p_mean = 0.0 if subject == "shapes" else P_MEAN
         if self.kind != "2d":
             self._features = principal_components(self.data)
@@ -83,7 +83,7 @@ class World:
         return Denoiser(body, self.sigma_data).requires_grad_(False)
 
     def random(self, seeds: Sequence[int]) -> State:
-        """Return random weights, each member's from its own seed, whatever the company."""
+        """Return random weights, each member's from its own seed, independent of the other seeds."""
         alone = self.build(1).state_dict()
         states = [{name: first_weight(name, w, stream) for name, w in alone.items()} for stream in map(seeded, seeds)]
         return {name: torch.cat([state[name] for state in states]) for name in alone}
@@ -102,7 +102,7 @@ class World:
 
 
 def quantiles(values: Tensor) -> Tensor:
-    """The middles of 256 equal parts of each column."""
+    """Return 256 equally spaced quantiles of each column."""
     return torch.quantile(values, (torch.arange(256) + 0.5) / 256, dim=0)
 
 
@@ -127,7 +127,7 @@ def mixture(name: str) -> Tensor:
 
 
 def first_weight(name: str, weight: Tensor, stream: torch.Generator) -> Tensor:
-    """N(0, gain^2 / fan-in), and zero for a bias; shape (1, ...)."""
+    """Draw from N(0, gain^2 / fan-in), and zero for a bias; shape (1, ...)."""
     if name.endswith("bias"):
         return torch.zeros_like(weight)
     gain = 0.5 if ".outer." in name else 1.0
@@ -135,7 +135,7 @@ def first_weight(name: str, weight: Tensor, stream: torch.Generator) -> Tensor:
 
 
 def denoising(network: Denoiser, x_0: Tensor, eps: Tensor, log_sigma: Tensor, p_mean: float = P_MEAN) -> Tensor:
-    """EDM's loss of each member, shape (E,); `log_sigma` are unit Gaussian numbers of shape (E, B)."""
+    """Return EDM's loss of each member, shape (E,); `log_sigma` are unit Gaussian numbers of shape (E, B)."""
     sigma, d = (p_mean + P_STD * log_sigma).exp()[..., None], network.sigma_data
     output = network(x_0 + sigma * eps, sigma[..., 0])
     return (((sigma**2 + d**2) / (sigma * d) ** 2) * (output - x_0) ** 2).mean((1, 2))
@@ -166,9 +166,9 @@ def fit(world: World, start: State, seeds: Sequence[int], data: Tensor, recipe: 
 
 
 def teacher_seeds(world: World, part: str) -> range:
-    """Return the seeds of a part's five teachers: every choice was made on the first, every number shown is of others.
+    """Return the seeds of a part's five teachers: all choices were made on "tuning", all numbers are of "shown".
 
-    Those between were shown before `auto` was changed, or in the plane before rates were chosen on more seeds.
+    The seeds between were shown before `auto` was changed, or in the plane before rates were chosen on more seeds.
     """
     if part == "tuning":
         return range(5)

@@ -1,7 +1,7 @@
-"""A text-to-image teacher that has learned something: scikit-learn's digits, with prompts such as "the digit seven".
+"""Train a small text-to-image teacher on scikit-learn's digits, with prompts such as "the digit seven".
 
-A Stable Diffusion pipeline in all but size: its latents are the 8x8 pixels themselves, so that its VAE, which has to be
-there for diffusers, is never used. Text encoder and UNet are trained together, on one core in two to three minutes.
+The teacher is a Stable Diffusion pipeline in all but size: its latents are the 8x8 pixels, so that its VAE, which
+diffusers requires, is never used. Text encoder and UNet are trained together, on one core in two to three minutes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def digits():
 
 
 def tokenizer(length):
-    """Return CLIP's tokenizer with a vocabulary of letters: it spells."""
+    """Return CLIP's tokenizer with a vocabulary of letters."""
     names = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     return CLIPTokenizer(vocab={name: at for at, name in enumerate(names)}, merges=[], model_max_length=length)
 
 
 def text_config(words, width, layers):
-    """Return the configuration of a text encoder that reads what this tokenizer writes."""
+    """Return the configuration of a text encoder for this tokenizer."""
     return CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
@@ -90,8 +90,8 @@ def train_teacher(folder, *, steps=4_000, batch=64, seed=0):
         rows = torch.randint(len(images), (batch,))
         labels = torch.where(torch.rand(batch) < 0.1, len(NAMES), classes[rows])  # no prompt, for guidance
         x_0, eps, t = images[rows], torch.randn(batch, 1, 8, 8), torch.randint(1_000, (batch,))
-        told = text_encoder(words)[0][labels]
-        output = unet(pipeline.scheduler.add_noise(x_0, eps, t), t, told, return_dict=False)[0]
+        text = text_encoder(words)[0][labels]
+        output = unet(pipeline.scheduler.add_noise(x_0, eps, t), t, text, return_dict=False)[0]
         optimizer.zero_grad()
         nn.functional.mse_loss(output, eps).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

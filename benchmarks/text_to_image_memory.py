@@ -1,10 +1,10 @@
-"""What distilling SD 1.5 and SDXL holds in memory and on disk: `python benchmarks/text_to_image_memory.py`.
+"""Compute memory and disk space for distilling SD 1.5 and SDXL: `python benchmarks/text_to_image_memory.py`.
 
 Networks are built on the meta device from the published configurations, so that numbers of weights are exact and
 nothing is downloaded. Weights that are trained count 4 bytes and 8 more in Adam, frozen ones 2 (--mixed_precision bf16,
-DMD2's --use_fp16), and 4 where nodes are written into them; nodes are 1.03 bytes a weight (`codecs.md`, int8), the
-teacher of the path 4. Gradients and activations come on top everywhere. What the two scripts hold is read from their
-code: DMD2 at 8d8fa55, main/sd_guidance.py:45, :53 and main/sd_unified_model.py:39, and the official DisBack at d015b5e,
+DMD2's --use_fp16), and 4 if nodes are written into them; nodes are 1.03 bytes a weight (`codecs.md`, int8), the
+teacher of the path 4. Gradients and activations are not counted. The numbers of the two scripts follow from their code:
+DMD2 at 8d8fa55, main/sd_guidance.py:45, :53 and main/sd_unified_model.py:39, and the official DisBack at d015b5e,
 the same, which saves all of the guidance model as a node (main/degradation.py:301).
 """
 
@@ -62,7 +62,7 @@ def weights(config: dict[str, object], layers: tuple[str, ...] = ()) -> int:
 
 
 def rows(config: dict[str, object]) -> dict[str, Held]:
-    """Return what each way of training holds of one UNet."""
+    """Return the weights and nodes of each way of training, for one UNet."""
     whole, student, score = weights(config), weights(config, STUDENT["unet"]), weights(config, ATTENTION)
     node = INT8 * NODES + 4
     return {

@@ -1,6 +1,6 @@
-"""The score-difference step as the public trainers compute it, from their formulas, in our own words.
+"""Compute the score-difference step as the public trainers do, from their formulas, in our own words.
 
-Each takes what a trainer has at that point and ends with the gradient in `x.grad`.
+Each function takes the trainer's tensors and ends with the gradient in `x.grad`.
 """
 
 from __future__ import annotations

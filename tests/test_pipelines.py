@@ -135,6 +135,12 @@ def flow(**components):
     return SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **components)
 
 
+def flux(**more):
+    return diffusers.FluxTransformer2DModel(
+        **TRANSFORMER, in_channels=4, num_single_layers=1, pooled_projection_dim=8, axes_dims_rope=(4, 2, 2), **more
+    )
+
+
 def cases():
     text = torch.zeros(2, 5, 8)
     image = torch.zeros(2, 4, 8, 8)
@@ -149,22 +155,12 @@ def cases():
         image,
         pooled,
     )
-    for guided in (False, True):
-        flux = diffusers.FluxTransformer2DModel(
-            **TRANSFORMER,
-            in_channels=4,
-            num_single_layers=1,
-            pooled_projection_dim=8,
-            axes_dims_rope=(4, 2, 2),
-            guidance_embeds=guided,
-        )
-        ids = {"txt_ids": torch.zeros(5, 3), "img_ids": torch.zeros(16, 3)}
-        extra = {"guidance": torch.ones(2)} if guided else {}
-        yield flow(transformer=flux), torch.zeros(2, 16, 4), {**pooled, **ids, **extra}
+    ids = {"txt_ids": torch.zeros(5, 3), "img_ids": torch.zeros(16, 3)}
+    yield flow(transformer=flux()), torch.zeros(2, 16, 4), {**pooled, **ids}
 
 
 CASES = list(cases())
-NAMES = ["sd15", "sdxl", "unet-flow", "sd3", "flux", "flux-guided"]
+NAMES = ["sd15", "sdxl", "unet-flow", "sd3", "flux"]
 
 
 @pytest.mark.parametrize(("of", "x_t", "conditions"), CASES, ids=NAMES)
@@ -196,8 +192,10 @@ def test_a_denoiser_runs_on_what_it_says_it_needs(of, x_t, conditions):
         (pipeline(unet=unet(8, class_embed_type="timestep")), "class_embed_type"),
         (pipeline(unet=torch.nn.Linear(1, 1)), "of class Linear"),
         (pipeline(transformer=CASES[3][0].transformer), "under a DDPMScheduler"),
+        (flow(transformer=flux(guidance_embeds=True)), "distilled before"),
+        (pipeline(unet=unet(8, time_cond_proj_dim=8)), "distilled before"),
     ],
-    ids=["nothing", "inpainting", "classes", "unknown", "no-flow"],
+    ids=["nothing", "inpainting", "classes", "unknown", "no-flow", "guided-flux", "consistency"],
 )  # fmt: skip
 def test_a_denoiser_that_is_not_known_is_refused(of, reason):
     with pytest.raises(RoleError, match=reason):
