@@ -14,9 +14,10 @@ from torch import nn
 
 import disback_plugin as disback
 from disback_plugin import lora, losses, metrics
-from disback_plugin.path.codecs import CODES
+from disback_plugin.path.codecs import Entry
 from disback_plugin.prediction import Prediction
 from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.tensors import TensorMeta
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +31,8 @@ NODES = 4  # of the paper's recording
 
 def whole_path(state):
     """Bytes of a path of whole networks in float32, nodes in int8."""
-    sizes = [size for t in state.values() for size in CODES["int8"].sizes(t.numel(), t.dtype).values()]
-    node = sum(count * dtype.itemsize for dtype, count in sizes)
+    entries = [Entry("int8", TensorMeta(tensor.dtype, tensor.shape)) for tensor in state.values()]
+    node = sum(meta.shape.numel() * meta.dtype.itemsize for entry in entries for meta in entry.stored("").values())
     return sum(t.numel() * t.element_size() for t in state.values()) + NODES * node
 
 

@@ -5,9 +5,8 @@
     node-001.safetensors …  s'_1 to s'_N, one file a node
     README.md               model card, once the recording is complete
 
-Every file is written under a temporary name, flushed to disk and renamed, and `config.json` after the file that it
-lists: a crash at any moment leaves a path that opens with the nodes finished so far. Only safetensors and JSON are
-ever read.
+A file is written under a temporary name, flushed to disk and renamed, and then `config.json` lists it: a crash at any
+moment leaves a path that opens with the nodes finished so far. Only safetensors and JSON are read.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
 from disback_plugin.path.delta import InterpolatedSource
 from disback_plugin.path.manifest import CONFIG, Manifest, Node, Recording
-from disback_plugin.path.store import Store, unwritable
+from disback_plugin.path.store import Store
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Part, Source
@@ -50,8 +49,7 @@ class DegradationPath(
         manifest: Its manifest, if another rank has read that already; None reads it.
 
     Raises:
-        PathError: If there is no path, its manifest is broken, or its format or codec is one that this version does
-            not read.
+        PathError: If there is no path, its manifest is broken, or this version does not read its format or codec.
 
     Example:
         >>> import tempfile, torch
@@ -101,13 +99,8 @@ class DegradationPath(
                 expected="a path that holds node 0",
                 cure="omit keep_teacher=",
             )
-
-        def write() -> Manifest:
-            if cls.exists(root):
-                raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
-            return Store.create(root, state, recording, generator, teacher_id)
-
-        path = cls(root, distributed.on_main_process(write, state))
+        args = root, state, recording, generator, teacher_id
+        path = cls(root, distributed.on_main_process(lambda: Store.create(*args), state))
         if recording.keep_teacher:
             path._store.trust(path.manifest.teacher)
         else:
@@ -139,22 +132,8 @@ class DegradationPath(
 
     @classmethod
     def exists(cls, folder: str | os.PathLike[str]) -> bool:
-        """Return whether the folder holds a path, finished or not.
-
-        Raises:
-            PathError: If it holds something else.
-        """
-        root = Path(folder)
-        if (root / CONFIG).is_file():
-            return True
-        held = [str(root)] if root.is_file() else files.visible(root) if root.is_dir() else []
-        if held:
-            raise PathError(
-                f"{root} without a {CONFIG} but with {sorted(held)[:3]}",
-                expected="a degradation path, an empty folder or none",
-                cure="pass another path=; nothing there was touched",
-            )
-        return False
+        """Return whether the folder holds a path, finished or not; raise PathError if it holds something else."""
+        return files.holds(Path(folder), CONFIG)
 
     # -- read ---------------------------------------------------------------------------------------------------------
 
@@ -171,13 +150,12 @@ class DegradationPath(
 
         Raises:
             IndexError: If there is no such node.
-            PathError: If a file is missing, is not as long as recorded, does not read, or decodes to other weights than
-                were recorded.
+            PathError: If a file is missing, does not read, or decodes to other weights than were recorded.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"node {index} of a path with nodes 0 to {len(self) - 1}")
         index %= len(self)
-        state = self._store.source(index).state_dict()
+        state = self._store.source(index, verified=False).state_dict()
         self.verify_checksum(index, checksum(state))
         return state
 
@@ -188,11 +166,10 @@ class DegradationPath(
             position: In [0, N]; between two nodes their weights are interpolated.
 
         Raises:
-            PathError: If a file is missing or changed. All files are verified before the first use, and again when one
-                of them was written since.
+            PathError: If a file is missing or changed. All are verified before the first use and after each change.
         """
         index = math.ceil(position)
-        node = self._store.verified_source(index)
+        node = self._store.source(index)
         return node if position == index else InterpolatedSource(node, position - (index - 1))
 
     def teacher_source(self) -> Source:
@@ -204,21 +181,11 @@ class DegradationPath(
         return self._store.teacher_source()
 
     def part_checksums(self, parts: Mapping[str, Part]) -> list[str]:
-        """Return the checksum of what one process holds of each node (`ScoreNetwork.parts`), after `verify`.
-
-        Raises:
-            PathError: If a file is missing or changed.
-        """
+        """Return the checksum of what one process holds of each node (`ScoreNetwork.parts`), after `verify`."""
         return self._store.part_checksums(parts)
 
     def verify_checksum(self, index: int, found: str, expected: str | None = None) -> None:
-        """Raise PathError unless decoded weights are those that were recorded.
-
-        Args:
-            index: Node that was decoded.
-            found: Checksum of what was decoded.
-            expected: Checksum of the parts that this process holds, if that is not the whole node.
-        """
+        """Raise PathError unless decoded weights have the checksum of node `index`, or that of a part of it."""
         self._store.verify_checksum(index, found, expected)
 
     @property
@@ -266,14 +233,7 @@ class DegradationPath(
         """
         whole = FullState.of(state)
         found = distributed.on_main_process(lambda: fingerprint(whole), whole) if whole.sharded else fingerprint(whole)
-        expected = self.manifest.teacher.fingerprint
-        if found != expected:
-            raise PathError(
-                f"another teacher (fingerprint {found[:12]}...)",
-                expected=f"the one that {self.folder} was recorded from ({expected[:12]}...)",
-                cure="load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
-                "or pass another path=",
-            )
+        self.manifest.require_teacher(found, self.folder)
         if not self.manifest.recording.keep_teacher:
             self._store.keep_teacher(whole)
 
@@ -307,17 +267,13 @@ class DegradationPath(
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
             PathError: If the folder cannot be written.
         """
-        self._store.require_due(iteration)
+        self.manifest.require_due(iteration)
         whole = FullState.of(state)
         self._on_rank_zero(lambda: self._store.append(whole, iteration, exactly, training), whole)
         self.remove_leftovers()
 
     def training_state(self) -> dict[str, Tensor] | None:
-        """Return what `append` was given as `training` with the last node; None if nothing.
-
-        Raises:
-            PathError: If it was changed since.
-        """
+        """Return what `append` was given as `training` with the last node, or None; PathError if it was changed."""
         return self._store.read_training()
 
     def update_manifest(self, **known: Any) -> None:
@@ -325,7 +281,7 @@ class DegradationPath(
         self._on_rank_zero(lambda: self._store.write_manifest(**known))
 
     def finish(self) -> None:
-        """Mark the recording as complete and write the model card."""
+        """Write the model card, and mark the recording as complete."""
         self._on_rank_zero(self._store.finish)
 
     def remove_nodes_after(self, iteration: int) -> None:
@@ -342,13 +298,11 @@ class DegradationPath(
             distributed.on_main_process(self._store.remove_unlisted)
 
     def _on_rank_zero(self, write: Callable[[], Manifest], state: FullState | None = None) -> None:
-        """Write on rank 0, and take over the manifest that was written."""
-
         def written() -> Manifest:
             try:
                 return write()
             except OSError as error:
-                raise unwritable(self.folder, error) from error
+                raise files.unwritable(self.folder, error) from error
 
         self._store.manifest = distributed.on_main_process(written, state)
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from disback_plugin.errors import COPY_AGAIN, PathError
 
 __all__ = [
-    "copy", "damaged", "digest", "from_json", "is_leftover", "map_tensors", "read_json", "spool", "stamp", "to_json",
-    "visible", "write_json", "write_tensors", "write_text"
+    "copy", "damaged", "digest", "from_json", "holds", "is_leftover", "is_path_file", "map_tensors", "node_file",
+    "read_json", "spool", "stamp", "to_json", "training_file", "unwritable", "visible", "write_json",
+    "write_tensors", "write_text"
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -38,6 +39,45 @@ SMALL = 1 << 16
 def damaged(found: str, expected: str) -> PathError:
     """Return the error for a file that is not as it was recorded."""
     return PathError(found, expected=expected, cure=COPY_AGAIN)
+
+
+def node_file(index: int) -> str:
+    """Return the file name of node `index` >= 1.
+
+    Example:
+        >>> node_file(7)
+        'node-007.safetensors'
+    """
+    return f"node-{index:03d}.safetensors"
+
+
+def training_file(index: int) -> str:
+    """Return the name of the file that an unfinished recording resumes from after node `index`.
+
+    Example:
+        >>> training_file(7)
+        'training-007.safetensors'
+    """
+    return f"training-{index:03d}.safetensors"
+
+
+def is_path_file(name: str) -> bool:
+    """Return whether a recording writes files of this name.
+
+    Example:
+        >>> is_path_file("node-007.safetensors"), is_path_file("model.safetensors")
+        (True, False)
+    """
+    return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None
+
+
+def unwritable(folder: Path, error: Exception) -> PathError:
+    """Return the error for a folder that could not be written, as on a full disk."""
+    return PathError(
+        f"a folder that cannot be written, {folder} ({error})",
+        expected="free space and permission to write",
+        cure="make room, or pass another path=",
+    )
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: str) -> dict[str, Any]:
@@ -208,6 +248,24 @@ def digest(file: Path, *, size: int | None = None) -> str:
     except OSError as error:
         raise damaged(f"no readable {file} ({type(error).__name__})", "a file of the path") from error
     return value.hexdigest()
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Return whether a folder holds a file of this name.
+
+    Raises:
+        PathError: If it holds other files only, or is no folder.
+    """
+    if (folder / name).is_file():
+        return True
+    held = [str(folder)] if folder.is_file() else visible(folder) if folder.is_dir() else []
+    if held:
+        raise PathError(
+            f"{folder} without a {name} but with {sorted(held)[:3]}",
+            expected="a degradation path, an empty folder or none",
+            cure="pass another path=; nothing there was touched",
+        )
+    return False
 
 
 def visible(folder: Path) -> list[str]:

@@ -17,8 +17,7 @@ from disback_plugin.path import files
 from disback_plugin.path.codecs import CODECS, retired_codec
 
 __all__ = [
-    "CONFIG", "FORMAT", "Identity", "Manifest", "Node", "Recording", "Teacher", "is_path_file", "node_file",
-    "training_file"
+    "CONFIG", "FORMAT", "Identity", "Manifest", "Node", "Recording", "Teacher"
 ]  # fmt: skip
 
 # Format 1, of version 0.1.0, compressed the nodes of `exact` and those of codecs that are gone.
@@ -149,7 +148,7 @@ class Identity(NamedTuple):
 
         Example:
             >>> Identity("t", None, 200, 50, "int8", True).digest()[:12]
-            'e1ed4bf6c5ff'
+            'd498b7066a1b'
         """
         plan = {key: getattr(self, key) for key in ("iterations", "every", "codec", "keep_teacher")}
         # The two constants were part of what version 0.1.0 hashed, and states saved by it must be recognized.
@@ -231,6 +230,27 @@ class Manifest:
         """Return the iteration after which node `index` in [1, N] is saved."""
         return min(index * self.recording.every, self.iterations)
 
+    def require_teacher(self, found: str, folder: Path) -> None:
+        """Raise PathError unless `found` is the fingerprint of the teacher that the path in `folder` was made from."""
+        expected = self.teacher.fingerprint
+        if found != expected:
+            raise PathError(
+                f"another teacher (fingerprint {found[:12]}...)",
+                expected=f"the one that {folder} was recorded from ({expected[:12]}...)",
+                cure="load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
+                "or pass another path=",
+            )
+
+    def require_due(self, iteration: int) -> None:
+        """Raise OptionError unless the next node is due at this iteration."""
+        index = len(self.nodes) + 1
+        if index > self.last_node or self.teacher_missing or iteration != self.due_iteration(index):
+            raise OptionError(
+                f"append(iteration={iteration!r}) to {len(self.nodes)} of {self.last_node} nodes",
+                expected=f"the next iteration of {self.recording}",
+                cure="append nodes when they are due",
+            )
+
     @property
     def entries(self) -> tuple[Teacher | Node, ...]:
         """Nodes 0 ... N, as far as they are recorded."""
@@ -278,7 +298,7 @@ class Manifest:
         teacher, nodes = self.teacher, self.nodes
         # File names are fixed, so that no manifest can point out of its folder.
         named = [teacher.file, *(node.file for node in nodes)]
-        if named != ["teacher.safetensors", *(node_file(i + 1) for i in range(len(nodes)))]:
+        if named != ["teacher.safetensors", *(files.node_file(i + 1) for i in range(len(nodes)))]:
             return f"files {named[:3]}"
         unknown = {node.codec for node in nodes} - set(CODECS)
         if unknown:
@@ -315,33 +335,3 @@ def _refuse_retired(content: Mapping[str, Any], file: Path) -> None:
             raise retired_codec(f"the codec {codec!r} in {file}")
     if content["format"] == 1 and "exact" in codecs[1:]:
         raise retired_codec(f"nodes that are compressed under the codec 'exact' of format 1 in {file}")
-
-
-def node_file(index: int) -> str:
-    """Return the file name of node `index` >= 1.
-
-    Example:
-        >>> node_file(7)
-        'node-007.safetensors'
-    """
-    return f"node-{index:03d}.safetensors"
-
-
-def training_file(index: int) -> str:
-    """Return the name of the file that an unfinished recording resumes from after node `index`.
-
-    Example:
-        >>> training_file(7)
-        'training-007.safetensors'
-    """
-    return f"training-{index:03d}.safetensors"
-
-
-def is_path_file(name: str) -> bool:
-    """Return whether a recording writes files of this name.
-
-    Example:
-        >>> is_path_file("node-007.safetensors"), is_path_file("model.safetensors")
-        (True, False)
-    """
-    return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None

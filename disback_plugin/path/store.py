@@ -15,27 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disback_plugin.errors import OptionError, PathError, TrainingError
+from disback_plugin.errors import PathError, TrainingError
 from disback_plugin.path import files
 from disback_plugin.path.codecs import Delta
 from disback_plugin.path.delta import NodeSource, encode
 from disback_plugin.path.files import damaged
-from disback_plugin.path.manifest import (
-    CONFIG,
-    FORMAT,
-    Manifest,
-    Node,
-    Recording,
-    Teacher,
-    is_path_file,
-    node_file,
-    training_file,
-)
+from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Recording, Teacher
 from disback_plugin.weights.checksum import Checksum, checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Part, TensorMeta, dtype_class, masked, pieces
 
-__all__ = ["Store", "unwritable"]
+__all__ = ["Store"]
 
 # What tells a file from its later versions: inode, size, time of its last change, and the SHA-256 in the manifest.
 Stamp = tuple[tuple[int, int, int] | None, str]
@@ -83,22 +73,14 @@ class Store:
             own = {name: teacher[name].cpu().clone(memory_format=torch.contiguous_format) for name in teacher.own()}
             self._teacher = own | {alias: own[name] for alias, name in teacher.aliases.items()}
 
-    def source(self, index: int) -> NodeSource:
-        """Return node `index` >= 0 as its files are now.
-
-        Raises:
-            PathError: If a file is missing, does not read, or does not fit the teacher.
-        """
-        return self._source(index, self._stamps(index))
-
-    def verified_source(self, index: int) -> NodeSource:
+    def source(self, index: int, *, verified: bool = True) -> NodeSource:
         """Return node `index` >= 0, after `verify` unless the files are as they were when they were verified.
 
         Raises:
-            PathError: If a file is missing or changed, or holds no node.
+            PathError: If a file is missing, does not read, does not fit the teacher, or, with `verified`, has changed.
         """
         stamps = self._stamps(index)
-        if any(self._verified.get(file) != stamp for file, stamp in stamps.items()):
+        if verified and any(self._verified.get(file) != stamp for file, stamp in stamps.items()):
             self.verify()
             stamps = self._stamps(index)
         return self._source(index, stamps)
@@ -136,7 +118,7 @@ class Store:
             self._verify_values(self._source(len(manifest.nodes), stamps))
         unlisted = {name for name in files.visible(self.folder) if name[0] != "."} - {CONFIG, "README.md", *stamps}
         # A recording that was broken off may have left files, which its resumption removes.
-        foreign = sorted(name for name in unlisted if manifest.complete or not is_path_file(name))
+        foreign = sorted(name for name in unlisted if manifest.complete or not files.is_path_file(name))
         if foreign:
             found = f"{foreign[:3]} in {self.folder}"
             raise PathError(found, expected=f"only the files that {CONFIG} lists", cure="move it elsewhere")
@@ -160,7 +142,7 @@ class Store:
 
     def part_checksums(self, parts: Mapping[str, Part]) -> list[str]:
         """Return, for each node, the checksum of the parts that one process holds; only those are read and decoded."""
-        last = self.verified_source(len(self.manifest.nodes))
+        last = self.source(len(self.manifest.nodes))
         totals = [Checksum() for _ in self.manifest.entries]
         for name, part in parts.items():
             for cell in part.cells():
@@ -244,9 +226,11 @@ class Store:
         """Write a manifest and node 0 into a new folder; if that fails, remove what was made.
 
         Raises:
-            PathError: If the folder cannot be written.
+            PathError: If the folder holds anything or cannot be written.
             TrainingError: If the teacher holds a NaN.
         """
+        if files.holds(folder, CONFIG):
+            raise PathError(f"a path in {folder}", expected="an empty or missing folder", cure="pass another path=")
         for name in state.own():
             if state.layout[name].dtype.is_floating_point and state[name].isnan().any():
                 raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
@@ -263,7 +247,7 @@ class Store:
                     (folder / name).unlink(missing_ok=True)
                 for parent in new:
                     parent.rmdir()
-            raise unwritable(folder, error) from error
+            raise files.unwritable(folder, error) from error
 
     def write_teacher(self, state: FullState) -> Manifest:
         """Write node 0, and return the manifest that lists it."""
@@ -277,16 +261,6 @@ class Store:
         teacher = replace(self.manifest.teacher, **listed)
         self.trust(teacher)
         return self.write_manifest(teacher=teacher)
-
-    def require_due(self, iteration: int) -> None:
-        """Raise OptionError unless the next node is due at this iteration."""
-        manifest, index = self.manifest, len(self.manifest.nodes) + 1
-        if index > manifest.last_node or manifest.teacher_missing or iteration != manifest.due_iteration(index):
-            raise OptionError(
-                f"append(iteration={iteration!r}) to {len(manifest.nodes)} of {manifest.last_node} nodes",
-                expected=f"the next iteration of {manifest.recording}",
-                cure="append nodes when they are due",
-            )
 
     def append(
         self,
@@ -302,11 +276,12 @@ class Store:
         """
         nodes, codec = self.manifest.nodes, self.manifest.recording.codec
         index = len(nodes) + 1
-        made = encode(codec, state, self.source(index - 1), exactly=exactly, keep=self._keep(state))
-        listed = files.write_tensors(self.folder / node_file(index), made.delta.parts, metadata=made.delta.metadata())
+        made = encode(codec, state, self.source(index - 1, verified=False), exactly=exactly, keep=self._keep(state))
+        file = self.folder / files.node_file(index)
+        listed = files.write_tensors(file, made.delta.parts, metadata=made.delta.metadata())
         if training is not None:
             metadata = _training_metadata(iteration, training)
-            files.write_tensors(self.folder / training_file(index), training, metadata=metadata)
+            files.write_tensors(self.folder / files.training_file(index), training, metadata=metadata)
         measured = made.delta_norm, codec, made.checksum, made.recorded, made.weight_error
         node = Node(index, iteration, listed["file"], listed["sha256"], listed["bytes"], *measured)
         self.trust(node)
@@ -318,7 +293,7 @@ class Store:
         Raises:
             PathError: If it was changed since.
         """
-        file = self.folder / training_file(len(self.manifest.nodes))
+        file = self.folder / files.training_file(len(self.manifest.nodes))
         if not file.exists():
             return None
         tensors, metadata = files.map_tensors(file, size=file.stat().st_size)
@@ -343,9 +318,9 @@ class Store:
         """Remove training states before the last node, and what a crash left before the manifest listed it."""
         listed = {entry.file for entry in self.manifest.entries}
         if keep_training:
-            listed.add(training_file(len(self.manifest.nodes)))
+            listed.add(files.training_file(len(self.manifest.nodes)))
         for entry in list(self.folder.iterdir()):
-            if files.is_leftover(entry.name) or (is_path_file(entry.name) and entry.name not in listed):
+            if files.is_leftover(entry.name) or (files.is_path_file(entry.name) and entry.name not in listed):
                 entry.unlink()
 
     def write_manifest(self, **changes: Any) -> Manifest:
@@ -361,15 +336,6 @@ class Store:
     def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
         """Return what keeps tensors until a file is written; those of a sharded network may not fit into memory."""
         return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
-
-
-def unwritable(folder: Path, error: Exception) -> PathError:
-    """Return the error for a folder that could not be written, as on a full disk."""
-    return PathError(
-        f"a folder that cannot be written, {folder} ({error})",
-        expected="free space and permission to write",
-        cure="make room, or pass another path=",
-    )
 
 
 def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:
