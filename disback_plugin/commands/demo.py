@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from disback_plugin._text_table import aligned
 from disback_plugin.cli import Commands, command, json_option
 
 __all__ = ["add"]
@@ -107,8 +108,7 @@ def _table(result: dict[str, Any]) -> list[str]:
             for kind in ("updates", "compute")
         ]
         rows.append([name, *reached, f"{result['final'][name]:.2f}", f"{result['final_raw'][name]:.2f}"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [aligned(rows, right=range(5), indent="")]
     lines += ["", f"{result['loss']} over disback, median [min, max] over the seeds:"]
     for n in names:
         updates, compute = (
