@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from math import ceil
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from disback_plugin.errors import OptionError, StateError
 from disback_plugin.progress import Phase, Progress
 
+if TYPE_CHECKING:
+    from disback_plugin.path.manifest import Manifest
+
 __all__ = ["Plan", "Schedule", "Target", "WrappedSchedule", "same", "to_config", "validate_config"]
+
+logger = logging.getLogger(__name__)
 
 
 class Target(NamedTuple):
@@ -92,13 +98,18 @@ class WrappedSchedule(Schedule):
     def __init__(self, schedule: Any) -> None:
         self.wrapped = schedule
         self.until_fitted = hasattr(schedule, "settle")
-        for name in ("discrete", "until_fitted", "version", "horizon", "validate", "settle"):
+        for name in ("discrete", "until_fitted", "version", "horizon", "validate"):
             if hasattr(schedule, name):
                 setattr(self, name, getattr(schedule, name))
 
     def __call__(self, updates: int, nodes: int) -> Target:
         """Return the target after `updates` generator updates."""
         return Target(*self.wrapped(updates, nodes))
+
+    def settle(self, fitted: int) -> Schedule:
+        """Return the schedule to run where s' was fitted in `fitted` updates."""
+        settled = self.wrapped.settle(fitted) if self.until_fitted else self
+        return settled if isinstance(settled, Schedule) else WrappedSchedule(settled)
 
     def __repr__(self) -> str:
         return repr(self.wrapped)
@@ -124,6 +135,31 @@ class Plan:
 
     schedule: Schedule
     nodes: int
+
+    @classmethod
+    def on_path(cls, schedule: Schedule, manifest: Manifest | None) -> Plan:
+        """Return the plan of a schedule on a recorded path, or on none, and log what the recording made of it.
+
+        Raises:
+            OptionError: If the schedule does not fit the path.
+        """
+        if manifest is None or not manifest.nodes:
+            return cls(schedule, 0)
+        nodes = len(manifest.nodes)
+        schedule.validate(nodes)
+        if not schedule.until_fitted:
+            return cls(schedule, nodes)
+        plan = cls(schedule.settle(manifest.clock), nodes)
+        logger.info(
+            "%s: s_phi %s %d updates at its learning rate; the teacher moves back from the last node in %d, and the "
+            "gradient grows to its full size in %d",
+            repr(schedule).partition("(")[0].lower(),
+            "is fitted in" if manifest.fitted else "was not fitted in",
+            manifest.clock,
+            next(step for step, target in plan.timeline() if target.position == 0),
+            plan.horizon,
+        )
+        return plan
 
     @cached_property
     def horizon(self) -> int:

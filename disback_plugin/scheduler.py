@@ -46,15 +46,13 @@ class TrajectoryScheduler:
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
         prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
             a move is then a copy. None: only where the teacher is on another device than the host.
-        together: Whether all ranks of the process group move their teachers: they agree at each move, or all raise.
-            None: only where the teacher is sharded. `attach` passes True.
-        plugins: The plug-ins that are notified, and may keep or end a node: a `PluginManager`, or names and objects.
+        together: Whether all ranks move their teachers, and agree at each move or all raise. None: only where the
+            teacher is sharded. `attach` passes True.
+        plugins: The plug-ins that are notified, and may keep or end a node: a manager, or names and objects.
         progress: The phase and the counters of the run, which `attach` shares with the recorder; None for new ones.
 
     Attributes:
-        path: The path, or None.
-        schedule: The schedule as given.
-        progress: The phase and the counters.
+        plan: The schedule on this path, with its length `plan.horizon` and N, `plan.nodes`.
 
     Raises:
         PathError: If the path is unfinished, or the teacher is not its node 0.
@@ -64,19 +62,12 @@ class TrajectoryScheduler:
 
     Example:
         >>> import tempfile, torch
-        >>> from torch import nn
-        >>> from disback_plugin.recording import record
-        >>> from disback_plugin.schedules import Fixed
-        >>> teacher, fake, x = nn.Linear(1, 1), nn.Linear(1, 1), torch.ones(4, 1)
-        >>> optimizer = torch.optim.Adam(fake.parameters())
-        >>> def fake_step() -> None:
-        ...     optimizer.zero_grad()
-        ...     (fake(x) - x).square().mean().backward()
-        ...     optimizer.step()
-        >>> path = record(teacher, fake, fake_step, path=tempfile.mkdtemp(), iterations=3, every=1)
-        >>> scheduler = TrajectoryScheduler(path, teacher, fake, schedule=Fixed(1, 2))
+        >>> from disback_plugin import record, schedules
+        >>> net, x, folder = torch.nn.Linear(1, 1), torch.ones(4, 1), tempfile.mkdtemp()
+        >>> loss = lambda s, x_0: (s(x_0) - x_0).square().mean()
+        >>> path = record(net, sample=lambda: x, loss=loss, path=folder, iterations=3, every=1)
+        >>> scheduler, positions = TrajectoryScheduler(path, net, schedule=schedules.Fixed(1, 2)), []
         >>> scheduler.start()
-        >>> positions = []
         >>> for _ in range(5):
         ...     positions.append(scheduler.position)
         ...     scheduler.step()
@@ -107,18 +98,17 @@ class TrajectoryScheduler:
         self._notified = Target(0.0)  # what the plug-ins know
         self._suspended = False  # inside original_teacher
         self._masked: MaskedSamples | None = None
-        if self.path is not None:
-            self._validate(self.path, network)
-        self._plan = Plan(self._settled(), self.last_node)
+        if path is not None:
+            if not path.complete:
+                raise PathError(f"an unfinished path ({path})", expected="a complete one", cure="finish its recording")
+            if self._fake_score is not None:
+                network.check_same_layout(self._fake_score)
+            path.verify_teacher(network.full_state())
+        self.plan = Plan.on_path(self.schedule, None if path is None else path.manifest)
         self._teacher = TeacherWriter(network, self.path, prefetch=prefetch, together=together)
         self._teacher.warn_if_rounded_away()
 
     # -- the present state --------------------------------------------------------------------------------------------
-
-    @property
-    def last_node(self) -> int:
-        """N; 0 without a path."""
-        return 0 if self.path is None else len(self.path) - 1
 
     @property
     def position(self) -> float:
@@ -145,34 +135,19 @@ class TrajectoryScheduler:
         """Factor on the gradient of the coming generator update, in [0, 1]."""
         return self._target().gradient
 
-    @property
-    def settled(self) -> Schedule:
-        """The schedule that is followed: the one given, or what the recording made of it (`Schedule.settle`)."""
-        return self._plan.schedule
-
-    @property
-    def horizon(self) -> int:
-        """Generator updates from the start to the end of backtracking, as planned."""
-        return self._plan.horizon
-
-    @property
-    def updates_in_node(self) -> int:
-        """Generator updates since the teacher came to its present position."""
-        return self.progress.generator_updates - self.progress.node_since
-
     def timeline(self) -> list[tuple[int, Target]]:
         """Return the generator updates at which the teacher reaches a node, with their targets."""
-        return self._plan.timeline_from(self.progress)
+        return self.plan.timeline_from(self.progress)
 
     def __repr__(self) -> str:
         from disback_plugin._text_table import aligned
         from disback_plugin.summary import timeline
 
-        nodes = "no path" if self.path is None else f"N = {self.last_node}, {self.path.folder}"
+        nodes = "no path" if self.path is None else f"N = {self.plan.nodes}, {self.path.folder}"
         state = "done" if self.done else "started" if self.started else "not started"
         rows = timeline(self.progress, self.timeline(), None if self.path is None else self.path.manifest)
         return (
-            f"<TrajectoryScheduler {state}: position {self.position:g} ({nodes}), {self.settled!r}, "
+            f"<TrajectoryScheduler {state}: position {self.position:g} ({nodes}), {self.plan.schedule!r}, "
             f"{self.generator_updates} generator updates>\n{aligned(rows)}"
         )
 
@@ -185,18 +160,15 @@ class TrajectoryScheduler:
         """
         if self.started:
             return
-        self._plan.target(self.progress.schedule_step)  # raises before anything is written
-        phase = self._phase_at(self.progress.schedule_step)
-        self._move_to(self._plan.target(self.progress.schedule_step).position)
-        if self.path is not None and self.last_node and self._fake_score is not None:
+        self._move_to(self.plan.target(self.progress.schedule_step).position)
+        if self.path is not None and self.plan.nodes and self._fake_score is not None:
             last = self.path.nodes[-1]
             # After a recording in the trainer s_phi is s'_N already; a write might cut an autograd graph in two.
             if self._fake_score.checksum() not in (last.recorded, last.checksum):
                 fake_score, source = self._fake_score, self.path.source
-                self._teacher.on_every_rank(lambda: fake_score.write(source(self.last_node)), "read the last node")
-        self.progress.phase = phase
-        self._prefetch()
-        self._notify()
+                self._teacher.on_every_rank(lambda: fake_score.write(source(self.plan.nodes)), "read the last node")
+        self.progress.phase = self._phase_at(self.progress.schedule_step)
+        self._after_move()
 
     def step(self, signal: Any = None) -> None:
         """Count a finished generator update and move the teacher. Never call it between a forward and its backward.
@@ -210,25 +182,25 @@ class TrajectoryScheduler:
             PluginError: If a plug-in that was asked for raised. The update is counted, and the teacher has moved.
         """
         self._require_start()
-        self._teacher.validate_untouched(self.generator_updates)
+        self._teacher.validate_untouched(self.progress.generator_updates)
         before = replace(self.progress)
         self.progress.generator_updates += 1
         try:
-            if not self.done:
+            if before.phase is not Phase.DONE:
                 self._advance(signal)
         except BaseException:
             if self._teacher.failed:
                 self.progress.commit(before)
             raise
         finally:
-            if self._masked is not None and self.generator_updates > before.generator_updates:
+            if self._masked is not None and self.progress != before:
+                self._masked.steps = before.generator_updates
                 self._masked.step()
 
     def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
         """Return `loss` with the same signature; a call raises unless the teacher holds the right position.
 
-        The samples that the losses of `disback_plugin.losses` mask inside it are reported every 50 updates, and by
-        `restore_teacher` (`MaskedSamples`).
+        The samples that losses mask inside it are reported every 50 updates, and by `restore_teacher`.
 
         Args:
             loss: Any callable that evaluates the teacher, or takes its output.
@@ -237,17 +209,11 @@ class TrajectoryScheduler:
         Raises:
             StateError: When called before `start`, or after someone else wrote the teacher's weights.
         """
+        from disback_plugin import kernels  # the losses' half of the package, which nothing else here needs
         from disback_plugin.plugins.nonfinite_counter import MaskedSamples
 
-        if self._masked is None:
-            self._masked = MaskedSamples(plugins=self._plugins)
-            self._masked.steps = self.generator_updates
-        inner = loss
-        if fuse:
-            from disback_plugin import kernels
-
-            inner = kernels.fuse(loss)
-        inner = self._masked.watch(inner)
+        self._masked = self._masked or MaskedSamples(plugins=self._plugins)
+        inner = self._masked.watch(kernels.fuse(loss) if fuse else loss)
 
         @functools.wraps(loss)
         def validated(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -270,25 +236,20 @@ class TrajectoryScheduler:
         finally:
             self._suspended = False
             self._move_to(self._target().position, together=False)  # one rank may have evaluated on its own
-            self._prefetch()
-            self._notify()
+            self._after_move()
 
     def end_backtracking(self) -> None:
-        """End backtracking now: the teacher is s'_0 and the gradient whole, as at the end of the schedule.
-
-        Raises:
-            StateError: Before `start`.
-        """
+        """End backtracking now, after `start`: the teacher is s'_0 and the gradient whole for good."""
         self._require_start()
         if not self.done:
-            self._commit(self.horizon)
+            self._commit(self.plan.horizon)
 
     def restore_teacher(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever the teacher holds now, and leave it there for good."""
         self._teacher.restore_teacher()
         if self.started:
             self.progress.phase = Phase.DONE
-        self._notify()
+        self._after_move()
         if self._masked is not None:
             self._masked.report()
 
@@ -305,9 +266,7 @@ class TrajectoryScheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state: the counters are set and the teacher is written from the path.
-
-        s_phi is left alone: its weights come from the trainer's checkpoint.
+        """Continue from a saved state: set the counters and write the teacher; s_phi comes from the checkpoint.
 
         Raises:
             StateError: If keys are missing, or the state is of another path or schedule. Then nothing changes.
@@ -325,130 +284,68 @@ class TrajectoryScheduler:
         self.progress.commit(progress)
         if self.started:
             self.progress.phase = self._phase_at(progress.schedule_step)
-        if self._masked is not None:
-            self._masked.steps = self.generator_updates
         self._move_to(self._target().position, rewrite=True, together=self.started)
-        self._prefetch()
-        self._notify()
-
-    # -- inside -------------------------------------------------------------------------------------------------------
+        self._after_move()
 
     def _target(self) -> Target:
         backtracking = self.progress.phase is Phase.BACKTRACKING
-        return self._plan.target(self.progress.schedule_step) if backtracking else Target(0.0)
+        return self.plan.target(self.progress.schedule_step) if backtracking else Target(0.0)
 
     def _phase_at(self, step: int) -> Phase:
-        return Phase.DONE if step >= self.horizon else Phase.BACKTRACKING
-
-    def _validate(self, path: DegradationPath, teacher: ScoreNetwork) -> None:
-        if not path.complete:
-            raise PathError(
-                f"an unfinished path ({path})", expected="a complete one", cure="record it to its end first"
-            )
-        if self._fake_score is not None:
-            teacher.check_same_layout(self._fake_score)
-        path.verify_teacher(teacher.full_state())
-        if self.last_node:
-            self.schedule.validate(self.last_node)
-
-    def _settled(self) -> Schedule:
-        """Return the schedule to follow on this path, and log what the recording made of it."""
-        if self.path is None or not self.last_node or not self.schedule.until_fitted:
-            return self.schedule
-        manifest = self.path.manifest
-        settled = resolve(self.schedule.settle(manifest.clock))
-        plan = Plan(settled, self.last_node)
-        logger.info(
-            "%s: s_phi %s %d updates at its learning rate; the teacher moves back from the last node in %d, and the "
-            "gradient grows to its full size in %d",
-            repr(settled).partition("(")[0].lower(),
-            "is fitted in" if manifest.fitted else "was not fitted in",
-            manifest.clock,
-            next(updates for updates, target in plan.timeline() if target.position == 0),
-            plan.horizon,
-        )
-        return settled
+        return Phase.DONE if step >= self.plan.horizon else Phase.BACKTRACKING
 
     def _advance(self, signal: Any) -> None:
         """Move on by one schedule step, unless a plug-in keeps or ends the node; as planned if the plug-in raises."""
         step, leave = self.progress.schedule_step, None
         try:
-            if self._plugins.listens("disback_should_advance") and self._plan.may_be_overruled(step):
-                leave = self._plugins.should_advance(self, self._target().position, self.updates_in_node, signal)
+            if self.plan.may_be_overruled(step):
+                updates = self.progress.generator_updates - self.progress.node_since
+                leave = self._plugins.should_advance(self, self.plan.target(step).position, updates, signal)
         finally:
-            self._commit(self._plan.next_step(step, leave))
+            self._commit(self.plan.next_step(step, leave))
 
     def _commit(self, step: int) -> None:
         """Move the teacher to the target of a schedule step, and only then let `progress` say so."""
-        position, previous = self._plan.target(step).position, self._target().position
+        position, previous = self.plan.target(step).position, self._target().position
         self._move_to(position)
         if position != previous:
             self.progress.node_since = self.generator_updates
         self.progress.schedule_step, self.progress.phase = step, self._phase_at(step)
-        self._prefetch()
-        self._notify()
+        self._after_move()
 
     def _move_to(self, position: float, *, rewrite: bool = False, together: bool = True) -> None:
         if not self._suspended and (rewrite or position != self.position):
             self._teacher.move_to(position, updates=self.generator_updates if together else None)
 
-    def _prefetch(self) -> None:
-        if self._teacher.prefetches and self.progress.phase is Phase.BACKTRACKING and not self._suspended:
-            following = self._plan.next_step(self.progress.schedule_step)
-            self._teacher.prefetch(self._plan.target(following).position)
-
-    def _notify(self) -> None:
-        """Call the plug-ins if the position or the gradient's factor has changed since the last call."""
-        now, previous = Target(self.position, self.gradient_factor), self._notified
-        if self._suspended or now == previous:
+    def _after_move(self) -> None:
+        """Begin to decode the next position, and call the plug-ins if the position or the gradient's factor changed."""
+        if self._suspended:
             return
-        self._notified = now
-        position, updates = now.position, self.generator_updates
+        if self._teacher.prefetches and self.progress.phase is Phase.BACKTRACKING:
+            following = self.plan.next_step(self.progress.schedule_step)
+            self._teacher.prefetch(self.plan.target(following).position)
+        now, previous = Target(self.position, self.gradient_factor), self._notified
+        if now == previous:
+            return
+        self._notified, position, updates = now, now.position, self.generator_updates
         values = {"disback/position": position, "disback/node": ceil(position), "disback/gradient": now.gradient}
         moved = position != previous.position
         if moved:
-            self._plugins.call(
-                "disback_after_node_swapped",
-                scheduler=self,
-                position=position,
-                previous=previous.position,
-                update=updates,
-            )
-            norms = [] if self.path is None else [node.delta_norm for node in self.path.nodes]
+            swapped = {"position": position, "previous": previous.position, "update": updates}
+            self._plugins.call("disback_after_node_swapped", scheduler=self, **swapped)
             values["disback/swap_ms"] = self._teacher.swap_ms
-            values["disback/delta_norm"] = length(norms, previous.position, position)
-        if not distributed.is_main_process():
-            return
-        self._plugins.call("disback_log", values=values, step=updates)
-        if moved and not self._plugins.listens("disback_log"):
-            # A ramp moves at each update: a position between two nodes is a detail.
-            level = logging.INFO if position == int(position) else logging.DEBUG
-            logger.log(level, "update %d: %s", updates, values)
+            values["disback/delta_norm"] = self._teacher.distance(previous.position, position)
+        if distributed.is_main_process():
+            self._plugins.call("disback_log", values=values, step=updates)
+            if moved and not self._plugins.listens("disback_log"):
+                # A ramp moves at each update: a position between two nodes is a detail.
+                level = logging.INFO if position == int(position) else logging.DEBUG
+                logger.log(level, "update %d: %s", updates, values)
 
     def _require_start(self) -> None:
         if self._teacher.failed:
-            raise StateError(
-                "a scheduler whose last move failed",
-                expected="a teacher at the right position",
-                cure="correct the cause of that error, and resume from the last saved state: load_state_dict(state)",
-            )
-        if not self.started:
-            raise StateError(
-                "a scheduler that has not started", expected="a started one", cure="call scheduler.start() first"
-            )
-
-
-def length(delta_norms: Sequence[float], start: float, end: float) -> float:
-    """Return the length of the path between two positions, in weight space.
-
-    Args:
-        delta_norms: |theta_i - theta_{i-1}| of nodes i = 1, ..., N.
-        start: A position in [0, N].
-        end: A position in [0, N].
-
-    Example:
-        >>> length([3.0, 4.0], 1.5, 0.0), length([3.0, 4.0], 0.0, 2.0)
-        (5.0, 7.0)
-    """
-    low, high = sorted((start, end))
-    return sum(norm * max(min(high, i + 1) - max(low, i), 0.0) for i, norm in enumerate(delta_norms))
+            cure = "correct the cause of that error, and resume from the last saved state: load_state_dict(state)"
+            raise StateError("a scheduler whose last move failed", expected="a teacher in place", cure=cure)
+        if self.progress.phase is Phase.RECORDING:
+            cure = "call scheduler.start() first"
+            raise StateError("a scheduler that has not started", expected="a started scheduler", cure=cure)

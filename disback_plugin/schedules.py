@@ -76,8 +76,8 @@ class Fixed(Schedule):
 
     def validate(self, nodes: int) -> None:
         """Raise OptionError if there are more budgets than nodes N - 1, ..., 1, or if the recipe has another N."""
-        if self.of is not None and nodes != recipe(self.of).nodes:
-            wanted = recipe(self.of)
+        wanted = None if self.of is None else recipe(self.of)
+        if wanted is not None and nodes != wanted.nodes:
             raise OptionError(
                 f"schedule {self.of!r} for a path whose last node is {nodes}",
                 expected=f"the {wanted.nodes} nodes after the teacher that its {wanted.record} iterations make",
@@ -92,13 +92,11 @@ class Fixed(Schedule):
             )
 
     def _ends(self, nodes: int) -> list[int]:
-        """Return the update at which the teacher leaves each node N - 1, ..., 1."""
         given = self.budgets[: max(nodes - 1, 0)]
         return list(accumulate(given + given[-1:] * (nodes - 1 - len(given))))
 
     def __repr__(self) -> str:
-        named = () if self.of is None else (f"of={self.of!r}",)
-        return f"Fixed({', '.join((*map(str, self.budgets), *named))})"
+        return f"Fixed({', '.join(map(str, self.budgets))}" + (")" if self.of is None else f", of={self.of!r})")
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,8 @@ class Ramp(Schedule):
 class Auto(Schedule):
     """The default, without a setting: recording measures F and ends as soon as it has, and F is the descent's length.
 
-    F, the updates in which s' is fitted to the student's samples, is the time in which s_phi follows a change of the
-    student at this network, learning rate and batch. The teacher moves back in F generator updates; the gradient is
-    whole after 3F. The two factors were found on a few small problems (`benchmarks/EVIDENCE.md`).
+    F is also the time in which s_phi follows a change of the student at this network, learning rate and batch. The
+    factors of F and 3F were found on a few small problems (`benchmarks/EVIDENCE.md`).
 
     Args:
         fitted: F >= 1; None takes it from the path's recording. Without a path this schedule does nothing.
@@ -233,23 +230,18 @@ class GradientRamp(Schedule):
         return self.updates
 
 
-# -- the paper's settings ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Recipe:
     """One setting of the paper, from recipes.toml.
 
     Attributes:
-        name: The recipe's name, which also names its schedule: `schedule="edm-64"`.
+        name: Name of the recipe and of its schedule: `schedule="edm-64"`.
         setting: Teacher, student and data.
         record: Recording iterations, in updates of s'.
         every: Recording iterations from one node to the next.
         budgets: Generator updates on nodes N - 1, ..., 1.
-        source: Section of the paper.
-        quotes: The paper's words for the three counts.
-        training: Optimizers, rates, batch and length of the paper's training; for information.
-        note: What the paper leaves open or contradicts.
+        source: Section of the paper, of whose words `quotes` are those for the counts.
+        training: The paper's optimizers, rates, batch and length; `note` is on what the paper leaves open.
 
     Example:
         >>> edm = recipe("edm-64")
@@ -292,10 +284,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """Return a recipe by its name.
-
-    Raises:
-        OptionError: If no recipe has this name.
+    """Return a recipe by its name; raises OptionError if no recipe has this name.
 
     Example:
         >>> recipe("sdxl").record, recipe("sdxl").source
@@ -306,14 +295,8 @@ def recipe(name: str) -> Recipe:
     return recipes()[name]
 
 
-# -- from an argument -------------------------------------------------------------------------------------------------
-
-
 def resolve(schedule: Schedule | str | Any) -> Schedule:
-    """Return a schedule from an object of this module, or a user's, or a text for `parse`.
-
-    Raises:
-        OptionError: If the argument is none of these.
+    """Return a schedule from an object of this module, or a user's, or a text for `parse`; else raises OptionError.
 
     Example:
         >>> resolve("warm"), resolve(Ramp(7))
@@ -337,10 +320,7 @@ def parse(text: str) -> Schedule:
 
     Args:
         text: "auto", "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", or the
-            name of a recipe, which is its Fixed and fits the path of its own recording only.
-
-    Raises:
-        OptionError: If the text names no schedule.
+            name of a recipe, which fits the path of its own recording only. OptionError is raised for any other text.
 
     Example:
         >>> parse("ramp:50"), parse("fixed:1000,10000")
@@ -354,10 +334,8 @@ def parse(text: str) -> Schedule:
     except ValueError:
         name, numbers = "", []
     match name, numbers:
-        case "auto", []:
-            return Auto()
-        case "warm", []:
-            return WarmStart()
+        case (("auto" | "warm"), []):
+            return Auto() if name == "auto" else WarmStart()
         case (("ramp" | "plain-ramp"), ([] | [_])):
             return Ramp(*numbers, amplitude=name == "ramp")
         case "grad-ramp", ([] | [_]):
@@ -366,7 +344,6 @@ def parse(text: str) -> Schedule:
             return Fixed(*numbers)
     raise OptionError(
         f"schedule {text!r}",
-        expected="auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K], fixed:b,c,... with whole numbers, or "
-        + ", ".join(recipes()),
+        expected=f"auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K], fixed:b,c,... or {', '.join(recipes())}",
         cure="pass one of these, or an object of disback_plugin.schedules",
     )

@@ -111,7 +111,7 @@ class Session:
     @property
     def active_schedule(self) -> Schedule:
         """The schedule; once backtracking has begun, with the length that it took from the recording."""
-        return self.schedule if self.scheduler is None else self.scheduler.settled
+        return self.schedule if self.scheduler is None else self.scheduler.plan.schedule
 
     def timeline(self) -> list[tuple[int, Target]]:
         """Return generator updates with the target from there on; empty if the recording has yet to decide."""
@@ -208,8 +208,8 @@ class Session:
 
     def _set_scheduler(self, scheduler: TrajectoryScheduler) -> None:
         self.scheduler, self.recorder = scheduler, None
-        monitored = not scheduler.done and scheduler.last_node
-        self._monitor = DivergenceMonitor(self.fake_score, scheduler.horizon) if monitored else None
+        monitored = not scheduler.done and scheduler.plan.nodes
+        self._monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
         return TrajectoryScheduler(

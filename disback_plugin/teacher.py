@@ -144,6 +144,12 @@ class TeacherWriter:
         if self._prefetcher is not None:
             self._prefetcher.close()
 
+    def distance(self, start: float, end: float) -> float:
+        """Return the length of the path between two positions in [0, N], in weight space."""
+        low, high = sorted((start, end))
+        norms = [] if self._path is None else [node.delta_norm for node in self._path.nodes]
+        return sum(norm * max(min(high, i + 1) - max(low, i), 0.0) for i, norm in enumerate(norms))
+
     @property
     def prefetches(self) -> bool:
         """Whether `prefetch` does anything."""

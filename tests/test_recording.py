@@ -292,7 +292,7 @@ def test_what_record_returns_can_be_passed_as_a_path(tmp_path):
     run = Run()
     path = record_in_loop(run, tmp_path / "path")
     for form in (path, path.folder, str(path.folder)):
-        assert disback.TrajectoryScheduler(form, run.teacher).last_node == 3
+        assert disback.TrajectoryScheduler(form, run.teacher).plan.nodes == 3
     with disback.attach(**Run().roles(), path=path, record=6, every=2, schedule="warm") as handle:
         assert handle.phase == "done"
 

@@ -11,8 +11,8 @@ from worlds import Run, Score, clone, difference
 import disback_plugin as disback
 from disback_plugin import schedules
 from disback_plugin.errors import OptionError, PathError, StateError
-from disback_plugin.scheduler import length
 from disback_plugin.schedules import Fixed, Ramp, WarmStart, to_config
+from disback_plugin.teacher import TeacherWriter
 from disback_plugin.weights.network import ScoreNetwork
 
 
@@ -70,7 +70,7 @@ def test_the_last_position_is_the_teacher_bit_for_bit(recorded, schedule, extra)
     assert difference(state(run.teacher), before) == []
 
 
-def test_between_two_nodes_stands_their_mixture(recorded):
+def test_a_position_between_two_nodes_is_their_mixture(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(4, start=0.9))
     scheduler.start()  # 3.6
@@ -79,7 +79,7 @@ def test_between_two_nodes_stands_their_mixture(recorded):
     assert run.teacher.right.weight is run.teacher.left.weight
 
 
-def test_a_wrapped_loss_keeps_its_signature_and_sees_the_right_node(recorded):
+def test_a_wrapped_loss_keeps_its_signature_and_evaluates_the_right_node(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Fixed(1))
 
@@ -99,7 +99,7 @@ def test_a_wrapped_loss_keeps_its_signature_and_sees_the_right_node(recorded):
         scheduler.step()
 
 
-def test_the_original_teacher_is_there_inside_and_the_node_after(recorded):
+def test_original_teacher_holds_node_0_inside_and_the_active_node_after(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(10))
     scheduler.start()
@@ -128,7 +128,7 @@ def test_a_teacher_written_by_somebody_else_is_noticed(recorded):
         scheduler.step()
 
 
-def test_a_write_of_equal_values_is_no_offence(recorded):
+def test_a_write_of_equal_values_is_allowed(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Fixed(2))
     scheduler.start()
@@ -137,7 +137,7 @@ def test_a_write_of_equal_values_is_no_offence(recorded):
     assert scheduler.position == 3
 
 
-def test_the_state_is_plain_scalars_and_restores_the_node(recorded):
+def test_the_state_is_plain_scalars_and_restores_the_position(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule=Ramp(7))
     scheduler.start()
@@ -206,7 +206,7 @@ def test_a_step_before_the_start_is_refused(recorded):
         disback.TrajectoryScheduler(recorded, holding(recorded).teacher).step()
 
 
-def test_a_bf16_teacher_walks_an_fp32_path_and_comes_back_exactly(tmp_path):
+def test_a_bf16_teacher_follows_an_fp32_path_and_is_restored_exactly(tmp_path):
     run = Run(dtype=torch.bfloat16)
     before = state(run.teacher)
     path = disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=4, every=2)
@@ -271,11 +271,13 @@ def test_a_schedule_out_of_bounds_never_reaches_the_teacher(recorded, target):
     assert difference([state(run.teacher), state(run.fake_score)], before) == []
 
 
-@given(norms=st.lists(st.floats(0, 10), min_size=1, max_size=5), data=st.data())
-def test_the_length_of_a_descent_is_the_sum_of_its_legs(norms, data):
-    a, b, c = sorted(data.draw(st.lists(st.floats(0, len(norms)), min_size=3, max_size=3)))
-    assert length(norms, a, c) == length(norms, c, a) == pytest.approx(length(norms, a, b) + length(norms, b, c))
-    assert length(norms, 0, len(norms)) == pytest.approx(sum(norms))
+@given(positions=st.lists(st.floats(0, 4), min_size=3, max_size=3))
+def test_the_distance_between_two_positions_is_the_sum_of_its_legs(recorded, positions):
+    teacher = TeacherWriter(ScoreNetwork(holding(recorded).teacher), recorded)
+    a, b, c = sorted(positions)
+    legs = teacher.distance(a, b) + teacher.distance(b, c)
+    assert teacher.distance(a, c) == teacher.distance(c, a) == pytest.approx(legs)
+    assert teacher.distance(4.0, 0.0) == pytest.approx(sum(node.delta_norm for node in recorded.nodes))
 
 
 def test_a_state_of_version_1_is_loaded(recorded):
