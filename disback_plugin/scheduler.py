@@ -268,8 +268,7 @@ class TrajectoryScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state: set the counters and write the teacher; s_phi comes from the checkpoint.
 
-        Raises:
-            StateError: If keys are missing, or the state is of another path or schedule. Then nothing changes.
+        Raises StateError, and changes nothing, if keys are missing, or the state is of another path or schedule.
         """
         if "started" in state:  # version 1
             phase = Phase.BACKTRACKING if state["started"] else Phase.RECORDING
