@@ -225,6 +225,7 @@ class DivergenceMonitor:
         horizon: Length of backtracking in generator updates: a longer one has longer windows.
 
     Attributes:
+        window_ended: Whether a window has ended whose signs `new_signs` has not returned; the same on all ranks.
         stalled: Whether gradients agreed in two windows in a row; stays True.
         diverged: Whether the gradients have grown thirtyfold or are not finite; stays True.
 
@@ -244,7 +245,7 @@ class DivergenceMonitor:
         self._gradient = GradientSample(network)
         self._later = min(max(horizon // WINDOWS, EVERY), LONGEST)
         self._count = self._agreed = 0  # updates in this window, windows in a row that agreed
-        self.stalled = self.diverged = False
+        self.window_ended = self.stalled = self.diverged = False
         self._first = 0.0  # norm in the first window
         self._sums: Tensor | None = None  # sum of the cosines, their number, sum of the squared norms
 
@@ -254,10 +255,11 @@ class DivergenceMonitor:
 
     def observe(self) -> None:
         """Sample the gradients of an update; of a long window only those of the last updates."""
-        if self._count >= self._window:  # nobody asked for the signs: generator updates may be rare
+        if self.window_ended:  # nobody asked for the signs: generator updates may be rare
             self._count, self._sums = 0, None
         self._count += 1
         left = self._window - self._count
+        self.window_ended = left <= 0
         if left > EVERY:
             return
         if left == EVERY:
@@ -278,7 +280,7 @@ class DivergenceMonitor:
 
         All ranks must call, after the same update: rank 0 decides for all. Between two windows nothing is read.
         """
-        if self._count < self._window:
+        if not self.window_ended:
             return []
         cosines, number, squares = distributed.on_main_process(self._read)
         known = self.stalled, self.diverged
@@ -287,7 +289,7 @@ class DivergenceMonitor:
         norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
         self.diverged = self.diverged or not math.isfinite(norm) or 0 < GROWTH * self._first < norm
         self._first = self._first or norm
-        self._count, self._sums = 0, None
+        self._count, self._sums, self.window_ended = 0, None, False
         signs = {"stalled": self.stalled and not known[0], "diverged": self.diverged and not known[1]}
         return [name for name, new in signs.items() if new]
 
@@ -312,6 +314,7 @@ class DivergenceMonitor:
         self._count, self._agreed, signs = (int(number) for number in state[:3].tolist())
         self.stalled, self.diverged = bool(signs & 2), bool(signs & 4)
         self._first = float(state[3])
+        self.window_ended = self._count >= self._window
         self._sums = state[4:COUNTS].clone() if state[4:COUNTS].any() else None
         self._gradient.last = state[COUNTS:].clone() if len(state) > COUNTS else None
 

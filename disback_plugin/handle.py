@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disback_plugin import distributed
 from disback_plugin.errors import StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.run_log import numbers_and_pictures
 from disback_plugin.progress import Phase
-from disback_plugin.scheduler import TrajectoryScheduler
 from disback_plugin.session import Session
+
+if TYPE_CHECKING:
+    from disback_plugin.scheduler import TrajectoryScheduler
 
 __all__ = ["Handle"]
 

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from disback_plugin import distributed
 from disback_plugin.errors import OptionError, TrainingError
-from disback_plugin.loop import optimizers
 from disback_plugin.loop.lr_schedulers import restored
+from disback_plugin.loop.optimizer_hooks import after_updates
 from disback_plugin.loop.roles import check_networks
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
@@ -155,7 +155,7 @@ def _one_update(recorder: Recorder, fake_step: Callable[[], object]) -> object:
     weights = [tensor for _, tensor in recorder.network.named_tensors()]
     # Of parameters only: a forward writes running statistics.
     versions = [weight._version for weight in weights if isinstance(weight, nn.Parameter)]
-    with optimizers.after_updates(weights, recorder.observe_gradients):  # fake_step may clear the gradients
+    with after_updates(weights, recorder.observe_gradients):  # fake_step may clear the gradients
         for _ in range(PATIENCE + 1):
             returned = fake_step()
             # Only the version shows an update without a torch optimizer; only the hook shows one through `.data`.

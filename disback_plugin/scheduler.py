@@ -97,6 +97,7 @@ class TrajectoryScheduler:
         self._plugins = PluginManager.of(plugins)
         self._notified = Target(0.0)  # what the plug-ins know
         self._suspended = False  # inside original_teacher
+        self._logs = distributed.is_main_process()
         self._masked: MaskedSamples | None = None
         if path is not None:
             if not path.complete:
@@ -334,7 +335,7 @@ class TrajectoryScheduler:
             self._plugins.call("disback_after_node_swapped", scheduler=self, **swapped)
             values["disback/swap_ms"] = self._teacher.swap_ms
             values["disback/delta_norm"] = self._teacher.distance(previous.position, position)
-        if distributed.is_main_process():
+        if self._logs:
             self._plugins.call("disback_log", values=values, step=updates)
             if moved and not self._plugins.listens("disback_log"):
                 # A ramp moves at each update: a position between two nodes is a detail.

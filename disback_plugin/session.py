@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -25,9 +25,11 @@ from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.progress import VERSION, Phase, Progress, validate_form, validate_state
 from disback_plugin.recorder import PATIENCE, Recorder
 from disback_plugin.schedule_base import Plan, to_config, validate_config
-from disback_plugin.scheduler import TrajectoryScheduler
 from disback_plugin.schedules import Schedule, Target
 from disback_plugin.weights.network import ScoreNetwork
+
+if TYPE_CHECKING:
+    from disback_plugin.scheduler import TrajectoryScheduler
 
 __all__ = ["Session"]
 
@@ -132,7 +134,7 @@ class Session:
         """Capture the learning-rate schedulers before recording advances them, and restore them afterwards."""
         if self.progress.phase is Phase.RECORDING:
             self._lr_schedulers.capture()
-        else:
+        elif self._lr_schedulers.saved:
             self._lr_schedulers.restore(optimizer)
 
     def gradient_factor(self) -> float | None:
@@ -182,6 +184,8 @@ class Session:
         if monitor is None or scheduler.done:
             self._monitor = None
             return
+        if not monitor.window_ended:
+            return
         signs = monitor.new_signs()
         ends = monitor.diverged and self.schedule.until_fitted
         for sign in signs:
@@ -212,6 +216,8 @@ class Session:
         self._monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
 
     def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
+        from disback_plugin.scheduler import TrajectoryScheduler
+
         return TrajectoryScheduler(
             self.path,
             self.teacher,

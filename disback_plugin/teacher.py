@@ -78,7 +78,8 @@ class TeacherWriter:
         self._witness = network.first_parameter()
         wanted = self._witness.device.type != "cpu" if prefetch is None else prefetch
         self._prefetcher = Prefetcher(network) if wanted and self._path is not None else None
-        self._together = network.sharded if together is None else together
+        # The process group exists by now: the networks are wrapped, and `attach` has compared the ranks' arguments.
+        self._together = (network.sharded if together is None else together) and distributed.is_distributed()
         # Of a sharded node each rank compares its own part with that of the node when the whole path was verified.
         parts = network.parts()
         self._expected = None if parts is None or self._path is None else self._path.part_checksums(parts)
@@ -115,7 +116,7 @@ class TeacherWriter:
         if path is None:
             return
         with self._timed():
-            if self._together and updates is not None and distributed.is_distributed():
+            if self._together and updates is not None:
                 facts = {"path": path.identity, "position": position, "generator_updates": updates}
                 try:
                     distributed.on_every_rank(lambda: self._move(path, position), "move the teacher", facts)

@@ -281,7 +281,7 @@ def test_a_node_that_could_not_be_written_is_due_again(tmp_path, monkeypatch):
         run.steps(4)
         assert handle.phase == "done"
     assert [node.iteration for node in disback.DegradationPath(tmp_path).nodes] == [2, 4]
-    with pytest.raises(OptionError, match="where"):
+    with pytest.raises(OptionError, match="the next iteration"):
         disback.DegradationPath(tmp_path).append({}, iteration=3)
 
 

@@ -60,6 +60,9 @@ class SchedulerSnapshot:
             `state_dict` and `load_state_dict`; or a sequence of these. An empty sequence restores nothing.
         optimizers: The generator's and the fake score's. Objects without an optimizer are restored with the first.
 
+    Attributes:
+        saved: The states still to be restored, by name; None before `capture`.
+
     Raises:
         OptionError: If an element of `restore` is neither, or its state is not made of plain numbers.
 
@@ -84,7 +87,7 @@ class SchedulerSnapshot:
         self._objects = [item for item in given if isinstance(item, Stateful)]
         self._searches = "schedulers" in [item for item in given if isinstance(item, str)]
         self._optimizers = optimizers
-        self._saved: dict[str, Any] | None = None  # states still to be restored; None before `capture`
+        self.saved: dict[str, Any] | None = None
         wrong = [item for item in given if item not in self._objects and item != "schedulers"]
         wrong += [item for item in self._objects if _to_json(item.state_dict()) is None]
         if wrong:
@@ -96,9 +99,9 @@ class SchedulerSnapshot:
 
     def capture(self) -> None:
         """Save the states, the first time that it is called; call it before each step of a recording."""
-        if self._saved is not None:
+        if self.saved is not None:
             return
-        self._saved = {}
+        self.saved = {}
         for name, found in self._found().items():
             stateful, index, writes_groups = found[0]
             state = _to_json(stateful.state_dict())
@@ -109,18 +112,18 @@ class SchedulerSnapshot:
             groups = self._optimizers[index].param_groups if writes_groups else []
             settings = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
             plain = json.loads(_to_json(settings) or "[]")
-            self._saved[name] = {"owner": index, "state": json.loads(state), "groups": plain}
-        if self._saved:
-            logger.info("to be restored after the recording: %s", ", ".join(self._saved))
+            self.saved[name] = {"owner": index, "state": json.loads(state), "groups": plain}
+        if self.saved:
+            logger.info("to be restored after the recording: %s", ", ".join(self.saved))
 
     def restore(self, optimizer: Optimizer | None = None) -> None:
         """Restore the saved states that belong to one optimizer, or, with None, all of them; each once."""
-        if not self._saved:
+        if not self.saved:
             return
-        due = [name for name, saved in self._saved.items() if optimizer in (None, self._optimizers[saved["owner"]])]
+        due = [name for name, saved in self.saved.items() if optimizer in (None, self._optimizers[saved["owner"]])]
         present = self._found() if due else {}
         for name in due:
-            saved = self._saved.pop(name)
+            saved = self.saved.pop(name)
             for stateful, _, _ in present.get(name, ()):  # none if the trainer has dropped the scheduler
                 stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
                 for group, settings in zip(
@@ -131,7 +134,7 @@ class SchedulerSnapshot:
 
     def to_text(self) -> str:
         """Return the states still to be restored as JSON; "" before `capture`."""
-        return "" if self._saved is None else json.dumps(self._saved)
+        return "" if self.saved is None else json.dumps(self.saved)
 
     def validate_text(self, text: str) -> None:
         """Raise StateError unless each scheduler that a text restores exists here, once."""
@@ -146,7 +149,7 @@ class SchedulerSnapshot:
 
     def load_text(self, text: str) -> None:
         """Continue from a text that `to_text` returned and `validate_text` accepted."""
-        self._saved = json.loads(text) if text else None
+        self.saved = json.loads(text) if text else None
 
     def _found(self) -> dict[str, list[_Found]]:
         """Return all objects to restore, by name. Several of one name cannot be told apart in another process."""

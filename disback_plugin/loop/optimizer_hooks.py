@@ -4,23 +4,33 @@ generator's optimizers    pre-hook    hide all gradients, so that the step chang
                           post-hook   count the update; no autograd graph is pending here
 fake score's optimizers   pre-hook    scale the learning rate for this step, while recording
                           post-hook   restore the learning rate and count the update
+
+An *update* is a step that changed weights. A backward without a step (gradient accumulation), a step without gradients
+and a step that a GradScaler skipped are none.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.errors import RoleError
-from disback_plugin.loop import optimizers
-from disback_plugin.loop.optimizers import Args, Kwargs
+from disback_plugin.loop.optimizers import groups_of, set_in_group
 from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sharding import has_gradient
 
-__all__ = ["OptimizerHooks", "StepListener"]
+__all__ = ["LearningRateScale", "OptimizerHooks", "StepListener", "UpdateCounter", "after_updates"]
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 # Optimizers with hooks: two handles on one loop would both move the teacher.
 _HOOKED: WeakSet[Optimizer] = WeakSet()
@@ -62,12 +72,12 @@ class OptimizerHooks:
         self, generator: list[Optimizer], fake_score: list[Optimizer], network: ScoreNetwork, listener: StepListener
     ) -> None:
         self._generator, self._fake_score, self._network, self._listener = generator, fake_score, network, listener
-        self._learning_rates = optimizers.LearningRateScale()
+        self._learning_rates = LearningRateScale()
         self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._had_gradients: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
-        self._generator_updates = optimizers.UpdateCounter(generator, listener.after_generator_step)
-        self._fake_score_updates = optimizers.UpdateCounter(fake_score, listener.after_fake_score_step)
+        self._generator_updates = UpdateCounter(generator, listener.after_generator_step)
+        self._fake_score_updates = UpdateCounter(fake_score, listener.after_fake_score_step)
         if not _HOOKED.isdisjoint((*generator, *fake_score)):
             raise RoleError(
                 "an optimizer that a handle is attached to already",
@@ -111,13 +121,13 @@ class OptimizerHooks:
         self._generator_updates.before_step(optimizer)
 
         def change_gradients() -> None:
-            self._had_gradients[optimizer] = optimizers.has_gradients(optimizer)
+            self._had_gradients[optimizer] = has_gradients(optimizer)
             if factor is None:
-                self._hidden[optimizer] = optimizers.hide_gradients(optimizer)
+                self._hidden[optimizer] = hide_gradients(optimizer)
             elif factor != 1.0:
-                optimizers.scale_gradients(optimizer, factor)
+                scale_gradients(optimizer, factor)
 
-        return optimizers.call_with_gradients(args, kwargs, change_gradients)
+        return call_with_gradients(args, kwargs, change_gradients)
 
     def _after_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         held_still = optimizer in self._hidden
@@ -139,13 +149,165 @@ class OptimizerHooks:
             self._learning_rates.apply(optimizer, (tensor for _, tensor in self._network.named_tensors()), factor)
 
         def see_gradients() -> None:
-            self._had_gradients[optimizer] = optimizers.has_gradients(optimizer)
+            self._had_gradients[optimizer] = has_gradients(optimizer)
 
-        return optimizers.call_with_gradients(args, kwargs, see_gradients)
+        return call_with_gradients(args, kwargs, see_gradients)
 
     def _after_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         self._learning_rates.restore(optimizer)
         self._fake_score_updates.after_step(optimizer, self._is_update(optimizer))
 
     def _is_update(self, optimizer: Optimizer) -> bool:
-        return self._had_gradients.pop(optimizer, False) and not optimizers.skipped_by_scaler(optimizer)
+        return self._had_gradients.pop(optimizer, False) and not skipped_by_scaler(optimizer)
+
+
+class UpdateCounter:
+    """Combines the steps of several optimizers that share a network, in any order, into one update.
+
+    An update ends when all of them have stepped, or when one is about to step for a second time.
+
+    Args:
+        optimizers: The optimizers.
+        at_end: Called at the end, with whether a weight was updated.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], at_end: Callable[[bool], None]) -> None:
+        self._count, self._at_end = len(optimizers), at_end
+        self._stepped: dict[Optimizer, bool] = {}
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """End the present update if this optimizer has already stepped in it."""
+        if optimizer in self._stepped:
+            self._end()
+
+    def after_step(self, optimizer: Optimizer, updated: bool) -> None:
+        """Count a step, with whether it updated weights."""
+        self._stepped[optimizer] = updated
+        if len(self._stepped) == self._count:
+            self._end()
+
+    def _end(self) -> None:
+        updated = any(self._stepped.values())
+        self._stepped.clear()
+        self._at_end(updated)
+
+
+@contextmanager
+def after_updates(weights: Iterable[Tensor], action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` after each step of any optimizer that updated one of these weights, before gradients are cleared.
+
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> sgd = torch.optim.SGD([weight], lr=0.1)
+        >>> with after_updates([weight], lambda: print(weight.grad)):
+        ...     (3 * weight).backward()
+        ...     sgd.step()
+        ...     sgd.zero_grad()
+        tensor([3.])
+    """
+    own = [*weights]
+
+    def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if groups_of(optimizer, own) and has_gradients(optimizer) and not skipped_by_scaler(optimizer):
+            action()
+
+    hook = register_optimizer_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class LearningRateScale:
+    """Multiplies the learning rates of some weights for one step, and restores them bit for bit.
+
+    Example:
+        >>> weight = torch.ones(1)
+        >>> sgd, scale = torch.optim.SGD([weight], lr=0.1), LearningRateScale()
+        >>> scale.apply(sgd, [weight], 4)
+        >>> sgd.param_groups[0]["lr"]
+        0.4
+        >>> scale.restore(sgd)
+        >>> sgd.param_groups[0]["lr"]
+        0.1
+    """
+
+    def __init__(self) -> None:
+        self._saved: dict[Optimizer, list[tuple[dict[str, Any], Any]]] = {}
+
+    def apply(self, optimizer: Optimizer, weights: Iterable[Tensor], factor: int) -> None:
+        """Multiply the rates of the groups that hold one of `weights`; every group has a rate that is a number."""
+        # All rates are read before one is written: groups may share the tensor that holds their rate.
+        saved = [
+            (group, group["lr"].detach().clone() if isinstance(group["lr"], Tensor) else group["lr"])
+            for group in groups_of(optimizer, weights)
+        ]
+        self._saved[optimizer] = saved
+        for group, rate in saved:
+            set_in_group(group, "lr", rate * factor)
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Restore the rates unless they are restored: after a step, or later if the step raised."""
+        for group, rate in self._saved.pop(optimizer, ()):
+            set_in_group(group, "lr", rate)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def call_with_gradients(args: Args, kwargs: Kwargs, action: Callable[[], None]) -> tuple[Args, Kwargs] | None:
+    """Call `action` once the gradients of a step are there: at once, or at the end of the step's closure.
+
+    Args:
+        args: Positional arguments of `Optimizer.step` as a step pre-hook gets them, the optimizer first.
+        kwargs: Its keyword arguments.
+        action: A function that may change the gradients.
+
+    Returns:
+        The pre-hook's return value: None, or the arguments with another closure.
+    """
+    given = args[1] if len(args) > 1 else kwargs.get("closure")
+    if given is None:
+        action()
+        return None
+
+    def closure() -> Any:
+        loss = given()
+        action()
+        return loss
+
+    return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Return whether a step would change a weight, on this or another rank. Stops at the first gradient found."""
+    return any(has_gradient(p) for group in optimizer.param_groups for p in group["params"])
+
+
+def hide_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Set every gradient to None, so that a step changes neither weights nor optimizer state.
+
+    Returns:
+        Each parameter with the gradient that it had.
+    """
+    hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p, _ in hidden:
+        p.grad = None
+    return hidden
+
+
+def scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
+def skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Return whether a GradScaler makes this step a no-op on the device, as it does for fused optimizers.
+
+    Other optimizers are not stepped at all when gradients overflow. Reads one flag of the device, and only under a
+    GradScaler with a fused optimizer.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())

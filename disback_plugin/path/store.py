@@ -159,8 +159,9 @@ class Store:
 
     def _stamps(self, index: int) -> dict[str, Stamp]:
         """Return the stamps of the files of nodes 0 to `index`."""
-        listed = [entry for entry in self.manifest.entries[: index + 1] if entry.sha256]
-        return {entry.file: (files.stamp(self.folder / entry.file), entry.sha256) for entry in listed}
+        manifest = self.manifest
+        listed: list[Teacher | Node] = [manifest.teacher, *manifest.nodes[:index]]
+        return {e.file: (files.stamp(self.folder / e.file), e.sha256) for e in listed if e.sha256}
 
     def _source(self, index: int, stamps: Mapping[str, Stamp]) -> NodeSource:
         """Return node `index`; files are opened unless they are open and unchanged."""
