@@ -340,7 +340,7 @@ def content(folder):
     return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-@pytest.mark.parametrize("codec", ["int8", "exact", "auto"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_the_files_are_the_same_bit_for_bit_however_many_processes_recorded_them(nursery, tmp_path, codec):
     recorded("one", tmp_path / "one", codec)
     known = content(tmp_path / "one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from disback_plugin._text_table import aligned
 from disback_plugin.cli import Commands, command, json_option
 
 __all__ = ["add"]
@@ -51,9 +52,7 @@ def run(options: argparse.Namespace) -> int:
             hooks = ", ".join(hook.removeprefix("disback_") for hook in plugin.hooks)
             distribution = f"{plugin.distribution} {plugin.version}"
             rows.append((plugin.name, distribution, plugin.group, plugin.value, plugin.status, hooks, plugin.reason))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
+        print(aligned(rows, indent=""))
         for name, version in environment.items():
             print(f"{name} {version}")
     return int(options.check and any(plugin.status == "broken" for plugin in plugins))

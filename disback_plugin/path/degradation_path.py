@@ -27,7 +27,7 @@ from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
 from disback_plugin.path.delta import InterpolatedSource
 from disback_plugin.path.manifest import CONFIG, Manifest, Node, Recording
-from disback_plugin.path.store import Store
+from disback_plugin.path.store import Store, require_whole
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Part, Source
@@ -92,12 +92,8 @@ class DegradationPath(
             TrainingError: If the teacher holds a NaN.
         """
         root, state = Path(folder).absolute(), FullState.of(teacher)
-        if state.sharded and not recording.keep_teacher:
-            raise OptionError(
-                "keep_teacher=False and a sharded teacher, of which no rank could keep a copy",
-                expected="a path that holds node 0",
-                cure="omit keep_teacher=",
-            )
+        if not recording.keep_teacher:
+            require_whole(state)
         args = root, state, recording, generator, teacher_id
         path = cls(root, distributed.on_main_process(lambda: Store.create(*args), state))
         if recording.keep_teacher:

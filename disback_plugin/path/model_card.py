@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from huggingface_hub import ModelCard, ModelCardData
 
 from disback_plugin.path.manifest import FORMAT, Manifest
 
 __all__ = ["ROWS", "model_card", "node_table", "percent"]
 
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # A longer table is shown by its beginning and end.
 ROWS = 12
 
@@ -15,8 +19,8 @@ ROWS = 12
 def model_card(manifest: Manifest) -> str:
     """Return the model card: teacher, nodes, codec and errors, and how to use the path."""
     data = ModelCardData(library_name="disback", tags=["disback", "score-distillation", "diffusion-distillation"])
-    card = ModelCard.from_template(data, template_str=_TEMPLATE, manifest=manifest, version=FORMAT, percent=percent)
-    return f"{card}\n"
+    values: dict[str, Any] = {"manifest": manifest, "version": FORMAT, "percent": percent}
+    return f"{ModelCard.from_template(data, template_path=str(TEMPLATE), **values)}\n"
 
 
 def percent(share: float) -> str:
@@ -48,34 +52,3 @@ def node_table(manifest: Manifest) -> list[tuple[str, ...]]:
     if len(nodes) > ROWS:
         nodes[ROWS // 2 : -ROWS // 2] = [("...", f"{len(nodes) - ROWS} more", "", "", "", "")]
     return [head, teacher, *nodes]
-
-
-_TEMPLATE = """---
-{{ card_data }}
----
-# A degradation path
-
-Weights of a score network on its way from the teacher (node 0) to the distribution of an initial student generator,
-recorded for Distribution Backtracking Distillation ([arXiv 2408.15991](https://arxiv.org/abs/2408.15991)).
-
-* teacher: {{ manifest.teacher.id or "unnamed" }}, fingerprint `{{ manifest.teacher.fingerprint }}`
-{%- if not manifest.recording.keep_teacher %}; the path does not hold it, and needs this very teacher, bit for bit
-{%- endif %}
-* initial generator: fingerprint `{{ manifest.generator or "unknown" }}`
-* recorded in {{ manifest.iterations }} iterations, codec `{{ manifest.recording.codec }}`, format {{ version }}
-
-| node | iteration | codec | bytes | distance to the node before | error in weights | checksum |
-|---|---|---|---|---|---|---|
-{%- for n in manifest.nodes %}
-| {{ n.index }} | {{ n.iteration }} | {{ n.codec }} | {{ "{:,}".format(n.bytes) }} | {{ "%.4g" % n.delta_norm }} |
-{#- #} {{ percent(n.weight_error) }} | `{{ n.checksum[:12] }}` |
-{%- endfor %}
-
-The error is that of the codec, as a share of the distance to the node before.
-
-```python
-import disback_plugin as disback
-
-path = disback.DegradationPath.from_pretrained("this repository or folder")
-scheduler = disback.TrajectoryScheduler(path, teacher, fake_score, schedule="auto")
-```"""

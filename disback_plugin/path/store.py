@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disback_plugin.errors import PathError, TrainingError
+from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.path import files
 from disback_plugin.path.codecs import Delta
 from disback_plugin.path.delta import NodeSource, encode
@@ -25,7 +25,7 @@ from disback_plugin.weights.checksum import Checksum, checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Part, TensorMeta, dtype_class, masked, pieces
 
-__all__ = ["Store"]
+__all__ = ["Store", "require_whole"]
 
 # What tells a file from its later versions: inode, size, time of its last change, and the SHA-256 in the manifest.
 Stamp = tuple[tuple[int, int, int] | None, str]
@@ -60,14 +60,9 @@ class Store:
         """Keep a copy of node 0, for a path that does not hold it.
 
         Raises:
-            PathError: If the teacher is sharded.
+            OptionError: If the teacher is sharded.
         """
-        if teacher.sharded:
-            raise PathError(
-                f"a path in {self.folder} without node 0, and a sharded teacher",
-                expected="a path that holds node 0, of which each rank can read its part",
-                cure="record with keep_teacher=True, or attach before sharding",
-            )
+        require_whole(teacher)
         self._verified.clear()  # no node could be decoded before
         if self._teacher is None:
             own = {name: teacher[name].cpu().clone(memory_format=torch.contiguous_format) for name in teacher.own()}
@@ -180,17 +175,11 @@ class Store:
         if self._teacher is not None:
             return self._teacher
         entry = self.manifest.teacher
-        if not self.manifest.recording.keep_teacher:
+        if stamp is None:  # it is not kept, or was not written before a crash
             raise PathError(
-                f"a path recorded without its teacher in {self.folder}",
-                expected=f"the teacher of fingerprint {entry.fingerprint[:12]}...",
-                cure="call path.verify_teacher(state of the teacher) first; attach, record and TrajectoryScheduler do",
-            )
-        if stamp is None:
-            raise PathError(
-                f"a path without its teacher in {self.folder}, begun and broken off",
-                expected="node 0 at least",
-                cure="start the recording again with the same arguments; it resumes",
+                f"a path without its teacher in {self.folder}",
+                expected=f"node 0, of fingerprint {entry.fingerprint[:12]}..., in the folder or at hand",
+                cure="pass it to path.verify_teacher, as attach and TrajectoryScheduler do, or resume the recording",
             )
         held = self._opened.get(entry.file)
         if held is None or held[0] != stamp:
@@ -264,11 +253,7 @@ class Store:
         return self.write_manifest(teacher=teacher)
 
     def append(
-        self,
-        state: FullState,
-        iteration: int,
-        exactly: Collection[str],
-        training: Mapping[str, Tensor] | None,
+        self, state: FullState, iteration: int, exactly: Collection[str], training: Mapping[str, Tensor] | None
     ) -> Manifest:
         """Write the next node, and return the manifest that lists it; the arguments are `DegradationPath.append`'s.
 
@@ -337,6 +322,16 @@ class Store:
     def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
         """Return what keeps tensors until a file is written; those of a sharded network may not fit into memory."""
         return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
+
+
+def require_whole(teacher: FullState) -> None:
+    """Raise OptionError if a teacher is sharded, so that no rank could keep a copy of it."""
+    if teacher.sharded:
+        raise OptionError(
+            "a sharded teacher and a path without node 0 (keep_teacher=False)",
+            expected="a path that holds node 0, of which each rank can read its part",
+            cure="record with keep_teacher=True, or attach before sharding",
+        )
 
 
 def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:

@@ -307,7 +307,7 @@ def test_a_path_without_its_teacher_needs_the_teacher_itself(tmp_path):
     assert not (tmp_path / "p" / "teacher.safetensors").exists()
     path = disback.DegradationPath(tmp_path / "p")
     path.verify()
-    with pytest.raises(PathError, match="recorded without its teacher"):
+    with pytest.raises(PathError, match="a path without its teacher"):
         path[1]
     with pytest.raises(PathError, match="another teacher"):
         disback.TrajectoryScheduler(path, Run(seed=1).teacher)
