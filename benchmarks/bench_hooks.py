@@ -1,6 +1,6 @@
 """Measure the cost of plug-ins and the scheduler in a step: none, one, and eight plug-ins with every hook.
 
-Goal: hooks and scheduler together under 5 us for a step that moves no weights, with eight plug-ins. A move decodes a
+Goal: hooks and scheduler together under 25 us for a step that moves no weights, with eight plug-ins. A move decodes a
 node, in milliseconds; the cost of its plug-ins is measured apart, against the same limit.
 """
 
@@ -18,7 +18,7 @@ import disback_plugin as disback
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.schedules import Fixed
 
-LIMIT = 5e-6  # seconds
+LIMIT = 25e-6  # seconds
 STEPS = 2_000
 ROUNDS = 15
 
@@ -86,7 +86,7 @@ def the_calls_of_a_move(scheduler, plugins):
 
 
 @pytest.mark.parametrize("call", [a_step, the_calls_of_a_move])
-def bench_eight_plug_ins_cost_less_than_5_us(benchmark, recorded, call):
+def bench_eight_plug_ins_cost_less_than_25_us(benchmark, recorded, call):
     benchmark.group = f"hooks: {call.__name__.replace('_', ' ')}"
     cases = {count: on_node_3(recorded, count) for count in (0, 1, 8)}
     seconds = {count: [] for count in cases}

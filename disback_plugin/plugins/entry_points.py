@@ -79,7 +79,7 @@ def installed() -> list[Plugin]:
             plugins = [Plugin(name, name, version, HOOKS, status="broken", reason=reason)]
         found.setdefault(name, plugins)  # a distribution that is on sys.path twice is imported from the first
     used: dict[str, Plugin] = {}
-    listed = [*found.pop(OURS, []), *chain.from_iterable(found.values())]
+    listed = [*found.pop(OURS, []), *chain.from_iterable(found[name] for name in sorted(found))]
     for plugin in listed:
         if used.setdefault(plugin.name, plugin) is not plugin:
             plugin.status, plugin.reason = "broken", f"its name is taken by {used[plugin.name]}"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["PROJECT", "Adapter", "Specs", "hookimpl"]
+__all__ = ["HOOK_NAMES", "PROJECT", "REPORTING", "Adapter", "Specs", "hookimpl"]
 
 PROJECT = "disback"
 
@@ -212,3 +212,8 @@ class Specs:
             ... )
             50 {'disback/masked_samples': 0}
         """
+
+
+HOOK_NAMES = tuple(name for name in vars(Specs) if name.startswith(PROJECT))
+# Hooks that only report: a plug-in that implements no other hook cannot change what a run trains.
+REPORTING = {"disback_log", "disback_after_node_recorded", "disback_after_path_completed"}

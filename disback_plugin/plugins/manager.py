@@ -22,7 +22,7 @@ import pluggy
 from disback_plugin import distributed
 from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleError
 from disback_plugin.plugins.entry_points import ADAPTERS, HOOKS, Plugin, installed
-from disback_plugin.plugins.hookspecs import PROJECT, Adapter, Specs
+from disback_plugin.plugins.hookspecs import HOOK_NAMES, PROJECT, REPORTING, Adapter, Specs
 from disback_plugin.plugins.run_log import NAME, RunLog
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["PluginManager", "find_adapter"]
 
 logger = logging.getLogger(__name__)
-
-HOOK_NAMES = tuple(name for name in vars(Specs) if name.startswith(PROJECT))
-# Hooks that only report: without a plug-in that implements only these, a run trains the same weights.
-REPORTING = {"disback_log", "disback_after_node_recorded", "disback_after_path_completed"}
 
 
 class PluginManager(pluggy.PluginManager):
@@ -66,20 +62,21 @@ class PluginManager(pluggy.PluginManager):
     def __init__(self, *wanted: object, autoload: bool | None = None) -> None:
         super().__init__(PROJECT)
         self.add_hookspecs(Specs)
-        if _is_set("DISBACK_TRACE_PLUGINS"):  # warnings, which are seen without any logging handler
+        self._traced = _is_set("DISBACK_TRACE_PLUGINS")
+        if self._traced:  # warnings, which are seen without any logging handler
             self.trace.root.setwriter(lambda text: logger.warning("trace: %s", text.strip()))
         self._autoload = not _is_set("DISBACK_DISABLE_PLUGIN_AUTOLOAD") if autoload is None else autoload
-        self._plugins = installed()
-        self._known = {plugin.name: plugin for plugin in reversed(self._plugins)}
+        plugins = installed()
+        self._known = {plugin.name: plugin for plugin in reversed(plugins)}
+        self._doubled = [plugin for plugin in plugins if self._known[plugin.name] is not plugin]
         self._asked: set[str] = set()
         names = [name.strip() for name in os.environ.get("DISBACK_PLUGINS", "").split(",") if name.strip()]
         names += [name for name in wanted if isinstance(name, str)]
-        for name in names:
-            if name.startswith("no:"):
-                self.set_blocked(name.removeprefix("no:"))
-        for plugin in self._plugins:
-            if self.is_blocked(plugin.name):
-                plugin.status, plugin.reason = "blocked", f"by no:{plugin.name}"
+        blocked = [name.removeprefix("no:") for name in names if name.startswith("no:")]
+        for name in blocked:
+            self.set_blocked(name)
+            if name in self._known:
+                self._known[name].status, self._known[name].reason = "blocked", f"by no:{name}"
         for given in wanted:
             if not isinstance(given, str):
                 self.add(given)
@@ -91,11 +88,7 @@ class PluginManager(pluggy.PluginManager):
 
     @classmethod
     def of(cls, plugins: PluginManager | Sequence[object]) -> PluginManager:
-        """Return the manager that was passed, or `PluginManager(*plugins)`.
-
-        Raises:
-            OptionError: If `plugins` is a single plug-in or name.
-        """
+        """Return the manager that was passed, or `PluginManager(*plugins)`; refuse a single plug-in or name."""
         if isinstance(plugins, PluginManager):
             return plugins
         if isinstance(plugins, str) or not isinstance(plugins, Sequence):
@@ -111,7 +104,7 @@ class PluginManager(pluggy.PluginManager):
         if load:
             self._load_group(ADAPTERS)
             self._load_group(HOOKS)
-        return sorted(self._plugins, key=lambda plugin: (plugin.group, plugin.name))
+        return sorted([*self._known.values(), *self._doubled], key=lambda plugin: (plugin.group, plugin.name))
 
     def load(self, name: str, found: str = "") -> Any:
         """Import and register an installed plug-in that the user asked for; return the module or object.
@@ -129,7 +122,7 @@ class PluginManager(pluggy.PluginManager):
             raise OptionError(
                 (found or f"plug-in {name!r}") + ", which is blocked" * self.is_blocked(name),
                 expected=f"one of {available}",
-                cure=f"install the distribution that has it, drop no:{name}, or pass the roles to attach() yourself",
+                cure=f"install the distribution that has it, or drop no:{name}",
             )
         self._asked.add(name)
         self._load(name)
@@ -161,7 +154,6 @@ class PluginManager(pluggy.PluginManager):
                 cure="mark the functions with disback_plugin.hookimpl, and give them a hook's name and arguments",
             ) from error
         self._known[entry.name] = entry
-        self._plugins.append(entry)
         if not name or not REPORTING.issuperset(entry.hooks):
             self._asked.add(entry.name)
 
@@ -209,12 +201,7 @@ class PluginManager(pluggy.PluginManager):
         return roles
 
     def add_run_log(self, file: str | os.PathLike[str] | None, path: str | os.PathLike[str] | None) -> RunLog | None:
-        """Register the log of this run and return it; None if "no:run_log" blocks it, or there is no place for it.
-
-        Args:
-            file: The log's file; None: beside the path.
-            path: The folder of the path, if there is one.
-        """
+        """Register the run log, in `file` or else beside the folder `path`; return it, or None if it is blocked."""
         if self.is_blocked(NAME) or (file is None and path is None):
             return None
         log = RunLog(file) if file is not None else RunLog.beside(path or "")
@@ -229,7 +216,7 @@ class PluginManager(pluggy.PluginManager):
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Call every implementation of a hook that has no result, with the arguments of `Specs`, by name."""
-        for name, _, error in self._outcomes(hook, arguments):
+        for name, _, error in self._outcomes(hook, arguments, lambda answer: None):
             if error is not None:
                 self._leave_out(name, error, hook)
 
@@ -244,7 +231,7 @@ class PluginManager(pluggy.PluginManager):
         if not self.listens(hook):
             return None
         arguments = {"scheduler": scheduler, "position": position, "updates_in_node": updates_in_node, "signal": signal}
-        for name, answer, error in self._outcomes(hook, arguments, lambda said: None if said is None else bool(said)):
+        for name, answer, error in self._outcomes(hook, arguments, _as_bool):
             if error is not None:
                 errors[name] = error
             if answer is not None:
@@ -259,11 +246,7 @@ class PluginManager(pluggy.PluginManager):
         return gathered[0][0]
 
     def _outcomes(
-        self,
-        hook: str,
-        arguments: dict[str, Any],
-        convert: Callable[[Any], Any] = lambda answer: answer,
-        only: str | None = None,
+        self, hook: str, arguments: dict[str, Any], convert: Callable[[Any], Any], only: str | None = None
     ) -> Iterator[tuple[str, Any, Exception | None]]:
         """Call the implementations of a hook in pluggy's order; yield the plug-in, the answer and the error of each."""
         for each in reversed(getattr(self.hook, hook).get_hookimpls()):
@@ -274,14 +257,15 @@ class PluginManager(pluggy.PluginManager):
                 answer = convert(each.function(*[arguments[name] for name in each.argnames]))
             except Exception as raised:
                 error = raised
-            self.trace(f"{each.plugin_name}: {hook}", arguments, "->", answer if error is None else repr(error))
+            if self._traced:
+                self.trace(f"{each.plugin_name}: {hook}", arguments, "->", answer if error is None else repr(error))
             yield each.plugin_name, answer, error
 
     # -- registration -------------------------------------------------------------------------------------------------
 
     def _load_group(self, group: str) -> list[str]:
         """Import and register the installed plug-ins of a group; return the names of all, also of those left out."""
-        names = [plugin.name for plugin in self._known.values() if plugin.group == group]
+        names = sorted(plugin.name for plugin in self._known.values() if plugin.group == group)  # on all ranks alike
         for name in names:
             self._load(name)
         return names
@@ -352,6 +336,10 @@ def _is_set(variable: str) -> bool:
 
 def _describe(error: BaseException, where: str = "") -> str:
     return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
+
+
+def _as_bool(answer: object) -> bool | None:
+    return None if answer is None else bool(answer)
 
 
 def _as_adapter(answer: object) -> Adapter | None:
