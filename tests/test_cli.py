@@ -202,7 +202,7 @@ def test_a_bug_report_has_the_versions_and_imports_nothing_for_them():
 
 
 def test_a_check_imports_each_and_says_what_it_hooks_and_what_is_broken(tmp_path, monkeypatch, capsys, caplog):
-    from test_hooks import install
+    from sites import install
 
     install(tmp_path, "theirs", "raise RuntimeError('no GPU here')")
     monkeypatch.syspath_prepend(str(tmp_path))

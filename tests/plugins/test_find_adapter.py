@@ -55,12 +55,12 @@ def test_an_unknown_adapter_lists_the_installed_ones(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"adapter": "dmd2"}, {"teacher": nn.Linear(1, 1)}])
-def test_half_of_the_roles_are_refused(tmp_path, arguments):
+def test_incomplete_roles_are_refused(tmp_path, arguments):
     with pytest.raises(OptionError, match="one or the other, completely"):
         disback.attach(**arguments, path=tmp_path)
 
 
-def test_a_trainer_and_roles_are_one_too_many(tmp_path):
+def test_a_trainer_together_with_roles_is_refused(tmp_path):
     trainer = Dmd2Trainer()
     with pytest.raises(OptionError, match=r"attach\(trainer, teacher, "):
         disback.attach(trainer, **trainer.run.roles(), path=tmp_path)
@@ -82,7 +82,7 @@ def test_a_third_partys_adapter_is_found_like_our_own(site, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_broken_adapter_stops_nobody_who_did_not_ask_for_it(site, tmp_path, mistake):
+def test_a_broken_adapter_raises_only_if_it_was_asked_for(site, tmp_path, mistake):
     source, reason = MISTAKES[mistake]
     install(site, "broken", source, group="disback.adapters")
     with disback.attach(Dmd2Trainer(), path=tmp_path / "path", record=1, every=1):
@@ -104,7 +104,7 @@ def test_an_adapter_that_fails_when_asked_is_passed_over(site, tmp_path, caplog,
         disback.attach(Dmd2Trainer(), adapter="theirs", path=tmp_path / "path")
 
 
-def test_a_refusal_counts_only_if_nobody_else_knows_the_trainer(site):
+def test_a_refusal_is_raised_only_if_no_other_adapter_knows_the_trainer(site):
     refuses = "from disback_plugin.errors import RoleError\n@hookimpl(tryfirst=True)\ndef disback_adapter(trainer):\n"
     install(site, "no", f"{refuses}    raise RoleError('a thing', expected='another', cure='go')", group=ADAPTERS)
     assert find_adapter(Dmd2Trainer())
@@ -118,7 +118,7 @@ def test_only_the_adapter_that_is_asked_for_is_imported(site, tmp_path):
         assert module not in sys.modules
 
 
-def test_the_adapter_that_knows_the_trainer_hears_of_the_run_and_the_others_do_not(site, tmp_path):
+def test_the_adapter_that_knows_the_trainer_is_a_plug_in_of_the_run_and_the_others_are_not(site, tmp_path):
     hears = "heard = []\n@hookimpl\ndef disback_after_path_completed(path):\n    heard.append(path)\n"
     mine = install(site, "mine", KNOWS + hears, group="disback.adapters")
     other = install(site, "other", "@hookimpl\ndef disback_adapter(trainer): pass\n" + hears, group="disback.adapters")

@@ -1,4 +1,4 @@
-"""Masked samples are counted where they are, and read now and then."""
+"""Masked samples are counted on their device, and the count is read every 50 updates."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_resumed_run_goes_on_with_its_own_count_of_updates(listener):
     assert listener.heard == [(50, {"disback/masked_samples": 20})]
 
 
-def test_detaching_is_an_end(listener, tmp_path):
+def test_detaching_reports_the_last_count(listener, tmp_path):
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path, record=1, every=1, schedule="warm", plugins=[listener]) as handle:
         run.steps(2)
@@ -122,7 +122,7 @@ def test_no_loss_reads_a_value_forward_backward_or_counting(loss):
         masked.report()
 
 
-def test_without_a_plug_in_a_warning_says_it_and_only_if_there_is_something_to_say(caplog):
+def test_without_a_plug_in_a_count_above_zero_is_a_warning(caplog):
     masked = MaskedSamples()
     loss = masked.watch(some_loss)
     with caplog.at_level(logging.WARNING):

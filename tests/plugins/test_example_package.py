@@ -14,7 +14,7 @@ import pytest
 
 import disback_plugin as disback
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PACKAGE, TRAINERS = HERE / "example_package", HERE / "trainers"
 
 
@@ -59,7 +59,7 @@ def test_its_refusal_is_one_line(site, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("disback: found pairs with --shared")
 
 
-def test_both_are_listed_and_whole(site, tmp_path):
+def test_its_adapter_and_its_log_are_listed_and_ready(site, tmp_path):
     done = disback_command(site, tmp_path, "plugins", "--check", "--json")
     assert done.returncode == 0, done.stderr
     listed = {plugin["name"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
@@ -68,7 +68,7 @@ def test_both_are_listed_and_whole(site, tmp_path):
         assert (listed[name]["status"], listed[name]["hooks"]) == ("ready", [hook])
 
 
-def test_contributing_shows_this_very_package():
+def test_contributing_shows_the_files_of_this_package():
     text = (HERE.parent / "CONTRIBUTING.md").read_text()
     blocks = dict(re.findall(r"```(python|toml)\n(.*?)```", text, flags=re.DOTALL))
     assert blocks["python"] == (PACKAGE / "disback_pairs.py").read_text()

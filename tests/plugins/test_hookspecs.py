@@ -1,4 +1,4 @@
-"""What plug-ins are told of a run, and in which order; that they change nothing in it."""
+"""The hooks are called in order, with the documented arguments, and plug-ins do not change a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from disback_plugin.schedules import Fixed, Ramp
 
 
 class Everything:
-    """Hears of all events."""
+    """Records the calls of all hooks."""
 
     def __init__(self):
         self.heard = []
@@ -43,7 +43,7 @@ class Everything:
         self.heard.append(("log", dict(values), step))
 
 
-def test_a_run_tells_its_plug_ins_everything_in_order(tmp_path):
+def test_a_run_calls_every_hook_in_order(tmp_path):
     plugin, run = Everything(), Run()
     options = {"record": 4, "every": 2, "schedule": Fixed(2), "plugins": (plugin,)}
     with disback.attach(**run.roles(), path=tmp_path, **options) as handle:
@@ -64,7 +64,7 @@ def test_a_run_tells_its_plug_ins_everything_in_order(tmp_path):
         assert all(type(value) in (int, float) for value in values.values())
 
 
-def test_an_evaluation_is_not_told_and_what_the_walk_did_meanwhile_is_told_after_it(tmp_path):
+def test_original_teacher_calls_no_hook_and_a_move_inside_it_is_reported_after_it(tmp_path):
     run, plugin = Run(), Everything()
     options = {"path": tmp_path, "record": 4, "every": 1, "schedule": Ramp(4, start=1.0), "plugins": (plugin,)}
     with disback.attach(**run.roles(), **options) as handle:
@@ -78,7 +78,7 @@ def test_an_evaluation_is_not_told_and_what_the_walk_did_meanwhile_is_told_after
         )
 
 
-def test_who_does_not_fail_is_told_of_a_move_though_another_failed_just_then(tmp_path):
+def test_a_plug_in_is_called_for_a_move_although_another_one_failed_at_that_move(tmp_path):
     class Fails:
         @hookimpl
         def disback_should_advance(self, updates_in_node):
@@ -94,7 +94,7 @@ def test_who_does_not_fail_is_told_of_a_move_though_another_failed_just_then(tmp
         assert plugin.heard[-2] == ("swapped", 1.0, 0.0, 2)
 
 
-def test_leaving_early_and_coming_back_are_told_too(tmp_path):
+def test_detaching_early_and_resuming_call_the_hook_for_the_move(tmp_path):
     run, plugin = Run(), Everything()
     options = {"path": tmp_path, "record": 4, "every": 1, "schedule": Ramp(4)}
     with disback.attach(**run.roles(), **options, plugins=(plugin,)) as handle:
@@ -115,14 +115,14 @@ def test_leaving_early_and_coming_back_are_told_too(tmp_path):
     assert again.heard[-2][1:] == (pytest.approx(1.8), 0.0, 2)
 
 
-def test_a_reused_path_was_completed_before(tmp_path):
+def test_a_reused_path_does_not_call_the_recording_hooks(tmp_path):
     a_run(tmp_path)
     plugin = Everything()
     a_run(tmp_path, plugins=(plugin,))
     assert {event[0] for event in plugin.heard} == {"swapped", "log"}
 
 
-def test_the_two_stages_by_hand_tell_the_same(tmp_path):
+def test_the_two_stages_by_hand_call_the_same_hooks(tmp_path):
     plugin, run = Everything(), Run()
     path = disback.record(
         run.teacher, run.fake_score, run.fake_step, path=tmp_path, iterations=2, every=1, plugins=[plugin]
@@ -140,7 +140,7 @@ def test_the_two_stages_by_hand_tell_the_same(tmp_path):
     assert [event[1:] for event in plugin.heard if event[0] == "swapped"] == [(0.0, 1.0, 0), (1.0, 0.0, 1)]
 
 
-def test_only_the_main_process_logs_and_every_process_is_told(tmp_path, monkeypatch):
+def test_every_process_calls_the_hook_for_a_move_and_only_the_main_process_logs(tmp_path, monkeypatch):
     a_run(tmp_path)
     run, plugin = Run(), Everything()
     path = disback.DegradationPath(tmp_path)
@@ -191,7 +191,7 @@ def test_plug_ins_add_no_operation_to_a_step_and_no_sync(tmp_path, schedule):
     assert all(event[0] in ("swapped", "log") for event in given[0].heard)
 
 
-def test_order_and_fewer_arguments_are_pluggys():
+def test_pluggy_orders_plug_ins_and_passes_the_arguments_that_they_name():
     heard = []
 
     def listener(name, **options):

@@ -1,4 +1,4 @@
-"""Installed plug-ins are found through their entry points; a broken one stops nobody who did not ask for it."""
+"""Installed plug-ins are found through their entry points, and a broken one is isolated from the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from disback_plugin.weights.network import ScoreNetwork
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_plug_in_that_is_wrong_stops_nobody_and_is_named_with_its_distribution(site, tmp_path, caplog, mistake):
+def test_a_broken_plug_in_does_not_change_the_run_and_is_named_with_its_distribution(site, tmp_path, caplog, mistake):
     plain = a_run(tmp_path / "plain")
     source, reason = MISTAKES[mistake]
     install(site, "theirs", source)
@@ -39,7 +39,7 @@ def test_a_plug_in_that_is_wrong_stops_nobody_and_is_named_with_its_distribution
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_one_that_was_asked_for_raises_and_nothing_is_touched(site, tmp_path, mistake):
+def test_a_broken_plug_in_that_was_asked_for_raises_and_nothing_is_written(site, tmp_path, mistake):
     source, reason = MISTAKES[mistake]
     install(site, "theirs", source)
     run = Run()
@@ -55,7 +55,7 @@ EVENTS = [name for name in vars(Specs) if name.startswith("disback_") and name !
 
 
 @pytest.mark.parametrize("hook", EVENTS)
-def test_a_hook_that_raises_stops_nobody_and_is_called_no_more(site, tmp_path, caplog, hook):
+def test_a_plug_in_that_raises_in_a_hook_is_left_out_of_the_rest_of_the_run(site, tmp_path, caplog, hook):
     plain = a_run(tmp_path / "plain")
     install(site, "theirs", f"calls = []\n@hookimpl\ndef {hook}():\n    calls.append(1)\n    raise ValueError('oops')")
     beside = a_run(tmp_path / "beside")
@@ -154,7 +154,7 @@ def test_without_autoload_only_what_is_named_takes_part(site, tmp_path, monkeypa
     assert PluginManager().find_adapter(Dmd2Trainer(), "dmd2")
 
 
-def test_a_name_that_is_not_there_or_both_wanted_and_not_is_refused(site):
+def test_a_name_that_is_not_installed_or_both_asked_for_and_blocked_is_refused(site):
     install(site, "theirs", WELL)
     with pytest.raises(OptionError, match=r"found plug-in 'their'; expected one of \[.*'dmd2', .*'theirs'.*\]"):
         PluginManager("their")
@@ -166,7 +166,7 @@ def test_a_name_that_is_not_there_or_both_wanted_and_not_is_refused(site):
         PluginManager.of("theirs")
 
 
-def test_of_two_with_one_name_one_is_meant_and_the_other_named(site):
+def test_of_two_plug_ins_with_one_name_the_second_is_listed_as_broken(site):
     install(site, "dmd2", "raise RuntimeError('imported')", group="disback.adapters", distribution="somebody-else")
     assert PluginManager().find_adapter(Dmd2Trainer(), "dmd2").teacher
     both = [plugin for plugin in PluginManager().list_plugins() if plugin.name == "dmd2"]
@@ -177,7 +177,7 @@ def test_of_two_with_one_name_one_is_meant_and_the_other_named(site):
     assert both[1].reason.startswith("its name is taken by dmd2 of disback-plugin ")
 
 
-def test_a_distribution_that_cannot_be_read_hides_nobody(site):
+def test_an_unreadable_distribution_does_not_hide_the_others(site):
     install(site, "theirs", WELL)
     for name, points, metadata in (
         ("garbage", "[disback.hooks]\nno equals sign\n", "Metadata-Version: 2.1\nName: garbage\nVersion: 2.0\n"),
@@ -198,7 +198,7 @@ def test_a_distribution_that_cannot_be_read_hides_nobody(site):
     assert found(plugins, "empty").status == "broken"
 
 
-def test_a_distribution_that_is_there_twice_counts_once(site, tmp_path, monkeypatch):
+def test_a_distribution_that_is_on_the_path_twice_is_listed_once(site, tmp_path, monkeypatch):
     install(site, "theirs", WELL)
     install(tmp_path, "theirs", "raise RuntimeError('the shadowed one')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -229,7 +229,7 @@ def several(kinds):
 
 
 @given(data=st.data(), kinds=st.lists(st.sampled_from(sorted(KINDS)), max_size=5))
-def test_listed_is_ready_and_blocked_and_broken_and_each_is_one_of_them(data, kinds):
+def test_every_listed_plug_in_is_ready_blocked_or_broken_after_loading(data, kinds):
     with several(kinds) as names:
         blocked = data.draw(st.sets(st.sampled_from(sorted(names)))) if names else set()
         plugins = PluginManager(*(f"no:{name}" for name in blocked), autoload=False)
