@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, softplus
 
 from disback_plugin import _loss_formulas as formulas
-from disback_plugin._loss_formulas import Number, factors, row_factor, rows
-from disback_plugin.prediction import Prediction, ratio
+from disback_plugin._loss_formulas import Number, row_factor, rows
+from disback_plugin.prediction import Prediction, factors, ratio
 
 
 def denoising(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import MismatchError, OptionError, TrainingError
-from disback_plugin.prediction import Prediction, mixture
+from disback_plugin.prediction import Prediction, factors, mixture
 
 Number: TypeAlias = Tensor | float
 Formula: TypeAlias = Callable[..., tuple[Tensor, ...]]
@@ -234,18 +234,6 @@ def is_mask(nonfinite: str) -> bool:
     return nonfinite == "mask"
 
 
-def factors(like: Tensor, *values: Number) -> list[Tensor]:
-    """Return factors as tensors on the device of `like`, in float32 or better."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [
-        # A fill is enqueued; `as_tensor` would copy from the host and wait for the copy.
-        value.to(like.device, dtype)
-        if isinstance(value, Tensor)
-        else torch.full((), value, dtype=dtype, device=like.device)
-        for value in values
-    ]
-
-
 def row_factor(value: Number, like: Tensor, *, per_sample: bool = False) -> Number:
     """Return a factor that broadcasts against `rows(like)`; 1 and -1, which never change, remain numbers.
 
@@ -287,9 +275,7 @@ def _over_rows(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def mean_loss(values: Tensor) -> Tensor:
-    """Return the mean over the samples, shape (B,); 0 for an empty batch. A compiled form returns the mean itself."""
-    if not values.ndim:
-        return values
+    """Return the mean over the samples, shape (B,); 0 for an empty batch."""
     return values.mean() if len(values) else values.sum()
 
 

@@ -84,7 +84,7 @@ def _run_compiled(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
     if kind is None or len(first) < 2:
         return formula(*inputs)
     one_block = first.device.type == "cuda" and first[0].numel() <= ONE_BLOCK
-    return _compiled(formula, first.device.type, one_block, kind)(*inputs)
+    return _compiled(formula, one_block, kind)(*inputs)
 
 
 def _run_where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
@@ -102,13 +102,12 @@ def _run_where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 @functools.cache
-def _compiled(formula: Formula, device: str, one_block: bool, kind: Kind) -> Formula:
+def _compiled(formula: Formula, one_block: bool, kind: Kind) -> Formula:
     """Compile a formula for one kind of inputs, which may differ in the batch size alone."""
     # Dynamo gives up on a code object after eight graphs, so each kind has its own. It remembers by the name of the
     # code what varied, and would turn a constant that differs between two kinds into an input of the second.
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
-    whole = _with_mean_loss(formula) if device == "cpu" else formula
-    twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
+    twin = FunctionType(formula.__code__.replace(co_name=name), formula.__globals__)
     options: dict[str, Any] = {"split_reductions": False} if one_block else {}
     if kind.fully_compared and hasattr(torch.compiler, "skip_all_guards_unsafe"):  # this torch has guard filters
         options["guard_filter_fn"] = _keep_guards_on_the_batch
@@ -127,17 +126,6 @@ def _compiled(formula: Formula, device: str, one_block: bool, kind: Kind) -> For
 def _keep_guards_on_the_batch(guards: Any) -> list[bool]:
     """Skip the guards on what `_kind` has compared already: on a CPU they take as long as the kernel of a latent."""
     return [guard.guard_type in ("SHAPE_ENV", "DUPLICATE_INPUT") for guard in guards]
-
-
-def _with_mean_loss(formula: Formula) -> Formula:
-    """Return the formula with the mean of the losses inside the kernel; on a GPU the mean would be a second kernel."""
-
-    def averaged(*inputs: Any) -> tuple[Tensor, ...]:
-        *gradients, values, finite = formula(*inputs)
-        # A sum in float32 would add a condition on the batch size.
-        return *gradients, values.mean(dtype=torch.float64).to(values.dtype), finite
-
-    return averaged
 
 
 class Kind(NamedTuple):

@@ -33,8 +33,8 @@ from disback_plugin._denoising import (
     gan_generator,
     snr_weight,
 )
-from disback_plugin._loss_formulas import Number, factors, row_factor, rows
-from disback_plugin.prediction import Prediction, ratio
+from disback_plugin._loss_formulas import Number, row_factor, rows
+from disback_plugin.prediction import Prediction, factors, ratio
 
 __all__ = [
     "denoising",

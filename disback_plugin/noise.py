@@ -1,6 +1,6 @@
 r"""The notation of this package, declared once: x_t = alpha_t x_0 + sigma_t eps, with eps ~ N(0, I).
 
-A noise schedule maps a time t to the signal scale alpha_t and the noise scale sigma_t. The DisBack paper writes its
+A noise schedule is a function from times t, shape (B,), to the signal scale alpha_t and the noise scale sigma_t. The DisBack paper writes its
 equations for alpha_t = 1 (variance exploding); everything here holds for any alpha_t, and alpha_t = 1 is a special
 case.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,29 +29,12 @@ from disback_plugin.errors import OptionError
 __all__ = [
     "Discrete",
     "Karras",
-    "NoiseSchedule",
     "RectifiedFlow",
     "add_noise",
     "expand",
     "from_diffusers",
     "lognormal_sigma",
 ]
-
-
-class NoiseSchedule(Protocol):
-    """A function from a time t, shape (B,), to alpha_t and sigma_t, each of shape (B,).
-
-    Example:
-        >>> def cosine(t: Tensor) -> tuple[Tensor, Tensor]:
-        ...     return (t * torch.pi / 2).cos(), (t * torch.pi / 2).sin()
-        >>> schedule: NoiseSchedule = cosine
-        >>> [round(scale.item(), 3) for scale in schedule(torch.tensor([0.5]))]
-        [0.707, 0.707]
-    """
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha_t and sigma_t."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def target(kind: Prediction, x_0: Tensor, eps: Tensor, *, alpha: Tensor | float,
         >>> target(Prediction.FLOW, torch.ones(1), torch.zeros(1), alpha=0.5, sigma=0.5).item()
         -1.0
     """
-    a, b = mixture(kind, *_scales(x_0, alpha, sigma))
+    a, b = mixture(kind, *factors(x_0, alpha, sigma))
     return a * x_0.to(a.dtype) + b * eps.to(a.dtype)
 
 
@@ -213,15 +213,18 @@ def convert(
     if Prediction(source) is Prediction(to):
         return output
     dtype = torch.promote_types(torch.promote_types(output.dtype, x_t.dtype), torch.float32)
-    alpha, sigma = _scales(x_t, alpha, sigma)
+    alpha, sigma = factors(x_t, alpha, sigma)
     c_x, c_o = coefficients(source, to, alpha=alpha.to(dtype), sigma=sigma.to(dtype))
     return c_x * x_t.to(dtype) + c_o * output.to(dtype)
 
 
-def _scales(like: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return alpha and sigma as tensors on the device of `like`, in float32 or better."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return (
-        torch.as_tensor(alpha, dtype=dtype, device=like.device),
-        torch.as_tensor(sigma, dtype=dtype, device=like.device),
-    )
+def factors(like: Tensor, *values: Tensor | float) -> list[Tensor]:
+    """Return factors as tensors on the device of `like`, in float32 or better."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [
+        # A fill is enqueued; `as_tensor` would copy from the host and wait for the copy.
+        value.to(like.device, dtype)
+        if isinstance(value, Tensor)
+        else torch.full((), value, dtype=dtype, device=like.device)
+        for value in values
+    ]

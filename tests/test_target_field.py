@@ -135,7 +135,7 @@ def test_pieces_of_rows_and_references_add_up(monkeypatch):
     x_t, references, source = gaussian(0, 9, 4), gaussian(1, 50, 4), gaussian(2, 9, 4)
     whole = stable_target_field(x_t, references, 0.3, source=source)
     for size in (1, 64, 640):
-        monkeypatch.setattr("disback_plugin.measures.target_field._CHUNK_BYTES", size)
+        monkeypatch.setattr("disback_plugin._target_field._CHUNK_BYTES", size)
         torch.testing.assert_close(stable_target_field(x_t, references, 0.3, source=source), whole)
 
 

@@ -1,11 +1,11 @@
-r"""Eq. 18 and 9 of the paper: the score of a distribution from its samples, and how far a network is from it.
+r"""Eq. 18 and 9 of the paper: the score of a distribution from its samples, and the distance of a network from it.
 
-The stable target field (Xu et al., arXiv 2302.00670) is the exact score of the noised empirical distribution of some
-references x_i, an estimate of their own distribution's:
+The stable target field (Xu et al., arXiv 2302.00670) is the exact score of the noised empirical distribution of
+references x_i, and so an estimate of the score of the distribution that they were drawn from:
 
     s(x_t) = (alpha_t sum_i w_i x_i - x_t) / sigma_t^2,    w = softmax_i(-|x_t - alpha_t x_i|^2 / (2 sigma_t^2))
 
-Eq. 18 is this at alpha_t = 1; its p_t, under which the paper divides, is the softmax's denominator.
+Eq. 18 is the case alpha_t = 1; the paper's p_t is the denominator of the softmax. Public through `metrics`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from disback_plugin.errors import OptionError
 from disback_plugin.noise import add_noise, expand
 from disback_plugin.prediction import Prediction, convert
 
-__all__ = ["Mismatch", "mismatch_degree", "stable_target_field"]
-
 _CHUNK_BYTES = 16 * 2**20  # of float64 copies at a time, whatever the number of references
 
 
 class Mismatch(TypedDict):
-    """What `mismatch_degree` returns.
+    """The result of `mismatch_degree`.
 
     Attributes:
         total: The weighted mean of `per_sigma`.
@@ -49,40 +47,40 @@ def stable_target_field(
     *,
     source: Tensor | None = None,
 ) -> Tensor:
-    """Return the score of noised samples as their references tell it (Eq. 18).
+    """Estimate the score of noised samples from references of their distribution (Eq. 18).
 
-    The sums are in float64 and over pieces of the references: 50,000 images of 3x64x64 take some 100 MB beside
-    themselves, and may stay on the CPU, or in a mapped file, while x_t is on a GPU.
+    The sums are in float64 over pieces of the references: 50,000 images of 3x64x64 need some 100 MB beside themselves,
+    and may stay on the CPU, or in a mapped file, while x_t is on a GPU.
 
-    Trust it where sigma_t is not small against the gaps between the references: on Gaussian data with 4,096 of them
-    the error is 4 % at d = 1, 5 to 7 % at d = 2 and 35 % at d = 8 for sigma = 0.5, and below 1 % for sigma = 5; four
-    times as many halve it at d = 2.
-    With `source` it does not blow up at small sigma, but becomes the denoising target, (alpha x_0 - x_t) / sigma^2.
+    The estimate is good if sigma_t is not small against the gaps between the references. On Gaussian data with 4,096
+    references the error is 4 % at d = 1, 5 to 7 % at d = 2 and 35 % at d = 8 for sigma = 0.5, and below 1 % for
+    sigma = 5; four times as many references halve the error at d = 2. With `source` the estimate does not diverge at
+    small sigma, but approaches the denoising target, (alpha x_0 - x_t) / sigma^2.
 
     Args:
         x_t: Noisy samples, shape (B, ...), floating, finite.
         references: Clean samples x_i of the distribution, shape (R, ...), R >= 1, floating, finite, on any device.
         sigma: Noise scale sigma_t > 0 in data units, one number or one a sample, shape (B,) or (B, 1, ..., 1).
         alpha: Signal scale alpha_t >= 0, likewise.
-        source: The x_0 that each x_t was made from, shape (B, ...): joins the references of its own row.
+        source: The x_0 that each x_t was made from, shape (B, ...), which joins the references of its own row.
 
     Returns:
         The score, shape (B, ...), per data unit, in float32 or better.
 
     Raises:
-        OptionError: If shapes do not fit, a scale is out of its domain, or the score is not finite: for lack of finite
-            inputs, or because x_t's dtype does not reach as far as sigma^-2.
+        OptionError: If shapes do not fit, a scale is out of its domain, or the score is not finite: because an input is
+            not finite, or because sigma^-2 overflows in the dtype of x_t.
 
     Example:
         >>> references = torch.tensor([[-1.0], [1.0]])
         >>> stable_target_field(torch.tensor([[0.0], [0.5]]), references, sigma=0.1).round().tolist()
         [[0.0], [50.0]]
     """
-    _check_shapes(x_t, references, source)
+    _validate_shapes(x_t, references, source)
     scales = _one_a_row(sigma, x_t, "sigma"), _one_a_row(alpha, x_t, "alpha")
     if not ((scales[0] > 0).all() and (scales[1] >= 0).all()):
         raise OptionError(
-            f"sigma={sigma}, alpha={alpha}", expected="sigma > 0 and alpha >= 0", cure="leave out times without noise"
+            f"sigma={sigma}, alpha={alpha}", expected="sigma > 0 and alpha >= 0", cure="omit times without noise"
         )
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     score = _field(x_t, references, *scales, source).to(dtype)
@@ -108,37 +106,37 @@ def mismatch_degree(
     weights: Sequence[float] | Tensor | None = None,
     batch_size: int = 64,
 ) -> Mismatch:
-    """Return how far a network's scores are from those of the distribution of some samples (Eq. 9).
+    """Compute the distance of a network's scores from the scores of the distribution of some samples (Eq. 9).
 
         d(sigma) = E |s(x_t, sigma) - stable_target_field(x_t)|_2,    x_t = alpha x_0 + sigma eps,  x_0 of `samples`
 
-    The norm is the Euclidean one, not squared, over all elements of a sample. On a student's samples it says how far
-    the teacher, or a node, is from the student; on training data it is the floor of what can be reached.
+    The norm is the Euclidean one, not squared, over all elements of a sample. On a student's samples the value is the
+    distance of the teacher, or of a node, from the student; on training data it is a lower bound for any student.
 
-    Only differences under one setting mean something: the value depends on the noise scales, the number of references
-    and `include_source`. At small sigma, and on images at nearly every sigma, it measures mostly the target's own
-    noise: read it per sigma. The paper's floor of 0.037 (Sec. 5.3) rests on a weighting that it does not state.
+    Compare values of one setting only: they depend on the noise scales, the number of references and `include_source`.
+    At small sigma, and on images at nearly every sigma, the value measures mostly the noise of the target: read it per
+    sigma. The paper's minimum of 0.037 (Sec. 5.3) uses a weighting that the paper does not state.
 
     Args:
-        score_fn: The network, (x_t, sigma) -> its output, with sigma of shape (B, 1, ..., 1), in evaluation mode. One
-            with another clock or a condition goes in a lambda: `lambda x_t, sigma: net(x_t, sigma.flatten(), labels)`.
+        score_fn: The network in evaluation mode, (x_t, sigma) -> its output, with sigma of shape (B, 1, ..., 1). Wrap
+            a network with other arguments: `lambda x_t, sigma: net(x_t, sigma.flatten(), labels)`.
         samples: x_0 of the assessed distribution, shape (n, ...), n >= 1, on the network's device.
-        references: Other samples of the same distribution, shape (R, ...); best a few thousand. Split one set in two.
+        references: Other samples of the same distribution, shape (R, ...), preferably thousands. Split one set in two.
         sigmas: Noise scales > 0 in data units, one or more.
-        include_source: Whether x_0 is among the references of its own x_t, as in the STF paper. Then the target is
-            always usable but too close to x_0 at small sigma; without, it is unbiased in the limit of many references.
+        include_source: Whether x_0 is among the references of its own x_t, as in the STF paper. With it the target is
+            always usable but too close to x_0 at small sigma; without it the target is unbiased for many references.
         generator: Source of eps; None: a private one with a fixed seed, so that two calls see the same noise.
-        prediction: What `score_fn` returns; converted by `scores.convert`.
+        prediction: The kind of output of `score_fn`, which is converted by `prediction.convert`.
         alphas: Signal scale > 0, one number or one for each sigma.
-        weights: Of each sigma in the total; None: 1, Eq. 9 to the letter, where small sigmas outweigh the rest, as a
-            score grows like 1 / sigma. `weights=sigmas` makes it the mismatch of the noise prediction.
+        weights: Weight >= 0 of each sigma in the total. None: 1, as in Eq. 9, where small sigmas dominate because a
+            score grows like 1 / sigma. `weights=sigmas` gives the mismatch of the noise prediction.
         batch_size: Samples in one call of `score_fn`, >= 1.
 
     Returns:
         "per_sigma": d(sigma) of each, unweighted, per data unit; "total": the mean of weight * d(sigma).
 
     Raises:
-        OptionError: If something is out of its domain, or `score_fn` returns another shape or values that are not
+        OptionError: If an argument is out of its domain, or `score_fn` returns another shape or values that are not
             finite.
 
     Example:
@@ -152,9 +150,9 @@ def mismatch_degree(
         (True, True)
     """
     scales = _scales(sigmas, alphas, weights)
-    _check_shapes(samples, references, None)
+    _validate_shapes(samples, references, None)
     if not len(samples) or batch_size < 1:
-        raise OptionError(f"{len(samples)} samples, batch_size={batch_size}", expected="1 or more", cure="pass some")
+        raise OptionError(f"{len(samples)} samples, batch_size={batch_size}", expected="1 or more", cure="pass more")
     stream = torch.Generator().manual_seed(0) if generator is None else generator
     per_sigma = []
     for sigma, alpha, _ in scales:
@@ -165,7 +163,12 @@ def mismatch_degree(
             rows = x_t.new_full((len(x_t), *[1] * (x_t.ndim - 1)), sigma)
             with torch.no_grad():
                 output = score_fn(x_t, rows)
-            _check_output(output, x_t, sigma)
+            if output.shape != x_t.shape or not output.isfinite().all():
+                raise OptionError(
+                    f"an output of score_fn of shape {tuple(output.shape)} at sigma={sigma:g}, or values not finite",
+                    expected=f"finite outputs of shape {tuple(x_t.shape)}",
+                    cure="wrap the network so that score_fn(x_t, sigma) is its prediction",
+                )
             score = convert(output.to(x_t.device), prediction, Prediction.SCORE, x_t=x_t, alpha=alpha, sigma=sigma)
             target = stable_target_field(
                 x_t.double(), references, sigma, alpha, source=x_0.double() if include_source else None
@@ -207,7 +210,7 @@ def _posterior_mean(x: Tensor, references: Tensor, sigma: Tensor, alpha: Tensor,
     return mean / mass
 
 
-def _check_shapes(x_t: Tensor, references: Tensor, source: Tensor | None) -> None:
+def _validate_shapes(x_t: Tensor, references: Tensor, source: Tensor | None) -> None:
     floating = x_t.is_floating_point() and references.is_floating_point()
     fits = x_t.ndim >= 2 and x_t.shape[1:] == references.shape[1:] and len(references) >= 1
     if not (floating and fits and (source is None or source.shape == x_t.shape)):
@@ -235,26 +238,14 @@ def _scales(
     sigmas: Sequence[float] | Tensor, alphas: Sequence[float] | Tensor | float, weights: Sequence[float] | Tensor | None
 ) -> list[tuple[float, float, float]]:
     """Return (sigma, alpha, weight) of each noise scale."""
-    sigma = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
-    columns = [sigma]
-    for given in (alphas, 1.0 if weights is None else weights):
-        column = torch.as_tensor(given, dtype=torch.float64, device="cpu").flatten()
-        columns.append(column.expand(len(sigma)) if len(column) == 1 else column)
-    domain = len(sigma) and (columns[0] > 0).all() and (columns[1] > 0).all() and (columns[2] >= 0).all()
-    if not domain or any(len(column) != len(sigma) for column in columns):
+    given = (sigmas, alphas, 1.0 if weights is None else weights)
+    columns = [torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten() for values in given]
+    count = len(columns[0])
+    fits = count and all(len(column) in (1, count) for column in columns)
+    if not (fits and (columns[0] > 0).all() and (columns[1] > 0).all() and (columns[2] >= 0).all()):
         raise OptionError(
             f"sigmas={sigmas}, alphas={alphas}, weights={weights}",
             expected="one sigma > 0 or more, and for each an alpha > 0 and a weight >= 0",
             cure="pass as many of each",
         )
-    return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _check_output(output: Tensor, x_t: Tensor, sigma: float) -> None:
-    if output.shape != x_t.shape or not output.isfinite().all():
-        what = "values that are not finite" if output.shape == x_t.shape else f"shape {tuple(output.shape)}"
-        raise OptionError(
-            f"score_fn returning {what} at sigma={sigma:g}",
-            expected=f"finite outputs of shape {tuple(x_t.shape)}",
-            cure="wrap the network so that score_fn(x_t, sigma) is its prediction",
-        )
+    return list(zip(*(column.expand(count).tolist() for column in columns), strict=True))

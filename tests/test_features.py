@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from disback_plugin.errors import OptionError
-from disback_plugin.measures.extractors import _timm
-from disback_plugin.metrics import features, frechet_distance
+from disback_plugin.metrics import _timm, features, frechet_distance
 
 NAME = "resnet10t"
 
@@ -30,15 +29,13 @@ def test_a_named_model_takes_images_of_any_size_and_colour(extract):
         assert not found.requires_grad
 
 
-def test_a_named_model_sees_what_it_was_trained_on(extract):
-    seen = []
-    net = _timm(NAME, False, "cpu")
-    net.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    net(torch.stack([torch.full((1, 8, 8), -1.0), torch.full((1, 8, 8), 1.0)]))
-    mean, std = torch.tensor(net.net.pretrained_cfg["mean"]), torch.tensor(net.net.pretrained_cfg["std"])
-    assert seen[0].shape[1:] == net.net.pretrained_cfg["input_size"]
-    torch.testing.assert_close(seen[0][0].mean((1, 2)), -mean / std, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(seen[0][1].mean((1, 2)), (1 - mean) / std, atol=1e-5, rtol=1e-5)
+def test_a_named_model_gets_images_as_in_its_training():
+    net, prepare = _timm(NAME, False, "cpu")
+    dark, bright = prepare(torch.stack([torch.full((1, 8, 8), -1.0), torch.full((1, 8, 8), 1.0)]))
+    mean, std = torch.tensor(net.pretrained_cfg["mean"]), torch.tensor(net.pretrained_cfg["std"])
+    assert dark.shape == net.pretrained_cfg["input_size"]
+    torch.testing.assert_close(dark.mean((1, 2)), -mean / std, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(bright.mean((1, 2)), (1 - mean) / std, atol=1e-5, rtol=1e-5)
 
 
 def test_the_distance_of_features_tells_two_sets_apart(extract):

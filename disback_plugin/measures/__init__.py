@@ -1,1 +1,0 @@
-"""What the metrics are made of."""
