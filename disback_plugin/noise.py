@@ -1,8 +1,7 @@
 r"""The notation of this package, declared once: x_t = alpha_t x_0 + sigma_t eps, with eps ~ N(0, I).
 
-A noise schedule is a function from times t, shape (B,), to the signal scale alpha_t and the noise scale sigma_t. The DisBack paper writes its
-equations for alpha_t = 1 (variance exploding); everything here holds for any alpha_t, and alpha_t = 1 is a special
-case.
+A noise schedule is a function from times t, shape (B,), to the signal scale alpha_t and the noise scale sigma_t. The
+DisBack paper writes its equations for alpha_t = 1 (variance exploding); everything here holds for any alpha_t.
 
 | schedule        | t                | alpha_t                | sigma_t                                    |
 |-----------------|------------------|------------------------|--------------------------------------------|

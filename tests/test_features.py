@@ -53,7 +53,7 @@ def test_no_global_random_number_is_drawn(global_random_state):
     features(NAME, pretrained=False)(images(2))
 
 
-def test_a_network_of_ones_own_is_called_as_it_is():
+def test_a_custom_network_takes_the_images_unchanged():
     net = nn.Conv2d(1, 2, 3).eval()
     batch = images(3, 1, 4)
     torch.testing.assert_close(features(net, batch_size=2)(batch), net(batch).detach().flatten(1))
@@ -64,5 +64,7 @@ def test_wrong_use_is_named():
         features("no_such_model")
     with pytest.raises(OptionError, match="training mode"):
         features(nn.Dropout())
+    with pytest.raises(OptionError, match=r"torch\.uint8"):
+        features(NAME, pretrained=False)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(OptionError, match="batch_size"):
         features(NAME, batch_size=0)
