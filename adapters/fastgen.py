@@ -1,12 +1,10 @@
 """Adapt FastGen (NVlabs/FastGen): DMD2, f-distill, CausVid and Self-Forcing, which share `DMD2Model`'s names.
 
-Add one entry to the config:
+Add one entry to the config, or run `disback run --adapter fastgen train.py --config=...`, or call
+`attach(model, adapter="fastgen", ...)` after `model.init_optimizers()`:
 
     from disback_adapters.fastgen import callback
     config.trainer.callbacks["disback"] = L(callback)(path="runs/path", record=200, every=50)
-
-or run `disback run --adapter fastgen train.py --config=...`, or call `attach(model, adapter="fastgen", ...)` after
-`model.init_optimizers()`.
 
 `model.teacher` (`fastgen/methods/model.py:195`), `model.fake_score` (`methods/distribution_matching/dmd2.py:48`) and
 the student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:462`). The generator is updated at every
@@ -95,7 +93,7 @@ def callback(path: str, **options: Any) -> Any:
     """Return a FastGen callback that attaches, and saves and loads its state with FastGen's own checkpoints.
 
     Args:
-        path: As in `attach`.
+        path: Folder of the path, as in `attach`.
         options: Further arguments of `attach`: record, every, codec, keep_teacher, schedule.
     """
     base: Any = sys.modules["fastgen.callbacks.callback"].Callback  # FastGen has imported it
