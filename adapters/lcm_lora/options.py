@@ -38,9 +38,8 @@ class Options:
     """
 
     teacher: str = _option("folder or hub id of the teacher's pipeline")
-    prompts: str | Sequence[str] = _option("text file with one prompt a line, or id of a dataset (--prompt_column)")
+    prompts: str | Sequence[str] = _option("text file with one prompt a line")
     output: str = _option("folder for weights, card, path, embeddings and checkpoints")
-    prompt_column: str = _option("column of the dataset that holds the prompts", "text")
     student: str = _option("train a LoRA of the student, or all of its weights", "lora", ("lora", "full"))
     student_lora: str | None = _option("a LoRA to start from, as latent-consistency/lcm-lora-sdv1-5", None)
     fake_score: str = _option("s_phi and nodes as LoRA on the teacher, or as full copies", "lora", ("lora", "full"))

@@ -107,8 +107,7 @@ class Denoiser:
         if len(arguments) < len(conditions):
             arguments["added_cond_kwargs"] = {name: conditions[name] for name in ADDED}
         time = t if self.time_scale == 1 else t * self.time_scale
-        output: Tensor = (network or self.network)(x_t, timestep=time, return_dict=False, **arguments)[0]
-        return output
+        return (network or self.network)(x_t, timestep=time, return_dict=False, **arguments)[0]
 
 
 def denoiser(pipeline: Any) -> Denoiser:
@@ -203,7 +202,7 @@ def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddi
                 expected="floating-point weights, on which LoRA is trained and into which nodes are written",
                 cure="load the teacher without quantisation; --mixed_precision bf16 halves its memory",
             )
-    folder, prompts = Path(options.output) / "embeddings", prompts_of(options.prompts, options.prompt_column)
+    folder, prompts = Path(options.output) / "embeddings", prompts_of(options.prompts)
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     about = {"teacher": options.teacher, "prompts": digest, "count": len(prompts)}
     about |= {"resolution": options.resolution, "precision": options.mixed_precision}
@@ -234,30 +233,19 @@ def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddi
     return pipeline, found, Embeddings(folder), pixels
 
 
-def prompts_of(source: str | Sequence[str], column: str = "text") -> list[str]:
-    """Return prompts from a list, a text file with one a line, or a column of a dataset on the hub or in a folder.
+def prompts_of(source: str | Sequence[str]) -> list[str]:
+    """Return prompts from a list, or from a text file with one prompt a line.
 
     Raises:
-        OptionError: If there are none, or `datasets` is not installed for a dataset.
+        OptionError: If there is no such file, or no prompt in it.
 
     Example:
         >>> prompts_of(["a red cube", ""])
         ['a red cube']
     """
-    if not isinstance(source, str):
-        lines = list(source)
-    elif Path(source).is_file():
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    else:
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise OptionError(
-                f"no file {source!r}",
-                expected="a text file with one prompt a line",
-                cure="correct the name, or `pip install datasets` if it is the id of a dataset",
-            ) from None
-        lines = load_dataset(source, split="train")[column]
+    if isinstance(source, str) and not Path(source).is_file():
+        raise OptionError(f"no file {source!r}", expected="a text file with one prompt a line", cure="correct the name")
+    lines = Path(source).read_text(encoding="utf-8").splitlines() if isinstance(source, str) else source
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise OptionError(f"no prompt in {source!r}", expected="one prompt a line", cure="correct the file")

@@ -172,8 +172,7 @@ class Trainer:
         for role in ("student", "fake_score"):
             getattr(self.roles, role).weights.load_state_dict(load_file(folder / f"{role}.safetensors"))
         self.accelerator.load_state(str(folder))
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
-        return state
+        return json.loads((folder / STATE).read_text())
 
     # -- samples, and the export --------------------------------------------------------------------------------------
 
