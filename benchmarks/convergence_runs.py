@@ -1,7 +1,7 @@
 """Train all seeds of all methods of `bench_convergence` side by side in one module.
 
 Therefore the optimizer, whose members have their own rates and may be held still, and the end of the recording are
-repeated here; `tests/test_convergence_bench.py` shows that `attach` gives the same.
+repeated here; `tests/benchmarks/test_convergence_bench.py` shows that `attach` gives the same.
 """
 
 from __future__ import annotations

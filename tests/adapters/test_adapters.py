@@ -19,8 +19,8 @@ import disback_plugin as disback
 from disback_plugin.errors import RoleError
 from disback_plugin.testing import check_adapter
 
-ADAPTERS = Path(__file__).parent.parent / "adapters"
-TRAINERS = Path(__file__).parent / "trainers"
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+TRAINERS = Path(__file__).parents[1] / "trainers"
 FILES = {file.stem: file for file in ADAPTERS.glob("*.py") if file.stem != "__init__"}
 FILES |= {file.parent.name: file for file in ADAPTERS.glob("*/__init__.py")}
 # A package has the adapter in its __init__, and beside it a trainer of our own, which may import what it likes.

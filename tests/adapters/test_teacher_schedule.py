@@ -18,7 +18,7 @@ import disback_plugin as disback
 from disback_plugin.errors import RoleError
 from disback_plugin.launch.run import ScriptRunner
 
-TRAINERS = Path(__file__).parent / "trainers"
+TRAINERS = Path(__file__).parents[1] / "trainers"
 PLAN = {"record": 3, "every": 1, "schedule": "fixed:1,1"}
 
 
