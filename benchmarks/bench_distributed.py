@@ -21,8 +21,8 @@ import pytest
 import torch
 from bench_swap import Peak, network
 from ranks import Nursery, returned
+from sharded_runs import Counted
 from small_unet_loop import Loop
-from test_sharding import Counted
 
 import disback_plugin as disback
 from disback_plugin.path.codecs import BLOCK

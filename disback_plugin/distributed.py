@@ -19,16 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from disback_plugin.errors import RankError
 
-__all__ = [
-    "ShardServer",
-    "agree",
-    "broadcast",
-    "gather",
-    "is_distributed",
-    "is_main_process",
-    "on_every_rank",
-    "on_main_process",
-]
+__all__ = ["agree", "broadcast", "gather", "is_distributed", "is_main_process", "on_every_rank", "on_main_process"]
 
 T = TypeVar("T")
 
@@ -41,19 +32,12 @@ _SENT: list[str] = []
 
 
 class ShardServer(Protocol):
-    """Weights of which the main process can read everything while the other ranks send their shards."""
+    """Weights of which the main process can read everything while the other ranks send their parts."""
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the other ranks have to send anything."""
-        ...
+    sharded: bool
 
-    def serve(self) -> None:
-        """Send what the main process asks for, until it calls `stop_serving`; the other ranks call this."""
-        ...
-
-    def stop_serving(self) -> None:
-        """Let `serve` return on the other ranks; the main process calls this."""
+    def serve(self, name: str) -> None:
+        """Send this rank's part of what the main process has asked for with `broadcast(name)`."""
         ...
 
 
@@ -94,28 +78,29 @@ def on_main_process(action: Callable[[], T], shards: ShardServer | None = None) 
     """
     if not is_distributed():
         return action()
-    sharded = shards if shards is not None and shards.sharded else None
+    sharded = shards is not None and shards.sharded
     if not is_main_process():
-        if sharded is not None:
-            sharded.serve()
+        while sharded and (name := broadcast(None)) is not None:
+            shards.serve(name)
         answer: Any = broadcast(None)
         result, failure = answer
         if failure is not None:
             raise RankError(f"rank 0 failed ({failure})", expected="rank 0 to succeed", cure="see the error of rank 0")
         return result  # type: ignore[no-any-return]
+    error: Exception | None = None
     token = _ALONE.set(True)
     try:
-        outcome, error = action(), None
+        result = action()
     except Exception as caught:
-        outcome, error = None, caught
+        result, error = None, caught
     finally:
         _ALONE.reset(token)
-    if sharded is not None:
-        sharded.stop_serving()
-    broadcast((outcome, None if error is None else _text(error)))
+    if sharded:
+        broadcast(None)  # the other ranks stop serving
+    broadcast((result, None if error is None else _text(error)))
     if error is not None:
         raise error
-    return outcome  # type: ignore[return-value]
+    return result  # type: ignore[no-any-return]
 
 
 def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] = MappingProxyType({})) -> T:

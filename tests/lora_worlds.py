@@ -53,7 +53,7 @@ class Under:
         self.model, self.adapter = model, adapter
 
     def __call__(self, *args):
-        with lora.under(self.model, self.adapter):
+        with lora.use_adapter(self.model, self.adapter):
             return self.model(*args)
 
 

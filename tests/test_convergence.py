@@ -365,7 +365,7 @@ def test_states_of_version_1_are_read():
 
 def loud(form, folder, who):
     """Grow some ranks' parts of the gradients; return when this rank ended backtracking, and how often it warned."""
-    from test_sharding import Sharded
+    from sharded_runs import Sharded
     from torch import distributed as dist
 
     run, warned = Sharded(form), []

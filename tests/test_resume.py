@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from ranks import returned
-from test_sharding import Sharded, weights_of
+from sharded_runs import Sharded, weights_of
 from torch import nn
 from worlds import Run, clone, difference
 

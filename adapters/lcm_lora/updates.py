@@ -64,7 +64,7 @@ class Role:
 
     def running(self) -> AbstractContextManager[None]:
         """Activate the role's LoRA adapter inside the context."""
-        return nullcontext() if self.lora_adapter is None else lora.under(self.network, self.lora_adapter)
+        return nullcontext() if self.lora_adapter is None else lora.use_adapter(self.network, self.lora_adapter)
 
     def __call__(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return the prediction at x_t, in float32."""

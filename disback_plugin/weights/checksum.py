@@ -1,8 +1,8 @@
-"""What names weights by their content: a SHA-256 of everything, and a checksum at the speed of memory.
+"""Digests of weights by their content: a SHA-256 of everything, and a checksum at the speed of memory.
 
 The checksum adds up the bits of each tensor as 64-bit integers, in 64 columns, so that neither the order of summation
-nor the size of the pieces matters. It finds what goes wrong by accident (a flipped bit, a foreign node, a half-written
-network, tensors in each other's place), not every permutation inside a tensor; against intent there is the SHA-256.
+nor the size of the pieces matters. It detects accidents (a flipped bit, a foreign node, a half-written network), but
+not every permutation inside a tensor; the SHA-256 protects against intent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Checksum", "checksum", "contiguous_bytes", "fingerprint"]
+__all__ = ["Checksum", "checksum", "fingerprint"]
 
 COLUMNS = 64
 
@@ -32,12 +32,15 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(contiguous_bytes(tensor).numpy().data)
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class Checksum:
     """The checksum of a state whose tensors arrive piece by piece.
+
+    Attributes:
+        sums: The sums of each tensor so far, by name, shape (COLUMNS,); those of a tensor's parts add up to its own.
 
     Example:
         >>> whole, pieces = Checksum(), Checksum()
@@ -49,29 +52,22 @@ class Checksum:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+        self.sums: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def add(self, name: str, piece: Tensor) -> None:
         """Add a piece of a tensor: all of it, or a part that starts at a multiple of 512 of its row-major bytes.
 
         No device sync.
         """
-        self._sums.setdefault((name, piece.dtype), []).append(_sums(piece.detach()))
-
-    def sums(self, name: str) -> Tensor:
-        """Return what was added up for a tensor so far, shape (COLUMNS,): sums of its parts add up to its own."""
-        found = [torch.stack(sums).sum(0) for (known, _), sums in self._sums.items() if known == name]
-        return torch.stack(found).sum(0)
-
-    def replace(self, name: str, sums: Tensor) -> None:
-        """Put other sums in the place of a tensor's: those of all the processes that share it."""
-        for key in [key for key in self._sums if key[0] == name]:
-            self._sums[key] = [sums]
+        sums = _sums(piece.detach())
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self._dtypes[name] = piece.dtype
 
     def digest(self) -> str:
         """Return the checksum: 32 hexadecimal digits."""
-        totals = [(name, str(dtype), torch.stack(sums).sum(0).tolist()) for (name, dtype), sums in self._sums.items()]
-        return hashlib.sha256(repr(sorted(totals)).encode()).hexdigest()[:32]
+        totals = sorted((name, str(self._dtypes[name]), sums.tolist()) for name, sums in self.sums.items())
+        return hashlib.sha256(repr(totals).encode()).hexdigest()[:32]
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:
@@ -90,11 +86,6 @@ def checksum(state: Mapping[str, Tensor]) -> str:
     return total.digest()
 
 
-def contiguous_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor in row-major order, on the CPU, shape (bytes,)."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
 def _sums(tensor: Tensor) -> Tensor:
     """Return the sums of every COLUMNS-th word, shape (COLUMNS,)."""
     flat = tensor.contiguous().view(-1)
@@ -106,11 +97,7 @@ def _sums(tensor: Tensor) -> Tensor:
     whole = words.numel() // COLUMNS * COLUMNS
     sums = words[:whole].view(-1, COLUMNS).sum(0)
     sums[: words.numel() - whole] += words[whole:]
-    if rest:
-        sums[-1] += _weigh(flat[-rest:].view(torch.uint8))
+    if rest:  # up to seven bytes, as one number
+        tail = flat[-rest:].view(torch.uint8).long()
+        sums[-1] += (tail << 8 * torch.arange(tail.numel(), device=tail.device)).sum()
     return sums
-
-
-def _weigh(rest: Tensor) -> Tensor:
-    """Return up to seven bytes as one number."""
-    return (rest.long() << 8 * torch.arange(rest.numel(), device=rest.device)).sum()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -19,126 +18,120 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from disback_plugin.weights.tensors import Part, Sharding
+from disback_plugin.errors import RoleError
+from disback_plugin.weights.tensors import Part
 
-__all__ = ["FlatSlice", "problem", "resharders", "sharding_of", "unit_has_gradient"]
+__all__ = ["FlatSharding", "resharders", "sharding_of", "unit_has_gradient"]
 
 
-@dataclass(frozen=True)
-class FlatSlice(Sharding):
-    """The place of a parameter in its unit.
+class FlatSharding:
+    """How ranks share a parameter of a unit, with the attributes and methods of `sharding.Sharding`.
 
     Args:
-        offset: Its first element among those of the unit.
-        share: Number of elements of the unit that each rank holds.
-        unit: A weak reference to the unit, a FullyShardedDataParallel.
-        problem: Why it cannot be written in place, and the cure.
-
-    Example:
-        >>> place = FlatSlice(torch.Size([2, 3]), 0, 2, None, torch.device("cpu"), offset=4, share=5)
-        >>> [(part.start, part.stop) for part in map(place.part_of, range(2))]
-        [(0, 1), (1, 6)]
+        parameter: The parameter.
+        place: The unit, and the index and the first element of the parameter in it.
     """
 
-    dim: None = None
-    offset: int = 0
-    share: int = 0
-    unit: Callable[[], Any] = lambda: None
-    problem: tuple[str, str] | None = None
+    def __init__(self, parameter: Tensor, place: tuple[Any, int, int]) -> None:
+        unit, self.index, self.offset = place
+        self.tensor, self.handle, self.chunk = parameter, unit._handle, None
+        self.shape: torch.Size = self.handle.flat_param._shapes[self.index]
+        self.group = self.handle.process_group
+        self.device = torch.device(str(self.handle.device))
+        self.part = self.part_of(self.handle.rank)
 
     def part_of(self, rank: int) -> Part:
         """Return the part that a rank holds, as a range of the flattened parameter."""
-        elements = self.shape.numel()
-        start, stop = (min(max(r * self.share - self.offset, 0), elements) for r in (rank, rank + 1))
+        share, elements = self.handle.flat_param._sharded_size.numel(), self.shape.numel()
+        start, stop = (min(max(r * share - self.offset, 0), elements) for r in (rank, rank + 1))
         return Part(torch.Size([elements]), 0, start, stop)
 
+    def problem(self) -> tuple[str, str] | None:
+        """Return why the parameter cannot be written in place, and the cure; None if it can."""
+        if not self.handle.flat_param._contiguities[self.index]:
+            return "is not contiguous in an FSDP1 unit", "call .contiguous() on it before wrapping"
+        if self.handle.flat_param._param_extensions[self.index] is not None:
+            return "is tensor-parallel in an FSDP1 unit", "shard it along one dimension, without TP"
+        if self.tensor.numel() != self.part.elements:
+            return "is not in shards now", "use it outside forwards and outside FSDP.summon_full_params"
+        return None
 
-# By parameter; None of one whose unit is gone. Nothing is kept on the parameter itself, which may be copied whole.
-_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    def whole(self) -> Tensor:
+        """Return the whole parameter. All ranks that share it have to call."""
+        parts = [self.part_of(rank) for rank in range(self.handle.world_size)]
+        own = self.tensor.detach().to(self.device)
+        sent = own.new_zeros(max(part.elements for part in parts))
+        sent[: own.numel()] = own
+        chunks = [torch.empty_like(sent) for _ in parts]
+        received = [chunk.view(torch.uint8) for chunk in chunks]
+        torch.distributed.all_gather(received, sent.view(torch.uint8), self.group)
+        pairs = zip(chunks, parts, strict=True)
+        return torch.cat([chunk[: part.elements] for chunk, part in pairs]).view(self.shape)
 
 
-def sharding_of(parameter: Tensor) -> FlatSlice | None:
-    """Return how ranks share a flattened parameter; None if each of them holds all of it."""
-    place = _place_of(parameter)
-    return None if place is None or place.ranks == 1 else place
+# Unit, index and first element by parameter; None if the unit cannot be found. Nothing is kept on the parameter itself,
+# which may be copied whole.
+_PLACES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def problem(parameter: Tensor) -> tuple[str, str] | None:
-    """Return why a flattened parameter cannot be written in place, and the cure; None if it can."""
+def sharding_of(parameter: Tensor) -> FlatSharding | None:
+    """Return how ranks share a flattened parameter; None if each of them holds all of it.
+
+    Raises:
+        RoleError: If its unit cannot be found.
+    """
     place = _place_of(parameter)
     if place is None:
-        return "is in an FSDP1 unit that cannot be found", "keep the wrapped module alive"
-    if place.ranks == 1:
-        return None
-    if place.problem is None and parameter.numel() != place.part_of(place.rank).elements:
-        return "is not in shards now", "use it outside forwards and outside FSDP.summon_full_params"
-    return place.problem
+        found = "a parameter of an FSDP1 unit that cannot be found"
+        raise RoleError(found, expected="the wrapped module", cure="keep the wrapped module alive")
+    return FlatSharding(parameter, place) if place[0]._handle.uses_sharded_strategy else None
 
 
 def unit_has_gradient(parameter: Tensor) -> bool:
     """Return whether the unit of a flattened parameter has a gradient, perhaps on other ranks only."""
     place = _place_of(parameter)
-    unit = None if place is None else place.unit()
-    return unit is not None and unit._handle.flat_param.grad is not None
+    return place is not None and place[0]._handle.flat_param.grad is not None
 
 
 def resharders(parameters: Iterable[Tensor]) -> list[Callable[[], None]]:
     """Return a function for each unit of the parameters that frees what FSDP1 has gathered of it and keeps."""
-    places = (_place_of(parameter) for parameter in parameters)
-    units = {id(unit): place.unit for place in places if place is not None and (unit := place.unit()) is not None}
+    places = [_place_of(parameter) for parameter in parameters]
+    units = {id(place[0]): place[0] for place in places if place is not None}
     return [partial(_reshard, unit) for unit in units.values()]
 
 
-def _reshard(reference: Callable[[], Any]) -> None:
-    unit = reference()
-    if unit is None:
-        return
-    handle = unit._handle
+def _reshard(unit: Any) -> None:
     # Before the root's first forward nothing can have been gathered, and most attributes are missing.
-    idle = unit._is_root is not None and handle._training_state.name == "IDLE"
-    if idle and handle.uses_sharded_strategy and not handle.needs_unshard():
+    if unit._is_root is None or unit._handle._training_state.name != "IDLE":
+        return
+    if unit._handle.uses_sharded_strategy and not unit._handle.needs_unshard():
         from torch.distributed.fsdp._runtime_utils import _reshard as reshard
 
-        reshard(unit, handle, True)
+        reshard(unit, unit._handle, True)
 
 
-def _place_of(parameter: Tensor) -> FlatSlice | None:
-    """Return the place of a flattened parameter in its unit; None if the unit cannot be found.
+def _place_of(parameter: Tensor) -> tuple[Any, int, int] | None:
+    """Return the unit, the index and the first element of a flattened parameter; None if the unit cannot be found.
 
     A parameter does not know its unit: the units are looked for among all objects, once.
     """
-    if parameter not in _KNOWN:
-        _KNOWN[parameter] = None
+    if parameter not in _PLACES:
+        _PLACES[parameter] = None
         for unit in gc.get_objects():
             # By type: isinstance would wake lazy modules.
             if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(unit).__mro__):
                 _note_places(unit)
-    place: FlatSlice | None = _KNOWN[parameter]
-    return place
+    place = _PLACES[parameter]
+    unit = None if place is None else place[0]()
+    return None if unit is None else (unit, *place[1:])
 
 
 def _note_places(unit: Any) -> None:
     """Note the places of the parameters of a unit."""
     handle = getattr(unit, "_handle", None)
-    if handle is None or not handle._use_orig_params:
-        return
-    flat = handle.flat_param
-    starts = list(accumulate(flat._numels_with_padding, initial=0))[:-1]
-    offsets = [start for start, padding in zip(starts, flat._is_padding_mask, strict=True) if not padding]
-    for index, (parameter, shape, offset) in enumerate(zip(flat._params, flat._shapes, offsets, strict=True)):
-        problem = None
-        if not flat._contiguities[index]:
-            problem = "is not contiguous in an FSDP1 unit", "call .contiguous() on it before wrapping"
-        elif flat._param_extensions[index] is not None:
-            problem = "is tensor-parallel in an FSDP1 unit", "shard it along one dimension, without TP"
-        _KNOWN[parameter] = FlatSlice(
-            shape,
-            handle.rank,
-            handle.world_size if handle.uses_sharded_strategy else 1,
-            handle.process_group,
-            torch.device(str(handle.device)),
-            offset=offset,
-            share=flat._sharded_size.numel(),
-            unit=weakref.ref(unit),
-            problem=problem,
-        )
+    if handle is not None and handle._use_orig_params:
+        flat = handle.flat_param
+        starts = list(accumulate(flat._numels_with_padding, initial=0))[:-1]
+        offsets = [start for start, padding in zip(starts, flat._is_padding_mask, strict=True) if not padding]
+        for index, parameter in enumerate(flat._params):
+            _PLACES[parameter] = weakref.ref(unit), index, offsets[index]

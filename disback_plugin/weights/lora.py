@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.checksum import checksum
-from disback_plugin.weights.modules import named_modules, unwrap
-from disback_plugin.weights.sharding import is_flattened
+from disback_plugin.errors import RoleError
+from disback_plugin.weights.checksum import Checksum
+from disback_plugin.weights.modules import Modules, named_modules, unwrap
 
-__all__ = ["add_teacher", "base_checksum", "under"]
+__all__ = ["add_teacher", "base_checksum", "use_adapter"]
 
 # The matrices of an adapter. Whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
 MATRICES = ("lora_A", "lora_B")
@@ -54,9 +53,9 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
         >>> net = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]), "fake")
         >>> add_teacher(net, like="fake")
         >>> x = torch.ones(1, 2)
-        >>> with under(net, "teacher"):
+        >>> with use_adapter(net, "teacher"):
         ...     before = net(x)
-        >>> with under(net, None):
+        >>> with use_adapter(net, None):
         ...     torch.equal(net(x), before)
         True
     """
@@ -89,7 +88,7 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
 
 
 @contextmanager
-def under(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
+def use_adapter(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
     """Activate one LoRA adapter of a network inside a `with` block, and the adapters that were active before after it.
 
     The flags `requires_grad` do not change, as they would with peft's own `set_adapter`. A compiled network has a graph
@@ -107,7 +106,7 @@ def under(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
         >>> from peft import LoraConfig, get_peft_model
         >>> config = LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
         >>> net, x = get_peft_model(nn.Sequential(nn.Linear(2, 2)), config, "fake"), torch.ones(1, 2)
-        >>> with under(net, None):
+        >>> with use_adapter(net, None):
         ...     bare = net(x)
         >>> torch.equal(net(x), bare), net.active_adapter
         (False, 'fake')
@@ -116,7 +115,7 @@ def under(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
     before = _activity(root)
     wanted = [] if lora_adapter is None else [lora_adapter]
     if wanted and not any(lora_adapter in getattr(layer, "r", ()) for layer, _, _ in before):
-        raise _missing(root, wanted[0], "network")
+        _checked_layers(root, wanted[0], "network")  # raises the error that lists the adapters
     try:
         _set_activity([(layer, wanted or names, not wanted) for layer, names, _ in before])
         if active_adapters(root) != wanted:
@@ -140,49 +139,46 @@ def base_checksum(model: nn.Module) -> str:
         >>> base_checksum(nn.Linear(2, 2)) == base_checksum(nn.Linear(2, 2))
         False
     """
-    state = dict(base_parameters(model))
-    for name, p in state.items():
-        if p.is_meta or hasattr(p, "to_local") or is_flattened(p):
+    total = Checksum()
+    for name, parameter in base_parameters(model):
+        if parameter.is_meta or hasattr(parameter, "to_local") or hasattr(parameter, "_fsdp_flattened"):
             raise RoleError(
                 f"{name} of the base, which is sharded or on the meta device",
                 expected="a base that is whole on each process, as it is frozen",
                 cure="wrap the network in DDP, or not at all, and load its weights first",
             )
-    return checksum({name: parameter.detach() for name, parameter in state.items()})
+        total.add(name, parameter)
+    return total.digest()
 
 
 # -- the layers of peft ------------------------------------------------------------------------------------------------
 
 
-def layers(modules: list[tuple[str, nn.Module]]) -> list[tuple[str, Any]]:
-    """Return those modules of a list from `named_modules` that hold adapters, without layers inside such layers."""
-    found: list[tuple[str, Any]] = []
-    for name, module in modules:
-        if _is_layer(module) and not (found and name.startswith(found[-1][0])):
-            found.append((name, module))
-    return found
+def named_layers(modules: Modules) -> list[tuple[str, Any]]:
+    """Return those of the `named_modules` of a network that hold adapters, without layers inside such layers."""
+    adapted = {id(layer) for layer in _layers(modules[0][1])}
+    return [(name, module) for name, module in modules if id(module) in adapted]
 
 
-def adapter_modules(modules: list[tuple[str, nn.Module]], lora_adapter: str) -> list[tuple[str, nn.Module]]:
+def adapter_modules(modules: Modules, lora_adapter: str) -> Modules:
     """Return the modules that hold the matrices of an adapter, by names that are peft's own without the adapter's.
 
     Args:
-        modules: All modules of a network, from `named_modules`.
+        modules: The `named_modules` of a network.
         lora_adapter: The adapter's name.
     """
-    return [
-        named
-        for name, layer in layers(modules)
-        for matrix in MATRICES
-        if lora_adapter in getattr(layer, matrix, ())
-        for named in named_modules(getattr(layer, matrix)[lora_adapter], f"{name}{matrix}.")
-    ]
+    found: Modules = []
+    for name, layer in named_layers(modules):
+        for matrix in MATRICES:
+            if lora_adapter in getattr(layer, matrix, ()):
+                found += named_modules(getattr(layer, matrix)[lora_adapter], f"{name}{matrix}.")
+    return found
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters of a network that belong to no adapter, under the names that they have without adapters."""
     modules = named_modules(model)
-    holders = [getattr(layer, name, None) for _, layer in layers(modules) for name in layer.adapter_layer_names]
+    holders = [getattr(layer, name, None) for _, layer in named_layers(modules) for name in layer.adapter_layer_names]
     of_adapters = {id(p) for holder in holders if isinstance(holder, nn.Module) for p in holder.parameters()}
     for name, module in modules:
         for own, parameter in module._parameters.items():
@@ -196,18 +192,16 @@ def active_adapters(root: nn.Module) -> list[str]:
     return [] if first is None or first.disable_adapters else list(first.active_adapters)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules
-
-
 def _layers(root: nn.Module) -> Iterator[Any]:
-    """Yield the layers that hold adapters: `layers` without names, for each forward."""
+    """Yield the layers that hold adapters, without their names, fast enough for each forward."""
     waiting: list[nn.Module | None] = [root]
     while waiting:
         module = waiting.pop()
-        if module is not None and _is_layer(module):
+        if module is None:
+            continue
+        if hasattr(type(module), "adapter_layer_names") and "base_layer" in module._modules:
             yield module
-        elif module is not None:
+        else:
             waiting.extend(module._modules.values())
 
 
@@ -236,53 +230,21 @@ def identity(root: nn.Module, lora_adapter: str, role: str) -> str:
     return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
 
 
-def check_same_base(teacher: str | None, fake_score: str | None) -> None:
-    """Raise MismatchError unless two roles are adapters on the same base with the same scales, or neither is one.
-
-    Args:
-        teacher: The `identity` of the teacher; None if it is a whole network.
-        fake_score: The same of the fake score.
-    """
-    if teacher == fake_score:
-        return
-    cure = "add the teacher with lora.add_teacher(model, like=...); for both pass ScoreNetwork(model, lora_adapter=...)"
-    if teacher is None or fake_score is None:
-        raise MismatchError(
-            "one role that is a LoRA adapter and one that is a whole network",
-            expected="two adapters on one base, or two networks",
-            cure=cure,
-        )
-    raise MismatchError(
-        "two adapters on different bases, of different targets or scales (lora_alpha / r, with use_rslora / sqrt(r))",
-        expected="one base, and one set of target_modules, lora_alpha, r and use_rslora",
-        cure=cure,
-    )
-
-
 def _checked_layers(root: nn.Module, lora_adapter: str, role: str) -> list[tuple[str, Any]]:
     """Return the layers of an adapter; raise RoleError if it is missing or more than its matrices."""
-    found = [(name, layer) for name, layer in _lora_layers(root) if lora_adapter in layer.r]
+    layers = [(n, layer) for n, layer in named_layers(named_modules(root)) if MATRICES[0] in layer.adapter_layer_names]
+    found = [(name, layer) for name, layer in layers if lora_adapter in layer.r]
     if not found:
-        raise _missing(root, lora_adapter, role)
-    problem = _problem(root, lora_adapter, [layer for _, layer in found])
-    if problem:
+        names = sorted({name for _, layer in layers for name in layer.r})
         raise RoleError(
-            f"{role}: LoRA adapter {lora_adapter!r} {problem[0]}", expected="plain LoRA layers", cure=problem[1]
+            f"no LoRA adapter {lora_adapter!r} in {type(root).__name__}, which has {names}",
+            expected=f"the {role} there",
+            cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
         )
+    if problem := _problem(root, lora_adapter, [layer for _, layer in found]):
+        found_there = f"{role}: LoRA adapter {lora_adapter!r} {problem[0]}"
+        raise RoleError(found_there, expected="plain LoRA layers", cure=problem[1])
     return found
-
-
-def _lora_layers(root: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, layer) for name, layer in layers(named_modules(root)) if MATRICES[0] in layer.adapter_layer_names]
-
-
-def _missing(root: nn.Module, lora_adapter: str, role: str) -> RoleError:
-    names = sorted({name for _, layer in _lora_layers(root) for name in layer.r})
-    return RoleError(
-        f"no LoRA adapter {lora_adapter!r} in {type(root).__name__}, which has {names}",
-        expected=f"the {role} there",
-        cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
-    )
 
 
 def _problem(root: nn.Module, lora_adapter: str, found: list[Any]) -> tuple[str, str] | None:

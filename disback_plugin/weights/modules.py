@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disback_plugin.errors import RoleError
-from disback_plugin.weights.sharding import Weight, is_flattened, problem
+from disback_plugin.errors import MismatchError, RoleError
+from disback_plugin.weights.sharding import Weight
+from disback_plugin.weights.tensors import TensorMeta, dtype_class
 
-__all__ = ["WeightTable", "find", "named_modules", "unwrap"]
+__all__ = ["WeightTable", "named_modules", "unwrap"]
 
 # Wrapper class -> its package and the attribute that holds the wrapped module. Classes are compared by name, because
 # importing torch._dynamo would take a second. peft's are around a network whose layers hold the adapters.
@@ -28,6 +29,8 @@ _WRAPPERS = {
     "PeftModel": ("peft", "base_model"),
     "BaseTuner": ("peft", "model"),
 }
+
+Modules = list[tuple[str, nn.Module]]
 
 
 def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
@@ -52,8 +55,7 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
                 continue
             if attribute == "_fsdp_wrapped_module" and not module._use_orig_params:
                 raise RoleError(
-                    f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without their "
-                    "names",
+                    f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without names",
                     expected="weights that have names",
                     cure="wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or shard it with "
                     "torch's fully_shard (FSDP2)",
@@ -76,26 +78,20 @@ def find(root: object, prefix: str, role: str) -> list[nn.Module]:
         RoleError: If `root` is no module, or holds nothing under that name.
     """
     if not isinstance(root, nn.Module):
-        raise RoleError(
-            f"{type(root).__name__} as the {role}", expected="a torch.nn.Module", cure=f"pass {role}=<module>"
-        )
-    module = unwrap(root, keep_peft=True)
-    found = [module]
+        found = f"{type(root).__name__} as the {role}"
+        raise RoleError(found, expected="a torch.nn.Module", cure=f"pass {role}=<module>")
+    modules = [unwrap(root, keep_peft=True)]
     for name in filter(None, prefix.split(".")):
-        module = unwrap(module)
-        child = module._modules.get(name)
+        parent = unwrap(modules[-1])
+        child = parent._modules.get(name)
         if child is None:
-            raise RoleError(
-                f"no {name!r} of prefix {prefix!r} in {type(module).__name__}, which has {sorted(module._modules)}",
-                expected=f"the {role} there",
-                cure="correct the prefix",
-            )
-        module = unwrap(child, keep_peft=True)
-        found.append(module)
-    return found
+            found = f"no {name!r} of prefix {prefix!r} in {type(parent).__name__}, which has {sorted(parent._modules)}"
+            raise RoleError(found, expected=f"the {role} there", cure="correct the prefix")
+        modules.append(unwrap(child, keep_peft=True))
+    return modules
 
 
-def named_modules(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+def named_modules(module: nn.Module, prefix: str = "") -> Modules:
     """Return the canonical name, with a dot at its end, and the unwrapped form of a module and of all inside it."""
     found, waiting = [], [(prefix, module)]
     while waiting:
@@ -115,8 +111,9 @@ class WeightTable:
         roots: The unwrapped modules, by the prefix of their names.
         holders: The modules around them, whose FSDP2 state has to be freed too.
         role: The name of the network in errors.
-        select: A function that returns those modules of a list from `named_modules` whose own tensors are the weights,
-            with their names; None for all.
+        select: A function from the `named_modules` of a root to those whose own tensors are the weights, with their
+            names; None for all.
+        names: Further names that identify the network, for which the table has empty tensors.
 
     Attributes:
         weights: The table; tied tensors stand under each of their names.
@@ -130,14 +127,19 @@ class WeightTable:
         roots: Mapping[str, nn.Module],
         holders: Iterable[nn.Module],
         role: str,
-        select: Callable[[list[tuple[str, nn.Module]]], list[tuple[str, nn.Module]]] | None = None,
+        select: Callable[[Modules], Modules] | None = None,
+        names: Iterable[str] = (),
     ) -> None:
-        everything = [named for prefix, root in roots.items() for named in named_modules(root, prefix)]
-        selected = everything if select is None else select(everything)
-        self._resharders = _fsdp2_resharders([*holders, *(module for _, module in everything)])
+        everything, selected = [], []
+        for prefix, root in roots.items():
+            modules = named_modules(root, prefix)
+            everything += modules
+            selected += modules if select is None else select(modules)
+        around: list[Any] = [*holders, *(module for _, module in everything)]
+        self._resharders: list[Callable[[], None]] = [module.reshard for module in around if _is_fsdp2(module)]
         self._reshard()
-        flattened = [p for _, module in selected for p in module._parameters.values() if p is not None]
-        flattened = [parameter for parameter in flattened if is_flattened(parameter)]
+        parameters = [parameter for _, module in selected for parameter in module._parameters.values()]
+        flattened = [p for p in parameters if p is not None and getattr(p, "_fsdp_flattened", False)]
         if flattened:
             from disback_plugin.weights import fsdp1
 
@@ -150,6 +152,7 @@ class WeightTable:
         self.weights: list[Weight] = []
         for name, module in selected:
             self._add(name, module, role)
+        self.weights += [Weight(name, torch.empty(0)) for name in names]
         # The shape of a tensor of FSDP1 is not that of the weight.
         self._shapes = [weight.tensor.shape for weight in self.weights]
         first: dict[int, str] = {}
@@ -168,12 +171,6 @@ class WeightTable:
                 return False
         return True
 
-    def add_names(self, names: Iterable[str]) -> None:
-        """Add names to the table that identify the network, each with an empty tensor."""
-        for name in names:
-            self.weights.append(Weight(name, torch.empty(0)))
-            self._shapes.append(torch.Size([0]))
-
     def _reshard(self) -> None:
         """Let FSDP free what it has gathered for a forward: a root would go on with it after a write to its shards."""
         for reshard in self._resharders:
@@ -188,34 +185,29 @@ class WeightTable:
                 expected="weights that are tensors only",
                 cure="use a network whose state_dict() holds nothing but tensors",
             )
-        for slots in (module._parameters, module._buffers):
-            for name, tensor in slots.items():
-                if slots is module._buffers and name in module._non_persistent_buffers_set:
-                    continue
-                self._slots.append((slots, name, tensor))
-                if tensor is None:
-                    continue
-                reason = _unwritable(tensor)
-                if reason is None:
-                    weight = Weight(prefix + name, tensor)
-                    if weight.is_dtensor or weight.flattened:
-                        reason = problem(tensor) or _unwritable(weight.local())
-                if reason is not None:
-                    raise RoleError(
-                        f"{prefix}{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1]
-                    )
-                self.weights.append(weight)
+        slots: list[tuple[dict[str, Any], str]] = [(module._parameters, name) for name in module._parameters]
+        slots += [(module._buffers, name) for name in module._buffers if name not in module._non_persistent_buffers_set]
+        for holder, name in slots:
+            tensor = holder[name]
+            self._slots.append((holder, name, tensor))
+            if tensor is not None:
+                self.weights.append(_validated(prefix + name, tensor, role))
 
 
-def _fsdp2_resharders(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
-    """Return the `reshard` of each module that FSDP2 manages."""
-    found: list[Callable[[], None]] = []
-    for module in modules:
-        for kind in type(module).__mro__:
-            if kind.__name__ == "FSDPModule":  # by name: to import torch.distributed.fsdp takes half a second
-                found.append(module.reshard)  # type: ignore[arg-type]
-                break
-    return found
+def _is_fsdp2(module: nn.Module) -> bool:
+    """Return whether FSDP2 manages a module, by name: to import torch.distributed.fsdp takes half a second."""
+    return "FSDPModule" in [kind.__name__ for kind in type(module).__mro__]
+
+
+def _validated(name: str, tensor: Tensor, role: str) -> Weight:
+    """Return the entry of a tensor; raise RoleError if it cannot be written in place."""
+    reason = _unwritable(tensor)
+    if reason is None:
+        weight = Weight(name, tensor)
+        reason = None if weight.sharding is None else weight.sharding.problem() or _unwritable(weight.local())
+        if reason is None:
+            return weight
+    raise RoleError(f"{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1])
 
 
 def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
@@ -244,3 +236,39 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
     if tensor.is_quantized or integer_weight or narrow or not plain:
         return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
     return None
+
+
+def check_layout(given: Mapping[str, TensorMeta], weights: list[Weight], role: str, source: str) -> None:
+    """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
+    names = {weight.name for weight in weights}
+    if names != given.keys():
+        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
+        raise MismatchError(
+            f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
+            expected=f"the {len(names)} keys of the {role}, no more and no less",
+            cure="use two networks of one architecture (added heads must not be in the role), or of LoRA two adapters "
+            "of one base: lora.add_teacher(model, like=...)",
+        )
+    for weight in weights:
+        own, other = weight.meta, given[weight.name]
+        if other.shape != own.shape:
+            raise MismatchError(
+                f"{weight.name} of shape {tuple(other.shape)} in {source}",
+                expected=f"{tuple(own.shape)} as in the {role}",
+                cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
+            )
+        if other.dtype != own.dtype and dtype_class(other.dtype) != dtype_class(own.dtype):
+            raise MismatchError(
+                f"{weight.name} of {other.dtype} in {source}",
+                expected=f"a dtype like {own.dtype} of the {role}",
+                cure="use weights of the same class of dtype",
+            )
+
+
+def two_values(weight: Weight, role: str) -> MismatchError:
+    """Return the error for tied weights that have two values in a state."""
+    return MismatchError(
+        f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {role}",
+        expected="one",
+        cure="write a state of a network that ties the same weights",
+    )

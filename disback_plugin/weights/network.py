@@ -1,8 +1,7 @@
 """The weights of one role: read them, write them in place, and identify them by their content.
 
 A *role* is the teacher s_theta or the fake score s_phi: a whole module, a sub-module of a wrapped root, several modules
-(experts), or one LoRA adapter of a network (`lora`). A write is in place and all or nothing: every key, shape and dtype
-class is checked before the first copy. Of a role sharded by FSDP each rank writes its own shards, and nothing is sent.
+(experts), or one LoRA adapter of a network (`lora`). Each rank writes its own part of a sharded role and sends nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,21 @@ from torch import Tensor, nn
 from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.checksum import Checksum, fingerprint
-from disback_plugin.weights.modules import WeightTable, find
-from disback_plugin.weights.sharding import FullState, Weight, add_up, count, local_tensor, read_part
+from disback_plugin.weights.modules import Modules, WeightTable, check_layout, find, two_values
+from disback_plugin.weights.sharding import (
+    FullState,
+    Weight,
+    add_up,
+    chunk_checksum,
+    local_tensor,
+    read_part,
+    total_checksum,
+)
 from disback_plugin.weights.tensors import (
     Part,
     Source,
     TensorMeta,
-    chunk_of,
-    dtype_class,
     host_tensor,
-    layout_of,
     pieces,
 )
 
@@ -71,19 +75,19 @@ class ScoreNetwork:
         role: str = "network",
     ) -> None:
         self.role, self.lora_adapter = role, lora_adapter
-        self.identity: str | None = None
-        self._bases: dict[str, str] = {}
         # A ModuleDict is a module first: its experts have the same names in any case.
         experts = module if isinstance(module, Mapping) and not isinstance(module, nn.Module) else None
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
         found = {name: find(root, prefix, role) for name, root in roots.items()}
         self._roots = {name: holders[-1] for name, holders in found.items()}
         self._holders = [holder for holders in found.values() for holder in holders[:-1]]
+        self._select: Callable[[Modules], Modules] | None = None
+        self._bases: dict[str, str] = {}
         if lora_adapter is not None:
             from disback_plugin.weights import lora
 
+            self._select = partial(lora.adapter_modules, lora_adapter=lora_adapter)
             self._bases = {name: lora.identity(root, lora_adapter, role) for name, root in self._roots.items()}
-            self.identity = repr(sorted(self._bases.items()))
         self._table = self._enumerated()
         if not self._table.weights:
             raise RoleError(
@@ -102,16 +106,9 @@ class ScoreNetwork:
         return cls(network, role=role)
 
     def _enumerated(self) -> WeightTable:
-        """Enumerate the weights."""
-        adapter = self.lora_adapter
-        if adapter is None:
-            return WeightTable(self._roots, self._holders, self.role)
-        from disback_plugin.weights import lora
-
-        table = WeightTable(self._roots, self._holders, self.role, lambda named: lora.adapter_modules(named, adapter))
-        # A name without a value: a node that was recorded on one base fits no other.
-        table.add_names(f"{name}on base {base}" for name, base in self._bases.items())
-        return table
+        """Enumerate the weights, and the bases of a LoRA adapter: a node recorded on one base fits no other."""
+        names = [f"{name}on base {base}" for name, base in self._bases.items()]
+        return WeightTable(self._roots, self._holders, self.role, self._select, names)
 
     def _weights(self) -> list[Weight]:
         """Return the weights, after FSDP has freed what it gathered; enumerate them again if one was replaced."""
@@ -119,7 +116,11 @@ class ScoreNetwork:
             self._table = self._enumerated()
         return self._table.weights
 
-    # -- LoRA ---------------------------------------------------------------------------------------------------------
+    # -- read ---------------------------------------------------------------------------------------------------------
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the unwrapped module that holds the weights under the key "", or each expert by its name and a dot."""
+        return dict(self._roots)
 
     def base_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that a LoRA adapter works on, which must not be trained; none of a whole network."""
@@ -129,39 +130,6 @@ class ScoreNetwork:
 
         return [parameter for root in self._roots.values() for _, parameter in lora.base_parameters(root)]
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Activate the role's LoRA adapter inside a `with` block, if the role is one."""
-        with ExitStack() as stack:
-            if self.lora_adapter is not None:
-                from disback_plugin.weights import lora
-
-                for root in self._roots.values():
-                    stack.enter_context(lora.under(root, self.lora_adapter))
-            yield
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a forward of the modules would be the role's at this moment."""
-        if self.lora_adapter is None:
-            return True
-        from disback_plugin.weights import lora
-
-        return all(lora.active_adapters(root) == [self.lora_adapter] for root in self._roots.values())
-
-    def on(self, modules: Mapping[str, nn.Module]) -> ScoreNetwork:
-        """Return the same role on copies of what `modules` returns."""
-        moved = copy.copy(self)
-        moved._roots, moved._holders = dict(modules), []
-        moved._table = moved._enumerated()
-        return moved
-
-    # -- read ---------------------------------------------------------------------------------------------------------
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Return the unwrapped module that holds the weights under the key "", or each expert by its name and a dot."""
-        return dict(self._roots)
-
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return canonical name and live tensor of each parameter and persistent buffer; tied ones under each name."""
         return [(weight.name, weight.tensor) for weight in self._weights()]
@@ -169,8 +137,7 @@ class ScoreNetwork:
     def state_dict(self) -> dict[str, Tensor]:
         """Return canonical names and detached live tensors, which change when the network does.
 
-        Of a sharded network they are DTensors, and under FSDP1 the flat parts that this rank holds (`full_state` has
-        everything).
+        Sharded tensors are DTensors, or under FSDP1 the flat parts of this rank (`full_state` has everything).
         """
         return {weight.name: weight.tensor.detach() for weight in self._weights()}
 
@@ -181,7 +148,7 @@ class ScoreNetwork:
     def fingerprint(self) -> str:
         """Return the SHA-256 of all names, dtypes, shapes and values: 64 hexadecimal digits.
 
-        The ranks of a sharded network send everything to rank 0, tensor by tensor: all ranks must call.
+        All ranks of a sharded network must call: they send it to rank 0, tensor by tensor.
         """
         state = self.full_state()
         return distributed.on_main_process(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
@@ -191,23 +158,21 @@ class ScoreNetwork:
 
         The sums of a sharded network's parts are added up: all ranks must call.
         """
-        return self._checksum(self._weights())
+        return total_checksum(self._weights())
 
     def local_checksum(self) -> str:
         """Return a text that identifies the present weights, computed without communication.
 
-        It is the `checksum`, or the checksum of this rank's shards, or empty where the shards of FSDP1 begin at places
-        that another number of ranks could not know.
+        It is the `checksum`, or that of this rank's shards, or empty if other ranks could not find the same shards.
         """
         weights = self._weights()
-        shardings = [weight.sharding for weight in weights if weight.sharding is not None]
-        if not shardings:
-            return self._checksum(weights)
-        first = shardings[0]
-        chunk = first.rank, first.ranks, 0
-        if any((sharding.rank, sharding.ranks, sharding.dim) != chunk for sharding in shardings):
+        chunks = {w.sharding.chunk for w in weights if w.sharding is not None and w.sharding.group is not None}
+        if not chunks:
+            return total_checksum(weights)
+        chunk = chunks.pop()
+        if chunks or chunk is None or chunk[2] != 0:
             return ""
-        return f"{_chunk_checksum(weights, first.rank, first.ranks).digest()} of shard {first.rank} of {first.ranks}"
+        return f"{chunk_checksum(weights, *chunk).digest()} of shard {chunk[0]} of {chunk[1]}"
 
     def matches_checksum(self, text: str) -> bool:
         """Return whether the weights are those from which `local_checksum` computed `text`, on any number of ranks.
@@ -221,16 +186,9 @@ class ScoreNetwork:
         if shard is None:
             return self.checksum() == text
         weights = self._weights()
-        total = _chunk_checksum(weights, int(shard[2]), int(shard[3]))
+        total = chunk_checksum(weights, int(shard[2]), int(shard[3]))
         add_up(total, weights)
         return total.digest() == shard[1]
-
-    def _checksum(self, weights: list[Weight]) -> str:
-        total = Checksum()
-        for weight in weights:
-            count(total, weight)
-        add_up(total, weights)
-        return total.digest()
 
     def rounding(self, source: Source) -> float:
         """Return |cast(theta) - theta|, Euclidean: what a write of a source into this network's dtypes rounds away."""
@@ -246,18 +204,12 @@ class ScoreNetwork:
 
     def first_parameter(self) -> Tensor:
         """Return the first live parameter, or the first buffer of a network without parameters."""
-        weights = self._weights()
-        return next((weight.tensor for weight in weights if weight.is_parameter), weights[0].tensor)
+        return max(self._weights(), key=lambda weight: weight.is_parameter).tensor
 
     def storages(self) -> set[int]:
-        """Return the addresses of the memory of the weights."""
-        local = [(weight, weight.local()) for weight in self._weights()]
-        return {
-            # FSDP1 puts parameters of several networks side by side in one storage.
-            tensor.data_ptr() if weight.flattened else tensor.untyped_storage().data_ptr()
-            for weight, tensor in local
-            if tensor.numel()
-        }
+        """Return the addresses of the weights; FSDP1 keeps several networks side by side in one storage."""
+        held = [(weight.local(), weight.flattened) for weight in self._weights()]
+        return {(t if flattened else t.untyped_storage()).data_ptr() for t, flattened in held if t.numel()}
 
     def buffer_names(self) -> set[str]:
         """Return the canonical names of the persistent buffers: running statistics, filters, counters."""
@@ -266,7 +218,7 @@ class ScoreNetwork:
     @property
     def sharded(self) -> bool:
         """Whether the network is distributed over ranks, or managed by FSDP1, so that no rank can run a copy of it."""
-        return any(weight.sharded or weight.flattened for weight in self._weights())
+        return any(weight.sharding is not None or weight.flattened for weight in self._weights())
 
     def parts(self) -> dict[str, Part] | None:
         """Return the part of each tensor that this rank holds, by canonical name; None if it holds all of each."""
@@ -275,18 +227,20 @@ class ScoreNetwork:
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes, dtype classes and ties."""
-        if self.identity != other.identity:
-            from disback_plugin.weights import lora
-
-            lora.check_same_base(self.identity, other.identity)
+        if self._bases != other._bases:
+            found = "one role that is a LoRA adapter and one that is a whole network"
+            if self._bases and other._bases:
+                found = "two LoRA adapters on different bases, of different targets or scales (lora_alpha, use_rslora)"
+            cure = "call lora.add_teacher(model, like=...), and pass ScoreNetwork(model, lora_adapter=...) for both"
+            raise MismatchError(found, expected="two whole networks, or two equal adapters on one base", cure=cure)
         own, others = self._weights(), other._weights()
-        _check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role)
+        check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role)
         ties = {weight.name: weight.tied_to for weight in others}
         for weight in own:
             if weight.tied_to is not None and ties[weight.name] != weight.tied_to:
+                names = f"{weight.name!r} and {weight.tied_to!r}"
                 raise MismatchError(
-                    f"{weight.name!r} and {weight.tied_to!r} that are one tensor in the {self.role} and two in the "
-                    f"{other.role}",
+                    f"{names} that are one tensor in the {self.role} and two in the {other.role}",
                     expected=f"weights that the {other.role} ties as well",
                     cure="make one network a copy.deepcopy of the other",
                 )
@@ -307,10 +261,10 @@ class ScoreNetwork:
             MismatchError: If keys, a shape or a dtype class differ, or if tied weights have two values in `state`. Then
                 nothing was written.
         """
-        weights, layout = self._weights(), layout_of(state)
-        flat = {w.name for w in weights if w.flattened and w.name in state and state[w.name].shape == w.tensor.shape}
-        layout |= {w.name: TensorMeta(state[w.name].dtype, w.meta.shape) for w in weights if w.name in flat}
-        _check_layout(layout, weights, self.role, "the state")
+        weights, layout = self._weights(), {name: TensorMeta(t.dtype, t.shape) for name, t in state.items()}
+        flat = {w.name: w for w in weights if w.flattened and layout.get(w.name, w.meta).shape == w.tensor.shape}
+        layout |= {name: TensorMeta(layout[name].dtype, w.meta.shape) for name, w in flat.items() if name in layout}
+        check_layout(layout, weights, self.role, "the state")
         given = {w.name: state[w.name] if w.name in flat else _part_of(state[w.name], w.part) for w in weights}
         self.load_parts(given, non_blocking=non_blocking)
 
@@ -327,7 +281,7 @@ class ScoreNetwork:
         weights = self._weights()
         for weight in weights:
             if weight.tied_to is not None and not torch.equal(state[weight.tied_to], state[weight.name]):
-                raise _two_values(weight, self.role)
+                raise two_values(weight, self.role)
         own = [weight for weight in weights if weight.tied_to is None]
         with torch.no_grad():
             torch._foreach_copy_([weight.local() for weight in own], [state[w.name] for w in own], non_blocking)
@@ -336,8 +290,7 @@ class ScoreNetwork:
     def write(self, source: Source) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.
 
-        Into contiguous weights on the CPU, pieces are decoded directly; elsewhere one tensor at a time is assembled in
-        between.
+        Pieces are decoded directly into contiguous weights on the CPU, and elsewhere one tensor at a time on the host.
 
         Args:
             source: One tensor for each canonical name, no more, no less.
@@ -351,14 +304,14 @@ class ScoreNetwork:
                 then the network is half written.
         """
         weights, layout, total = self._weights(), source.layout(), Checksum()
-        _check_layout(layout, weights, self.role, "the state")
+        check_layout(layout, weights, self.role, "the state")
         names = {weight.name: [weight.name] for weight in weights if weight.tied_to is None}
         for weight in weights:
             if weight.tied_to is not None:
                 for cell in weight.part.cells():
                     values = source.read(weight.name, cell.start, cell.stop).clone()
                     if not torch.equal(values, source.read(weight.tied_to, cell.start, cell.stop)):
-                        raise _two_values(weight, self.role)
+                        raise two_values(weight, self.role)
                 names[weight.tied_to].append(weight.name)
         own = [weight for weight in weights if weight.tied_to is None]
         with torch.no_grad():
@@ -370,51 +323,6 @@ class ScoreNetwork:
 
 # The types that users may pass as a role: `ScoreNetwork.of` takes them.
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
-
-
-def _chunk_checksum(weights: list[Weight], rank: int, ranks: int) -> Checksum:
-    """Return the checksum of one of several chunks of each parameter, as far as this rank holds it."""
-    total = Checksum()
-    for weight in weights:
-        shape = weight.meta.shape
-        count(total, weight, chunk_of(shape, rank, ranks) if weight.is_parameter and shape else None)
-    return total
-
-
-def _check_layout(given: Mapping[str, TensorMeta], weights: list[Weight], role: str, source: str) -> None:
-    """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
-    names = {weight.name for weight in weights}
-    if names != given.keys():
-        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
-        raise MismatchError(
-            f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
-            expected=f"the {len(names)} keys of the {role}, no more and no less",
-            cure="use two networks of one architecture (added heads must not be in the role), or of LoRA two adapters "
-            "of one base: lora.add_teacher(model, like=...)",
-        )
-    for weight in weights:
-        own, other = weight.meta, given[weight.name]
-        if other.shape != own.shape:
-            raise MismatchError(
-                f"{weight.name} of shape {tuple(other.shape)} in {source}",
-                expected=f"{tuple(own.shape)} as in the {role}",
-                cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
-            )
-        if other.dtype != own.dtype and dtype_class(other.dtype) != dtype_class(own.dtype):
-            raise MismatchError(
-                f"{weight.name} of {other.dtype} in {source}",
-                expected=f"a dtype like {own.dtype} of the {role}",
-                cure="use weights of the same class of dtype",
-            )
-
-
-def _two_values(weight: Weight, role: str) -> MismatchError:
-    """Return the error for tied weights that have two values in a state."""
-    return MismatchError(
-        f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {role}",
-        expected="one",
-        cure="write a state of a network that ties the same weights",
-    )
 
 
 def _part_of(given: Tensor, part: Part) -> Tensor:
@@ -437,6 +345,6 @@ def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Che
 
 def _increment_versions(weights: list[Weight]) -> None:
     """Increment the version counters of sharded weights: a DTensor's does not follow a write into its local memory."""
-    sharded = [weight.tensor for weight in weights if weight.sharded]
+    sharded = [weight.tensor for weight in weights if weight.sharding is not None]
     if sharded:
         torch.autograd.graph.increment_version(sharded)

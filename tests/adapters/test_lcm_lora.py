@@ -126,10 +126,10 @@ def test_one_network_is_held_and_its_own_weights_never_change(teachers, trained)
     assert len({id(role.network) for role in roles}) == 1
     unet = UNet2DConditionModel.from_pretrained(teachers["sd15"], subfolder="unet")
     assert disback.lora.base_checksum(trained.pipeline.unet) == disback.lora.base_checksum(unet)
-    with torch.no_grad(), disback.lora.under(trained.pipeline.unet, None):
+    with torch.no_grad(), disback.lora.use_adapter(trained.pipeline.unet, None):
         arguments = torch.ones(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 3, 16)
         bare = trained.pipeline.unet(*arguments)[0]
-        with disback.lora.under(trained.pipeline.unet, "teacher"):
+        with disback.lora.use_adapter(trained.pipeline.unet, "teacher"):
             assert torch.equal(trained.pipeline.unet(*arguments)[0], bare), "the teacher is s'_0 again"
 
 

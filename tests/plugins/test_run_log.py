@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import returned
-from test_sharding import Sharded
+from sharded_runs import Sharded
 from worlds import Run, difference
 
 import disback_plugin as disback

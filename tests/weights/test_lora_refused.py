@@ -44,7 +44,7 @@ def merged():
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_more_than_its_matrices_is_refused_with_the_cure(case):
+def test_an_adapter_that_is_more_than_its_matrices_is_refused_with_the_cure(case):
     make, reason = REFUSED[case]
     with pytest.raises(RoleError, match=re.compile(reason, re.DOTALL)):
         ScoreNetwork(make(), lora_adapter="fak")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import returned
-from test_sharding import Sharded, trained
+from sharded_runs import Sharded, trained
 
 import disback_plugin as disback
 from disback_plugin.errors import RankError
@@ -62,7 +62,7 @@ def odd_one_out(folder, how):
         ("another position", r"generator_updates=\d on rank 1"),
     ],
 )
-def test_a_rank_that_sees_something_else_stops_all_with_one_error_that_names_it(nursery, tmp_path, how, names):
+def test_a_rank_with_other_facts_stops_all_ranks_with_one_error_that_names_it(nursery, tmp_path, how, names):
     first, second = returned(nursery.play(odd_one_out, 2, str(tmp_path), how))
     assert first["kind"] == "RankError"
     assert re.search(names, first["text"]), first["text"]
@@ -70,7 +70,7 @@ def test_a_rank_that_sees_something_else_stops_all_with_one_error_that_names_it(
     assert second["same"]
 
 
-def test_nobody_waits_for_a_rank_that_lags_longer_than_the_timeout(nursery, tmp_path):
+def test_no_rank_waits_longer_than_the_timeout(nursery, tmp_path):
     first, _ = returned(nursery.play(odd_one_out, 2, str(tmp_path), "no move", timeout=1))
     assert first["seconds"] < 8
 
@@ -85,7 +85,7 @@ def never_comes(folder):
         return str(error)
 
 
-def test_who_waits_for_a_rank_that_never_attaches_is_told_so(nursery, tmp_path):
+def test_the_error_names_a_rank_that_never_attaches(nursery, tmp_path):
     first, _ = returned(nursery.play(never_comes, 2, str(tmp_path), timeout=1))
     assert "nothing from rank 1 within the timeout" in first
     assert not (tmp_path / "path").exists()
@@ -112,7 +112,7 @@ def looks_alone(folder):
         return [position, h.position]
 
 
-def test_one_rank_may_look_at_the_original_teacher_alone(nursery, tmp_path):
+def test_one_rank_alone_may_use_the_original_teacher(nursery, tmp_path):
     assert returned(nursery.play(looks_alone, 2, str(tmp_path))) == [[1.0, 0.0]] * 2
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_worlds import SIGMA, X_T, LoraRun, Under, adapted
 from ranks import returned
-from test_flattening import fsdp1
+from sharded_runs import fsdp1
 from worlds import clone, difference
 
 import disback_plugin as disback
@@ -151,7 +151,7 @@ def on_a_rank(folder):
     return said
 
 
-def test_ranks_with_one_base_each_walk_together_and_a_base_cut_by_fsdp_is_refused(nursery, tmp_path):
+def test_ranks_with_one_base_each_move_together_and_a_base_sharded_by_fsdp_is_refused(nursery, tmp_path):
     first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
     assert first == second
     assert (first[0], set(first[3:])) == ("done", {"a base that is whole on each process, as it is frozen"})

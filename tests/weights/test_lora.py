@@ -51,18 +51,18 @@ def test_two_processes_have_the_same_teacher_whatever_their_seed_and_the_fake_sc
     assert all(bool(v.any()) is ("lora_A" in k) for k, v in states[0].items() if v.numel())
 
 
-def test_who_runs_is_put_back_though_the_forward_raises_and_what_requires_gradients_stays():
+def test_the_active_adapter_is_restored_after_an_error_and_requires_grad_stays():
     model = adapted("fake", "student")
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    with lora.under(model, "fake"):
+    with lora.use_adapter(model, "fake"):
         for adapter in ("teacher", None, "student"):
-            with lora.under(model, adapter):
+            with lora.use_adapter(model, adapter):
                 assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
             with pytest.raises(RuntimeError, match="shapes"):
                 Under(model, adapter)(torch.ones(1, 7), SIGMA)
             assert active_adapters(model) == ["fake"]
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
-    with pytest.raises(RoleError, match="no LoRA adapter 'techer'"), lora.under(model, "techer"):
+    with pytest.raises(RoleError, match="no LoRA adapter 'techer'"), lora.use_adapter(model, "techer"):
         pass
 
 
@@ -84,7 +84,7 @@ def test_a_checkpointed_forward_has_its_gradients_if_backward_is_called_inside()
     model, gradients = adapted("fake", init_lora_weights=False), []
     for run in (model, lambda *args: checkpoint(model, *args, use_reentrant=False)):
         model.zero_grad()
-        with lora.under(model, "teacher"), lora.under(model, "fake"):  # as a loop that was elsewhere before
+        with lora.use_adapter(model, "teacher"), lora.use_adapter(model, "fake"):  # as a loop that was elsewhere before
             run(X_T, SIGMA).square().sum().backward()
         gradients.append(clone({n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     assert gradients[0]
@@ -158,7 +158,7 @@ def test_a_compiled_network_has_a_graph_for_each_adapter_and_no_move_makes_anoth
     compiled = torch.compile(model, backend=counter)
 
     def output(adapter, network=compiled):
-        with lora.under(network, adapter):
+        with lora.use_adapter(network, adapter):
             found = network(*inputs)
         return getattr(found, "sample", found)
 

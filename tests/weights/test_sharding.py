@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import returned
-from torch import nn
-from worlds import Run, Score, clone, difference
+from sharded_runs import Counted, content, distance, moved, net, trained, whole, write_path
+from worlds import difference
 
 import disback_plugin as disback
 from disback_plugin.path.degradation_path import DegradationPath
@@ -45,7 +44,7 @@ def test_the_parts_of_all_ranks_are_the_tensor(shape, ranks, dim):
     assert torch.equal(torch.cat(found, dim), whole)
 
 
-def test_a_part_of_a_large_tensor_is_read_within_pieces_and_little_beside_it():
+def test_a_part_of_a_large_tensor_is_read_within_pieces_with_little_besides():
     part = Part(torch.Size([3 * PIECE + 5]), 0, PIECE - 7, 2 * PIECE + 9)
     cells = list(part.cells())
     assert [(c.start // PIECE, (c.stop - 1) // PIECE) for c in cells] == [(0, 0), (1, 1), (2, 2)]
@@ -55,50 +54,6 @@ def test_a_part_of_a_large_tensor_is_read_within_pieces_and_little_beside_it():
 
 
 # -- with them --------------------------------------------------------------------------------------------------------
-
-
-class Uneven(nn.Module):
-    """What no number of ranks divides: rows, single elements, convolutions, tied weights, buffers, half a piece."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3))
-        self.scale = nn.Parameter(torch.ones(1))
-        self.conv = nn.Conv2d(5, 3, 3)
-        self.wide = nn.Linear(1 << 10, 1100, bias=False)  # more than a piece
-        self.score = Score()
-
-    def forward(self, x):
-        y = self.inner(x) * self.scale
-        y = y + self.conv(y.new_ones(1, 5, 3, 3)).sum() + self.score.left.weight.sum()
-        return y + self.wide(y.new_ones(1, 1 << 10)).sum()
-
-
-def net():
-    torch.manual_seed(3)
-    return Uneven()
-
-
-def moved(state, seed):
-    stream = torch.Generator().manual_seed(seed)
-    made = {
-        n: t + 1e-3 * torch.randn(t.shape, generator=stream).to(t.dtype) if t.is_floating_point() else t + 1
-        for n, t in state.items()
-    }
-    made["score.right.weight"] = made["score.left.weight"]
-    return made
-
-
-def write_path(folder, codec):
-    """Record three nodes of the network without any process group; the path is node by node the same everywhere."""
-    state = clone(ScoreNetwork(net()).state_dict())
-    state["score.right.weight"] = state["score.left.weight"]
-    path = DegradationPath.create(folder, state, Recording(3, 1, codec))
-    for iteration in (1, 2, 3):
-        state = moved(state, iteration)
-        path.append(state, iteration=iteration, exactly={n for n in state if "running" in n or "num" in n})
-    path.finish()
-    return path
 
 
 def shard(module, form="nested"):
@@ -124,39 +79,6 @@ def shard(module, form="nested"):
     fully_shard(module, **options)
     assert CPUOffloadPolicy  # needs an accelerator
     return torch.compile(module, backend="eager") if form == "wrapped" else module
-
-
-KINDS = ("all_", "broadcast", "gather", "scatter", "reduce", "send", "recv", "isend", "irecv", "barrier")
-
-
-class Counted:
-    """Counts what is sent inside: every operation of a process group goes through one of these."""
-
-    def __enter__(self):
-        from torch.distributed.tensor.debug import CommDebugMode
-
-        self.calls, self._old = [], {}
-        for name in (n for n in dist.distributed_c10d.__all__ if n.startswith(KINDS)):
-            for where in (dist, dist.distributed_c10d):
-                if hasattr(where, name):
-                    self._old[where, name] = function = getattr(where, name)
-                    setattr(where, name, lambda *a, _f=function, _n=name, **k: (self.calls.append(_n), _f(*a, **k))[1])
-        self._debug = CommDebugMode()
-        self._debug.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._debug.__exit__(*error)
-        for (where, name), function in self._old.items():
-            setattr(where, name, function)
-        self.calls += [str(op) for op, n in self._debug.get_comm_counts().items() if n]
-
-
-def whole(role):
-    """Return the whole state on every rank, by torch's own means."""
-    return {
-        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in role.state_dict().items()
-    }
 
 
 def written_shards(folder, forms, codecs):
@@ -224,92 +146,6 @@ def test_a_move_writes_each_ranks_shards_without_communication(nursery, paths, r
 # -- a whole run ------------------------------------------------------------------------------------------------------
 
 
-class Simple(nn.Module):
-    """A score network without anything that a sum over processes would round differently at the start."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2))
-
-    def forward(self, x_t, sigma):
-        return self.inner(torch.cat([x_t, sigma.expand(len(x_t), 1)], dim=1))
-
-
-class Sharded(Run):
-    """The run of `worlds`, sharded over all ranks (form "fsdp2"), wrapped in DDP ("ddp"), or as it is ("one").
-
-    Every rank takes its share of one global batch.
-    """
-
-    BATCH = 24
-
-    def __init__(self, form, optimizer="adam"):
-        from torch.distributed.fsdp import fully_shard
-        from torch.nn.parallel import DistributedDataParallel
-        from worlds import OPTIMIZERS
-
-        super().__init__(optimizer=optimizer)
-        torch.manual_seed(1)
-        self.teacher, self.fake_score = Simple(), Simple()
-        self.generator = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
-        self.fake_score.load_state_dict(self.teacher.state_dict())
-        self.teacher.eval().requires_grad_(False)
-        if form == "fsdp2":
-            for module in (self.teacher, self.fake_score):
-                fully_shard(module.inner[0])
-                fully_shard(module)
-            fully_shard(self.generator)
-        if form == "ddp":
-            self.fake_score = DistributedDataParallel(self.fake_score)
-            self.generator = DistributedDataParallel(self.generator)
-        self.optimizer_g = OPTIMIZERS[optimizer](self.generator.parameters())
-        self.optimizer_f = OPTIMIZERS[optimizer](self.fake_score.parameters())
-
-    @property
-    def dtype(self):
-        return torch.float32
-
-    def randn(self, *shape):
-        whole = torch.randn(self.BATCH, *shape[1:], generator=self.stream)
-        if not dist.is_initialized():
-            return whole
-        return whole.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def weights_of(module):
-    return {n: t.tolist() for n, t in whole(ScoreNetwork(module)).items()}
-
-
-def trained(form, path, steps, record=4, codec="exact", optimizer="adam", schedule="fixed:2"):
-    run = Sharded(form, optimizer)
-    start = weights_of(run.generator)
-    original = ScoreNetwork(run.teacher).fingerprint()
-    ahead = schedule.startswith("ramp")  # decoded in a thread, shard by shard
-    plan = {"record": record, "every": 2, "codec": codec, "schedule": schedule, "prefetch": ahead}
-    handle = disback.attach(**run.roles(), path=path, **plan)
-    seen = []
-    for _ in range(steps):
-        run.step()
-        seen.append([handle.phase, handle.position, handle.generator_updates])
-        if handle.phase == "recording":
-            assert weights_of(run.generator) == start, "the generator moved while recording"
-            assert not run.optimizer_g.state, "its optimizer has a state"
-    state = handle.state_dict()
-    assert all(type(value) in (int, float, str, bool) for value in state.values())
-    handle.detach()
-    assert ScoreNetwork(run.teacher).fingerprint() == original
-    return {"seen": seen, "generator": weights_of(run.generator), "fake_score": weights_of(run.fake_score)}
-
-
-def distance(a, b):
-    """Largest difference of two runs' weights."""
-    return max(
-        (torch.tensor(a[role][n]) - torch.tensor(b[role][n])).abs().max().item()
-        for role in ("generator", "fake_score")
-        for n in a[role]
-    )
-
-
 @pytest.mark.parametrize("form", ["ddp", "fsdp2"])
 def test_two_processes_end_where_one_with_the_same_batch_does(nursery, tmp_path, form):
     (one,) = returned(nursery.play(trained, 1, "one", str(tmp_path / "one"), 9))
@@ -334,10 +170,6 @@ def recorded(form, folder, codec):
         state = moved(state, iteration)
     path.finish()
     return len(path)
-
-
-def content(folder):
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -365,7 +197,7 @@ def test_a_path_of_one_number_of_processes_is_used_on_another(nursery, tmp_path)
     assert max(distance(ends[4, 1], ends[4, ranks]) for ranks in (2, 3)) < 2e-4
 
 
-def test_every_optimizer_stands_still_while_recording_and_takes_the_scaled_gradient_after(nursery, tmp_path):
+def test_every_optimizer_is_held_while_recording_and_takes_the_scaled_gradient_after(nursery, tmp_path):
     for optimizer in ("adamw", "adam-foreach", "sgd-momentum"):
         options = {"record": 2, "codec": "int8", "optimizer": optimizer, "schedule": "ramp:4"}
         (one,) = returned(nursery.play(trained, 1, "one", str(tmp_path / f"one-{optimizer}"), 7, *options.values()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import returned
-from test_sharding import Counted, Simple, content, distance, moved, net, write_path
+from sharded_runs import Counted, Simple, content, distance, fsdp1, moved, net, write_path
 from torch import nn
 from worlds import OPTIMIZERS, Run, difference
 
@@ -15,27 +15,6 @@ from disback_plugin.errors import RoleError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.weights.network import ScoreNetwork
-
-
-def fsdp1(module, form="nested", use_orig_params=True):
-    """Return the module wrapped over all ranks in one of the forms that are in use."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    options = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
-    if form == "kept":
-        options["sharding_strategy"] = ShardingStrategy.SHARD_GRAD_OP
-    if form == "replicas":
-        options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
-        options["device_mesh"] = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("a", "b"))
-    if form == "whole":
-        options["sharding_strategy"] = ShardingStrategy.NO_SHARD
-    if form != "root":
-        options["auto_wrap_policy"] = ModuleWrapPolicy({nn.Sequential, nn.Conv2d})
-    if form == "bf16":
-        options["mixed_precision"] = MixedPrecision(torch.bfloat16)
-    return FullyShardedDataParallel(module, **options)
 
 
 def gathered(root, prefix=""):
@@ -103,12 +82,12 @@ def path(tmp_path_factory):
     [(2, ["nested", "root", "bf16", "kept", "root"]), (3, ["root"]), (4, ["replicas"])],
     ids=["forms", "three", "replicas"],
 )
-def test_a_move_writes_each_ranks_stretches_without_communication(nursery, path, ranks, forms):
+def test_a_move_writes_each_ranks_part_of_a_unit_without_communication(nursery, path, ranks, forms):
     seen = returned(nursery.play(written, ranks, path, forms))
     assert any(result["empty"] for result in seen), "no rank held nothing of a weight"
 
 
-def test_units_that_are_not_cut_are_written_as_a_whole(nursery, path):
+def test_units_that_are_not_sharded_are_written_as_a_whole(nursery, path):
     for ranks in (1, 2):
         assert not any(result["sharded"] for result in returned(nursery.play(written, ranks, path, ["whole"])))
 
@@ -240,7 +219,7 @@ def refused():
     return said
 
 
-def test_what_has_lost_its_names_is_refused_with_the_cure(nursery):
+def test_fsdp1_units_without_names_are_refused_with_the_cure(nursery):
     first, second = returned(nursery.play(refused, 2))
     assert first == second
     assert all("use_orig_params=True" in message for message in first[:2])

@@ -53,7 +53,7 @@ def test_every_wrapper_shows_the_names_of_the_plain_module(process_group):
         assert list(ScoreNetwork(net).state_dict()) == keys, type(net)
 
 
-def test_a_module_of_the_users_own_called_module_keeps_its_name():
+def test_a_users_attribute_called_module_keeps_its_name():
     holder = nn.Module()
     holder.module = nn.Linear(1, 1)
     assert sorted(ScoreNetwork(holder).state_dict()) == ["module.bias", "module.weight"]
@@ -172,14 +172,14 @@ def test_a_write_from_a_source_between_forward_and_backward_is_noticed_by_autogr
         loss.backward()
 
 
-def test_what_a_half_precision_network_rounds_away_is_measured():
+def test_rounding_measures_what_a_half_precision_network_loses():
     net, state = nn.Linear(8, 8).bfloat16(), {"weight": torch.randn(8, 8), "bias": torch.randn(8)}
     lost = torch.cat([(t.bfloat16().double() - t.double()).reshape(-1) for t in state.values()])
     assert ScoreNetwork(net).rounding(NodeSource(state, ())) == pytest.approx(lost.norm().item())
     assert ScoreNetwork(nn.Linear(8, 8)).rounding(NodeSource(state, ())) == 0
 
 
-def test_the_fingerprint_knows_content_and_nothing_else():
+def test_the_fingerprint_depends_on_content_only():
     net, twin = Score(), Score()
     assert ScoreNetwork(net).fingerprint() != ScoreNetwork(twin).fingerprint()
     twin.load_state_dict(net.state_dict())
@@ -244,7 +244,7 @@ class ExtraState(nn.Linear):
         (lambda: None, "NoneType as the teacher"),
     ],
 )
-def test_what_cannot_be_written_is_refused_with_the_reason(network, message):
+def test_weights_that_cannot_be_written_in_place_are_refused_with_the_reason(network, message):
     with pytest.raises(RoleError, match=message):
         ScoreNetwork(network(), role="teacher")
 
@@ -265,6 +265,24 @@ def test_the_checksum_sees_an_update_of_a_single_weight():
     with torch.no_grad():
         net.weight[517, 2] = net.weight[517, 2].nextafter(torch.tensor(9.0))
     assert role.checksum() != before
+
+
+def test_weights_that_are_replaced_later_are_enumerated_and_validated_again():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    role = ScoreNetwork(net)
+    net[0].weight = nn.Parameter(torch.ones(2, 2))
+    assert role.state_dict()["0.weight"].data_ptr() == net[0].weight.data_ptr()
+    net[1].running_mean = torch.ones(2)
+    assert role.state_dict()["1.running_mean"].data_ptr() == net[1].running_mean.data_ptr()
+    net.to(torch.float64)
+    assert {tensor.dtype for _, tensor in role.named_tensors()} == {torch.float64, torch.int64}
+    net[0] = nn.Linear(2, 3)
+    assert role.named_tensors()[0][1].shape == (3, 2)
+    net[0] = checkpoint_wrapper(net[0])
+    assert list(role.state_dict()) == list(ScoreNetwork(net).state_dict())
+    net[0] = nn.Linear(2, 2, device="meta")
+    with pytest.raises(RoleError, match="meta device"):
+        role.load_state_dict({})
 
 
 def test_naming_a_role_does_not_rename_the_callers_object():
