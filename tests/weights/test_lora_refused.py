@@ -83,7 +83,7 @@ def test_an_optimizer_that_would_train_the_base_is_refused(tmp_path, role):
     roles = run.roles() | {role: torch.optim.Adam(weights)}
     disback.attach(**roles, path=tmp_path / "frozen").detach()  # without gradients it stands still
     bias.requires_grad_(True)
-    with pytest.raises(RoleError, match="steps the base of the adapters"):
+    with pytest.raises(RoleError, match="steps the adapters' base model"):
         disback.attach(**roles, path=tmp_path / "trained")
 
 
