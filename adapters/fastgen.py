@@ -11,7 +11,6 @@ the student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:4
 `student_update_freq`-th iteration, the fake score at the others (`dmd2.py:448`). The fake score starts as the teacher
 only if a pretrained path is given; `attach` sets it in any case. The checkpoint does not contain the teacher. It
 contains the state of callbacks, which is loaded before `on_load_checkpoint_end` (`fastgen/trainer.py:141-152`).
-
 A discriminator reads features of the teacher, and trains neither teacher nor fake score. It keeps the features of s'_0.
 """
 
