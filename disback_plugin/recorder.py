@@ -185,7 +185,7 @@ class Recorder:
         if fitted or self.done or not self._scales_rate:
             return 1
         if recorded or known.fitted is not None:
-            return known.haste  # the factor that the recording began with
+            return known.learning_rate_factor  # the factor that the recording began with
         return LEARNING_RATE_FACTOR if self._until_fitted else 1
 
     # -- begin and resume ---------------------------------------------------------------------------------------------
@@ -244,8 +244,8 @@ class Recorder:
         self.observe_gradients()
         self.gradients_seen = False
         known = self.path.manifest
-        if iteration == 1 and known.fitted is None and self.learning_rate_factor != known.haste:
-            self.path.update_manifest(haste=self.learning_rate_factor)
+        if iteration == 1 and known.fitted is None and self.learning_rate_factor != known.learning_rate_factor:
+            self.path.update_manifest(learning_rate_factor=self.learning_rate_factor)
         self._decide(iteration)
         due = self.path.manifest.due(iteration)
         if due:

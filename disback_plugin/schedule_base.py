@@ -149,13 +149,13 @@ class Plan:
         schedule.validate(nodes)
         if not schedule.until_fitted:
             return cls(schedule, nodes)
-        plan = cls(schedule.settle(manifest.clock), nodes)
+        plan = cls(schedule.settle(manifest.updates_to_fit), nodes)
         logger.info(
             "%s: s_phi %s %d updates at its learning rate; the teacher moves back from the last node in %d, and the "
             "gradient grows to its full size in %d",
             repr(schedule).partition("(")[0].lower(),
             "is fitted in" if manifest.fitted else "was not fitted in",
-            manifest.clock,
+            manifest.updates_to_fit,
             next(step for step, target in plan.timeline() if target.position == 0),
             plan.horizon,
         )

@@ -31,8 +31,8 @@ def test_auto_ends_the_recording_when_s_phi_is_fitted_and_backtracks_as_fast(tmp
         assert 10 <= rounds == manifest.ended < 60
         assert manifest.fitted <= manifest.ended
         assert handle.path.nodes[-1].iteration == manifest.ended
-        walked = Auto(manifest.clock)
-        for update in range(3 * manifest.clock):
+        walked = Auto(manifest.updates_to_fit)
+        for update in range(3 * manifest.updates_to_fit):
             target = walked(update, len(handle.path) - 1)
             assert (handle.position, handle.scheduler.gradient_factor) == target
             run.step()
@@ -48,7 +48,7 @@ def test_auto_logs_one_line_on_its_decision(tmp_path, caplog):
         while handle.phase == "recording":
             run.step()
     (line,) = [message for message in caplog.messages if message.startswith("auto: ")]
-    assert f"is fitted in {handle.path.manifest.clock} updates" in line
+    assert f"is fitted in {handle.path.manifest.updates_to_fit} updates" in line
 
 
 def test_another_schedule_records_to_the_end_and_notes_the_fit(tmp_path):
@@ -59,7 +59,7 @@ def test_another_schedule_records_to_the_end_and_notes_the_fit(tmp_path):
     assert handle.path.manifest.ended is None
     assert [node.iteration for node in handle.path.nodes] == [20, 40, 60]
     assert handle.path.manifest.fitted is not None
-    assert handle.path.manifest.clock == handle.path.manifest.fitted
+    assert handle.path.manifest.updates_to_fit == handle.path.manifest.fitted
 
 
 @pytest.mark.parametrize("held", [float, torch.tensor])
@@ -76,7 +76,7 @@ def test_autos_recording_has_twice_the_learning_rate_until_s_phi_is_fitted(tmp_p
         manifest = handle.path.manifest
     assert during == [2 * own] * manifest.fitted + [own] * (40 - manifest.fitted)
     assert group["lr"] is rate
-    assert (manifest.haste, manifest.clock) == (2, 2 * manifest.fitted)
+    assert (manifest.learning_rate_factor, manifest.updates_to_fit) == (2, 2 * manifest.fitted)
 
 
 def test_the_learning_rate_is_restored_after_a_step_that_raised(tmp_path):
@@ -127,7 +127,7 @@ def test_a_recording_that_is_never_fitted_warns_and_counts_at_its_rate(tmp_path,
     with attached(run, tmp_path, record=20, every=20) as handle:
         run.steps(20)
         known = handle.path.manifest
-    assert (known.fitted, known.haste, known.clock) == (None, 2, 40)
+    assert (known.fitted, known.learning_rate_factor, known.updates_to_fit) == (None, 2, 40)
     assert "was not seen to be fitted" in caplog.text
 
 
@@ -140,7 +140,7 @@ def test_a_resumed_recording_keeps_its_learning_rate_under_another_schedule(tmp_
         run.optimizer_f.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
         run.steps(31)
         assert handle.phase == "done"
-        assert handle.path.manifest.clock == 80
+        assert handle.path.manifest.updates_to_fit == 80
     assert rates == [2 * own] * 30 + [own]
 
 
@@ -163,7 +163,7 @@ def test_an_optimizer_without_a_learning_rate_is_left_alone(tmp_path):
     with attached(run, tmp_path) as handle:
         run.steps(60)
         known = handle.path.manifest
-    assert (known.fitted, known.haste, known.clock) == (None, 1, 60)
+    assert (known.fitted, known.learning_rate_factor, known.updates_to_fit) == (None, 1, 60)
 
 
 def test_a_recording_too_short_to_fit_gives_its_own_length(tmp_path):
@@ -275,5 +275,5 @@ def test_a_users_schedule_can_take_its_length_from_the_recording(tmp_path):
         while handle.phase == "recording":
             run.step()
         assert handle.path.manifest.ended < 60
-        assert handle.scheduler.plan.horizon == 2 * handle.path.manifest.clock
+        assert handle.scheduler.plan.horizon == 2 * handle.path.manifest.updates_to_fit
         assert handle.position == len(handle.path) - 1

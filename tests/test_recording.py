@@ -320,11 +320,11 @@ def test_a_fit_that_is_known_is_not_counted_at_another_rate_when_the_recording_g
     before = DegradationPath(tmp_path / "path").manifest
     assert before.fitted < 100
     with disback.attach(**Run(seed=1).roles(), path=tmp_path / "path", record=200, every=100) as handle:
-        assert handle.path.manifest.clock == before.clock == before.fitted
+        assert handle.path.manifest.updates_to_fit == before.updates_to_fit == before.fitted
     again = Run(seed=1)
     with disback.attach(**again.roles(), path=tmp_path / "path", record=200, every=100) as handle:
         again.steps(10)
-        assert handle.path.manifest.clock == before.clock
+        assert handle.path.manifest.updates_to_fit == before.updates_to_fit
 
 
 @pytest.mark.parametrize("rate", [1, np.float32(0.5), torch.tensor(0.5)], ids=repr)

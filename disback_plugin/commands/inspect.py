@@ -50,7 +50,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
         "codec": manifest.recording.codec,
         "iterations": manifest.iterations,
         "fitted": manifest.fitted,
-        "haste": manifest.haste,
+        "learning_rate_factor": manifest.learning_rate_factor,
         "teacher": manifest.teacher.fingerprint,
         "generator": manifest.generator,
         "bytes": sum(row["bytes"] for row in rows),
@@ -60,8 +60,9 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
         return
     state = "complete" if path.complete else "unfinished"
     print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
-    haste = f" at {manifest.haste} times the learning rate" if manifest.haste > 1 else ""
-    fitted = "not seen to be fitted" if manifest.fitted is None else f"s_phi fitted after {manifest.fitted}{haste}"
+    factor = manifest.learning_rate_factor
+    faster = f" at {factor} times the learning rate" if factor > 1 else ""
+    fitted = "not seen to be fitted" if manifest.fitted is None else f"s_phi fitted after {manifest.fitted}{faster}"
     saved = path.nodes[-1].iteration if path.nodes else 0
     done = f"{saved}" if path.complete else f"{saved} of at most {about['iterations']}"
     print(f"{done} iterations, {fitted}; teacher {about['teacher']}\n")

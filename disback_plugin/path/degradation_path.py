@@ -272,7 +272,7 @@ class DegradationPath(
         return self._store.read_training()
 
     def update_manifest(self, **known: Any) -> None:
-        """Write what is now known of the recording: `fitted`, `ended`, `haste` or `learning_rate` of `Manifest`."""
+        """Write fields of `Manifest` that became known: `fitted`, `ended`, `learning_rate`, `learning_rate_factor`."""
         self._on_rank_zero(lambda: self._store.write_manifest(**known))
 
     def finish(self) -> None:

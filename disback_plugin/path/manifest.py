@@ -24,7 +24,10 @@ __all__ = [
 FORMAT = 2
 CONFIG = "config.json"
 # Keys that format 2 always has, those that are optional in format 1 among them: a changed letter must not pass.
-WRITTEN = {"teacher", "recording", "generator", "nodes", "complete", "fitted", "ended", "haste", "learning_rate"}
+WRITTEN = {
+    *("teacher", "recording", "generator", "nodes", "complete"),
+    *("fitted", "ended", "learning_rate", "learning_rate_factor"),
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class Manifest:
         complete: Whether node N is among them.
         fitted: Updates after which s' was found to be fitted; None if it was not.
         ended: Updates after which the recording was ended because of that; None if it went on as planned.
-        haste: Factor on the learning rate until s' was fitted.
+        learning_rate_factor: Factor on the learning rate until s' was fitted.
         learning_rate: Learning rate of s', where that was a copy of the teacher that `record` trained; else None.
         format: Format that the manifest was read from.
         extra: Keys of another version, which are kept.
@@ -184,7 +187,7 @@ class Manifest:
     complete: bool = False
     fitted: int | None = None
     ended: int | None = None
-    haste: int = 1
+    learning_rate_factor: int = 1
     learning_rate: float | None = None
     format: int = FORMAT
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -198,14 +201,14 @@ class Manifest:
         )
 
     @property
-    def clock(self) -> int:
+    def updates_to_fit(self) -> int:
         """F: updates at the learning rate itself in which s' was fitted, or all updates if it was not.
 
         Example:
-            >>> Manifest(Teacher("", ""), Recording(200, 50), fitted=5, haste=4).clock
+            >>> Manifest(Teacher("", ""), Recording(200, 50), fitted=5, learning_rate_factor=4).updates_to_fit
             20
         """
-        return self.haste * (self.iterations if self.fitted is None else self.fitted)
+        return self.learning_rate_factor * (self.iterations if self.fitted is None else self.fitted)
 
     @property
     def iterations(self) -> int:
@@ -282,6 +285,8 @@ class Manifest:
             _refuse_retired(content, file)
             if version > 1 and not content.keys() >= WRITTEN:
                 raise ValueError(f"without {sorted(WRITTEN - content.keys())}")
+            if version == 1:
+                content["learning_rate_factor"] = content.pop("haste", 1)
             generator = content.pop("generator")["fingerprint"]
             manifest = files.from_json(cls, content | {"generator": generator})
         except PathError:
@@ -308,8 +313,8 @@ class Manifest:
         counts = [count for count in (self.fitted, self.ended) if count is not None]
         if any(not 1 <= count <= self.recording.iterations for count in counts):
             return f"a recording that was fitted after {self.fitted} updates and ended after {self.ended}"
-        if self.haste < 1:
-            return f"a recording at {self.haste} times the learning rate"
+        if self.learning_rate_factor < 1:
+            return f"a recording at {self.learning_rate_factor} times the learning rate"
         iterations, due = [n.iteration for n in nodes], [self.due_iteration(i + 1) for i in range(len(nodes))]
         if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
             return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"

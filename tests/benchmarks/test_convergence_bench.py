@@ -83,7 +83,7 @@ def attached_loop(place, folder):
 def test_one_member_of_the_study_is_what_attach_makes_of_a_plain_loop(place, tmp_path):
     runs = study(place, [AUTO], [SEED])
     manifest, generator = attached_loop(place, tmp_path)
-    assert (manifest.clock, manifest.ended) == (runs.fitted[0], runs.recorded[0])
+    assert (manifest.updates_to_fit, manifest.ended) == (runs.fitted[0], runs.recorded[0])
     before = [weight.clone() for weight in runs.generator.parameters()]
     runs.train(UPDATES)
     for ours, theirs, start in zip(runs.generator.parameters(), generator.parameters(), before, strict=True):

@@ -129,7 +129,9 @@ def test_a_path_in_a_codec_that_is_gone_names_the_version_that_reads_it_and_is_n
 
 def test_the_identity_does_not_depend_on_how_far_the_recording_got():
     start = Manifest(module.Teacher("t", "c"), Recording(20, 10), "g")
-    later = replace(start, complete=True, fitted=7, ended=10, haste=2, learning_rate=0.1, extra={"key": 1})
+    later = replace(
+        start, complete=True, fitted=7, ended=10, learning_rate_factor=2, learning_rate=0.1, extra={"key": 1}
+    )
     assert later.identity == start.identity
     for other in (
         replace(start, teacher=module.Teacher("u", "c")),
@@ -170,6 +172,15 @@ def hints_with(manifest, node):
     from typing import get_type_hints
 
     return lambda kind: get_type_hints(kind, localns={"NextManifest": manifest, "NextNode": node})
+
+
+def test_the_learning_rate_factor_has_another_key_in_format_1(old):
+    edit(old, lambda content: content.update(haste=2))
+    path = DegradationPath(old)
+    assert path.manifest.learning_rate_factor == 2
+    path.update_manifest(fitted=1)
+    assert DegradationPath(old).manifest.updates_to_fit == 2
+    assert path.identity == IDENTITY
 
 
 def test_unknown_keys_are_kept_when_the_manifest_is_written_again(old):
