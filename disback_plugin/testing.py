@@ -1,7 +1,7 @@
-"""`check_adapter`, the conformance kit of adapters, and the pytest plug-in of this repository.
+"""Test an adapter with `check_adapter`; and the pytest plug-in of this repository.
 
-`pytest --benchmark` runs the speed comparisons, and only them. The plug-in is named by `-p` in pyproject.toml, not by
-an entry point, so that nobody else's pytest loads it. Imports nothing heavy.
+`pytest --benchmark` runs only the speed comparisons. pyproject.toml names the plug-in by `-p`; without an entry point
+no other project's pytest loads it. Importing this module loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callable[[], object]]]) -> None:
-    """Check an adapter on a live trainer, as small as you like; for the tests of whoever wrote it.
+    """Check that DisBack works on a live trainer with the roles that an adapter returns. Call it in a test.
 
     Args:
-        adapter: Its name in the entry-point group `disback.adapters`.
-        make_trainer: Returns a new trainer, and a function that does one round of its loop. It must give the same run
-            each time it is called: seed whatever it draws from. Both networks and the generator have to be trained
+        adapter: Name of the adapter in the entry-point group `disback.adapters`.
+        make_trainer: Returns a new trainer, as small as you like, and a function that does one round of its loop. Each
+            call must give the same run: seed whatever it draws from. Both networks and the generator must be trained
             within 20 rounds.
 
     Raises:
-        DisbackError: If the adapter does not find the roles, or they cannot be these.
-        AssertionError: If, with the adapter's roles, a run without recording differs from the plain one in a bit, the
-            generator moves while recording, the nodes are not visited in order, the teacher does not hold the node of
-            its position, or it is not itself again at the end.
+        DisbackError: If the adapter does not find the roles, or these roles cannot be used.
+        AssertionError: If a run without recording differs from the plain run in a bit, the generator moves while
+            recording, the nodes are not visited in order, the teacher does not hold the node of its position, or the
+            teacher is not itself again at the end.
 
     Example:
         >>> import torch

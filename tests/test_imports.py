@@ -7,7 +7,18 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "diffusers", "accelerate", "timm", "matplotlib", "sklearn", "huggingface_hub", "tqdm", "numpy"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "accelerate",
+    "timm",
+    "matplotlib",
+    "sklearn",
+    "huggingface_hub",
+    "tqdm",
+    "numpy",
+    "jinja2",
+}
 
 
 def imported_by(code):
@@ -31,11 +42,21 @@ def test_listing_and_calling_plug_ins_imports_nothing_heavy():
 
 
 def test_attaching_imports_neither_diffusers_nor_accelerate_nor_timm_nor_matplotlib():
-    assert imported_by("import disback_plugin; disback_plugin.attach") <= {"torch", "huggingface_hub", "tqdm", "numpy"}
+    assert imported_by("import disback_plugin; disback_plugin.attach") <= {
+        "torch",
+        "huggingface_hub",
+        "tqdm",
+        "numpy",
+        "jinja2",
+    }
 
 
 def test_the_help_imports_nothing_heavy():
     assert imported_by("from disback_plugin.cli import parser; parser().format_help()") == set()
+
+
+def test_an_adapters_watch_and_the_panels_of_a_report_import_nothing_heavy():
+    assert imported_by("import disback_plugin; disback_plugin.Watch; import disback_plugin.report.figures") == set()
 
 
 def test_every_public_name_is_there():

@@ -11,11 +11,12 @@ import weakref
 import pytest
 import torch
 from scripts import PLAN, TRAINERS, disback_run, networks, python, run_plain
+from sites import KNOWS, install
 from torch.optim import optimizer
 from worlds import difference
 
 import disback_plugin as disback
-from disback_plugin import Watch
+from disback_plugin import Watch, cli
 
 SCRIPTS = [
     ("sid", "sid_train.py", "--outdir"),
@@ -193,6 +194,18 @@ def test_wrong_use_is_one_line_and_exit_code_2(adapter, script, arguments, messa
     assert code == 2
     assert message in errors
     assert errors.count("\n") == 1
+
+
+def test_a_blocked_adapter_is_refused_and_not_imported(site, tmp_path, capsys):
+    install(site, "noisy", f"{KNOWS}\nprint('imported')", group="disback.adapters")
+    (tmp_path / "script.py").write_text("")
+    for arguments in (["-p", "no:noisy", "run"], ["run", "-p", "no:noisy"]):
+        assert cli.main([*arguments, "--adapter", "noisy", "script.py"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "noisy" in err
+    assert cli.main(["run", "--adapter", "noisy", "script.py"]) == 2
+    assert capsys.readouterr().out == "imported\n", "without a WATCH it cannot run a script"
 
 
 @pytest.mark.parametrize("renamed", [False, True])
