@@ -32,7 +32,6 @@ def run(options: argparse.Namespace) -> int:
     import logging
     from dataclasses import asdict
 
-    from disback_plugin._text_table import aligned
     from disback_plugin.plugins.manager import PluginManager
     from disback_plugin.plugins.run_log import versions
 
