@@ -139,7 +139,7 @@ class Recorder:
         path: An unfinished path, to which nodes are added.
         network: s', the network that is fitted.
         progress: The run's progress; `recorded` is set to the iteration of the last node, and counted from there.
-        training: Returns all that the recording needs beside the path to resume bit for bit at this iteration; None
+        training: Returns the weights and all else that training needs to resume bit for bit at this iteration; None
             where the trainer's checkpoint holds that.
         until_fitted: Whether to end as soon as s' is fitted, after at least ten iterations.
         scales_rate: Whether the caller multiplies the learning rate of each update by `learning_rate_factor`.
@@ -279,7 +279,7 @@ class Recorder:
 
     def _save_node(self, iteration: int) -> None:
         distributed.agree({"path": self.path.identity, "recording_iteration": iteration})
-        training = None if self._training is None else self._training()
+        training = None if self._training is None else self._training() | {"fit": self.fit.to_tensor()}
         before = time.perf_counter()
         self.path.append(
             self.network.full_state(), iteration=iteration, exactly=self.network.buffer_names(), training=training
@@ -323,17 +323,13 @@ class Recorder:
             seconds,
         )
         self._log(iterations, {"disback/path_bytes": size, "disback/node_seconds": seconds})
-        if known.fitted is not None:
-            return
-        if iterations - self._resumed_at > EVERY and not any(map(math.isfinite, self.fit.cosines())):
+        unseen = iterations - self._resumed_at > EVERY and not any(map(math.isfinite, self.fit.cosines()))
+        if known.fitted is None and (unseen or self._until_fitted):
             logger.warning(
-                "no gradients of s' were seen at its %d updates, so that nobody knows whether it is fitted: "
-                'schedule="auto" takes all of them for the time that this takes',
+                's\' was not seen to be fitted in its %d updates, and backtracking under "auto" takes as long as they '
+                "did: %s",
                 iterations,
-            )
-        elif self._until_fitted:
-            logger.warning(
-                "s' was not seen to be fitted in its %d updates, and backtracking takes as long as they did: is its "
-                "learning rate still warming up? record at the rate to come, or with a larger record=",
-                iterations,
+                "no gradients of s' were seen"
+                if unseen
+                else "is its learning rate still warming up? Record at the rate to come, or with a larger record=",
             )

@@ -10,12 +10,11 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from disback_plugin import distributed
@@ -95,28 +94,38 @@ def record(
         >>> len(record(teacher, sample=sample, loss=denoise, path=tempfile.mkdtemp(), iterations=4, every=2))
         3
     """
-    target = ScoreNetwork.of(teacher, role="teacher")
-    folder, plan = Path(path), Recording(iterations, every, codec, keep_teacher)
-    manager = PluginManager.of(plugins)
-    settings = {"iterations": iterations, "every": every, "codec": codec, "keep_teacher": keep_teacher}
-
-    def begin_log(recorder: Recorder, **more: Any) -> None:
-        """Begin the log, now that nothing can be refused any more."""
-        kept = manager.add_run_log(log, folder) if distributed.is_main_process() else None
-        if kept is not None:
-            recorded = recorder.progress.recorded
-            about = recorder.path.log_fields() | {"settings": settings | more}
-            kept.begin("record", recording=recorded, resumed=recorded > 0, **about)
-
+    target, manager = ScoreNetwork.of(teacher, role="teacher"), PluginManager.of(plugins)
+    plan = Recording(iterations, every, codec, keep_teacher)
+    settings: dict[str, Any] = asdict(plan)
     if fake_score is not None and fake_step is not None and sample is None and loss is None:
         network = ScoreNetwork.of(fake_score, role="fake score")
         check_networks(target, network)
-        opened = open_or_create(folder, target, plan)
-        _record_fake_score(opened, network, fake_step, manager, begin_log)
+        opened = open_or_create(path, target, plan)
+        if opened.complete:
+            distributed.on_every_rank(lambda: network.write(opened.source(len(opened) - 1)), "read the last node")
+            return opened
+        recorder = Recorder(opened, network, Progress(), plugins=manager)
+        recorder.start()
+        _begin_log(recorder, manager, log, settings)
+        with restored(tensor for _, tensor in network.named_tensors()):
+            _fit(recorder, fake_step)
     elif fake_score is None and fake_step is None and sample is not None and loss is not None:
-        opened = open_or_create(folder, target, plan)
-        if not opened.complete:
-            _record_copy(opened, target, sample, loss, learning_rate, seed, manager, begin_log)
+        opened = open_or_create(path, target, plan)
+        if opened.complete:
+            return opened
+        copied = _TrainedCopy(target, sample, loss, learning_rate)
+        recorder = Recorder(opened, copied.network, Progress(), training=copied.state, plugins=manager)
+        saved = opened.training_state()
+        if saved is None:
+            recorder.start()
+        if opened.manifest.fitted is None:  # else the rate at which s' was fitted is known
+            opened.update_manifest(learning_rate=float(learning_rate))
+        _begin_log(recorder, manager, log, settings | {"learning_rate": learning_rate, "seed": seed})
+        with private_random_stream(seed), torch.enable_grad():
+            if saved is not None:
+                copied.load_state(saved)
+                recorder.load_fit(saved["fit"])
+            _fit(recorder, copied.step)
     else:
         functions = {"fake_score": fake_score, "fake_step": fake_step, "sample": sample, "loss": loss}
         raise OptionError(
@@ -127,22 +136,22 @@ def record(
     return opened
 
 
-def _record_fake_score(
-    path: DegradationPath,
-    network: ScoreNetwork,
-    fake_step: Callable[[], object],
-    plugins: PluginManager,
-    begin_log: Callable[..., None],
+def _begin_log(
+    recorder: Recorder, plugins: PluginManager, file: str | os.PathLike[str] | None, settings: dict[str, Any]
 ) -> None:
-    if path.complete:
-        distributed.on_every_rank(lambda: network.write(path.source(len(path) - 1)), "read the last node")
-        return
-    recorder = Recorder(path, network, Progress(), plugins=plugins)
-    recorder.start()
-    begin_log(recorder)
-    with restored(tensor for _, tensor in network.named_tensors()), _progress_bar(recorder) as bar:
+    """Begin the log, now that nothing can be refused any more."""
+    path, recorded = recorder.path, recorder.progress.recorded
+    log = plugins.add_run_log(file, path.folder) if distributed.is_main_process() else None
+    if log is not None:
+        log.begin("record", recording=recorded, resumed=recorded > 0, **path.log_fields(), settings=settings)
+
+
+def _fit(recorder: Recorder, step: Callable[[], object]) -> None:
+    """Update the network until node N is saved, with a progress bar."""
+    total, recorded = recorder.path.manifest.iterations, recorder.progress.recorded
+    with tqdm(desc="recording", total=total, initial=recorded, disable=None) as bar:
         while not recorder.done:
-            recorder.update(_one_update(recorder, fake_step))
+            recorder.update(_one_update(recorder, step))
             bar.update()
 
 
@@ -168,66 +177,6 @@ def _one_update(recorder: Recorder, fake_step: Callable[[], object]) -> object:
     )
 
 
-def _record_copy(
-    path: DegradationPath,
-    teacher: ScoreNetwork,
-    sample: Callable[[], Tensor],
-    loss: Callable[[nn.Module, Tensor], Tensor],
-    learning_rate: float,
-    seed: int,
-    plugins: PluginManager,
-    begin_log: Callable[..., None],
-) -> None:
-    copied = _trainable_copy(teacher)
-    optimizer = torch.optim.Adam(copied.parameters(), lr=learning_rate)
-    network = ScoreNetwork(copied, role="recorded copy")
-
-    def training() -> dict[str, Tensor]:
-        return _capture(network, optimizer) | {"fit": recorder.fit.to_tensor()}
-
-    recorder = Recorder(path, network, Progress(), training=training, plugins=plugins)
-    saved = path.training_state()
-    if saved is None:
-        recorder.start()
-    if path.manifest.fitted is None:  # else the rate at which s' was fitted is known
-        path.update_manifest(learning_rate=float(learning_rate))
-    begin_log(recorder, learning_rate=learning_rate, seed=seed)
-    with private_random_stream(seed), _progress_bar(recorder) as bar, torch.enable_grad():
-        if saved is not None:
-            _restore(saved, network, optimizer)
-            recorder.load_fit(saved["fit"])
-        while not recorder.done:
-            optimizer.zero_grad()
-            value = loss(copied, sample())
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            recorder.update(value)
-            bar.update()
-
-
-def _progress_bar(recorder: Recorder) -> tqdm[NoReturn]:
-    total = recorder.path.manifest.iterations
-    return tqdm(desc="recording", total=total, initial=recorder.progress.recorded, disable=None)
-
-
-def _trainable_copy(teacher: ScoreNetwork) -> nn.Module:
-    """Return a copy of the teacher's module that can be trained; raises OptionError if it cannot be copied."""
-    module, *others = teacher.modules().values()
-    what, needed, cure = "", "", ""
-    if teacher.lora_adapter is not None:
-        what, needed = "a teacher that is a LoRA adapter", "fake_score and fake_step"
-        cure = "pass fake_score=ScoreNetwork(model, lora_adapter=...), and a fake_step that trains that adapter"
-    elif teacher.sharded:
-        what, needed = "a sharded teacher", "a module that can be copied"
-        cure = "record before sharding, or use fake_score and fake_step"
-    elif others:
-        what, needed = f"a teacher of {1 + len(others)} experts", "one module"
-        cure = "record each expert on its own, or use fake_score and fake_step"
-    if what:
-        raise OptionError(f"{what}, with sample and loss, which train a copy of it", expected=needed, cure=cure)
-    return copy.deepcopy(module).requires_grad_(True)
-
-
 @contextmanager
 def private_random_stream(seed: int) -> Iterator[None]:
     """Seed the global random streams inside, and restore their states at the end.
@@ -248,42 +197,65 @@ def private_random_stream(seed: int) -> Iterator[None]:
         yield
 
 
-# -- weights, moments and random streams, for a recording that resumes bit for bit ------------------------------------
+class _TrainedCopy:
+    """A copy of the teacher that Adam fits to samples, with a state from which a recording resumes bit for bit.
 
+    Raises:
+        OptionError: If the teacher cannot be copied.
+    """
 
-def _capture(network: ScoreNetwork, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return copies of the weights, all buffers, Adam's moments and the random streams, on the CPU."""
-    weights = {f"weights|{name}": tensor for name, tensor in network.state_dict().items()}
-    buffers = {f"buffers|{name}": tensor for name, tensor in _buffers(network)}  # a state dict holds only some of them
-    moments = {
-        f"optimizer|{index}|{key}": tensor
-        for index, entries in optimizer.state_dict()["state"].items()
-        for key, tensor in entries.items()
-    }
-    streams = {"random|cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        streams |= {f"random|cuda|{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return {name: tensor.detach().cpu().clone() for name, tensor in (weights | buffers | moments | streams).items()}
+    def __init__(
+        self,
+        teacher: ScoreNetwork,
+        sample: Callable[[], Tensor],
+        loss: Callable[[nn.Module, Tensor], Tensor],
+        learning_rate: float,
+    ) -> None:
+        module, *others = teacher.modules().values()
+        kind = "that is a LoRA adapter" if teacher.lora_adapter else "that is sharded" if teacher.sharded else ""
+        if kind or others:
+            raise OptionError(
+                f"a teacher {kind or 'of several experts'}, with sample and loss, which train a copy of it",
+                expected="one module that can be copied",
+                cure="use fake_score and fake_step, or record before sharding, or each expert on its own",
+            )
+        self._module, self._sample, self._loss = copy.deepcopy(module).requires_grad_(True), sample, loss
+        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=learning_rate)
+        self.network = ScoreNetwork(self._module, role="recorded copy")
 
+    def step(self) -> Tensor:
+        """Do one update and return the loss."""
+        self._optimizer.zero_grad()
+        loss = self._loss(self._module, self._sample())
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return loss
 
-def _restore(saved: Mapping[str, Tensor], network: ScoreNetwork, optimizer: Optimizer) -> None:
-    """Restore the tensors that `_capture` returned; raises MismatchError before a write if they do not fit."""
-    network.load_state_dict({name.partition("|")[2]: t for name, t in saved.items() if name.startswith("weights|")})
-    with torch.no_grad():
-        for name, buffer in _buffers(network):
-            buffer.copy_(saved[f"buffers|{name}"])
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in saved.items():
-        if name.startswith("optimizer|"):
-            _, index, key = name.split("|")
-            moments.setdefault(int(index), {})[key] = tensor.clone()
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    torch.set_rng_state(saved["random|cpu"])
-    for device, name in enumerate(name for name in saved if name.startswith("random|cuda|")):
-        torch.cuda.set_rng_state(saved[name], device)
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the weights, all buffers, Adam's moments and the random streams, on the CPU."""
+        tensors = {f"weights|{name}": tensor for name, tensor in self.network.state_dict().items()}
+        # A state dict holds only the persistent buffers.
+        tensors |= {f"buffers|{name}": buffer for name, buffer in self._module.named_buffers()}
+        for index, entries in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer|{index}|{key}": tensor for key, tensor in entries.items()}
+        tensors["random|cpu"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            tensors |= {f"random|cuda|{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
-
-def _buffers(network: ScoreNetwork) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in network.modules().items():
-        for name, buffer in module.named_buffers():
-            yield prefix + name, buffer
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`; raises MismatchError before any write if the weights do not fit."""
+        weights = {name.partition("|")[2]: t for name, t in saved.items() if name.startswith("weights|")}
+        self.network.load_state_dict(weights)
+        with torch.no_grad():
+            for name, buffer in self._module.named_buffers():
+                buffer.copy_(saved[f"buffers|{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in saved.items():
+            if name.startswith("optimizer|"):
+                _, index, key = name.split("|")
+                moments.setdefault(int(index), {})[key] = tensor.clone()
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+        torch.set_rng_state(saved["random|cpu"])
+        for device, name in enumerate(name for name in saved if name.startswith("random|cuda|")):
+            torch.cuda.set_rng_state(saved[name], device)

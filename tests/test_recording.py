@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -340,3 +341,16 @@ def test_a_learning_rate_is_any_kind_of_number(tmp_path, rate):
         learning_rate=rate,
     )
     assert DegradationPath(tmp_path).manifest.learning_rate == path.manifest.learning_rate == float(rate)
+
+
+def test_a_recording_logs_its_length_its_size_and_the_cost_of_a_node_once(tmp_path, caplog):
+    caplog.set_level("INFO", logger="disback_plugin")
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "path", record=4, every=2, schedule="warm") as handle:
+        run.steps(6)
+        size = sum(entry.bytes for entry in handle.path.manifest.entries)
+    (message,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("recorded 4 iterations")]
+    assert f"s' was not seen to be fitted; the path has {size} bytes, and a node took " in message
+    lines = [json.loads(line) for line in (tmp_path / "path.log.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if "path_bytes" in line]
+    assert (line["recording"], line["path_bytes"], line["node_seconds"] > 0) == (4, size, True)

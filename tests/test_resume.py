@@ -168,7 +168,7 @@ def marks(folder, ranks):
             "bears now": [role.matches_checksum(mark) for mark in known]}  # fmt: skip
 
 
-def test_the_weights_of_a_saved_moment_are_known_again_by_any_number_of_processes(nursery, tmp_path):
+def test_any_number_of_processes_recognises_the_weights_of_a_saved_moment(nursery, tmp_path):
     for ranks in (1, 2, 3):
         for rank, seen in enumerate(returned(nursery.play(marks, ranks, str(tmp_path), ranks))):
             Path(tmp_path, f"{ranks}-{rank}").write_text(seen["mark"])
@@ -180,7 +180,7 @@ def test_the_weights_of_a_saved_moment_are_known_again_by_any_number_of_processe
 # -- other ways to keep a state ---------------------------------------------------------------------------------------
 
 
-def test_accelerate_keeps_the_handles_state(tmp_path):
+def test_accelerate_saves_and_loads_the_handles_state(tmp_path):
     from accelerate import Accelerator
 
     def prepared(path):

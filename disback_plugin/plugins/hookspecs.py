@@ -195,10 +195,11 @@ class Specs:
                 moved, "disback/swap_ms", the host's milliseconds for the write, and "disback/delta_norm", the length of
                 the move along the path in weight space. While recording, now and then: "disback/recording", the
                 recording iteration; "disback/agreement", the cosine between two successive gradients of the fake score;
-                and, where it is known, "disback/loss". Once, as 1.0: "disback/stalled" or "disback/diverged", if a run
-                stops converging. Every number given to `Handle.log`. Every 50 updates: "disback/masked_samples", how
-                many samples the losses on this process left out since the last report because they were not finite, 0
-                included (`MaskedSamples`).
+                and, where it is known, "disback/loss". At its end: "disback/path_bytes", the size of the path, and
+                "disback/node_seconds", the mean time of a node's write. Once, as 1.0: "disback/stalled" or
+                "disback/diverged", if a run stops converging. Every number given to `Handle.log`. Every 50 updates:
+                "disback/masked_samples", how many samples the losses on this process left out since the last report
+                because they were not finite, 0 included (`MaskedSamples`).
             step: Generator updates so far.
 
         Example:

@@ -18,7 +18,7 @@ from disback_plugin.plugins.run_log import RESERVED, SUFFIX, RunLog
 
 __all__ = ["OWN_NUMBERS", "Curve", "History", "find", "last_run", "load_all", "read"]
 
-# Names of the numbers that DisBack logs by itself during backtracking, and "agreement" while recording (see the hook
+# Names of the numbers that DisBack logs by itself during backtracking, and the last three while recording (see the hook
 # `disback_log`). All other numbers are the loop's.
 OWN_NUMBERS = (
     "position",
@@ -30,6 +30,8 @@ OWN_NUMBERS = (
     "stalled",
     "diverged",
     "agreement",
+    "path_bytes",
+    "node_seconds",
 )
 
 Line = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""What is said at the start of a run, because it would go wrong silently; and that nothing is said of sound ones."""
+"""Warnings at the start of a run that would fail silently; a sound run has none."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from disback_plugin.schedules import Auto
 PLAN = {"record": 3, "every": 3, "schedule": "ramp:4"}
 
 
-def said(caplog):
+def warnings_in(caplog):
     return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_of_a_sound_run_nothing_is_said(tmp_path, caplog):
+def test_a_sound_run_has_no_warning(tmp_path, caplog):
     with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN) as handle:
         run.steps(5)
         checkpoint, state = run.checkpoint(), handle.state_dict()
@@ -34,39 +34,39 @@ def test_of_a_sound_run_nothing_is_said(tmp_path, caplog):
     again.load(checkpoint)
     with disback.attach(**again.roles(), path=tmp_path / "path", **PLAN, state=state):
         again.steps(5)
-    assert said(caplog) == []
+    assert warnings_in(caplog) == []
 
 
-def test_a_run_that_goes_on_without_its_state_is_told_how_far_the_earlier_one_came(tmp_path, caplog):
+def test_a_run_that_continues_without_its_state_is_warned_how_far_the_earlier_one_came(tmp_path, caplog):
     with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN):
         run.steps(5)
     with disback.attach(**(run := Run()).roles(), path=tmp_path / "path", **PLAN):
         run.steps(3)
-    (message,) = said(caplog)
+    (message,) = warnings_in(caplog)
     assert "came to generator update 2 at least, and here one begins" in message
     assert "handle.load_state_dict(state)" in message
 
 
-def test_a_fake_score_that_was_trained_is_not_overwritten_in_silence(tmp_path, caplog):
+def test_a_trained_fake_score_is_not_overwritten_without_a_warning(tmp_path, caplog):
     run = Run()
     run.steps(3)
     with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN):
         pass
-    assert "the fake score holds other weights than the teacher, and begins at node 0" in said(caplog)[0]
+    assert "the fake score holds other weights than the teacher, and begins at node 0" in warnings_in(caplog)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_fake_score_of_another_precision_or_with_other_running_statistics_is_the_teacher_all_the_same(
+def test_a_fake_score_of_another_precision_or_with_other_running_statistics_counts_as_the_teacher(
     tmp_path, caplog, dtype
 ):
     run = Run(dtype=dtype)
     run.fake_score.load_state_dict(run.teacher.state_dict())
     run.fake_score.train()(torch.randn(8, 2), torch.ones(1))
     disback.attach(**run.roles(), path=tmp_path / "path", **PLAN).detach()
-    assert not any("other weights" in message for message in said(caplog))
+    assert not any("other weights" in message for message in warnings_in(caplog))
 
 
-def test_a_walk_as_long_as_a_recording_at_another_rate_says_is_not_begun_in_silence(tmp_path, caplog):
+def test_backtracking_after_a_recording_at_another_learning_rate_has_a_warning(tmp_path, caplog):
     def recorded(rate):
         run = Run()
         disback.record(
@@ -85,7 +85,7 @@ def test_a_walk_as_long_as_a_recording_at_another_rate_says_is_not_begun_in_sile
     for schedule, expected in (("auto", 1), (Auto(5), 1), ("ramp:5", 0)):
         caplog.clear()
         disback.attach(**run.roles(), path=path, schedule=schedule, plugins=("no:run_log",)).detach()
-        assert sum("was recorded at a learning rate of 1e-05" in message for message in said(caplog)) == expected
+        assert sum("was recorded at a learning rate of 1e-05" in message for message in warnings_in(caplog)) == expected
     run, path = recorded(rate)
     caplog.clear()
     group = run.optimizer_f.param_groups[0]
@@ -95,10 +95,10 @@ def test_a_walk_as_long_as_a_recording_at_another_rate_says_is_not_begun_in_sile
     group["lr"] = group["max_lr"] = rate
     run.optimizer_f.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1.0, "max_lr": 1.0})
     disback.attach(**run.roles(), path=path).detach()
-    assert not any("was recorded at" in message for message in said(caplog))
+    assert not any("was recorded at" in message for message in warnings_in(caplog))
 
 
-def test_a_recording_apart_puts_its_learning_rate_schedule_back(tmp_path):
+def test_record_restores_the_learning_rate_schedulers_of_its_optimizer(tmp_path):
     run = Run()
     warmup = torch.optim.lr_scheduler.LambdaLR(run.optimizer_f, lambda step: min(1.0, (step + 1) / 50))
     before = warmup.state_dict(), run.optimizer_f.param_groups[0]["lr"]
@@ -112,7 +112,7 @@ def test_a_recording_apart_puts_its_learning_rate_schedule_back(tmp_path):
 
 
 @pytest.mark.parametrize("state", [None, 3, {"a": 1}], ids=repr)
-def test_what_is_no_state_is_named_before_anything_else(tmp_path, state):
+def test_an_object_that_is_no_state_is_refused_first(tmp_path, state):
     handle = disback.attach(**Run().roles(), path=tmp_path / "path", **PLAN)
     with pytest.raises(StateError, match="a state"):
         handle.load_state_dict(state)
@@ -123,7 +123,7 @@ def test_what_is_no_state_is_named_before_anything_else(tmp_path, state):
         assert not (tmp_path / "new").exists()
 
 
-def test_a_finished_path_that_does_not_fit_is_named_as_such(tmp_path):
+def test_the_error_for_a_schedule_that_does_not_fit_names_the_finished_path(tmp_path):
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path / "path", record=20, every=20, schedule="warm"):
         run.steps(20)
@@ -131,7 +131,7 @@ def test_a_finished_path_that_does_not_fit_is_named_as_such(tmp_path):
         disback.attach(**Run().roles(), path=tmp_path / "path", schedule="fixed:5,5", record=200, every=50)
 
 
-def test_a_lora_begins_at_random_and_nothing_is_said(tmp_path, caplog):
+def test_a_lora_fake_score_begins_at_random_without_a_warning(tmp_path, caplog):
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0", "2"]), adapter_name="teacher")
@@ -149,19 +149,19 @@ def test_a_lora_begins_at_random_and_nothing_is_said(tmp_path, caplog):
         fake_score_optimizer=torch.optim.Adam(weights),
         path=tmp_path / "path",
     ).detach()
-    assert not any("other weights" in message for message in said(caplog))
+    assert not any("other weights" in message for message in warnings_in(caplog))
 
 
-def test_settings_that_a_finished_path_does_not_have_are_not_left_out_in_silence(tmp_path, caplog):
+def test_settings_that_a_finished_path_does_not_have_are_a_warning(tmp_path, caplog):
     run = Run()
     disback.record(run.teacher, run.fake_score, run.fake_step, path=tmp_path / "path", iterations=3, every=3)
     for more, expected in (({}, 0), ({"record": 3, "every": 3}, 0), ({"codec": "exact"}, 1), ({"every": 1}, 1)):
         caplog.clear()
         disback.attach(**Run().roles(), path=tmp_path / "path", **more).detach()
-        assert sum("is finished, and used as it is" in message for message in said(caplog)) == expected
+        assert sum("is finished, and used as it is" in message for message in warnings_in(caplog)) == expected
 
 
-def test_the_settings_of_a_recording_are_the_same_wherever_they_are_left_away():
+def test_attach_and_record_have_the_defaults_of_recording():
     for recording in (disback.attach, disback.record):
         given = inspect.signature(recording).parameters
         first = "record" if "record" in given else "iterations"

@@ -128,7 +128,7 @@ def test_record_0_leaves_the_schedulers_alone():
     assert run.rates == plain.rates
 
 
-def test_restore_nothing_lets_the_warm_up_go_by(tmp_path):
+def test_with_nothing_to_restore_the_warm_up_is_over_after_recording(tmp_path):
     run = Scheduled()
     with disback.attach(**run.roles(), path=tmp_path, record=5, every=5, restore=()):
         run.steps(6)
@@ -147,7 +147,7 @@ class AverageRamp:
         self.count = state["count"]
 
 
-def test_the_ramp_of_an_average_is_put_back_if_it_is_passed(tmp_path):
+def test_the_ramp_of_an_average_is_restored_if_it_is_passed(tmp_path):
     run, ramp = Scheduled(), AverageRamp()
     with disback.attach(**run.roles(), path=tmp_path, record=5, every=5, restore=("schedulers", ramp)):
         for _ in range(7):
@@ -156,7 +156,7 @@ def test_the_ramp_of_an_average_is_put_back_if_it_is_passed(tmp_path):
     assert ramp.count == run.schedulers[1].last_epoch == 2
 
 
-def test_detach_while_recording_puts_back_as_well(tmp_path):
+def test_detach_while_recording_restores_the_schedulers(tmp_path):
     run = Scheduled()
     with disback.attach(**run.roles(), path=tmp_path, record=9, every=3):
         run.steps(3)
@@ -194,7 +194,7 @@ def test_two_schedulers_that_cannot_be_told_apart_are_left_alone_and_named(tmp_p
     assert [s.last_epoch for s in run.schedulers] == [3, 3, 3, 3]
 
 
-def test_a_scheduler_that_the_trainer_drops_is_not_looked_for_at_each_step(tmp_path, monkeypatch):
+def test_a_scheduler_that_the_trainer_dropped_is_not_searched_at_each_step(tmp_path, monkeypatch):
     from disback_plugin.loop import lr_schedulers
 
     run, looked = Scheduled(), []
@@ -208,14 +208,14 @@ def test_a_scheduler_that_the_trainer_drops_is_not_looked_for_at_each_step(tmp_p
 
 
 @pytest.mark.parametrize("restore", ["optimizers", 3, [None], torch.nn.Linear(1, 2)])
-def test_what_cannot_be_put_back_is_refused(tmp_path, restore):
+def test_an_object_that_cannot_be_restored_is_refused(tmp_path, restore):
     run = Run()
     with pytest.raises(OptionError, match="restore="):
         disback.attach(**run.roles(), path=tmp_path / "p", record=2, every=1, restore=restore)
     assert not (tmp_path / "p").exists()
 
 
-def test_a_state_that_wants_other_schedulers_back_is_refused(tmp_path):
+def test_a_state_that_restores_schedulers_which_do_not_exist_is_refused(tmp_path):
     run, bare = Scheduled(), Run()
     handle = disback.attach(**run.roles(), path=tmp_path, record=4, every=2)
     run.steps(2)

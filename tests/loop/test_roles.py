@@ -129,7 +129,7 @@ def test_record_0_beside_a_recorded_path_is_ambiguous(tmp_path):
         disback.attach(**run.roles(), path=tmp_path, record=0)
 
 
-def test_a_generator_updated_while_the_fake_score_never_is(tmp_path):
+def test_a_loop_that_never_updates_the_fake_score_is_refused(tmp_path):
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path, record=4, every=2):
         for _ in range(100):
@@ -166,7 +166,7 @@ def test_a_step_with_a_closure_is_held_still_scaled_and_counted(tmp_path, how):
     assert handle.fake_score_updates == 6
 
 
-def test_a_fake_score_that_its_optimizer_does_not_move_is_noticed(tmp_path):
+def test_a_fake_score_that_its_optimizer_does_not_move_is_refused(tmp_path):
     run = Run()
     run.optimizer_f = torch.optim.SGD(run.fake_score.inner[0].parameters(), lr=0.0)
     run.fake_score.eval()  # or the running statistics would move
@@ -177,7 +177,7 @@ def test_a_fake_score_that_its_optimizer_does_not_move_is_noticed(tmp_path):
         run.steps(4)
 
 
-def test_the_handle_says_where_it_is(tmp_path):
+def test_the_text_of_a_handle_has_its_phase_and_position(tmp_path):
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(4)) as handle:
         assert "recording" in repr(handle)

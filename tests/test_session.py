@@ -23,7 +23,7 @@ def test_a_teacher_in_train_mode_may_write_its_running_statistics(tmp_path):
     assert run.teacher.training
 
 
-def test_a_teacher_whose_requires_grad_the_trainer_flips_walks_as_any_other(tmp_path):
+def test_a_teacher_whose_requires_grad_the_trainer_flips_moves_as_any_other(tmp_path):
     # DMD2 turns the gradients of its whole guidance model on and off around each generator's turn
     plain, run = Run(), Run()
     plain.teacher.requires_grad_(False)
@@ -60,7 +60,7 @@ def test_accelerates_optimizers_are_held_still_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 5])
-def test_a_generators_turn_that_comes_first_and_every_so_often_is_held_still_until_the_path_is_there(tmp_path, ratio):
+def test_a_generator_that_steps_first_and_rarely_is_held_still_until_the_path_is_complete(tmp_path, ratio):
     # DMD2: the generator's turn is before the fake score's, at step 0 and then at each multiple of the ratio
     run = Run()
     before = clone(dict(run.generator.state_dict()))
@@ -149,7 +149,7 @@ def test_a_path_recorded_again_is_another_path(tmp_path):
             other.load_state_dict(state)
 
 
-def test_a_detached_handle_says_so_and_harms_nothing(tmp_path):
+def test_a_detached_handle_refuses_a_state_and_changes_nothing(tmp_path):
     run = Run()
     original = clone(ScoreNetwork(run.teacher).state_dict())
     handle = disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(9))
@@ -175,7 +175,7 @@ def test_an_evaluation_inside_which_the_generator_moves_ends_at_the_right_place(
         assert difference(ScoreNetwork(run.teacher).state_dict(), handle.path[0]) == []
 
 
-def test_detach_puts_the_teacher_back_though_somebody_deleted_the_folder(tmp_path):
+def test_detach_restores_the_teacher_after_the_folder_was_deleted(tmp_path):
     import shutil
 
     run = Run()
@@ -200,13 +200,13 @@ def test_a_second_handle_on_one_loop_is_refused(tmp_path):
         pass
 
 
-def test_a_loop_that_steps_other_optimizers_is_mentioned(tmp_path, caplog):
+def test_a_loop_that_steps_other_optimizers_has_a_warning(tmp_path, caplog):
     with disback.attach(**Run().roles(), path=tmp_path, record=2, every=1):
         Run().steps(2)
     assert "no optimizer step was seen" in caplog.text
 
 
-def test_a_bf16_teacher_that_swallows_the_nodes_is_mentioned_with_the_figure(tmp_path, caplog):
+def test_a_bf16_teacher_that_rounds_the_nodes_away_has_a_warning_with_the_figure(tmp_path, caplog):
     run = Run(dtype=torch.bfloat16)
     run.optimizer_f = torch.optim.Adam(run.fake_score.parameters(), lr=1e-6)
     run.fake_score.eval()  # running statistics move a lot
@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_pat
     assert hooks(run) == [0, 0, 0, 0]
 
 
-def test_record_takes_any_whole_number_and_fewer_than_every(tmp_path):
+def test_record_may_be_any_whole_number_and_smaller_than_every(tmp_path):
     import numpy as np
 
     run = Run()
@@ -242,7 +242,7 @@ def test_record_takes_any_whole_number_and_fewer_than_every(tmp_path):
         assert [node.iteration for node in handle.path.nodes] == [3]
 
 
-def test_a_state_is_taken_without_a_path_too(tmp_path):
+def test_a_state_is_loaded_without_a_path_too(tmp_path):
     run, late = Run(), Run()
     with disback.attach(**run.roles(), record=0, schedule=GradientRamp(50)) as handle:
         run.steps(20)
