@@ -19,7 +19,6 @@ clipping, or a bounded loss, "diverged" detects only NaN.
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -33,7 +32,7 @@ from disback_plugin.errors import StateError
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor
 
-__all__ = ["AGREEMENT", "EVERY", "DivergenceMonitor", "FitDetector", "GradientSample", "fitted_after", "means"]
+__all__ = ["AGREEMENT", "EVERY", "DivergenceMonitor", "FitDetector", "fitted_after", "means"]
 
 # Elements of a gradient that are kept for the next comparison: a cosine is then right to about 0.02.
 SAMPLE = 4096
@@ -79,69 +78,100 @@ def means(cosines: Sequence[float]) -> list[tuple[int, float]]:
     return found
 
 
-class GradientSample:
-    """Every k-th element of a network's gradient, and its comparison with that of the update before.
+class _GradientTest:
+    """Samples of a network's gradients, update after update, and the state that all tests on them save.
 
     Args:
         network: The network. Of a sharded network each rank samples its own shards.
-
-    Attributes:
-        last: The last sample, shape (elements,); None before the first.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> net.weight.grad = torch.tensor([[1.0, 2.0]])
-        >>> sample = GradientSample(ScoreNetwork(net))
-        >>> sample.draw()
-        tensor([1., 2., 0.])
     """
 
     def __init__(self, network: ScoreNetwork) -> None:
         weights = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
         elements = [local_tensor(weight).numel() for weight in weights]
         self._stride = max(-(-sum(elements) // SAMPLE), 1)
-        # Parameter, first element that is sampled, and number of elements that are.
-        self._parts: list[tuple[nn.Parameter, int, int]] = []
-        for weight, count, offset in zip(weights, elements, accumulate(elements, initial=0), strict=False):
-            first = -offset % self._stride
-            if first < count:
-                self._parts.append((weight, first, -(-(count - first) // self._stride)))
-        self.last: Tensor | None = None
+        first = [-offset % self._stride for offset in accumulate(elements, initial=0)]
+        # Parameter, its first element that is sampled, and the number of elements that are.
+        self._parts = [
+            (weight, start, -(-(count - start) // self._stride))
+            for weight, start, count in zip(weights, first, elements, strict=False)
+            if start < count
+        ]
+        self._last: Tensor | None = None
 
-    def draw(self) -> Tensor | None:
-        """Return the sample of the present gradients, parameter after parameter; None if there is no gradient.
-
-        A parameter without a gradient, or with a sparse one, counts as zero.
-        """
+    def _draw(self) -> Tensor | None:
+        """Return every k-th element of the present gradients; None if there is no gradient, zeros for a sparse one."""
         parts, empty = [], True
         for weight, first, count in self._parts:
             gradient = weight.grad
             if gradient is None or gradient.layout is not torch.strided:
                 parts.append(torch.zeros(count, device=weight.device))
-                continue
-            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-            parts.append(local.reshape(-1)[first :: self._stride].float())
-            empty = False
+            else:
+                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                parts.append(local.reshape(-1)[first :: self._stride].float())
+                empty = False
         return None if empty else torch.cat([part.to(parts[0].device) for part in parts])
 
     @torch.no_grad()
-    def compare(self) -> tuple[Tensor, Tensor | None] | None:
+    def _compare(self) -> tuple[Tensor, Tensor | None] | None:
         """Draw a sample and return it with its cosine to the last one; None if there is no gradient.
 
         The cosine is None without a comparable sample before (another number of ranks has other shards), and NaN where
         one of the two is zero, as after `zero_grad(set_to_none=False)`. Nothing is read from the device.
         """
-        sample, last = self.draw(), self.last
+        sample, last = self._draw(), self._last
         if sample is None:
             return None
-        self.last = sample
+        self._last = sample
         if last is None or len(last) != len(sample):
             return sample, None
         last = last.to(sample)
         return sample, torch.where(sample.any() & last.any(), cosine_similarity(sample, last, dim=0), math.nan)
 
+    def _numbers(self) -> list[float]:
+        raise NotImplementedError
 
-class FitDetector:
+    def _set_numbers(self, numbers: list[float]) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _length(state: Tensor) -> int:
+        """Return how many numbers stand before the sample in a state; raise StateError if it is damaged."""
+        raise NotImplementedError
+
+    def to_tensor(self) -> Tensor:
+        """Return the state as one row of float32 on the CPU: numbers, and the last sample."""
+        numbers = torch.tensor(self._numbers(), dtype=torch.float32)
+        return numbers if self._last is None else torch.cat([numbers, self._last.cpu()])
+
+    def load_tensor(self, state: Tensor) -> None:
+        """Continue from the state that `to_tensor` returned; raise StateError, and change nothing, if it is damaged."""
+        end = self._length(state)
+        self._set_numbers(state[:end].tolist())
+        self._last = state[end:].clone() if len(state) > end else None
+
+    def to_text(self) -> str:
+        """Return the state as text."""
+        return base64.b64encode(self.to_tensor().numpy().tobytes()).decode()
+
+    def load_text(self, text: str) -> None:
+        """Continue from the state that `to_text` returned; raise StateError, and change nothing, if it is damaged."""
+        self.load_tensor(self.validate_text(text))
+
+    @classmethod
+    def validate_text(cls, text: str) -> Tensor:
+        """Return the state that a text holds; raise StateError if it is damaged."""
+        try:
+            row = base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise _damaged("that does not read") from error
+        if not row or len(row) % 4:
+            raise _damaged(f"of {len(row)} bytes")
+        state = torch.frombuffer(bytearray(row), dtype=torch.float32)
+        cls._length(state)
+        return state
+
+
+class FitDetector(_GradientTest):
     """Detects from gradients in a row that a network is fitted.
 
     Args:
@@ -158,13 +188,13 @@ class FitDetector:
     """
 
     def __init__(self, network: ScoreNetwork) -> None:
-        self._gradient = GradientSample(network)
+        super().__init__(network)
         self._known: list[float] = []
         self._pending: list[Tensor] = []
 
     def observe(self) -> None:
         """Compare the gradients of an update with those of the update before; reads nothing from the device."""
-        compared = self._gradient.compare()
+        compared = self._compare()
         if compared is not None and compared[1] is not None:
             self._pending.append(compared[1])
 
@@ -179,45 +209,23 @@ class FitDetector:
         """Return after how many updates the network was fitted on this rank's gradients; None if it is not yet."""
         return fitted_after(self.cosines())
 
-    def to_tensor(self) -> Tensor:
-        """Return the state as one row of float32 on the CPU: number of cosines, cosines, last sample."""
-        return _row([float(len(self.cosines())), *self.cosines()], self._gradient.last)
+    def _numbers(self) -> list[float]:
+        return [float(len(self.cosines())), *self.cosines()]
 
-    def load_tensor(self, state: Tensor) -> None:
-        """Continue from the state that `to_tensor` returned.
-
-        Raises:
-            StateError: If the state is damaged. Then nothing changes.
-        """
-        self._validate(state)
-        end = 1 + int(state[0])
-        self._pending.clear()
-        self._known = state[1:end].tolist()
-        self._gradient.last = state[end:].clone() if len(state) > end else None
-
-    def to_text(self) -> str:
-        """Return the state as text."""
-        return _encoded(self.to_tensor())
-
-    def load_text(self, text: str) -> None:
-        """Continue from the state that `to_text` returned; raises StateError if it is damaged."""
-        self.load_tensor(_decoded(text))
-
-    @classmethod
-    def validate_text(cls, text: str) -> None:
-        """Raise StateError unless `load_text` can read a text."""
-        cls._validate(_decoded(text))
+    def _set_numbers(self, numbers: list[float]) -> None:
+        self._known, self._pending = numbers[1:], []
 
     @staticmethod
-    def _validate(state: Tensor) -> None:
+    def _length(state: Tensor) -> int:
         count = float(state[0]) if state.ndim == 1 and len(state) else math.nan
         if not (count >= 0 and count == int(count) and count < len(state)):
             raise _damaged(f"of {count:g} cosines in {state.numel()} numbers")
         if (state[1 : 1 + int(count)].abs() > 1.001).any():
             raise _damaged("with cosines above 1")
+        return 1 + int(count)
 
 
-class DivergenceMonitor:
+class DivergenceMonitor(_GradientTest):
     """Detects while backtracking that s_phi does not follow the student. Three numbers a window leave the device.
 
     Args:
@@ -241,13 +249,18 @@ class DivergenceMonitor:
         14 diverged
     """
 
+    window_ended: bool
+    stalled: bool
+    diverged: bool
+    _count: int  # updates in this window
+    _agreed: int  # windows in a row that agreed
+    _first: float  # norm in the first window
+    _sums: Tensor | None  # sum of the cosines, their number, sum of the squared norms
+
     def __init__(self, network: ScoreNetwork, horizon: int) -> None:
-        self._gradient = GradientSample(network)
+        super().__init__(network)
         self._later = min(max(horizon // WINDOWS, EVERY), LONGEST)
-        self._count = self._agreed = 0  # updates in this window, windows in a row that agreed
-        self.window_ended = self.stalled = self.diverged = False
-        self._first = 0.0  # norm in the first window
-        self._sums: Tensor | None = None  # sum of the cosines, their number, sum of the squared norms
+        self._set_numbers([0.0] * COUNTS)
 
     @property
     def _window(self) -> int:
@@ -263,16 +276,14 @@ class DivergenceMonitor:
         if left > EVERY:
             return
         if left == EVERY:
-            self._gradient.last = None  # not the sample of the update before
-        compared = self._gradient.compare()
+            self._last = None  # not the sample of the update before
+        compared = self._compare()
         if compared is None:
             return
         sample, cosine = compared
         norm = sample.square().sum()
-        known = (
-            norm.new_zeros(2) if cosine is None else torch.stack([cosine.nan_to_num(), cosine.isfinite().to(cosine)])
-        )
-        new = torch.cat([known, norm[None]])
+        known = norm.new_zeros(()) if cosine is None else cosine
+        new = torch.stack([known.nan_to_num(), known.isfinite().to(norm) * (cosine is not None), norm])
         self._sums = new if self._sums is None else self._sums.to(new) + new
 
     def new_signs(self) -> list[str]:
@@ -283,70 +294,43 @@ class DivergenceMonitor:
         if not self.window_ended:
             return []
         cosines, number, squares = distributed.on_main_process(self._read)
-        known = self.stalled, self.diverged
         self._agreed = self._agreed + 1 if number and cosines / number > STALLED else 0
-        self.stalled = self.stalled or self._agreed > 1
         norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
-        self.diverged = self.diverged or not math.isfinite(norm) or 0 < GROWTH * self._first < norm
+        found = {"stalled": self._agreed > 1, "diverged": norm == math.inf or 0 < GROWTH * self._first < norm}
+        new = [sign for sign, shown in found.items() if shown and not getattr(self, sign)]
+        self.stalled, self.diverged = self.stalled or found["stalled"], self.diverged or found["diverged"]
         self._first = self._first or norm
         self._count, self._sums, self.window_ended = 0, None, False
-        signs = {"stalled": self.stalled and not known[0], "diverged": self.diverged and not known[1]}
-        return [name for name, new in signs.items() if new]
+        return new
 
     def _read(self) -> list[float]:
         return [0.0] * 3 if self._sums is None else [float(number) for number in self._sums.tolist()]
 
     def to_text(self) -> str:
         """Return the state as text, empty before the first update."""
-        if not self._count and not self._first:
-            return ""
-        signs = 2 * self.stalled + 4 * self.diverged  # version 1 also had a bit 1
-        return _encoded(_row([self._count, self._agreed, signs, self._first, *self._read()], self._gradient.last))
+        return super().to_text() if self._count or self._first else ""
 
-    def load_text(self, text: str) -> None:
-        """Continue from the state that `to_text` returned.
+    @classmethod
+    def validate_text(cls, text: str) -> Tensor:
+        """Return the state that a text holds; raise StateError if it is damaged."""
+        return super().validate_text(text) if text else torch.zeros(COUNTS)
 
-        Raises:
-            StateError: If the text is damaged. Then nothing changes.
-        """
-        self.validate_text(text)
-        state = _decoded(text) if text else torch.zeros(COUNTS)
-        self._count, self._agreed, signs = (int(number) for number in state[:3].tolist())
-        self.stalled, self.diverged = bool(signs & 2), bool(signs & 4)
-        self._first = float(state[3])
+    def _numbers(self) -> list[float]:
+        return [self._count, self._agreed, 2 * self.stalled + 4 * self.diverged, self._first, *self._read()]
+
+    def _set_numbers(self, numbers: list[float]) -> None:
+        self._count, self._agreed, signs = (int(number) for number in numbers[:3])
+        self.stalled, self.diverged = bool(signs & 2), bool(signs & 4)  # bit 1 was another sign in version 1
+        self._first, self._sums = numbers[3], torch.tensor(numbers[4:]) if any(numbers[4:]) else None
         self.window_ended = self._count >= self._window
-        self._sums = state[4:COUNTS].clone() if state[4:COUNTS].any() else None
-        self._gradient.last = state[COUNTS:].clone() if len(state) > COUNTS else None
 
     @staticmethod
-    def validate_text(text: str) -> None:
-        """Raise StateError unless `load_text` can read a text."""
-        state = _decoded(text) if text else torch.zeros(COUNTS)
+    def _length(state: Tensor) -> int:
         whole = state[:3].tolist()
         if len(state) < COUNTS or any(number < 0 or number % 1 for number in whole) or whole[2] > 7:
             raise _damaged(f"that begins with {state[:COUNTS].tolist()}")
-
-
-def _row(numbers: Sequence[float], sample: Tensor | None) -> Tensor:
-    row = torch.tensor(numbers, dtype=torch.float32)
-    return row if sample is None else torch.cat([row, sample.cpu()])
-
-
-def _encoded(row: Tensor) -> str:
-    return base64.b64encode(row.numpy().tobytes()).decode()
-
-
-def _decoded(text: str) -> Tensor:
-    try:
-        row = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _damaged("that does not read") from error
-    if not row or len(row) % 4:
-        raise _damaged(f"of {len(row)} bytes")
-    return torch.frombuffer(bytearray(row), dtype=torch.float32)
+        return COUNTS
 
 
 def _damaged(how: str) -> StateError:
-    return StateError(
-        f"a saved fit {how}", expected="the text that a state was saved with", cure="pass an unedited state"
-    )
+    return StateError(f"a saved fit {how}", expected="the text of a saved state", cure="pass an unedited state")

@@ -321,7 +321,7 @@ class TrajectoryScheduler:
         """Begin to decode the next position, and call the plug-ins if the position or the gradient's factor changed."""
         if self._suspended:
             return
-        if self._teacher.prefetches and self.progress.phase is Phase.BACKTRACKING:
+        if self.progress.phase is Phase.BACKTRACKING:
             following = self.plan.next_step(self.progress.schedule_step)
             self._teacher.prefetch(self.plan.target(following).position)
         now, previous = Target(self.position, self.gradient_factor), self._notified

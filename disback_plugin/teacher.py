@@ -7,11 +7,10 @@ the result is compared with the node's checksum. One weight is remembered to not
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from math import floor
 
 import torch
@@ -25,7 +24,7 @@ from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, read_part
 from disback_plugin.weights.tensors import Part, Source, host_tensor
 
-__all__ = ["Prefetched", "Prefetcher", "TeacherWriter"]
+__all__ = ["Prefetcher", "TeacherWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +92,9 @@ class TeacherWriter:
         rounding = self.network.rounding(self._path.source(last)) / self._path.nodes[-1].delta_norm
         if rounding > 0.5:
             logger.warning(
-                "the teacher's dtype rounds node %d by %.1f times its distance to node %d: keep the teacher in "
-                "float32, or record with a larger learning rate or fewer nodes",
-                last,
-                rounding,
-                last - 1,
+                "the teacher's dtype rounds node %d by %.1f times its distance to the node before: keep the teacher "
+                "in float32, or record with a larger learning rate or fewer nodes",
+                *(last, rounding),
             )
 
     def move_to(self, position: float, *, updates: int | None = None) -> None:
@@ -151,11 +148,6 @@ class TeacherWriter:
         norms = [] if self._path is None else [node.delta_norm for node in self._path.nodes]
         return sum(norm * max(min(high, i + 1) - max(low, i), 0.0) for i, norm in enumerate(norms))
 
-    @property
-    def prefetches(self) -> bool:
-        """Whether `prefetch` does anything."""
-        return self._prefetcher is not None
-
     def prefetch(self, position: float) -> None:
         """Begin to decode the position of the next update, if it is another one."""
         if self._prefetcher is not None and self._path is not None and position != self.position:
@@ -194,10 +186,10 @@ class TeacherWriter:
         source = path.source(position)  # raises before anything is written if a file is missing or changed
         ready = None if self._prefetcher is None else self._prefetcher.wait_for(position)
         if ready is not None:
-            self._compare(path, position, ready.checksum)
+            self._compare(path, position, ready[1])
         try:
             if ready is not None and self._prefetcher is not None:
-                self._prefetcher.write(ready)
+                self._prefetcher.write(ready[0])
             else:
                 self._compare(path, position, self.network.write(source))
         except BaseException:
@@ -222,12 +214,8 @@ class TeacherWriter:
 # -- one update ahead -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prefetched:
-    """A decoded position: the weights that this process holds, on the host, and their checksum."""
-
-    state: dict[str, Tensor]
-    checksum: str
+# A decoded position: the weights that this process holds, on the host, and their checksum.
+Decoded = tuple[dict[str, Tensor], str]
 
 
 class Prefetcher:
@@ -245,7 +233,8 @@ class Prefetcher:
         >>> net = nn.Linear(1, 1, bias=False)
         >>> prefetcher = Prefetcher(ScoreNetwork(net))
         >>> prefetcher.begin(2.0, NodeSource({"weight": torch.ones(1, 1)}, ()))
-        >>> prefetcher.write(prefetcher.wait_for(2.0))
+        >>> state, checksum = prefetcher.wait_for(2.0)
+        >>> prefetcher.write(state)
         >>> net.weight.item()
         1.0
     """
@@ -257,65 +246,53 @@ class Prefetcher:
         self._on_gpu = self._device.type == "cuda"
         self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
         self._position: float | None = None
-        self._thread: threading.Thread | None = None
-        self._ready: Prefetched | None = None
-        self._error: Exception | None = None
+        self._decoding: Future[Decoded] | None = None
         self._copied: torch.cuda.Event | None = None
 
     def begin(self, position: float, source: Source) -> None:
         """Start to decode a position, unless it was started already; drop the position started before."""
         if position == self._position:
             return
-        self._join()
-        self._position = position
-        # Not a daemon: the interpreter joins the thread at exit, where a running one would abort the process.
-        self._thread = threading.Thread(target=self._decode, args=(source,), name="disback-prefetch")
-        self._thread.start()
+        self._drop()
+        # The interpreter joins an executor's thread at exit, where a running daemon would abort the process.
+        executor = ThreadPoolExecutor(1, thread_name_prefix="disback-prefetch")
+        self._position, self._decoding = position, executor.submit(self._decode, source)
+        executor.shutdown(wait=False)
 
-    def wait_for(self, position: float) -> Prefetched | None:
-        """Return a position once it is decoded; None if another one, or none, was started.
-
-        Raises:
-            Exception: The exception that ended the thread.
-        """
-        if position != self._position:
+    def wait_for(self, position: float) -> Decoded | None:
+        """Return a position once it is decoded, or raise the thread's error; None if the position was not started."""
+        decoding = self._decoding
+        if decoding is None or position != self._position:
             return None
-        ready, error = self._join()
-        if error is not None:
-            raise error
-        return ready
+        self._drop()
+        return decoding.result()
 
-    def write(self, ready: Prefetched) -> None:
-        """Copy a decoded position into the network."""
-        self._network.load_parts(ready.state, non_blocking=self._on_gpu)
+    def write(self, state: dict[str, Tensor]) -> None:
+        """Copy the weights of a decoded position into the network."""
+        self._network.load_parts(state, non_blocking=self._on_gpu)
         if self._on_gpu:
             self._copied = torch.cuda.current_stream(self._device).record_event()
 
     def close(self) -> None:
         """Wait for the thread, if one is running, and free the memory."""
-        self._join()
+        self._drop()
         self._memory.clear()
 
-    def _join(self) -> tuple[Prefetched | None, Exception | None]:
-        if self._thread is not None:
-            self._thread.join()
-        made = self._ready, self._error
-        self._position = self._thread = self._ready = self._error = None
-        return made
+    def _drop(self) -> None:
+        if self._decoding is not None:
+            wait([self._decoding])
+        self._position = self._decoding = None
 
-    def _decode(self, source: Source) -> None:
-        try:
-            if self._copied is not None:
-                self._copied.synchronize()  # the last copy still reads this memory
-            total, state = Checksum(), {}
-            with torch.no_grad():
-                for name, layout in source.layout().items():
-                    part = self._parts.get(name, Part(layout.shape))
-                    if (name, layout.dtype) not in self._memory:  # reused by the next position
-                        self._memory[name, layout.dtype] = host_tensor(part.elements, layout.dtype, pinned=self._on_gpu)
-                    flat = self._memory[name, layout.dtype]
-                    read_part(flat, part, source, name, layout.dtype, total, (name,))
-                    state[name] = flat.view(part.local_shape)
-            self._ready = Prefetched(state, total.digest())
-        except Exception as error:
-            self._error = error
+    @torch.no_grad()
+    def _decode(self, source: Source) -> Decoded:
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy still reads this memory
+        total, state = Checksum(), {}
+        for name, layout in source.layout().items():
+            part = self._parts.get(name, Part(layout.shape))
+            if (name, layout.dtype) not in self._memory:  # reused by the next position
+                self._memory[name, layout.dtype] = host_tensor(part.elements, layout.dtype, pinned=self._on_gpu)
+            flat = self._memory[name, layout.dtype]
+            read_part(flat, part, source, name, layout.dtype, total, (name,))
+            state[name] = flat.view(part.local_shape)
+        return state, total.digest()

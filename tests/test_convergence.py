@@ -256,7 +256,7 @@ def test_a_divergence_is_logged_once_and_ends_backtracking(tmp_path, caplog):
         assert difference(dict(run.teacher.state_dict()), before) == []
     assert [name for name, _ in log.seen] == ["disback/diverged"]
     (line,) = [message for message in caplog.messages if "thirtyfold" in message]
-    assert "lower the generator's learning rate; the teacher is back at itself for good" in line
+    assert "lower the generator's learning rate; the teacher is s'_0 for good" in line
 
 
 def test_a_schedule_without_until_fitted_only_warns_of_a_divergence(tmp_path, caplog):

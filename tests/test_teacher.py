@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def in_thread(monkeypatch, name, action):
     read = NodeSource.read
 
     def watched(self, *arguments, **options):
-        if threading.current_thread().name == name:
+        if threading.current_thread().name.startswith(name):
             action()
         return read(self, *arguments, **options)
 
@@ -40,6 +42,12 @@ def in_thread(monkeypatch, name, action):
 
 def threads():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("disback")]
+
+
+def await_threads():
+    """Wait until no prefetching thread is left; each ends by itself soon after its result is there."""
+    while threads():
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("schedule", [Fixed(2, 1), Ramp(5)])
@@ -58,16 +66,16 @@ def test_positions_are_the_same_bit_for_bit_with_and_without_prefetching(folder,
         walks.append(seen)
         scheduler.restore_teacher()
     assert difference(*walks) == []
-    assert not threads()
+    await_threads()
 
 
 def test_the_next_position_is_decoded_before_the_move(folder, monkeypatch):
     run = Run()
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(2, 1), prefetch=True)
     scheduler.start()
-    assert not threads()  # the next update stays where it is
+    await_threads()  # the next update stays where it is
     scheduler.step()
-    scheduler._teacher._prefetcher._thread.join()
+    scheduler._teacher._prefetcher._decoding.result()
     in_thread(monkeypatch, "MainThread", lambda: pytest.fail("decoded in the hot path"))
     scheduler.step()
     assert scheduler.position == 1.0
@@ -79,7 +87,7 @@ def test_a_slow_read_does_not_delay_the_training_step(folder, monkeypatch):
     readable = threading.Event()
     in_thread(monkeypatch, "disback-prefetch", readable.wait)
     scheduler.start()  # returns, though nothing can be read
-    assert threads() == ["disback-prefetch"]
+    assert threads() == ["disback-prefetch_0"]
     readable.set()
     scheduler.step()
     assert scheduler.position == 1.0
@@ -106,9 +114,11 @@ def test_a_node_that_decodes_to_something_else_is_not_written(folder):
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 3), prefetch=True)
     scheduler.start()
     held = clone(dict(run.teacher.state_dict()))
-    scheduler._teacher._prefetcher._thread.join()
-    next(iter(scheduler._teacher._prefetcher._ready.state.values())).view(-1)[0] += 1
-    object.__setattr__(scheduler._teacher._prefetcher._ready, "checksum", "0" * 32)
+    scheduler._teacher._prefetcher._decoding.result()
+    state, _ = scheduler._teacher._prefetcher._decoding.result()
+    next(iter(state.values())).view(-1)[0] += 1
+    scheduler._teacher._prefetcher._decoding = Future()
+    scheduler._teacher._prefetcher._decoding.set_result((state, "0" * 32))
     with pytest.raises(PathError, match="decodes to checksum"):
         scheduler.step()
     assert difference(dict(run.teacher.state_dict()), held) == []
@@ -125,9 +135,9 @@ def test_the_memory_of_a_position_is_reused():
     for value in (1.0, 2.0):
         state = {name: torch.full_like(tensor, value) for name, tensor in net.state_dict().items()}
         ahead.begin(value, NodeSource(state, ()))
-        ready = ahead.wait_for(value)
-        places.append([tensor.data_ptr() for tensor in ready.state.values()])
-        ahead.write(ready)
+        decoded, _ = ahead.wait_for(value)
+        places.append([tensor.data_ptr() for tensor in decoded.values()])
+        ahead.write(decoded)
         assert net.first_parameter()[0, 0] == value
     assert places[0] == places[1]
     assert ahead.wait_for(2.0) is None
@@ -137,7 +147,7 @@ def test_a_file_that_changes_after_it_was_prefetched_is_noticed(folder):
     run = Run()
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Ramp(6), prefetch=True)
     scheduler.start()
-    scheduler._teacher._prefetcher._thread.join()
+    scheduler._teacher._prefetcher._decoding.result()
     held = clone(dict(run.teacher.state_dict()))
     content = bytearray((folder / "node-003.safetensors").read_bytes())
     content[-3] ^= 1
