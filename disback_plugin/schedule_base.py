@@ -272,42 +272,23 @@ def same(schedule: Schedule, text: str) -> bool:
         >>> same(Ramp(7), to_config(Ramp(7))), same(Ramp(7), "Ramp(updates=7)"), same(Ramp(7), "Ramp(updates=8)")
         (True, True, False)
     """
-    return not _difference(schedule, text)
+    own = getattr(schedule, "wrapped", schedule)
+    known = fields(own) if is_dataclass(own) else ()
+    defaults = json.loads(json.dumps({f.name: f.default for f in known if f.default is not MISSING}, default=repr))
+    saved, wanted = _read(text), json.loads(to_config(schedule))
+    if saved is not None:
+        saved["arguments"] = defaults | saved["arguments"]
+    return text == repr(schedule) or (saved is not None and all(saved.get(key) == wanted[key] for key in wanted))
 
 
 def validate_config(schedule: Schedule, text: str) -> None:
     """Raise StateError unless a saved text names this schedule (`same`)."""
-    difference = _difference(schedule, text)
-    if difference:
+    if not same(schedule, text):
         raise StateError(
-            f"a state of another schedule ({difference})",
+            f"a state of another schedule ({text:.200})",
             expected=f"{schedule!r:.100}",
-            cure="attach with the schedule that the state was saved under",
+            cure="attach with the schedule that the state was saved under, in a version that knows its arguments",
         )
-
-
-def _difference(schedule: Schedule, text: str) -> str:
-    own, saved = json.loads(to_config(schedule)), _read(text)
-    if text == repr(schedule) or saved == own:
-        return ""
-    if saved is None or any(saved.get(key) != own[key] for key in ("name", "version")):
-        return f"{text!r:.100}"
-    unknown = sorted(saved["arguments"].keys() - own["arguments"].keys())
-    if unknown:
-        return f"whose argument {unknown[0]!r} is unknown to this version of {own['name']}"
-    given = _defaults(schedule) | saved["arguments"]
-    odd = [name for name, value in own["arguments"].items() if name not in given or given[name] != value]
-    return ", ".join(f"{name}={given.get(name)!r:.40}" for name in odd)
-
-
-def _defaults(schedule: Schedule) -> dict[str, Any]:
-    """Return the default of each argument that has one, as JSON values."""
-    own = getattr(schedule, "wrapped", schedule)
-    known = fields(own) if is_dataclass(own) else ()
-    made = {f.name: f.default_factory() for f in known if f.default_factory is not MISSING}
-    plain = {f.name: f.default for f in known if f.default is not MISSING}
-    defaults: dict[str, Any] = json.loads(json.dumps(made | plain, default=repr))
-    return defaults
 
 
 def _read(text: str) -> dict[str, Any] | None:

@@ -95,8 +95,7 @@ class TrajectoryScheduler:
         network = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
         self._plugins = PluginManager.of(plugins)
-        self._notified = Target(0.0)  # what the plug-ins know
-        self._suspended = False  # inside original_teacher
+        self._notified, self._suspended = Target(0.0), False  # what the plug-ins know; inside original_teacher
         self._logs = distributed.is_main_process()
         self._masked: MaskedSamples | None = None
         if path is not None:
