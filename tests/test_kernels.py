@@ -160,7 +160,7 @@ def changed(x, real, fake, eps, options):
 
 
 @pytest.mark.slow
-def test_what_a_guard_would_check_never_gives_the_result_of_other_inputs(monkeypatch):
+def test_skipping_guards_never_gives_the_result_of_other_inputs():
     stream = torch.Generator().manual_seed(0)
     given = [torch.randn(BATCH, generator=stream) for _ in range(4)]
     options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.V}
@@ -201,7 +201,7 @@ def test_a_caller_may_compile_the_loss_into_a_graph_of_their_own(name, form):
 
 
 @pytest.mark.slow
-def test_a_stride_that_equals_the_first_batch_is_not_taken_for_it():
+def test_a_stride_that_equals_the_first_batch_size_stays_a_stride():
     fused = kernels.fuse(losses.dmd, compile=True)
     options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.FLOW}
     for batch in (2, 3, 4):
@@ -324,7 +324,7 @@ def test_auto_falls_back_once_with_one_warning_where_no_compiler_works(monkeypat
         run(kernels.fuse(losses.dmd, compile=True), "dmd", Prediction.EPS, 4)
 
 
-def test_an_error_of_the_caller_is_not_taken_for_one_of_the_compiler():
+def test_an_error_of_the_caller_is_raised_and_does_not_end_the_fused_form():
     x = torch.zeros(4, 3, 160, 160)
     with pytest.raises(ValueError, match="one shape"):
         kernels.dmd(x, x, x[:2], eps=x, alpha=1.0, sigma=1.0, prediction=Prediction.EPS)
@@ -362,7 +362,7 @@ def test_a_batch_cut_out_of_a_larger_one_is_another_kind_of_input():
 
 
 @pytest.mark.slow
-def test_inputs_that_are_one_tensor_now_and_two_later_are_told_apart():
+def test_one_tensor_passed_twice_and_two_tensors_give_their_own_results():
     fused = kernels.fuse(losses.sid, compile=True)
     one, x = torch.tensor(1.0), torch.randn(4, 3, 7, 7)
     real, fake = torch.randn(4, 3, 7, 7), torch.randn(4, 3, 7, 7)

@@ -35,7 +35,7 @@ def test_the_gradient_of_diff_instruct_is_the_score_difference_of_equation_8(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(batch=batches())
-def test_networks_that_agree_give_no_gradient_and_swapping_them_turns_it_around(kind, batch):
+def test_networks_that_agree_give_no_gradient_and_swapping_them_negates_the_gradient(kind, batch):
     x, _, _, alpha, sigma, real, fake = batch
     options = {"alpha": alpha, "sigma": sigma, "prediction": kind}
     assert not _gradient(x, real, real, **options).any()

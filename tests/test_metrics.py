@@ -184,7 +184,7 @@ def test_a_collapsed_student_is_seen():
         lambda a: mode_coverage(a, a, radius=1.0, weights=torch.ones(3)),
     ],
 )
-def test_what_does_not_fit_is_refused(wrong):
+def test_arguments_that_do_not_fit_are_refused(wrong):
     with pytest.raises(OptionError):
         wrong(torch.ones(4, 2))
 

@@ -33,7 +33,7 @@ def test_rectified_flow_goes_straight_from_data_to_noise():
 
 
 @pytest.mark.parametrize("alphas", [[], [0.5, 0.6], [1.0], [0.5, -0.1]], ids=str)
-def test_discrete_refuses_what_is_no_schedule(alphas):
+def test_discrete_refuses_values_outside_its_domain(alphas):
     with pytest.raises(OptionError, match="never increase"):
         Discrete(alphas)
 

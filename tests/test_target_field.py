@@ -178,7 +178,7 @@ def test_50000_images_take_100_megabytes_beside_themselves():
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_named(wrong):
+def test_arguments_that_do_not_fit_are_named(wrong):
     arguments = {"x_t": torch.ones(3, 2), "references": torch.zeros(4, 2), "sigma": 1.0, **wrong}
     with pytest.raises(OptionError):
         stable_target_field(**arguments)
@@ -313,7 +313,7 @@ def test_a_network_sees_its_batches_in_its_own_dtype_and_without_a_graph():
     ],
     ids=lambda wrong: ", ".join(wrong),
 )
-def test_what_a_mismatch_cannot_be_taken_of_is_named(wrong):
+def test_arguments_of_the_mismatch_that_do_not_fit_are_named(wrong):
     arguments = {"samples": torch.ones(3, 2), "references": torch.zeros(4, 2), "sigmas": SIGMAS}
     if "alphas" in wrong and isinstance(wrong["alphas"], list):
         wrong = {"alphas": [1.0, 1.0]}

@@ -1,4 +1,4 @@
-"""What the losses compile: their formulas, with the very arguments that they call them with."""
+"""The formulas of the losses, with the arguments that the losses call them with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def formula(
     nan_in_sample: int | None = None,
     **options: Any,
 ) -> tuple[formulas.Formula, tuple[Any, ...]]:
-    """The formula and the inputs of one call of a loss, its networks' outputs in `dtype`, its samples in float32."""
+    """Return the formula and the inputs of one call of a loss: outputs of networks in `dtype`, samples in float32."""
     calls = []
 
     def record(formula: formulas.Formula, *inputs: Any) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The CUDA code that inductor generates for a function: written, counted and compiled on a machine without a GPU.
+"""Write, count and compile the CUDA code that inductor generates for a function, on a machine without a GPU.
 
     python codegen.py CASE...  # each CASE is `Case` as JSON; a line of JSON answers each
 
@@ -27,7 +27,7 @@ ALWAYS = {"joint_graph_constant_folding": False, "force_disable_caches": True, "
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to compile, how, and where its code goes.
+    """A function to compile, the options, and the file of the generated code.
 
     make: `module:function` that is called with `given` and returns (function, arguments): a function of nested tuples
     of CPU tensors that returns a tuple of tensors, and what to call it with. options: those of `torch.compile`.
@@ -45,17 +45,17 @@ class Case:
     triton: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def made(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The function and its arguments, on the CPU."""
+        """Return the function and its arguments on the CPU."""
         module, _, name = self.make.partition(":")
         return getattr(importlib.import_module(module), name)(**self.given)
 
 
 class Written(BaseException):
-    """Inductor has written its code; what comes next needs a GPU."""
+    """Raised when inductor has written its code, because the next step needs a GPU."""
 
 
 def generate(case: Case) -> str:
-    """The module that inductor writes: the kernels and the wrapper that launches them."""
+    """Return the module that inductor writes: the kernels and the wrapper that launches them."""
     import pretend
     import torch
     from torch._inductor.compile_fx import compile_fx
@@ -82,7 +82,7 @@ def generate(case: Case) -> str:
 
 
 def compiled(case: Case, code: str) -> Iterator[dict[str, Any]]:
-    """Each configuration of each kernel that the autotuner would try, and what ptxas says that it takes."""
+    """Yield the resources, as ptxas reports them, of each configuration of each kernel that the autotuner would try."""
     import pretend
     import torch
     from torch._inductor.codecache import PyCodeCache
@@ -117,8 +117,8 @@ def total(pattern: str, report: str) -> int:
     return sum(map(int, found))
 
 
-def look(case: Case) -> dict[str, Any]:
-    """Everything that there is to say about a case without running its code."""
+def inspect(case: Case) -> dict[str, Any]:
+    """Return the counts and the resources of a case without running its code."""
     start = time.perf_counter()
     code = generate(case)
     seconds = time.perf_counter() - start
@@ -134,12 +134,12 @@ def look(case: Case) -> dict[str, Any]:
 
 
 def each(arguments: Any, change: Callable[[Any], Any]) -> Any:
-    """Change what is in nested tuples."""
+    """Apply a function to each entry of nested tuples."""
     return tuple(each(a, change) for a in arguments) if isinstance(arguments, tuple) else change(arguments)
 
 
 def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Fake tensors laid out like these; the two halves of a guided batch share their memory here too."""
+    """Return fake tensors with the same layout; the two halves of a guided batch share memory here too."""
     import torch
 
     wholes: dict[int, torch.Tensor] = {}
@@ -156,7 +156,7 @@ def on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def with_any_batch(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Mark the batch as symbolic in every tensor that has it, as `kernels` does."""
+    """Mark the batch axis of every tensor dynamic, as `kernels` does."""
     import torch
 
     def mark(a: Any) -> Any:
@@ -169,4 +169,4 @@ def with_any_batch(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        print(json.dumps(look(Case(**json.loads(argument)))), flush=True)  # noqa: T201
+        print(json.dumps(inspect(Case(**json.loads(argument)))), flush=True)  # noqa: T201

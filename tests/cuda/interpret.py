@@ -1,4 +1,4 @@
-"""The generated CUDA code, run on CPU tensors by Triton's interpreter, against float64.
+"""Run the generated CUDA code on CPU tensors by Triton's interpreter, and compare the result with float64.
 
     TRITON_INTERPRET=1 python interpret.py CASE...  # those of `codegen`, after it; a line of JSON answers each
 
@@ -20,7 +20,7 @@ from codegen import Case, each, with_any_batch
 
 
 def replay(case: Case) -> dict[str, Any]:
-    """Run a case; the relative error of each output."""
+    """Run a case and return the relative error of each output."""
     import torch
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.compile_fx import compile_fx
@@ -55,7 +55,7 @@ def replay(case: Case) -> dict[str, Any]:
 
 
 def in_float64(argument: Any) -> Any:
-    """The argument as the reference takes it: tensors, and dtypes asked for, in float64."""
+    """Return the argument in float64, as the reference takes it."""
     import torch
 
     if isinstance(argument, torch.dtype):
@@ -64,7 +64,7 @@ def in_float64(argument: Any) -> Any:
 
 
 def relative_error(found: Any, exact: Any) -> float:
-    """Largest error over the largest value: of its sample, or, for one number a sample, of the batch."""
+    """Return the largest error over the largest value of its sample or, for one number a sample, of the batch."""
     rows = len(exact) if exact.ndim > 1 else 1
     found, exact = (t.double().reshape(rows, -1) for t in (found, exact))
     size = exact.abs().amax(1)

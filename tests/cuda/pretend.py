@@ -1,4 +1,4 @@
-"""A GPU that inductor believes in, on a machine without one. Replaces private names: only for a process of its own."""
+"""Pretend to inductor that there is a GPU. Private names of torch are replaced, so use this in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MULTIPROCESSORS = {75: 40, 80: 108, 90: 132, 100: 148}  # T4, A100, H100, B200
 
 
 def why_not() -> str:
-    """What this installation lacks, empty if nothing: all that is needed comes with `pip install torch` on Linux."""
+    """Return what this installation lacks, or an empty string. On Linux torch installs all that is needed."""
     import torch
 
     if ".".join(torch.__version__.split(".")[:2]) not in TORCH:
@@ -32,7 +32,7 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def gpu(capability: int) -> Iterator[None]:
-    """One GPU of this compute capability (90 for sm_90), as far as generating and compiling code looks."""
+    """Pretend that there is one GPU of this compute capability (90 for sm_90) to generate and compile code for."""
     import torch
     from torch._dynamo import device_interface
     from torch._inductor.fx_passes import fuse_attention, pad_mm

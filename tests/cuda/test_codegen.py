@@ -1,4 +1,4 @@
-"""On CUDA the fused losses are one kernel, without spills, and exact: seen without a GPU, in processes of their own."""
+"""On CUDA a fused loss is one exact kernel without spills. Separate processes check this without a GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOLERANCE = {"torch.float32": 1e-6, "torch.bfloat16": 2**-7, "torch.bool": 0.0}
 
 
 def case(name, shape=LATENT, capability=90, **given):
-    """A loss as `kernels` compiles it on a GPU of this capability."""
+    """Return a loss as `kernels` compiles it on a GPU of this capability."""
     options = {"split_reductions": False} if math.prod(shape[1:]) <= kernels.ONE_BLOCK else {}
     given = {**{**LOSSES, **MORE}[name], "shape": shape, **given}
     name = f"{name} {given.get('dtype', 'float32')} {'x'.join(map(str, shape))} sm_{capability}"
@@ -61,7 +61,7 @@ def named(c):
 
 
 def answers(script, cases, **environment):
-    """Run the cases in a process that sees no GPU; its answers by name."""
+    """Run the cases in a process that sees no GPU, and return its answers by name."""
     command = [
         sys.executable,
         str(Path(__file__).with_name(script)),
@@ -81,7 +81,7 @@ def answers(script, cases, **environment):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What `codegen` and `interpret` answer, by the names of the cases; two processes at a time share the work."""
+    """Return the answers of `codegen` and `interpret` by the names of the cases, from two processes at a time."""
     folder = tmp_path_factory.mktemp("cuda")
     cases = [dataclasses.replace(c, source=str(folder / f"{c.name}.py")) for c in [*LATENTS, *IMAGES, STARVED]]
 
@@ -97,7 +97,7 @@ def results(tmp_path_factory):
 
 
 def runs(cases):
-    """What to run, on one architecture: with another batch than the code was written for, and a NaN in one sample."""
+    """Yield the cases to run: one architecture, another batch size than at compilation, a NaN in one sample."""
     for c in cases:
         if c.capability == 90 and not c.triton:
             batch, *image = c.given["shape"]
@@ -135,7 +135,7 @@ def test_a_spill_would_be_seen(results):
     assert all(cubin["spilled_bytes"] > 0 for cubin in results[0][STARVED.name]["cubins"])
 
 
-def test_the_generated_kernels_are_exact_for_every_batch_and_leave_out_what_is_not_finite(results):
+def test_the_generated_kernels_are_exact_for_every_batch_and_mask_samples_that_are_not_finite(results):
     _, replays = results
     assert {name.partition(" float32")[0] for name in replays} >= {*LOSSES, *MORE}
     for name, replay in replays.items():
