@@ -246,7 +246,7 @@ class Delta:
         except PathError as error:
             raise retired_codec(f"{error.found} in {source}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise damaged(f"{source} whose layout does not read ({error})", "a node") from error
+            raise damaged(f"{source} whose layout cannot be read ({error})", "a node") from error
         wanted = {part: meta for name, entry in entries.items() for part, meta in entry.stored(name).items()}
         if not fits or wanted.keys() != parts.keys():
             raise damaged(

@@ -97,7 +97,7 @@ class DegradationPath(
         args = root, state, recording, generator, teacher_id
         path = cls(root, distributed.on_main_process(lambda: Store.create(*args), state))
         if recording.keep_teacher:
-            path._store.trust(path.manifest.teacher)
+            path._store.mark_verified(path.manifest.teacher)
         else:
             path._store.keep_teacher(state)
         return path
@@ -145,7 +145,7 @@ class DegradationPath(
 
         Raises:
             IndexError: If there is no such node.
-            PathError: If a file is missing, does not read, or decodes to other weights than were recorded.
+            PathError: If a file is missing, cannot be read, or decodes to other weights than were recorded.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"node {index} of a path with nodes 0 to {len(self) - 1}")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: safetensors and JSON, written under a temporary name, flushed and renamed."""
+"""Atomic files: safetensors and JSON are written under a temporary name, flushed to disk and renamed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HINTS: dict[type[Any], dict[str, Any]] = {}
 LARGEST_JSON = 1 << 26
 # The key of our text in a safetensors file's metadata.
 METADATA = "disback"
-# Tensors of fewer bytes than this are not worth a file of their own.
+# Smaller tensors, in bytes, stay in memory.
 SMALL = 1 << 16
 
 
@@ -92,7 +92,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: str) -
 
 
 def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
-    """Return tensors written by `write_tensors`, mapped from the file and never to be written, and the text.
+    """Return the tensors that `write_tensors` wrote, mapped from the file and never to be changed, and the text.
 
     Raises:
         PathError: If the file is missing, is no regular file, is not `size` bytes long, or is no safetensors file.
@@ -103,12 +103,12 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
             tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return tensors, (handle.metadata() or {})[METADATA]
     except (SafetensorError, KeyError, ValueError, OverflowError) as error:
-        what = f"{file} that does not read ({type(error).__name__}: {error})"
+        what = f"{file} that cannot be read ({type(error).__name__}: {error})"
         raise damaged(what, "a safetensors file of a path") from error
 
 
 def spool(tensor: Tensor, folder: Path) -> Tensor:
-    """Return a tensor of the same values that is mapped from a file without a name, so that it takes no memory.
+    """Copy a tensor into a mapped file that has no name any more, so that the copy takes no memory.
 
     Args:
         tensor: On the CPU and contiguous.
@@ -137,7 +137,7 @@ def _require_size(file: Path, size: int | None) -> None:
 
 
 def stamp(file: Path) -> tuple[int, int, int] | None:
-    """Return what tells whether a file was written since: inode, size and time of its last change; None if missing."""
+    """Return inode, size and time of the last change of a file, to notice when it is written; None if it is missing."""
     try:
         status = file.stat()
     except OSError:
@@ -157,7 +157,7 @@ def read_json(file: Path) -> dict[str, Any]:
         PathError: If the file is missing or holds no JSON object.
     """
     try:
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # to read a pipe would wait for its writer
             raise FileNotFoundError(file)
         if file.stat().st_size > LARGEST_JSON:
             raise ValueError(f"{file.stat().st_size} bytes")
@@ -174,7 +174,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    """Return a number, which JSON can hold again; raises ValueError for NaN, infinities and what overflows to one."""
+    """Return a number that JSON can hold again; raise ValueError for NaN, infinities and numbers that overflow."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:20]}")
@@ -182,7 +182,7 @@ def _finite(text: str) -> float:
 
 
 def from_json(kind: type[T], content: Mapping[str, Any]) -> T:
-    """Return a dataclass whose fields have the types that it declares; JSON itself promises no type.
+    """Return a dataclass made from JSON; raise TypeError unless each value has the type that its field declares.
 
     Keys that the dataclass does not know are kept in its field `extra`, or refused where it has none.
     """
@@ -199,7 +199,7 @@ def _type_hints(kind: type[Any]) -> dict[str, Any]:
 
 
 def _checked(value: Any, kind: Any) -> Any:
-    """Return a value if it has the type that a field declares."""
+    """Return a value as the type that a field declares; raise TypeError if it has another one."""
     if isinstance(kind, type) and is_dataclass(kind):
         return from_json(kind, value)
     if get_origin(kind) is tuple:
@@ -223,12 +223,12 @@ def to_json(value: Any) -> Any:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file atomically."""
     _replace(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def copy(source: Path, file: Path) -> None:
-    """Copy a file, whole or not at all."""
+    """Copy a file atomically, unless it is copied onto itself."""
     if source.resolve() != file.resolve():
         _replace(file, lambda temporary: shutil.copyfile(source, temporary))
 
@@ -269,12 +269,12 @@ def holds(folder: Path, name: str) -> bool:
 
 
 def visible(folder: Path) -> list[str]:
-    """Return the names in a folder, without what a crash left of a file that was being written."""
+    """Return the names in a folder, without the temporary files that a crash left."""
     return [entry.name for entry in folder.iterdir() if not is_leftover(entry.name)]
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a name is that of a file being written: ours, or that of safetensors, which renames too.
+    """Return whether a name is that of a temporary file, of this module or of safetensors.
 
     Example:
         >>> is_leftover(".config.json.tmp"), is_leftover(".tmpfUgSsb"), is_leftover("config.json")
@@ -286,10 +286,10 @@ def is_leftover(name: str) -> bool:
 def _replace(file: Path, write: Callable[[Path], object]) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        # Whatever stands there, a link perhaps, is not written into.
+        # An older file of that name goes first: nothing is written through a link.
         temporary.unlink(missing_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        # safetensors makes its files private; those of a path are as readable as any other file of the user's.
+        # safetensors makes its files private; a path is as readable as any other file of the user.
         mode = temporary.stat().st_mode
         try:
             write(temporary)

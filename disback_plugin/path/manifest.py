@@ -269,7 +269,7 @@ class Manifest:
         """Return the manifest in a folder.
 
         Raises:
-            PathError: If it is missing, does not read, has a newer format or a codec that is gone, or names files that
+            PathError: If it is missing, cannot be read, has a newer format or a codec that is gone, or names files that
                 a path does not have.
         """
         file = folder / CONFIG
@@ -292,7 +292,7 @@ class Manifest:
         except PathError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise files.damaged(f"a manifest that does not read ({error}) in {file}", f"format {version}") from error
+            raise files.damaged(f"a manifest that cannot be read ({error}) in {file}", f"format {version}") from error
         fault = manifest.fault()
         if fault:
             raise files.damaged(f"{fault} in {file}", "the manifest of a recording")

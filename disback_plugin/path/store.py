@@ -72,7 +72,7 @@ class Store:
         """Return node `index` >= 0, after `verify` unless the files are as they were when they were verified.
 
         Raises:
-            PathError: If a file is missing, does not read, does not fit the teacher, or, with `verified`, has changed.
+            PathError: If a file is missing, cannot be read, does not fit the teacher, or, with `verified`, has changed.
         """
         stamps = self._stamps(index)
         if verified and any(self._verified.get(file) != stamp for file, stamp in stamps.items()):
@@ -81,7 +81,7 @@ class Store:
         return self._source(index, stamps)
 
     def teacher_source(self) -> NodeSource:
-        """Return node 0 as it was when it was first read, though its file may be gone; its values are compared first.
+        """Return node 0 as it was first read, even if its file is gone by now, after its values were verified.
 
         Raises:
             PathError: If they are not those that were recorded.
@@ -159,7 +159,7 @@ class Store:
         return {e.file: (files.stamp(self.folder / e.file), e.sha256) for e in listed if e.sha256}
 
     def _source(self, index: int, stamps: Mapping[str, Stamp]) -> NodeSource:
-        """Return node `index`; files are opened unless they are open and unchanged."""
+        """Return node `index`; only files that are new or have changed are opened."""
         teacher = self._open_teacher(stamps.get(self.manifest.teacher.file))
         deltas: list[Delta] = []
         for node in self.manifest.nodes[:index]:
@@ -193,7 +193,7 @@ class Store:
         try:
             return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise damaged(f"{file} whose tied weights do not read ({error})", "a teacher") from error
+            raise damaged(f"{file} whose tied weights cannot be read ({error})", "a teacher") from error
 
     def _read_delta(self, node: Node) -> Delta:
         file = self.folder / node.file
@@ -228,11 +228,11 @@ class Store:
         manifest = Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # The manifest comes before the first big file: a crash in between leaves a folder that is known to be ours.
+            # The manifest comes before the first big file: a folder that a crash leaves is recognized as a path.
             manifest.write(folder)
             return cls(folder, manifest).write_teacher(state) if recording.keep_teacher else manifest
         except (OSError, PathError) as error:
-            with suppress(OSError):  # as of a folder that is none
+            with suppress(OSError):  # the folder may not exist
                 for name in (CONFIG, manifest.teacher.file):
                     (folder / name).unlink(missing_ok=True)
                 for parent in new:
@@ -249,7 +249,7 @@ class Store:
         file = self.folder / self.manifest.teacher.file
         listed = files.write_tensors(file, tensors, metadata=json.dumps(state.aliases, sort_keys=True))
         teacher = replace(self.manifest.teacher, **listed)
-        self.trust(teacher)
+        self.mark_verified(teacher)
         return self.write_manifest(teacher=teacher)
 
     def append(
@@ -270,7 +270,7 @@ class Store:
             files.write_tensors(self.folder / files.training_file(index), training, metadata=metadata)
         measured = made.delta_norm, codec, made.checksum, made.recorded, made.weight_error
         node = Node(index, iteration, listed["file"], listed["sha256"], listed["bytes"], *measured)
-        self.trust(node)
+        self.mark_verified(node)
         return self.write_manifest(nodes=(*nodes, node))
 
     def read_training(self) -> dict[str, Tensor] | None:
@@ -315,12 +315,12 @@ class Store:
         manifest.write(self.folder)
         return manifest
 
-    def trust(self, entry: Teacher | Node) -> None:
-        """Take a file as verified that was written a moment ago."""
+    def mark_verified(self, entry: Teacher | Node) -> None:
+        """Mark a file as verified that was written a moment ago."""
         self._verified[entry.file] = files.stamp(self.folder / entry.file), entry.sha256
 
     def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
-        """Return what keeps tensors until a file is written; those of a sharded network may not fit into memory."""
+        """Return a function that keeps a tensor until its file is written: on disk if the network is sharded."""
         return (lambda tensor: files.spool(tensor, self.folder)) if state.sharded else (lambda tensor: tensor)
 
 
