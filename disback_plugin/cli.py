@@ -59,7 +59,7 @@ def command(
         commands: The return value of `add_subparsers` of the top parser.
         name: Name of the command.
         help: One line for the list of commands.
-        description: What the command does and leaves behind, and its exit codes where they need a word.
+        description: Text on the work of the command, on what it leaves behind, and on special exit codes.
         examples: Whole command lines, or code, shown as they are.
 
     Example:

@@ -27,7 +27,7 @@ EVERY = 5
 
 
 class _FittedError(Exception):
-    """Ends the recording of a dry run."""
+    """End the recording of a dry run."""
 
 
 def dry_run(

@@ -96,7 +96,7 @@ def build_networks(target: str, *, learning_rate: float | None = None) -> Iterat
         OptionError: If there is no such module or function, or a learning rate is given with a fake_step.
         RoleError: If the function returned something else.
 
-        What the module or the function raises is passed on.
+        Errors of the module and of the function are passed on.
 
     Example:
         >>> with build_networks("json:absent") as networks:  # doctest: +ELLIPSIS

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointStates:
-    """The file of the states, one JSON object a line.
+    """Append states to a file, one JSON object a line, and find them again.
 
     Args:
         path: Folder of the degradation path.

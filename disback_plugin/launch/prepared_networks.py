@@ -1,4 +1,4 @@
-"""Networks that a script prepares in one place and uses in another, and the moment before the first of them runs."""
+"""Find the moment before the first forward of networks that a script prepares in one place and uses in another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["PreparedNetworks"]
 
 
 class PreparedNetworks:
-    """The objects that a script has prepared, and a callback before each forward with gradients of a network in them.
+    """Collect the objects that a script prepares; call back before each forward with gradients of a network in them.
 
     Before the first such forward nothing of a training step has been computed. A validation, which some scripts run on
     one rank only, records no gradients and does not count.

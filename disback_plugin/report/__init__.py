@@ -1,1 +1,1 @@
-"""The report of a run: figures and an HTML page."""
+"""Draw the logs of runs and write them as a page of HTML."""

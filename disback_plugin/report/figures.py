@@ -1,4 +1,4 @@
-"""The curves of a report: which panels some runs have, and each panel as SVG. Importing this loads no torch.
+"""Choose the panels of a report, and draw each as SVG. Importing this module loads no torch.
 
 matplotlib draws with placeholder colours, for which the page's CSS variables are put in.
 """
@@ -26,7 +26,7 @@ MEASURES = ("distance", "mismatch")
 MEASURED, BACKTRACKING, RECORDING, NODES = "Measured by the loop", "Backtracking", "Recording", "Nodes"
 UPDATES, ITERATIONS = "generator updates", "recording iterations"
 
-# Of each number of backtracking: title, how to read it, unit, look, and a value that says that nothing happened.
+# For each number of backtracking: title, explanation, unit, look, and the value by which nothing has happened.
 OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
     "position": (
         "position",
@@ -72,7 +72,7 @@ class Panel:
         section: Heading in the report.
         title: Name of the number.
         about: How to read the panel, in a sentence.
-        x: What the x axis counts.
+        x: Label of the x axis, which counts updates.
         series: The curves.
         y: Unit of the y axis; empty for a plain number.
         level: A horizontal line.
@@ -231,7 +231,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
-# Of each run; they repeat. Runs can be told apart without colour.
+# The lines of the runs, in turn. They differ without colour too.
 DASHES = ("", "6 2", "2 2", "7 2 2 2", "10 3", "4 1 1 1 1 1")
 MARKERS = "osD^vP"
 # Placeholders in an SVG for the colours of text and of each run.

@@ -1,4 +1,4 @@
-"""The report of one run, or of several side by side: a page of HTML that loads nothing from a network."""
+"""Write the report of one run, or of several side by side, as a page of HTML that loads nothing from a network."""
 
 from __future__ import annotations
 
