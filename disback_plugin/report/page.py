@@ -66,11 +66,13 @@ def _dates(runs: Sequence[History]) -> str:
 
 def _facts(run: History) -> dict[str, float | None]:
     nodes, position = run.nodes(), run.curves().get("position")
+    node_seconds = run.curves(recording=True).get("node_seconds")
     return {
         "recording iterations": run.recorded or None,
         "s_phi fitted after": (run.completed() or {}).get("fitted"),
         "nodes": len(nodes) or None,
         "bytes of the nodes": sum(node["bytes"] for node in nodes) or None,
+        "mean seconds to save a node": node_seconds[-1][1] if node_seconds else None,
         "generator updates": run.updates,
         "position at the end": position[-1][1] if position else None,
         "resumed": sum(bool(begin.get("resumed")) for begin in run.begun) + sum("resume" in line for line in run.lines),

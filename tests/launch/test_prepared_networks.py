@@ -105,7 +105,7 @@ def test_a_run_resumes_from_the_scripts_own_checkpoint(run, tmp_path):
          "found no variable 'reel_unet' for the teacher where the networks are used; "
          "expected one of the script's own, each role a network of its own: fake_unet, real_unet, unet in the script"),
         ("accelerate_globals.py", ("teacher=real_unet", "fake_score=accelerator"), (), "Accelerator as the fake score"),
-        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=real_unet"), (), "found one Net as teacher and as"),
+        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=real_unet"), (), "one Net as both teacher and"),
         ("accelerate_globals.py", ("teacher=fake_unet", "fake_score=real_unet"), (), "no prepared optimizer steps"),
         ("accelerate_globals.py", ("teacher=real_unet", "fake_score=fake_unet"), ("--third",),
          "found 2 prepared optimizers beside the fake score's"),

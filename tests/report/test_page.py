@@ -79,8 +79,8 @@ def a_log(folder, name, scale=1.0):
         log.log({"loss": 3.0 / i}, 0, recording=i)
     for index in (1, 2):
         node = {"index": index, "iteration": 5 * index, "bytes": 700, "delta_norm": 0.3}
-        log._write([{"update": 0, "recording": 5 * index, "recorded": node | {"weight_error": 0.004 * scale}}])
-    log._write([{"update": 0, "recording": 10, "completed": {"iterations": 10, "fitted": 8, "ended": None}}])
+        log._write({"update": 0, "recording": 5 * index, "recorded": node | {"weight_error": 0.004 * scale}})
+    log._write({"update": 0, "recording": 10, "completed": {"iterations": 10, "fitted": 8, "ended": None}})
     for update in range(0, 41, 10):
         moved = {
             "position": 2 - update / 20,
