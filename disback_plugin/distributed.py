@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import count
-from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from disback_plugin.errors import RankError
@@ -103,7 +102,7 @@ def on_main_process(action: Callable[[], T], shards: ShardServer | None = None) 
     return result  # type: ignore[no-any-return]
 
 
-def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] = MappingProxyType({})) -> T:
+def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] | None = None) -> T:
     """Run `action` on every rank; all ranks raise if it failed on one of them, or if the ranks have different facts.
 
     Args:
@@ -120,9 +119,9 @@ def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] 
     try:
         result = action()
     except Exception as error:
-        gather((_text(error), dict(facts)))
+        gather((_text(error), {}))
         raise
-    answers = gather((None, dict(facts)))
+    answers: list[tuple[str | None, dict[str, Any]]] = gather((None, dict(facts or {})))
     for rank, (failure, _) in enumerate(answers):
         if failure is not None:
             raise RankError(
