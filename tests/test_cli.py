@@ -129,13 +129,11 @@ def test_an_interrupted_recording_says_that_it_can_be_resumed_and_is(tmp_path, m
     arguments = ["record", "slow_networks:build", "--path", "path", "--iterations", "200", "--every", "5"]
     command = [sys.executable, "-m", "disback_plugin.cli", *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
         while not (tmp_path / "path" / "node-003.safetensors").exists():
             assert process.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
     assert process.returncode == 130, err
     assert out == ""
     assert err == "disback: interrupted; the same command goes on from the last node that is in path\n"

@@ -256,7 +256,7 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, w
         file.write_text(f"<!doctype html><body>{frame.format(escaped)}{script}</body>")
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
         options += ["--enable-logging=stderr", f"--user-data-dir={folder}/profile", f"file://{file}"]
-        out = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, check=True, timeout=90)
+        out = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, check=True)
     inner, needed, figures = map(int, re.search(r'data-seen="(\d+) (\d+) (\d+)"', out.stdout).groups())
     assert needed <= inner <= width
     assert figures == len(panels(two))
