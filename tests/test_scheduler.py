@@ -290,6 +290,7 @@ def test_a_state_of_version_1_is_loaded(recorded):
     }  # fmt: skip
     scheduler.load_state_dict(old)
     assert (scheduler.position, scheduler.generator_updates) == (Ramp(7)(3, 4).position, 3)
+    scheduler.load_state_dict(old | {"schedule": "Ramp(updates=7)"})  # from before the class had its other arguments
     scheduler.load_state_dict(old | {"started": False})
     assert (scheduler.position, scheduler.started) == (0.0, False)
 
