@@ -39,7 +39,7 @@ def odd_one_out(folder, how):
             if odd and how == "a failed read" and step == 4:
                 handle.path.source = lambda position: (_ for _ in ()).throw(OSError("the disk is gone"))
             if odd and how == "another position" and step == 4:
-                handle.scheduler.generator_updates += 1
+                handle.scheduler.progress.generator_updates += 1
             if odd and how == "no move" and step == 5:
                 time.sleep(3)  # longer than the others wait
             run.step()
