@@ -278,6 +278,21 @@ def test_a_state_of_version_1_is_loaded_and_one_of_a_newer_version_is_refused(tm
     handle.detach()
 
 
+@pytest.mark.parametrize("moment", [3, 7, 13])
+def test_a_state_of_version_1_is_translated_in_every_phase(tmp_path, moment):
+    names = {"recorded": "recording_iteration", "schedule_step": "plan_updates"}
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN) as handle:
+        run.steps(moment)
+        state = handle.state_dict()
+        old = {names.get(key, key): value for key, value in state.items()}
+        old |= {"version": 1, "schedule": repr(PLAN["schedule"])}
+        if state["phase"] != "recording":
+            old["recording_iteration"] = 0
+        handle.load_state_dict(old)
+        assert handle.state_dict() == state
+
+
 def test_a_key_that_a_later_version_adds_to_a_state_is_ignored(tmp_path):
     run = Run()
     with disback.attach(**run.roles(), path=tmp_path / "path", **PLAN) as handle:
