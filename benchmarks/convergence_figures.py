@@ -2,6 +2,7 @@
 
 | file          | like the paper's | from                                                                            |
 |---------------|------------------|---------------------------------------------------------------------------------|
+| default.png   | Figure 1         | the kept results of four regimes, for the README: the default and its control   |
 | distances.png | Figure 1         | the results: medians over seeds, and the range of auto's and Diff-Instruct's    |
 | ablation.png  | Table 3          | the results of `--halves`: auto, and its warm start and its path alone          |
 | mismatch.png  | Figure 4         | runs made here: Eq. 9 of the fixed and the moving target on the student's samples |
@@ -25,10 +26,24 @@ SIGMAS = (0.5, 1.0, 2.0)
 PLANAR, SEEDS = ("gauss far", "gauss scratch"), range(8)
 SHOWN, MEASURED = (0, 20, 60, 120, 400), (1, *range(5, 101, 5))
 
+# The README's figure: regimes and methods with their labels. In the last regime the default loses.
+FRONT = {
+    "mlp scratch": "digits, MLP, random student",
+    "conv teacher 80": "digits, U-Net, the teacher as student",
+    "shapes teacher": "shapes, U-Net, the teacher as student",
+    "conv rolled": "digits, U-Net, student far from the data",
+}
+FRONT_METHODS = {
+    BASELINE: ("Diff-Instruct", "0.35"),
+    "grad-ramp": ("gradient ramp, no path (control)", "tab:cyan"),
+    OURS: ('DisBack, "auto" (default)', "tab:orange"),
+}
+
 
 def draw(folder, regimes, methods, distillation) -> None:
     """Write all four figures into the folder of the teachers."""
     results = read(regimes)
+    save(folder, "default", default(results))
     save(folder, "distances", distances(results))
     if halves := {name: result for name, result in results.items() if result.halves}:
         save(folder, "ablation", ablation(halves))
@@ -61,6 +76,24 @@ def distances(results):
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("generator updates")
     figure.supylabel("distance of the averaged generator")
+    return figure
+
+
+def default(results):
+    """Draw the package's default beside Diff-Instruct and the gradient ramp, by rounds with the recording counted."""
+    figure = Figure((13, 3.2), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(1, len(FRONT)), FRONT.items(), strict=True):
+        result = results[name]
+        for method, (label, colour) in FRONT_METHODS.items():
+            recorded = median(seed[0] for seed in result.fitted[method]) if method == OURS else 0
+            seeds = list(zip(*result.ema[method], strict=True))
+            rounds = [recorded + updates for updates in result.updates]
+            axis.plot(rounds, [median(values) for values in seeds], label=label, color=colour, lw=2)
+            axis.fill_between(rounds, [min(v) for v in seeds], [max(v) for v in seeds], color=colour, alpha=0.12, lw=0)
+        axis.set(title=title, yscale="log", xlabel="rounds of the loop, recording included")
+        axis.title.set_fontsize(10)
+    figure.axes[0].set_ylabel("distance to the data")
+    figure.axes[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -149,3 +182,11 @@ def planar(runs):
             axis.set(xlim=(-8, 16), ylim=(-8, 8), title=f"{method}, update {update}")
         line[0].set_ylabel(name)
     return figure
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    from convergence_methods import REGIMES
+
+    save(Path(__file__).parent, "default", default(read(REGIMES)))

@@ -11,14 +11,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")} | {
-    f"benchmarks/{page.name}": page.read_text() for page in (ROOT / "benchmarks").glob("*.md")
+FOLDERS = (".", "adapters", "adapters/lcm_lora", "benchmarks", "disback_plugin", "disback_plugin/*")
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text() for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))
 }
-README_BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page, text in PAGES.items()
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("block", README_BLOCKS, ids=range(len(README_BLOCKS)))
-def test_every_python_block_of_the_readme_runs(block, tmp_path, monkeypatch):
+def test_the_guides_are_found_and_the_front_page_is_short():
+    guides = {"adapters", "adapters/lcm_lora", "benchmarks", "disback_plugin"}
+    guides |= {f"disback_plugin/{package}" for package in ("path", "plugins", "weights")}
+    assert {f"{guide}/README.md" for guide in guides} <= PAGES.keys()
+    assert len(PAGES["README.md"].splitlines()) <= 220
+    assert len(PAGES["CONTRIBUTING.md"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_python_block_of_the_pages_runs(block, tmp_path, monkeypatch):
     from worlds import Run, Score
 
     import disback_plugin
@@ -37,7 +50,7 @@ def test_every_python_block_of_the_readme_runs(block, tmp_path, monkeypatch):
     }
     if 'from_pretrained("runs/path")' in block:
         disback_plugin.record(run.teacher, run.fake_score, run.fake_step, path="runs/path", iterations=2, every=1)
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "page", "exec"), names)
 
 
 def _root(run, score):

@@ -1,4 +1,4 @@
-"""The package that CONTRIBUTING shows: installed by pip, found through its entry points, used by `disback run`."""
+"""The package that adapters/README.md shows: installed by pip, found through its entry points, used by `disback run`."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_its_adapter_and_its_log_are_listed_and_ready(site, tmp_path):
         assert (listed[name]["status"], listed[name]["hooks"]) == ("ready", [hook])
 
 
-def test_contributing_shows_the_files_of_this_package():
-    text = (HERE.parent / "CONTRIBUTING.md").read_text()
+def test_the_guide_shows_the_files_of_this_package():
+    text = (HERE.parent / "adapters" / "README.md").read_text()
     blocks = dict(re.findall(r"```(python|toml)\n(.*?)```", text, flags=re.DOTALL))
     assert blocks["python"] == (PACKAGE / "disback_pairs.py").read_text()
     assert blocks["toml"] == (PACKAGE / "pyproject.toml").read_text()
