@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "adapters", "adapters/lcm_lora", "benchmarks", "disback_plugin", "disback_plugin/*")
 PAGES = {
-    str(page.relative_to(ROOT)): page.read_text() for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))
+    str(page.relative_to(ROOT)): page.read_text()
+    for folder in FOLDERS
+    for page in sorted(ROOT.glob(f"{folder}/*.md"))
+    if page.name != "card.md"  # a template
 }
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
