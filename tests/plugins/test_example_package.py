@@ -1,4 +1,4 @@
-"""The package that adapters/README.md shows: installed by pip, found through its entry points, used by `disback run`."""
+"""The package in adapters/README.md: pip installs it, its entry points are found, and `disback run` uses it."""
 
 from __future__ import annotations
 
