@@ -275,7 +275,9 @@ def _over_rows(factor: Tensor, like: Tensor) -> Tensor:
 
 
 def mean_loss(values: Tensor) -> Tensor:
-    """Return the mean over the samples, shape (B,); 0 for an empty batch."""
+    """Return the mean over the samples, shape (B,); 0 for an empty batch. A compiled form returns the mean itself."""
+    if not values.ndim:
+        return values
     return values.mean() if len(values) else values.sum()
 
 

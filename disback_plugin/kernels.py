@@ -107,7 +107,8 @@ def _compiled(formula: Formula, one_block: bool, kind: Kind) -> Formula:
     # Dynamo gives up on a code object after eight graphs, so each kind has its own. It remembers by the name of the
     # code what varied, and would turn a constant that differs between two kinds into an input of the second.
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
-    twin = FunctionType(formula.__code__.replace(co_name=name), formula.__globals__)
+    whole = _with_mean_loss(formula) if kind.device.type == "cpu" else formula
+    twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
     options: dict[str, Any] = {"split_reductions": False} if one_block else {}
     if kind.fully_compared and hasattr(torch.compiler, "skip_all_guards_unsafe"):  # this torch has guard filters
         options["guard_filter_fn"] = _keep_guards_on_the_batch
@@ -128,10 +129,22 @@ def _keep_guards_on_the_batch(guards: Any) -> list[bool]:
     return [guard.guard_type in ("SHAPE_ENV", "DUPLICATE_INPUT") for guard in guards]
 
 
+def _with_mean_loss(formula: Formula) -> Formula:
+    """Return the formula with the mean of the losses inside the kernel; on a GPU the mean would be a second kernel."""
+
+    def averaged(*inputs: Any) -> tuple[Tensor, ...]:
+        *gradients, values, finite = formula(*inputs)
+        # A sum in float32 would add a condition on the batch size.
+        return *gradients, values.mean(dtype=torch.float64).to(values.dtype), finite
+
+    return averaged
+
+
 class Kind(NamedTuple):
     """All that a graph depends on but for the batch size. `fully_compared`: dynamo's guards would find nothing else."""
 
     fully_compared: bool
+    device: torch.device
     process: tuple[Hashable, ...]
     inputs: tuple[Hashable, ...]
 
@@ -148,7 +161,7 @@ def _kind(inputs: tuple[Any, ...]) -> Kind | None:
     process = (*modes, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     # A stride may equal the batch size and be taken for it, and on a GPU a guard decides on 32-bit indices.
     fully_compared = device.type == "cpu"
-    kinds: list[Hashable] = [device, shape[1:]]
+    kinds: list[Hashable] = [shape[1:]]
     for e in _flatten(inputs):
         if not isinstance(e, Tensor):
             kinds.append(e)
@@ -160,7 +173,7 @@ def _kind(inputs: tuple[Any, ...]) -> Kind | None:
         else:
             kinds.append((e.dtype, e.device, e.ndim, e.shape[1:], e.stride(), e.shape[:1] == shape[:1]))
             fully_compared = fully_compared and e.is_cpu and e.is_contiguous()
-    return Kind(fully_compared, process, tuple(kinds))
+    return Kind(fully_compared, device, process, tuple(kinds))
 
 
 def _flatten(inputs: tuple[Any, ...]) -> Iterator[Any]:
