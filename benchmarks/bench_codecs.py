@@ -6,13 +6,13 @@ change that it makes in the network's output, on the student's noised samples, o
 
     error = |s(decoded theta_i) - s(theta_i)| / |s(theta_i) - s(theta_{i-1})|
 
-Takes about five minutes on one core:
+Takes minutes on one core:
 
     pytest benchmarks/bench_codecs.py -m slow -s
 
-The last tables are in benchmarks/codecs.md. Goals: int8 >= 3.9x smaller than float32 at <= 0.5 % error, exact without
-any; and a student of digits that is trained along an int8 path ends where it ends along the exact one, within the noise
-of the seeds.
+The tables, and when each row was measured, are in benchmarks/codecs.md. Goals: int8 >= 3.9x smaller than float32 at
+<= 0.5 % error, exact without any; and a student of digits that is trained along an int8 path ends where it ends along
+the exact one, within the noise of the seeds.
 """
 
 from __future__ import annotations

@@ -29,10 +29,6 @@ from disback_plugin.errors import PathError
 from disback_plugin.path.files import damaged
 from disback_plugin.weights.tensors import PIECE, TensorMeta, host_tensor, pieces
 
-__all__ = [
-    "BLOCK", "CODECS", "Delta", "Entry", "decode_int8", "encode_int8", "equal_bits", "fits_int8", "retired_codec"
-]  # fmt: skip
-
 CODECS = ("int8", "exact")
 # Neighbouring weights that share a scale: 0.125 bits a weight.
 BLOCK = 128
@@ -42,16 +38,17 @@ LEVELS = 127
 _MEMORY = threading.local()
 
 
-def retired_codec(found: str) -> PathError:
-    """Return the error for nodes that only an earlier version of this package reads.
+def unreadable(found: str) -> PathError:
+    """Return the error for nodes that this version cannot decode.
 
     Args:
-        found: The nodes in question, with their codec and file.
+        found: The nodes in question, with their file.
     """
     return PathError(
         found,
         expected="nodes stored by codec 'int8' or 'exact' without compression",
-        cure="read the path with disback-plugin 0.1.0, or record it again in an empty folder",
+        cure="read the path with disback-plugin 0.1.0 if that recorded it, or else copy the path again, or record it "
+        "again in an empty folder",
     )
 
 
@@ -91,7 +88,7 @@ def decode_int8(q: Tensor, scale: Tensor, previous: Tensor, start: int, out: Ten
     n, first = len(previous), start // BLOCK
     whole = n // BLOCK * BLOCK
     before, factor = previous.float(), scale[first : first + -(-n // BLOCK)].float()
-    steps = _scratch(n).copy_(q[start : start + n])
+    steps = scratch("steps", n, torch.float32).copy_(q[start : start + n])
     total = out if out.dtype == torch.float32 else steps
     a, b, c = before[:whole].view(-1, BLOCK), steps[:whole].view(-1, BLOCK), total[:whole].view(-1, BLOCK)
     torch.addcmul(a, b, factor[: len(a), None], out=c)
@@ -168,12 +165,9 @@ class Entry:
         """Return the entry that `to_json` wrote.
 
         Raises:
-            PathError: If it has a code of an earlier version.
             TypeError, ValueError, AttributeError: If it is none.
         """
         code, name, shape = value
-        if code in ("exact", "bf16", "int6", "int5", "int4"):
-            raise retired_codec(f"weights stored as {code!r}")
         dtype = getattr(torch, name)
         fits = isinstance(dtype, torch.dtype) and (dtype.is_floating_point or code != "int8")
         if code not in CODES or not fits or not all(type(size) is int and 0 <= size < 1 << 48 for size in shape):
@@ -198,14 +192,17 @@ class Delta:
         own = {name: entry.layout for name, entry in self.entries.items()}
         self.layout: dict[str, TensorMeta] = own | {alias: own[name] for alias, name in self.aliases.items()}
 
-    def decode(self, name: str, previous: Tensor, start: int, *memory: Tensor | None) -> Tensor:
+    def decode(
+        self, name: str, previous: Tensor, start: int, out: Tensor | None = None, memory: str = "node"
+    ) -> Tensor:
         """Return a piece of a tensor, given that of the node before in any dtype.
 
         Args:
             name: The name under which the tensor is stored.
             previous: The piece at the node before, shape (m,).
             start: First element of the piece.
-            memory: Tensors of shape (m,). A decoded difference is written into the first that has its dtype.
+            out: A tensor of shape (m,), into which a difference is decoded if it has the right dtype.
+            memory: Name of the `scratch` memory into which it is decoded else.
         """
         entry = self.entries[name]
         if entry.code == "plain":
@@ -214,8 +211,8 @@ class Delta:
         previous = previous.to(dtype)
         if entry.code == "same":
             return previous
-        fitting = [offered for offered in memory if offered is not None and offered.dtype == dtype]
-        out = fitting[0] if fitting else host_tensor(len(previous), dtype)
+        if out is None or out.dtype != dtype:
+            out = scratch(memory, len(previous), dtype)
         decode_int8(self.parts[f"{name}|q"], self.parts[f"{name}|scale"], previous, start, out)
         return out
 
@@ -232,7 +229,7 @@ class Delta:
 
         Args:
             metadata: Text that `metadata()` returned.
-            parts: Tensors that may be mapped from a file: their values are not read, but for the scales.
+            parts: Tensors that may be mapped from a file: their values are not read.
             source: Where they come from, for errors.
 
         Raises:
@@ -243,28 +240,23 @@ class Delta:
             entries = {str(name): Entry.from_json(value) for name, value in content["entries"].items()}
             aliases = {str(alias): str(name) for alias, name in content["aliases"].items()}
             fits = all(name in entries for name in aliases.values()) and not aliases.keys() & entries.keys()
-        except PathError as error:
-            raise retired_codec(f"{error.found} in {source}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise damaged(f"{source} whose layout cannot be read ({error})", "a node") from error
+            raise unreadable(f"{source} whose layout cannot be read ({error})") from error
         wanted = {part: meta for name, entry in entries.items() for part, meta in entry.stored(name).items()}
-        if not fits or wanted.keys() != parts.keys():
-            raise damaged(
-                f"{source} with parts missing or too many {sorted(wanted.keys() ^ parts.keys())[:3]}", "a node"
-            )
-        for name, meta in wanted.items():
-            found = TensorMeta(parts[name].dtype, parts[name].shape)
-            if found != meta:
-                raise damaged(f"{name} of {found} in {source}", f"{meta}")
-        for name, entry in entries.items():
-            if entry.code == "int8" and not parts[f"{name}|scale"].isfinite().all():
-                raise damaged(f"{name} with a scale that is not finite in {source}", "a node")
+        found = {name: TensorMeta(part.dtype, part.shape) for name, part in parts.items()}
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if odd or not fits:
+            raise damaged(f"parts {odd[:3]} that do not fit the layout in {source}", "a node")
         return cls(entries, aliases, parts)
 
 
-def _scratch(elements: int) -> Tensor:
-    """Return float32 memory of this thread, which the next call returns again: new pages cost more than the sums."""
-    if not hasattr(_MEMORY, "piece"):
-        _MEMORY.piece = host_tensor(PIECE, torch.float32)
-    piece: Tensor = _MEMORY.piece
-    return piece[:elements]
+def scratch(name: str, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return memory of this thread, shape (elements,), which the next call with this name and dtype returns again.
+
+    New pages cost more than the sums that are written there.
+    """
+    memory: dict[str, Tensor] = vars(_MEMORY)
+    key = f"{name} of {dtype}"
+    if key not in memory:
+        memory[key] = host_tensor(PIECE, dtype)
+    return memory[key][:elements]

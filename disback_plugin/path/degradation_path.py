@@ -12,10 +12,11 @@ moment leaves a path that opens with the nodes finished so far. Only safetensors
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
-from hashlib import sha256
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin.errors import OptionError, PathError
+from disback_plugin._text_table import aligned, html_table
+from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.path import files
-from disback_plugin.path.delta import InterpolatedSource
-from disback_plugin.path.manifest import CONFIG, Manifest, Node, Recording
-from disback_plugin.path.store import Store, require_whole
+from disback_plugin.path.delta import encode
+from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Recording, Teacher
+from disback_plugin.path.model_card import model_card, node_table
+from disback_plugin.path.reader import PathReader, copy_of
 from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import Part, Source
-
-__all__ = ["DegradationPath"]
 
 
 class DegradationPath(
+    PathReader,
     ModelHubMixin,
     library_name="disback",
     tags=["disback", "score-distillation", "diffusion-distillation"],
@@ -58,12 +59,6 @@ class DegradationPath(
         >>> len(path), path[1]["w"].tolist(), path.complete
         (2, [1.0, 1.0], False)
     """
-
-    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
-        self.folder = Path(folder).absolute()  # a run may change its directory
-        self._store = Store(self.folder, Manifest.read(self.folder) if manifest is None else manifest)
-        if manifest is None:
-            self._store.refuse_retired_nodes()
 
     # -- open and create ----------------------------------------------------------------------------------------------
 
@@ -92,14 +87,33 @@ class DegradationPath(
             TrainingError: If the teacher holds a NaN.
         """
         root, state = Path(folder).absolute(), FullState.of(teacher)
-        if not recording.keep_teacher:
-            require_whole(state)
-        args = root, state, recording, generator, teacher_id
-        path = cls(root, distributed.on_main_process(lambda: Store.create(*args), state))
-        if recording.keep_teacher:
-            path._store.mark_verified(path.manifest.teacher)
-        else:
-            path._store.keep_teacher(state)
+        kept = None if recording.keep_teacher else copy_of(state)
+        new: list[Path] = []
+
+        def begin() -> Manifest:
+            if cls.exists(root):
+                raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
+            for name in state.own():
+                if state.layout[name].dtype.is_floating_point and state[name].isnan().any():
+                    raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
+            manifest = Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator)
+            new.extend(parent for parent in (root, *root.parents) if not parent.exists())
+            with files.writing(root):
+                root.mkdir(parents=True, exist_ok=True)
+                manifest.write(root)  # before the first big file: a folder that a crash leaves is recognized as a path
+            return manifest
+
+        path = cls(root, distributed.on_main_process(begin, state))
+        path._teacher = kept
+        try:
+            path.write_teacher(state)
+        except PathError:  # on rank 0
+            with suppress(OSError):
+                for file in (CONFIG, path.manifest.teacher.file):
+                    (root / file).unlink(missing_ok=True)
+                for parent in new:
+                    parent.rmdir()
+            raise
         return path
 
     @classmethod
@@ -128,98 +142,17 @@ class DegradationPath(
     @classmethod
     def exists(cls, folder: str | os.PathLike[str]) -> bool:
         """Return whether the folder holds a path, finished or not; raise PathError if it holds something else."""
-        return files.holds(Path(folder), CONFIG)
-
-    # -- read ---------------------------------------------------------------------------------------------------------
-
-    def __fspath__(self) -> str:
-        """Return the folder, so that a path can be passed wherever its folder can."""
-        return str(self.folder)
-
-    def __len__(self) -> int:
-        """Return the number of nodes recorded so far, the teacher among them: N + 1 at the end."""
-        return 1 + len(self.manifest.nodes)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return all weights of node `index` on the CPU, under canonical names; negative indices count from the end.
-
-        Raises:
-            IndexError: If there is no such node.
-            PathError: If a file is missing, cannot be read, or decodes to other weights than were recorded.
-        """
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"node {index} of a path with nodes 0 to {len(self) - 1}")
-        index %= len(self)
-        state = self._store.source(index, verified=False).state_dict()
-        self.verify_checksum(index, checksum(state))
-        return state
-
-    def source(self, position: float) -> Source:
-        """Return the weights of a position, to be decoded piece by piece into a network (`ScoreNetwork.write`).
-
-        Args:
-            position: In [0, N]; between two nodes their weights are interpolated.
-
-        Raises:
-            PathError: If a file is missing or changed. All are verified before the first use and after each change.
-        """
-        index = math.ceil(position)
-        node = self._store.source(index)
-        return node if position == index else InterpolatedSource(node, position - (index - 1))
-
-    def teacher_source(self) -> Source:
-        """Return node 0 as it was first read, to restore the teacher at the end, though its file may be gone by now.
-
-        Raises:
-            PathError: If it is not what was recorded any more.
-        """
-        return self._store.teacher_source()
-
-    def part_checksums(self, parts: Mapping[str, Part]) -> list[str]:
-        """Return the checksum of what one process holds of each node (`ScoreNetwork.parts`), after `verify`."""
-        return self._store.part_checksums(parts)
-
-    def verify_checksum(self, index: int, found: str, expected: str | None = None) -> None:
-        """Raise PathError unless decoded weights have the checksum of node `index`, or that of a part of it."""
-        self._store.verify_checksum(index, found, expected)
-
-    @property
-    def manifest(self) -> Manifest:
-        """The content of `config.json`."""
-        return self._store.manifest
-
-    @property
-    def nodes(self) -> tuple[Node, ...]:
-        """The manifest's entries of nodes 1 ... N, as far as recorded."""
-        return self.manifest.nodes
-
-    @property
-    def complete(self) -> bool:
-        """Whether the recording is finished."""
-        return self.manifest.complete
-
-    @property
-    def identity(self) -> str:
-        """Digest of what was, or is being, recorded: teacher, generator and plan, but not how far it got."""
-        return self.manifest.identity.digest()
-
-    def log_fields(self) -> dict[str, Any]:
-        """Return what tells this path from others in a log: folder, identity, fingerprints of teacher and generator."""
-        names = {"folder": str(self.folder), "path": self.identity}
-        return names | {"teacher": self.manifest.teacher.fingerprint, "generator": self.manifest.generator}
-
-    def nodes_digest(self, iteration: int | None = None) -> str:
-        """Return a digest of the files of the nodes recorded up to an iteration; None: of all."""
-        nodes = [n.sha256 for n in self.nodes if iteration is None or n.iteration <= iteration]
-        return sha256(json.dumps(nodes).encode()).hexdigest()
-
-    def verify(self) -> None:
-        """Read every file, decode every node, and compare both with what was recorded.
-
-        Raises:
-            PathError: If a file is missing, changed or foreign, or holds no node.
-        """
-        self._store.verify()
+        root = Path(folder)
+        if (root / CONFIG).is_file():
+            return True
+        held = [str(root)] if root.is_file() else files.visible(root) if root.is_dir() else []
+        if held:
+            raise PathError(
+                f"{root} without a {CONFIG} but with {held[:3]}",
+                expected="a degradation path, an empty folder or none",
+                cure="pass another path=; nothing there was touched",
+            )
+        return False
 
     def verify_teacher(self, state: Mapping[str, Tensor]) -> None:
         """Raise PathError unless `state` is the teacher that this path was recorded from, bit for bit.
@@ -228,17 +161,52 @@ class DegradationPath(
         """
         whole = FullState.of(state)
         found = distributed.on_main_process(lambda: fingerprint(whole), whole) if whole.sharded else fingerprint(whole)
-        self.manifest.require_teacher(found, self.folder)
-        if not self.manifest.recording.keep_teacher:
-            self._store.keep_teacher(whole)
+        expected = self.manifest.teacher.fingerprint
+        if found != expected:
+            raise PathError(
+                f"another teacher (fingerprint {found[:12]}...)",
+                expected=f"the one that {self.folder} was recorded from ({expected[:12]}...)",
+                cure="load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
+                "or pass another path=",
+            )
+        if not self.manifest.recording.keep_teacher and self._teacher is None:
+            self._teacher = copy_of(whole)
 
     # -- write --------------------------------------------------------------------------------------------------------
 
+    def _update(self, write: Callable[[], dict[str, Any]], state: FullState | None = None) -> None:
+        """Write files on rank 0, then the manifest with the fields that `write` returns, which all ranks receive."""
+
+        def written() -> Manifest:
+            with files.writing(self.folder):
+                manifest = replace(self.manifest, format=FORMAT, **write())
+                manifest.write(self.folder)
+            return manifest
+
+        self.manifest = distributed.on_main_process(written, state)
+
+    def update_manifest(self, **known: Any) -> None:
+        """Write fields of `Manifest` that became known: `fitted`, `ended`, `learning_rate`, `learning_rate_factor`."""
+        self._update(lambda: known)
+
     def write_teacher(self, teacher: Mapping[str, Tensor]) -> None:
         """Write node 0 unless it is there; call `verify_teacher` with the same weights before."""
-        if self.manifest.teacher_missing:
-            state = FullState.of(teacher)
-            self._on_rank_zero(lambda: self._store.write_teacher(state), state)
+        if not self.manifest.teacher_missing:
+            return
+        state = FullState.of(teacher)
+
+        def write() -> dict[str, Any]:
+            overlapping, keep = state.overlapping(), self._keep(state)
+            tensors: dict[str, Tensor] = {}
+            for name in state.own():
+                tensor = keep(state[name].cpu().contiguous())
+                tensors[name] = tensor.clone() if name in overlapping else tensor
+            file, metadata = self.folder / self.manifest.teacher.file, json.dumps(state.aliases, sort_keys=True)
+            entry = replace(self.manifest.teacher, **files.write_tensors(file, tensors, metadata=metadata))
+            self._verified[entry.file] = self._stamp(entry)
+            return {"teacher": entry}
+
+        self._update(write, state)
 
     def append(
         self,
@@ -262,44 +230,78 @@ class DegradationPath(
             TrainingError: If the weights are not finite, or equal the previous node's bit for bit.
             PathError: If the folder cannot be written.
         """
-        self.manifest.require_due(iteration)
-        whole = FullState.of(state)
-        self._on_rank_zero(lambda: self._store.append(whole, iteration, exactly, training), whole)
+        known, whole, index = self.manifest, FullState.of(state), len(self)
+        if index > known.last_node or known.teacher_missing or iteration != known.due_iteration(index):
+            raise OptionError(
+                f"append(iteration={iteration!r}) to {index - 1} of {known.last_node} nodes",
+                expected=f"the next iteration of {known.recording}",
+                cure="append nodes when they are due",
+            )
+
+        def write() -> dict[str, Any]:
+            codec = known.recording.codec
+            made = encode(codec, whole, self._node(index - 1), exactly=exactly, keep=self._keep(whole))
+            file, metadata = self.folder / files.node_file(index), made.delta.metadata()
+            listed = files.write_tensors(file, made.delta.parts, metadata=metadata)
+            if training is not None:
+                metadata = _training_metadata(iteration, training)
+                files.write_tensors(self.folder / files.training_file(index), training, metadata=metadata)
+            measured = made.delta_norm, codec, made.checksum, made.recorded, made.weight_error
+            node = Node(index, iteration, listed["file"], listed["sha256"], listed["bytes"], *measured)
+            self._verified[node.file] = self._stamp(node)
+            return {"nodes": (*self.nodes, node)}
+
+        self._update(write, whole)
         self.remove_leftovers()
 
     def training_state(self) -> dict[str, Tensor] | None:
         """Return what `append` was given as `training` with the last node, or None; PathError if it was changed."""
-        return self._store.read_training()
-
-    def update_manifest(self, **known: Any) -> None:
-        """Write fields of `Manifest` that became known: `fitted`, `ended`, `learning_rate`, `learning_rate_factor`."""
-        self._on_rank_zero(lambda: self._store.write_manifest(**known))
+        file = self.folder / files.training_file(len(self.nodes))
+        if not file.exists():
+            return None
+        tensors, metadata = files.map_tensors(file, size=file.stat().st_size)
+        if metadata != _training_metadata(self.nodes[-1].iteration if self.nodes else 0, tensors):
+            raise PathError(
+                f"{file} that is not as it was written",
+                expected="the state of the recording at the last node",
+                cure="delete it: the recording then goes on from the last node, with fresh optimizer state",
+            )
+        return tensors
 
     def finish(self) -> None:
         """Write the model card, and mark the recording as complete."""
-        self._on_rank_zero(self._store.finish)
+
+        def write() -> dict[str, Any]:
+            self._remove_unlisted()  # the training state goes first: a complete path does not hold it
+            files.write_text(self.folder / "README.md", model_card(self.manifest))
+            return {"complete": True}
+
+        self._update(write)
 
     def remove_nodes_after(self, iteration: int) -> None:
         """Remove the nodes after `iteration`, to record them again from a training state saved there."""
         kept = tuple(node for node in self.nodes if node.iteration <= iteration)
         complete = self.complete and iteration >= self.manifest.iterations
         if (kept, complete) != (self.nodes, self.complete):
-            self._on_rank_zero(lambda: self._store.write_manifest(nodes=kept, complete=complete))
-            distributed.on_main_process(self._store.remove_unlisted)
+            self.update_manifest(nodes=kept, complete=complete)
+            self.remove_leftovers()
 
     def remove_leftovers(self) -> None:
         """Remove training states before the last node, and what a crash left before the manifest listed it."""
         if not self.complete:
-            distributed.on_main_process(self._store.remove_unlisted)
+            distributed.on_main_process(lambda: self._remove_unlisted(files.training_file(len(self.nodes))))
 
-    def _on_rank_zero(self, write: Callable[[], Manifest], state: FullState | None = None) -> None:
-        def written() -> Manifest:
-            try:
-                return write()
-            except OSError as error:
-                raise files.unwritable(self.folder, error) from error
+    def _remove_unlisted(self, *kept: str) -> None:
+        listed = {*kept, *(entry.file for entry in self.manifest.entries)}
+        for file in list(self.folder.iterdir()):
+            if files.is_leftover(file.name) or (files.is_path_file(file.name) and file.name not in listed):
+                file.unlink()
 
-        self._store.manifest = distributed.on_main_process(written, state)
+    def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
+        """Return a function that keeps a tensor until its file is written: on disk if the network is sharded."""
+        return partial(files.spool, folder=self.folder) if state.sharded else lambda tensor: tensor
+
+    # -- share and show -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the path into another folder, as every hub object does.
@@ -322,8 +324,6 @@ class DegradationPath(
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from disback_plugin.path.model_card import model_card
-
         for entry in self.manifest.entries:
             if entry.sha256:
                 files.copy(self.folder / entry.file, save_directory / entry.file)
@@ -335,13 +335,11 @@ class DegradationPath(
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
 
     def __repr__(self) -> str:
-        from disback_plugin._text_table import aligned
-        from disback_plugin.path.model_card import node_table
-
         return f"{self}\n{aligned(node_table(self.manifest))}"
 
     def _repr_html_(self) -> str:
-        from disback_plugin._text_table import html_table
-        from disback_plugin.path.model_card import node_table
-
         return html_table(str(self), node_table(self.manifest))
+
+
+def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:
+    return json.dumps({"iteration": iteration, "checksum": checksum(training)})

@@ -17,9 +17,7 @@ from disback_plugin.errors import TrainingError
 from disback_plugin.path.codecs import Delta, Entry, decode_int8, encode_int8, equal_bits, fits_int8
 from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import PIECE, TensorMeta, host_tensor, pieces
-
-__all__ = ["Encoded", "InterpolatedSource", "NodeSource", "encode"]
+from disback_plugin.weights.tensors import TensorMeta, host_tensor, pieces
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def encode(
     for name in names:
         value, before = state.flat(name), previous.flat(name)
         moved += _squared_distance(value, before)
-        whole = codec == "exact", name in exactly or name in overlapping
-        code, made, decoded, error = _encode_tensor(value, before.to(value.dtype), *whole)
+        whole = name in exactly or name in overlapping
+        code, made, decoded, error = _encode_tensor(codec, value, before.to(value.dtype), whole)
         lost += error
         entries[name] = Entry(code, TensorMeta(value.dtype, state.layout[name].shape))
         if code == "plain":
@@ -94,12 +92,12 @@ def encode(
 
 
 def _encode_tensor(
-    value: Tensor, before: Tensor, always: bool, exactly: bool
+    codec: str, value: Tensor, before: Tensor, whole: bool
 ) -> tuple[str, dict[str, Tensor], Tensor, float]:
     """Return how a flat tensor is stored: its code, its parts, the decoded tensor, and the squared error of that."""
-    if not always and equal_bits(value, before):
+    if codec == "int8" and equal_bits(value, before):
         return "same", {}, value, 0.0
-    if not (always or exactly) and fits_int8(value, before):
+    if codec == "int8" and not whole and fits_int8(value, before):
         made = encode_int8(value, before)
         decoded = host_tensor(len(value), value.dtype)
         for start, stop in pieces(len(value)):
@@ -112,21 +110,19 @@ def _encode_tensor(
 
 def _squared_distance(a: Tensor, b: Tensor) -> float:
     """Return |a - b|^2 of two flat tensors; 0 unless they are floating or complex."""
-    if not (a.is_floating_point() or a.is_complex()):
-        return 0.0
-    return sum(_squared_distance_of_piece(a[start:stop], b[start:stop]) for start, stop in pieces(len(a)))
-
-
-def _squared_distance_of_piece(a: Tensor, b: Tensor) -> float:
     if a.is_complex():
         a, b = torch.view_as_real(a).reshape(-1), torch.view_as_real(b).reshape(-1)
-    d = a - b
-    square = float(d @ d)
-    if d.dtype == torch.float32 and 1e-25 < square < math.inf:
-        return square
-    # Too small, too large or too coarse for its dtype; and equal elements are at distance 0, be they infinite.
-    d = torch.where(a == b, 0.0, a.double() - b.double())
-    return float(d @ d)
+    total = 0.0
+    for start, stop in pieces(len(a)) if a.is_floating_point() else ():
+        x, y = a[start:stop], b[start:stop]
+        d = x - y
+        square = float(d @ d)
+        if d.dtype != torch.float32 or not 1e-25 < square < math.inf:
+            # Too small, too large or too coarse for its dtype; and equal elements are at distance 0, be they infinite.
+            d = torch.where(x == y, 0.0, x.double() - y.double())
+            square = float(d @ d)
+        total += square
+    return total
 
 
 class NodeSource:
@@ -165,12 +161,10 @@ class NodeSource:
             out: Memory that decoded differences may be written into.
         """
         stored = self.aliases.get(name, name)
-        value, scratch = self.teacher[stored].view(-1)[start:stop], None
+        value = self.teacher[stored].view(-1)[start:stop]
         yield value
         for delta in self.deltas:
-            value = delta.decode(stored, value, start, out, scratch)
-            if delta.entries[stored].code == "int8":
-                scratch = value
+            value = delta.decode(stored, value, start, out)
             yield value
 
     def flat(self, name: str) -> Tensor:
@@ -200,7 +194,6 @@ class InterpolatedSource:
     def __init__(self, node: NodeSource, fraction: float) -> None:
         self.node, self.fraction = node, fraction
         self._before = NodeSource(node.teacher, node.deltas[:-1])
-        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def layout(self) -> dict[str, TensorMeta]:
         """Return dtype and shape of each tensor."""
@@ -208,26 +201,16 @@ class InterpolatedSource:
 
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, within one piece of it."""
-        delta, elements = self.node.deltas[-1], stop - start
+        delta = self.node.deltas[-1]
         name = delta.aliases.get(name, name)
         entry = delta.entries[name]
-        dtype, before = entry.layout.dtype, self._before.deltas
-        memory = self._room("low", before[-1].entries[name].layout.dtype, elements) if before else None
-        *_, low = self._before.trace(name, start, stop, memory)
-        low = low.to(dtype)
-        if entry.code == "same":
-            return low if out is None else out.copy_(low)
-        high = delta.decode(name, low, start, self._room("high", dtype, elements) if entry.code == "int8" else None)
-        if out is not None and out.dtype == torch.float32 == dtype and entry.code == "int8":
+        dtype = entry.layout.dtype
+        low = self._before.read(name, start, stop).to(dtype)
+        high = delta.decode(name, low, start, memory="high")
+        if entry.code == "int8" and out is not None and out.dtype == torch.float32 == dtype:
             return torch.lerp(low, high, self.fraction, out=out)
-        mixed = _interpolate(low, high, self.fraction)
-        return mixed.to(dtype) if out is None else out.copy_(mixed)
-
-    def _room(self, name: str, dtype: torch.dtype, elements: int) -> Tensor:
-        """Return memory that the next piece uses again."""
-        if (name, dtype) not in self._memory:
-            self._memory[name, dtype] = host_tensor(PIECE, dtype)
-        return self._memory[name, dtype][:elements]
+        mixed = low if entry.code == "same" else _interpolate(low, high, self.fraction).to(dtype)
+        return mixed if out is None else out.copy_(mixed)
 
 
 def _interpolate(low: Tensor, high: Tensor, fraction: float) -> Tensor:

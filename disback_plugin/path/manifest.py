@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
-from disback_plugin.path.codecs import CODECS, retired_codec
+from disback_plugin.path.codecs import CODECS, unreadable
 
-__all__ = [
-    "CONFIG", "FORMAT", "Identity", "Manifest", "Node", "Recording", "Teacher"
-]  # fmt: skip
+T = TypeVar("T")
 
 # Format 1, of version 0.1.0, compressed the nodes of `exact` and those of codecs that are gone.
 FORMAT = 2
@@ -41,7 +38,7 @@ class Recording:
         keep_teacher: Whether the path holds node 0. Without it, the path needs the teacher itself, bit for bit.
 
     Raises:
-        OptionError: If a count is no whole number >= 1, or there is no such codec.
+        OptionError: If a count is no whole number >= 1, there is no such codec, or `keep_teacher` is no bool.
 
     Example:
         >>> Recording(iterations=25, every=10).nodes
@@ -63,6 +60,8 @@ class Recording:
                 expected="two whole numbers >= 1",
                 cure="pass record=200, every=50 as the paper does, or record=0 for no path",
             )
+        if not isinstance(self.keep_teacher, bool):
+            raise OptionError(f"keep_teacher={self.keep_teacher!r}", expected="True or False", cure="pass one of them")
         # JSON has no integers of numpy.
         object.__setattr__(self, "iterations", int(self.iterations))
         object.__setattr__(self, "every", int(self.every))
@@ -127,41 +126,6 @@ class Node:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-class Identity(NamedTuple):
-    """The fields that identify a recording: its teacher, its generator and its plan, not how far it got.
-
-    Attributes:
-        teacher: Fingerprint of the teacher.
-        generator: Fingerprint of the initial generator; None if unknown.
-        iterations: Updates of s' in the plan.
-        every: Updates between two nodes.
-        codec: The codec of the plan.
-        keep_teacher: Whether the path holds node 0.
-    """
-
-    teacher: str
-    generator: str | None
-    iterations: int
-    every: int
-    codec: str
-    keep_teacher: bool
-
-    def digest(self) -> str:
-        """Return the SHA-256 that a saved state names the path by: 64 hexadecimal digits.
-
-        Example:
-            >>> Identity("t", None, 200, 50, "int8", True).digest()[:12]
-            'd498b7066a1b'
-        """
-        plan = {key: getattr(self, key) for key in ("iterations", "every", "codec", "keep_teacher")}
-        # The two constants were part of what version 0.1.0 hashed, and states saved by it must be recognized.
-        content = {"teacher": self.teacher, "generator": self.generator, "recording": plan} | {
-            "complete": False,
-            "nodes": [],
-        }
-        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Manifest:
     """The content of a path. Every earlier format is read; `write` writes the newest.
@@ -193,12 +157,20 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
-    def identity(self) -> Identity:
-        """The fields that identify the recording."""
-        plan = self.recording
-        return Identity(
-            self.teacher.fingerprint, self.generator, plan.iterations, plan.every, plan.codec, plan.keep_teacher
-        )
+    def identity(self) -> str:
+        """The SHA-256 of what is recorded, by which a saved state names the path: 64 hexadecimal digits.
+
+        Teacher, generator and plan identify a recording, not how far it got.
+
+        Example:
+            >>> Manifest(Teacher("t", ""), Recording(200, 50)).identity[:12]
+            'd498b7066a1b'
+        """
+        plan = {key: getattr(self.recording, key) for key in ("iterations", "every", "codec", "keep_teacher")}
+        names = {"teacher": self.teacher.fingerprint, "generator": self.generator, "recording": plan}
+        # The two constants were part of what version 0.1.0 hashed, and states saved by it must be recognized.
+        content = names | {"complete": False, "nodes": []}
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def updates_to_fit(self) -> int:
@@ -233,27 +205,6 @@ class Manifest:
         """Return the iteration after which node `index` in [1, N] is saved."""
         return min(index * self.recording.every, self.iterations)
 
-    def require_teacher(self, found: str, folder: Path) -> None:
-        """Raise PathError unless `found` is the fingerprint of the teacher that the path in `folder` was made from."""
-        expected = self.teacher.fingerprint
-        if found != expected:
-            raise PathError(
-                f"another teacher (fingerprint {found[:12]}...)",
-                expected=f"the one that {folder} was recorded from ({expected[:12]}...)",
-                cure="load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
-                "or pass another path=",
-            )
-
-    def require_due(self, iteration: int) -> None:
-        """Raise OptionError unless the next node is due at this iteration."""
-        index = len(self.nodes) + 1
-        if index > self.last_node or self.teacher_missing or iteration != self.due_iteration(index):
-            raise OptionError(
-                f"append(iteration={iteration!r}) to {len(self.nodes)} of {self.last_node} nodes",
-                expected=f"the next iteration of {self.recording}",
-                cure="append nodes when they are due",
-            )
-
     @property
     def entries(self) -> tuple[Teacher | Node, ...]:
         """Nodes 0 ... N, as far as they are recorded."""
@@ -282,13 +233,24 @@ class Manifest:
                 cure="upgrade disback-plugin if the path is newer, or pass the folder of a degradation path",
             )
         try:
-            _refuse_retired(content, file)
+            readable = {"int8"} if version == 1 else {*CODECS}  # format 1 compressed the nodes of exact
+            odd = {content["recording"]["codec"]} - {*CODECS} | {node["codec"] for node in content["nodes"]} - readable
+            if odd:
+                raise unreadable(f"the codec {odd.pop()!r} of format {version} in {file}")
             if version > 1 and not content.keys() >= WRITTEN:
                 raise ValueError(f"without {sorted(WRITTEN - content.keys())}")
             if version == 1:
                 content["learning_rate_factor"] = content.pop("haste", 1)
-            generator = content.pop("generator")["fingerprint"]
-            manifest = files.from_json(cls, content | {"generator": generator})
+            teacher, recording, nodes = (content.pop(key) for key in ("teacher", "recording", "nodes"))
+            if not isinstance(nodes, list):
+                raise TypeError(f"nodes={nodes!r:.80} is not a list")
+            manifest = _from_json(
+                cls,
+                content | {"generator": content["generator"]["fingerprint"]},
+                teacher=_from_json(Teacher, teacher),
+                recording=Recording(**recording),
+                nodes=tuple(_from_json(Node, node) for node in nodes),
+            )
         except PathError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -305,9 +267,6 @@ class Manifest:
         named = [teacher.file, *(node.file for node in nodes)]
         if named != ["teacher.safetensors", *(files.node_file(i + 1) for i in range(len(nodes)))]:
             return f"files {named[:3]}"
-        unknown = {node.codec for node in nodes} - set(CODECS)
-        if unknown:
-            return f"codecs {sorted(unknown)}, which this version cannot read,"
         if not all(0 < node.delta_norm < math.inf for node in nodes):
             return "a node at no distance from the one before"
         counts = [count for count in (self.fitted, self.ended) if count is not None]
@@ -327,16 +286,35 @@ class Manifest:
         return None
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into a folder, whole or not at all."""
-        content = files.to_json(self) | {"format": FORMAT, "generator": {"fingerprint": self.generator}}
-        files.write_json(folder / CONFIG, content)
+        """Write the manifest into a folder, whole or not at all; equal manifests give equal bytes."""
+        content = asdict(self, dict_factory=_with_extra) | {"format": FORMAT}
+        content["generator"] = {"fingerprint": self.generator}
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+        files.write_text(folder / CONFIG, f"{text}\n")
 
 
-def _refuse_retired(content: Mapping[str, Any], file: Path) -> None:
-    """Raise PathError if a manifest names a codec that only version 0.1.0 reads."""
-    codecs = [content["recording"]["codec"], *(node["codec"] for node in content["nodes"])]
-    for codec in codecs:
-        if re.fullmatch(r"auto(:.*)?|bf16|int[456]", codec):
-            raise retired_codec(f"the codec {codec!r} in {file}")
-    if content["format"] == 1 and "exact" in codecs[1:]:
-        raise retired_codec(f"nodes that are compressed under the codec 'exact' of format 1 in {file}")
+def _with_extra(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a dataclass, with the keys of another version among them."""
+    known = dict(pairs)
+    extra: dict[str, Any] = known.pop("extra", {})
+    return extra | known
+
+
+def _from_json(kind: Callable[..., T], content: Mapping[str, Any], **parsed: Any) -> T:
+    """Return a dataclass made from JSON; keys that it does not know are kept in its field `extra`.
+
+    Args:
+        kind: The dataclass, whose other fields are plain values.
+        content: The JSON object.
+        parsed: Fields that are no plain values.
+
+    Raises:
+        TypeError: If a field is missing, or has another type than it declares.
+    """
+    types = get_type_hints(kind)
+    known = {name: value for name, value in content.items() if name in types and name != "extra"}
+    for name, value in known.items():
+        if type(value) not in (get_args(types[name]) or (types[name],)):
+            raise TypeError(f"{name}={value!r:.80} is not of type {types[name]}")
+    unknown = {name: value for name, value in content.items() if name not in known}
+    return kind(**known, **parsed, extra=unknown)

@@ -9,8 +9,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from disback_plugin.path.manifest import FORMAT, Manifest
 
-__all__ = ["ROWS", "model_card", "node_table", "percent"]
-
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # A longer table is shown by its beginning and end.
 ROWS = 12

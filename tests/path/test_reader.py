@@ -280,8 +280,7 @@ def test_a_node_that_changes_while_it_is_read_leaves_the_teacher_and_stops_the_w
     scheduler = disback.TrajectoryScheduler(folder, run.teacher, schedule=Fixed(1, 1))
     scheduler.start()
     flip(folder / NODE_1, -3)
-    source = scheduler.path._store.source
-    monkeypatch.setattr(scheduler.path._store, "source", lambda index: source(index, verified=False))
+    monkeypatch.setattr(scheduler.path, "source", lambda position: scheduler.path._node(int(position)))
     with pytest.raises(PathError, match="decodes to checksum"):
         scheduler.step()
     assert difference(dict(run.teacher.state_dict()), original) == []
