@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from disback_plugin import losses
-from disback_plugin.demo import study
+from disback_plugin.demo import Study, regime_of
 from disback_plugin.noise import add_noise, expand, lognormal_sigma
 from disback_plugin.path.codecs import CODECS
 from disback_plugin.path.degradation_path import DegradationPath
@@ -146,15 +145,15 @@ def bench_codecs(teacher, rate, tmp_path):
 @pytest.mark.slow
 def bench_students_of_coded_paths(tmp_path):
     """Ten seeds of the demonstration's first regime, along the same recording in five nodes, stored by both codecs."""
-    regime = replace(study.regime_of("mlp", "scratch"), every=5)
+    regime = regime_of("mlp", "scratch")
     finals = {}
     for codec in ("exact", "int8"):
-        run = study.Study(replace(regime, codec=codec), range(200, 210), tmp_path).distil(
-            "disback", path=tmp_path / codec, schedule=Ramp(50)
+        run = Study(regime, range(200, 210), tmp_path).distil(
+            "disback", path=tmp_path / codec, record=25, every=5, codec=codec, schedule=Ramp(50)
         )
-        finals[codec] = run.ema[-1]
+        finals[codec] = run.distance[-1]
     spread = statistics.stdev(finals["exact"])
-    print(f"\nFrechet distance after {regime.settings.updates} updates, ten seeds; they spread by {spread:.3f}\n")
+    print(f"\nFrechet distance after {regime.rounds} rounds, ten seeds; they spread by {spread:.3f}\n")
     print("| codec | median | mean | mean difference to exact | its standard error |")
     print("|---|---|---|---|---|")
     shift, error = {}, {}

@@ -25,8 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from digits_pipeline import PROMPTS, classifier, digits, train_teacher
-from disback_adapters.lcm_lora.options import Options
-from disback_adapters.lcm_lora.training import Trainer
+from disback_adapters.lcm_lora.training import Options, Trainer
 
 import disback_plugin as disback
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from disback_plugin.demo import principal_components
 from disback_plugin.demo.networks import Denoiser, ResidualMLP, UNet
-from disback_plugin.demo.study import principal_components
 from disback_plugin.demo.trainer import digits
 from disback_plugin.metrics import frechet_distance
 

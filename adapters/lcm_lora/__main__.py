@@ -19,13 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("disback_plugin").setLevel(logging.INFO)
-    from disback_adapters.lcm_lora.options import read
+    from disback_adapters.lcm_lora.training import read, train
 
     try:
-        options = read(given)
-        from disback_adapters.lcm_lora.training import train
-
-        train(options)
+        train(read(given))
     except DisbackError as error:
         sys.stderr.write(f"disback: {error}\n")
         return 2 if isinstance(error, (OptionError, RoleError)) else 1

@@ -19,12 +19,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from disback_adapters.lcm_lora.options import Options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,24 +32,24 @@ from disback_plugin import Prediction
 from disback_plugin import noise as noises
 from disback_plugin.errors import MismatchError, OptionError, RoleError
 
-__all__ = ["Denoiser", "Embeddings", "denoiser", "load", "prompts_of"]
+if TYPE_CHECKING:
+    from disback_adapters.lcm_lora.training import Options
 
-# These conditions go into a UNet's added_cond_kwargs; the others are arguments of their own.
+# Conditions of each network; a UNet with addition_embed_type text_time takes `ADDED` too, as its added_cond_kwargs.
+CONDITIONS = {
+    "UNet2DConditionModel": ("encoder_hidden_states",),
+    "SD3Transformer2DModel": ("encoder_hidden_states", "pooled_projections"),
+    "FluxTransformer2DModel": ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
+}
 ADDED = ("text_embeds", "time_ids")
-# Values of a UNet's config for which it takes no conditions beside those of the table.
+# Values of a UNet's config for which it takes no other conditions.
 UNET = {
     "addition_embed_type": (None, "text", "text_time"),
     "encoder_hid_dim_type": (None, "text_proj"),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
-TRANSFORMERS = {
-    "SD3Transformer2DModel": ("encoder_hidden_states", "pooled_projections"),
-    "FluxTransformer2DModel": ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids"),
-}
-TEXT = ("text_encoder", "tokenizer")
-EMBEDDINGS = "embeddings.json"
-ROWS, BATCH = 1_000, 50  # prompts of a file, and of a call of the text encoders
+ROWS = 50  # prompts of a file, and of a call of the text encoders
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,22 @@ class Denoiser:
         Raises:
             OptionError: If a condition is missing or unknown.
         """
-        if set(conditions) != set(self.conditions):
-            raise OptionError(
-                f"conditions {sorted(conditions)}",
-                expected=f"{', '.join(self.conditions)} for the {self.component}, a {type(self.network).__name__}",
-                cure="pass what the pipeline's own encode_prompt returns (and the time ids of SDXL)",
-            )
+        self.validate(conditions)
         arguments: dict[str, Any] = {name: value for name, value in conditions.items() if name not in ADDED}
         if len(arguments) < len(conditions):
             arguments["added_cond_kwargs"] = {name: conditions[name] for name in ADDED}
         time = t if self.time_scale == 1 else t * self.time_scale
         return (network or self.network)(x_t, timestep=time, return_dict=False, **arguments)[0]
+
+    def validate(self, conditions: Mapping[str, Tensor]) -> None:
+        """Raise OptionError if a condition is missing or unknown."""
+        if set(conditions) != set(self.conditions):
+            raise OptionError(
+                f"conditions {sorted(conditions)}",
+                expected=f"{', '.join(self.conditions)} for the {self.component}, a {type(self.network).__name__}",
+                cure="pass what encode_prompt of the denoiser's own pipeline returns, and the time ids of SDXL; SDXL's "
+                "pipeline has two text encoders",
+            )
 
 
 def denoiser(pipeline: Any) -> Denoiser:
@@ -140,44 +144,30 @@ def denoiser(pipeline: Any) -> Denoiser:
     plain = extract_model_from_parallel(network)
     name, config = type(plain).__name__, dict(getattr(plain, "config", {}))
     noise, prediction = noises.from_diffusers(scheduler), Prediction.from_diffusers(scheduler)
-    flow = isinstance(noise, noises.RectifiedFlow)
-    conditions = _conditions(name, config)
-    if name in TRANSFORMERS and not flow:
-        raise RoleError(
-            f"{name} under a {type(scheduler).__name__}",
-            expected="a flow-matching scheduler, for a flow model",
-            cure="use the scheduler of the model's own repository, as FlowMatchEulerDiscreteScheduler",
-        )
+    flow, channels = isinstance(noise, noises.RectifiedFlow), config.get("in_channels")
     if config.get("time_cond_proj_dim") is not None or config.get("guidance_embeds"):
         raise RoleError(
             f"a {component} that takes a guidance scale as input, so one distilled before",
             expected="a diffusion model: the output of a consistency model is no score (the paper's appendix A)",
             cure="pass the model that it was distilled from as --teacher, and its LoRA as --student_lora",
         )
-    channels = int(config["in_channels"])
+    odd = [f"with {key}={config[key]!r}" for key, known in UNET.items() if config.get(key) not in known]
     if config.get("out_channels") not in (None, channels):
+        odd.append(f"from {channels} to {config['out_channels']} channels")
+    if component == "transformer" and not flow:
+        odd.append(f"under a {type(scheduler).__name__}")
+    if name not in CONDITIONS or odd:
         raise RoleError(
-            f"a {name} from {channels} to {config['out_channels']} channels",
-            expected="a denoiser with as many output as input channels",
-            cure="use a text-to-image model; inpainting models and learned variances cannot be distilled here",
+            f"a denoiser of class {name} {', '.join(odd)}".strip(),
+            expected="UNet2DConditionModel (SD 1.5, SDXL), SD3Transformer2DModel or FluxTransformer2DModel, for text "
+            "alone, under its own repository's scheduler",
+            cure="use such a pipeline, or make a disback_adapters.lcm_lora.pipelines.Denoiser of yours",
         )
+    conditions = CONDITIONS[name] + (ADDED if config.get("addition_embed_type") == "text_time" else ())
     # Flux multiplies its time by 1000 itself.
     scaled = flow and name != "FluxTransformer2DModel"
     time_scale = float(scheduler.config["num_train_timesteps"]) if scaled else 1.0
     return Denoiser(component, network, noise, prediction, conditions, time_scale, channels)
-
-
-def _conditions(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    odd = [f"{key}={config[key]!r}" for key, known in UNET.items() if config.get(key) not in known]
-    if name in TRANSFORMERS:
-        return TRANSFORMERS[name]
-    if name == "UNet2DConditionModel" and not odd:
-        return ("encoder_hidden_states", *(ADDED if config.get("addition_embed_type") == "text_time" else ()))
-    raise RoleError(
-        f"a denoiser of class {name}" + (f" with {', '.join(odd)}" if odd else ""),
-        expected="a UNet2DConditionModel (SD 1.5, SDXL), SD3Transformer2DModel or FluxTransformer2DModel for text",
-        cure="make a disback_adapters.lcm_lora.pipelines.Denoiser of it, and a call for its forward",
-    )
 
 
 # -- the teacher's pipeline, with its prompts' embeddings -------------------------------------------------------------
@@ -202,35 +192,32 @@ def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddi
                 expected="floating-point weights, on which LoRA is trained and into which nodes are written",
                 cure="load the teacher without quantisation; --mixed_precision bf16 halves its memory",
             )
-    folder, prompts = Path(options.output) / "embeddings", prompts_of(options.prompts)
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    about = {"teacher": options.teacher, "prompts": digest, "count": len(prompts)}
-    about |= {"resolution": options.resolution, "precision": options.mixed_precision}
-    file = folder / EMBEDDINGS
-    encoded = file.exists() and json.loads(file.read_text()) == about
-    text = [name for name in config if name.startswith(TEXT)]
-    pipeline = DiffusionPipeline.from_pretrained(options.teacher, **dict.fromkeys(text if encoded else []))
+    prompts = prompts_of(options.prompts)
+    key = json.dumps([options.teacher, options.resolution, options.mixed_precision, prompts])
+    folder = Path(options.output) / "embeddings" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    encoded = (folder / "complete").exists()
+    text = dict.fromkeys(name for name in config if name.startswith(("text_encoder", "tokenizer")))
+    pipeline = DiffusionPipeline.from_pretrained(options.teacher, **(text if encoded else {}))
     half = options.mixed_precision == "bf16" and options.fake_score == options.student == "lora"
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
             part.to("cpu" if name == "vae" else device, **({"dtype": torch.bfloat16} if half else {}))
-    found = denoiser(pipeline)
+    found, factor = denoiser(pipeline), pipeline.vae_scale_factor
     if options.prediction is not None and Prediction(options.prediction) is not found.prediction:
         raise MismatchError(
             f"--prediction {options.prediction}, and a teacher whose scheduler states {found.prediction.value}",
             expected="the same prediction",
             cure="omit --prediction, or correct prediction_type in the teacher's scheduler_config.json",
         )
-    own = found.network.config.sample_size * pipeline.vae_scale_factor
+    own = found.network.config.sample_size * factor
     pixels = options.resolution or own
-    if pixels % pipeline.vae_scale_factor:
-        expected = f"a multiple of {pipeline.vae_scale_factor}"
-        raise OptionError(f"--resolution {options.resolution}", expected=expected, cure=f"pass {own}")
+    if pixels % factor:
+        raise OptionError(f"--resolution {pixels}", expected=f"a multiple of {factor}", cure=f"pass {own}")
     if not encoded:
-        Embeddings.write(folder, pipeline, found.conditions, prompts, pixels, about)
-        pipeline.register_modules(**dict.fromkeys(text))
-    return pipeline, found, Embeddings(folder), pixels
+        Embeddings.write(folder, pipeline, found, prompts, pixels)
+        pipeline.register_modules(**text)
+    return pipeline, found, Embeddings(folder, len(prompts)), pixels
 
 
 def prompts_of(source: str | Sequence[str]) -> list[str]:
@@ -256,75 +243,64 @@ class Embeddings:
     """Read the conditions of prompts, which were encoded once, from mapped files: a million prompts take no memory.
 
     `FOLDER/00000.safetensors` and so on hold the conditions of `ROWS` prompts each, `null.safetensors` those of no
-    prompt; `embeddings.json`, written last, identifies prompts and teacher.
+    prompt.
 
     Args:
         folder: Folder of the files.
+        count: Number of prompts.
 
     Attributes:
-        count: Number of prompts.
         null: The conditions of no prompt, each of shape (1, ...).
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.count: int = json.loads((folder / EMBEDDINGS).read_text())["count"]
-        files = range(-(-self.count // ROWS))
-        self._files = [safe_open(folder / f"{number:05d}.safetensors", framework="pt") for number in files]
-        self.null: dict[str, Tensor] = load_file(folder / "null.safetensors")
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.null = load_file(folder / "null.safetensors")
 
     @staticmethod
-    def write(
-        folder: Path, pipeline: Any, names: Sequence[str], prompts: list[str], pixels: int, about: dict[str, Any]
-    ) -> None:
-        """Encode prompts and write the files; `about` identifies them."""
+    def write(folder: Path, pipeline: Any, denoiser: Denoiser, prompts: Sequence[str], pixels: int) -> None:
+        """Encode prompts and write the files, and at last one named "complete"."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / EMBEDDINGS).unlink(missing_ok=True)
         for start in range(0, len(prompts), ROWS):
-            rows = prompts[start : start + ROWS]
-            parts = [encode(pipeline, names, rows[at : at + BATCH], pixels)[0] for at in range(0, len(rows), BATCH)]
-            whole = {name: torch.cat([part[name] for part in parts]) for name in names}
-            save_file(whole, folder / f"{start // ROWS:05d}.safetensors")
-        save_file(encode(pipeline, names, [""], pixels)[1], folder / "null.safetensors")
-        (folder / EMBEDDINGS).write_text(json.dumps(about))
+            own, null = encode(pipeline, denoiser.conditions, prompts[start : start + ROWS], pixels)
+            denoiser.validate(own)
+            save_file(own, folder / f"{start // ROWS:05d}.safetensors")
+        save_file({name: value[:1].clone() for name, value in null.items()}, folder / "null.safetensors")
+        (folder / "complete").touch()
 
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return the conditions of the prompts at these indices, each of shape (B, ...)."""
-        at = [(self._files[index // ROWS], index % ROWS) for index in indices]
-        return {name: torch.cat([file.get_slice(name)[row : row + 1] for file, row in at]) for name in self.null}
+        parts = []
+        for file, row in (divmod(index, ROWS) for index in indices):
+            with safe_open(self.folder / f"{file:05d}.safetensors", framework="pt") as opened:
+                parts.append({name: opened.get_slice(name)[row : row + 1] for name in self.null})
+        return {name: torch.cat([part[name] for part in parts]) for name in self.null}
 
 
-def encode(pipeline: Any, names: Sequence[str], prompts: list[str], pixels: int) -> list[dict[str, Tensor]]:
+def encode(pipeline: Any, names: Sequence[str], prompts: Sequence[str], pixels: int) -> list[dict[str, Tensor]]:
     """Return the conditions of B prompts, and those of no prompt as the pipeline's own guidance has them.
 
     Args:
         pipeline: A pipeline with its text encoders.
-        names: Names of the conditions.
+        names: Names of the conditions; what the pipeline does not make is missing in the result.
         prompts: B prompts.
         pixels: Height and width of the images, for SDXL's time ids.
 
     Returns:
-        Two mappings from each name to a tensor of shape (B, ...).
-
-    Raises:
-        OptionError: If the pipeline makes no such condition.
+        Two mappings from names to tensors of shape (B, ...).
     """
     wanted = inspect.signature(pipeline.encode_prompt).parameters
     texts = {name: prompts for name in ("prompt", "prompt_2", "prompt_3") if name in wanted}
+    options = {"device": pipeline.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     with torch.no_grad():
-        made = pipeline.encode_prompt(
-            **texts, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-        )
+        made = pipeline.encode_prompt(**texts, **options)
     sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).expand(len(prompts), -1)
     both = []
     for own in (0, 1):
-        found = {"encoder_hidden_states": made[own], "time_ids": sizes.to(made[own])}
+        found = {"encoder_hidden_states": made[own]}
         if len(made) > 2:
-            found |= dict.fromkeys(("text_embeds", "pooled_projections"), made[own + 2])
-        if missing := [name for name in names if name not in found]:
-            raise OptionError(
-                f"a {type(pipeline).__name__} that makes no {', '.join(missing)}, which its denoiser needs",
-                expected="a pipeline of the denoiser's own kind, as SDXL's with two text encoders",
-                cure="load the teacher as the pipeline it was published as, such as StableDiffusionXLPipeline",
-            )
-        both.append({name: found[name].contiguous().cpu() for name in names})
+            found |= dict.fromkeys(("text_embeds", "pooled_projections"), made[own + 2]) | {
+                "time_ids": sizes.to(made[own])
+            }
+        both.append({name: found[name].contiguous().cpu() for name in names if name in found})
     return both

@@ -13,16 +13,14 @@ Gradients are averaged over processes here and not by DDP, which does not suppor
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
-from disback_adapters.lcm_lora.options import LOSSES, Options
 from disback_adapters.lcm_lora.pipelines import Denoiser, Embeddings
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -30,7 +28,15 @@ from torch import Tensor, nn
 from disback_plugin import ScoreNetwork, kernels, lora, noise
 from disback_plugin.errors import OptionError
 
-__all__ = ["Role", "Roles", "Student", "Updates", "assign_roles"]
+if TYPE_CHECKING:
+    from disback_adapters.lcm_lora.training import Options
+
+# Generator losses of disback_plugin.kernels, and the weight w(t) of their authors as a function of alpha_t and sigma_t.
+LOSSES = {
+    "diff_instruct": lambda alpha, sigma: (sigma / alpha) ** 2,
+    "vsd": lambda alpha, sigma: sigma**2,
+    "dmd": lambda alpha, sigma: 1.0,
+}
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The LoRA of s_phi and the nodes is on the attention alone, as in ProlificDreamer; the student's is as in diffusers'
@@ -90,20 +96,15 @@ class Student(Role):
 
     scheduler: Any = None
 
-    @property
-    def time(self) -> Tensor:
-        """Return the timestep of the one step, shape ()."""
-        return self.scheduler.timesteps[0]
-
     def generate(self, z: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return samples x, of the shape of the unit noise z."""
-        t = (self.time / self.denoiser.time_scale).expand(len(z)).to(z.device)
         scheduler = copy.copy(self.scheduler)  # a scheduler counts its steps
-        return scheduler.step(self(z, t, conditions), self.time, z, return_dict=False)[0]
+        time = scheduler.timesteps[0]
+        t = (time / self.denoiser.time_scale).expand(len(z)).to(z.device)
+        return scheduler.step(self(z, t, conditions), time, z, return_dict=False)[0]
 
 
-@dataclass(frozen=True)
-class Roles:
+class Roles(NamedTuple):
     """The three roles."""
 
     teacher: Role
@@ -145,9 +146,7 @@ def assign_roles(options: Options, pipeline: Any, denoiser: Denoiser) -> Roles:
 
 
 def _add_lora(network: Any, name: str, rank: int, targets: tuple[str, ...]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several LoRA adapters are intended
-        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)), adapter_name=name)
     # A is (rank, in, ...) and B (out, rank, ...); a product of higher rank than its layer is no low-rank adaptation.
     matrices = [weight for _, weight in ScoreNetwork(network, lora_adapter=name).named_tensors() if weight.ndim > 1]
     least = min(weight.numel() // rank for weight in matrices)
@@ -163,8 +162,8 @@ def _scheduler(options: Options, pipeline: Any, denoiser: Denoiser) -> Any:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, use_dynamic_shifting=False)
     else:
         scheduler = LCMScheduler.from_config(config)
-        timestep = SDXL_TIMESTEP if options.timestep is None and "time_ids" in denoiser.conditions else options.timestep
-        steps = steps if timestep is None else {"timesteps": [timestep]}
+        if timestep := options.timestep or (SDXL_TIMESTEP if "time_ids" in denoiser.conditions else None):
+            steps = {"timesteps": [timestep]}
     scheduler.set_timesteps(**steps)
     scheduler.set_begin_index(0)
     return scheduler

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from disback_plugin._text_table import aligned
 from disback_plugin.cli import Commands, command, json_option
-
-__all__ = ["add"]
 
 CAVEAT = (
     "Compare with the controls before crediting the path: the baseline has its best learning rate of three here, but a "
     "better tuned one narrows the gap, and other regimes gain less or lose (--student teacher, --network conv)."
 )
+CHOICES = {
+    "student": (("scratch", "teacher", "far"), "the student's first weights: random, the teacher's, or of negatives"),
+    "loss": (("diff-instruct", "dmd", "sid"), "the student's loss"),
+    "network": (("mlp", "conv"), "architecture of all three networks"),
+}
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -35,33 +37,15 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     demo.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side (%(default)s)"
     )
+    for name, (choices, help) in CHOICES.items():
+        demo.add_argument(f"--{name}", choices=choices, default=choices[0], help=f"{help} (%(default)s)")
     demo.add_argument(
-        "--student",
-        choices=("scratch", "teacher", "far"),
-        default="scratch",
-        help="the student's first weights: random, the teacher's, or a teacher's of negatives (%(default)s)",
+        "--schedule",
+        default="auto",
+        help="schedule of DisBack: auto, warm, ramp[:K], plain-ramp[:K], ... (%(default)s)",
     )
     demo.add_argument(
-        "--loss",
-        choices=("diff-instruct", "dmd", "sid"),
-        default="diff-instruct",
-        help="the student's loss (%(default)s)",
-    )
-    demo.add_argument(
-        "--network",
-        choices=("mlp", "conv"),
-        default="mlp",
-        help="architecture of all three networks (%(default)s)",
-    )
-    demo.add_argument(
-        "--schedule", help="schedule of DisBack: warm, ramp[:K], plain-ramp[:K] or fixed:b,c,... (the regime's own)"
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("disback-demo"),
-        metavar="DIR",
-        help="folder for pictures, path, logs and result.json (%(default)s)",
+        "--out", type=Path, default=Path("disback-demo"), metavar="DIR", help="folder for all results (%(default)s)"
     )
     json_option(demo)
     demo.set_defaults(
@@ -73,47 +57,25 @@ def run(options: argparse.Namespace) -> None:
     """Run the study, and print its result."""
     import torch
 
-    from disback_plugin.demo.study import demo
+    from disback_plugin.demo import demo
 
     # The seeds' matrices are small: a second thread gains little, and waits if another process has its core.
     torch.set_num_threads(1)
-    result = demo(
-        seeds=options.seeds,
-        student=options.student,
-        network=options.network,
-        loss=options.loss,
-        schedule=options.schedule,
-        out=options.out,
-    )
+    names = ("seeds", "student", "network", "schedule", "loss", "out")
+    result = demo(**{name: getattr(options, name) for name in names})
     if options.json:
         print(json.dumps(result))
         return
-    regime = f"{result['loss']}, {result['network']} network, student {result['student']}, {result['seeds']} seeds"
-    print(f"\n{regime}; DisBack: {result['record']} recording iterations, {result['schedule']}")
-    print("distances of the averaged generators to the digits, medians over the seeds\n")
-    print("\n".join(_table(result)))
-    print(f"\n{CAVEAT}")
+    print(f"\n{options.loss}, {options.network} network, student {options.student}, {options.seeds} seeds; ", end="")
+    print(f"DisBack by the schedule {options.schedule!r}")
+    print("Distances of the averaged generators to the digits at equal compute: medians [min, max] over the seeds.\n")
+    rows = [["", "recording", f"rounds to {options.loss}'s end", "final distance", "raw weights"]]
+    for name, found in result["runs"].items():
+        rounds, last, final = found["rounds_to_baseline"], found["distance"][-1], f"{found['final']:.2f}"
+        span = f"{final} [{min(last):.2f}, {max(last):.2f}]"
+        reached = "never" if rounds is None else f"{rounds:.0f}"
+        rows.append([name, str(found["recorded"]), reached, span, f"{found['final_raw']:.2f}"])
+    print(aligned(rows, right=range(5), indent=""))
+    print(f"\nRounds include the recording, at its share of a round's compute. {CAVEAT}")
     print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")
     print(f"disback report {options.out}  # makes a page of it")
-
-
-def _table(result: dict[str, Any]) -> list[str]:
-    """Return the lines of a table: updates and compute to each threshold, final distances, and ratios to DisBack's."""
-    names = [f"{threshold:g}" for threshold in result["thresholds"]]
-    to = " / ".join(names)
-    rows = [["", f"updates to {to}", f"compute to {to}", "final", "raw weights"]]
-    for name, run in result["runs"].items():
-        reached = [
-            " / ".join("never" if run[kind][n] is None else f"{run[kind][n]:,.0f}" for n in names)
-            for kind in ("updates", "compute")
-        ]
-        rows.append([name, *reached, f"{result['final'][name]:.2f}", f"{result['final_raw'][name]:.2f}"])
-    lines = [aligned(rows, right=range(5), indent="")]
-    lines += ["", f"{result['loss']} over disback, median [min, max] over the seeds:"]
-    for n in names:
-        updates, compute = (
-            "{median:.2f} [{min:.2f}, {max:.2f}]".format(**result[f"ratio_{kind}"][n])
-            for kind in ("updates", "compute")
-        )
-        lines.append(f"  to {n}:  updates {updates}   compute {compute}")
-    return lines

@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["PIXELS", "SIGMA_DATA", "Denoiser", "ensemble", "load_teacher", "random_weights"]
-
 PIXELS = 64
 SIGMA_DATA = 0.75
 FREQUENCIES = 16

@@ -15,9 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from disback_adapters.lcm_lora import pipelines, training
-from disback_adapters.lcm_lora.options import Options, read
 from disback_adapters.lcm_lora.pipelines import Embeddings, prompts_of
-from disback_adapters.lcm_lora.training import Trainer, train
+from disback_adapters.lcm_lora.training import Options, Trainer, read, train
 from safetensors.torch import load_file
 
 import disback_plugin as disback
@@ -114,11 +113,14 @@ def test_a_run_with_whole_networks_resumes_bit_for_bit_too(teachers, tmp_path, m
         assert same(student_of(again), student_of(whole))
 
 
-def test_the_latest_checkpoint_is_the_last_complete_one(teachers, trained, tmp_path):
+def test_the_latest_checkpoint_is_the_last_complete_one(teachers, trained, tmp_path, monkeypatch):
     shutil.copytree(trained.output, tmp_path / "o")
-    (tmp_path / "o" / "checkpoint-4" / "disback.json").unlink()
     again = Trainer(options(teachers["sd15"], tmp_path / "o", resume="latest"))
-    assert again.load_checkpoint()["generator_updates"] == 2
+    assert again.checkpoint() == tmp_path / "o" / "checkpoint-4"
+    monkeypatch.setattr(again.accelerator, "wait_for_everyone", lambda: pytest.fail("killed before the rename"))
+    with pytest.raises(pytest.fail.Exception):
+        again.save_checkpoint(6)
+    assert again.checkpoint() == tmp_path / "o" / "checkpoint-4"
 
 
 def test_one_network_is_held_and_its_own_weights_never_change(teachers, trained):
@@ -281,7 +283,7 @@ def test_rows_come_from_their_files_however_many_there_are(teachers, trained, tm
     whole = [trained.embeddings.rows([index]) for index in range(3)]
     monkeypatch.setattr(pipelines, "ROWS", 2)
     parts = Trainer(options(teachers["sd15"], tmp_path / "b")).embeddings
-    assert len(list((tmp_path / "b" / "embeddings").glob("0*.safetensors"))) == 2
+    assert len(list((tmp_path / "b" / "embeddings").rglob("0*.safetensors"))) == 2
     for index in range(3):
         torch.testing.assert_close(parts.rows([index]), whole[index])
 
@@ -350,8 +352,7 @@ def test_a_recipe_says_all_three_or_none_of_them_is_given():
 
 SCRIPT = """
 import sys
-from disback_adapters.lcm_lora.options import read
-from disback_adapters.lcm_lora.training import train
+from disback_adapters.lcm_lora.training import read, train
 trainer = train(read(sys.argv[1:]))
 sys.stdout.write(f"weights {trainer.roles.student.weights.checksum()}\\n")
 """
