@@ -138,13 +138,13 @@ def test_two_ranks_walk_together_and_rank_0_writes_the_path(tmp_path, slow):
     assert [node.iteration for node in path.nodes] == [2, 4]
 
 
-README = (HERE.parent / "README.md").read_text()
-SCRIPT = re.search(r"```py\n(.*?)```", README, flags=re.DOTALL).group(1)
-COMMANDS = re.findall(r"^((?:torchrun|accelerate launch) .* train\.py)$", README, flags=re.MULTILINE)
+GUIDE = (HERE.parent / "disback_plugin" / "weights" / "README.md").read_text()
+SCRIPT = re.search(r"```py\n(.*?)```", GUIDE, flags=re.DOTALL).group(1)
+COMMANDS = re.findall(r"^((?:torchrun|accelerate launch) .* train\.py)$", GUIDE, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_launches_of_the_readme_run_as_they_are_written(tmp_path, command):
+def test_the_launches_of_the_guide_run_as_they_are_written(tmp_path, command):
     (tmp_path / "train.py").write_text(SCRIPT)
     # The very package that is tested, with this interpreter's commands.
     found = {"PYTHONPATH": str(HERE.parent), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -159,5 +159,5 @@ def test_the_launches_of_the_readme_run_as_they_are_written(tmp_path, command):
     assert len(path) == 3
 
 
-def test_the_readme_shows_both_launchers():
+def test_the_guide_shows_both_launchers():
     assert {command.split()[0] for command in COMMANDS} == {"torchrun", "accelerate"}

@@ -58,10 +58,10 @@ def test_tensorboards_event_files_hold_the_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     read = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    names = ("position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates", "recording", "agreement")
-    assert set(read) == {f"disback/{name}" for name in names}
+    names = {"position", "node", "gradient", "swap_ms", "delta_norm", "generator_updates", "recording", "agreement"}
+    assert set(read) == {f"disback/{name}" for name in names | {"path_bytes", "node_seconds"}}
     logged = log_reader.read(tmp_path / "path.log.jsonl").curves(recording=True)["agreement"]
-    assert [value for _, value in read["disback/recording"]] == [x for x, _ in logged] == [2, 3, 4]
+    assert [value for _, value in read["disback/recording"]] == [*(x for x, _ in logged), 4] == [2, 3, 4, 4]
     assert [value for _, value in read["disback/agreement"]] == pytest.approx([y for _, y in logged])
     assert read["disback/position"] == [(0, 1.0), (2, 0.0)]
     assert read["disback/node"] == [(0, 1.0), (2, 0.0)]
@@ -75,7 +75,7 @@ def test_any_tracker_of_accelerate_is_told_under_the_step_of_the_loop(tmp_path):
     accelerator.init_trackers("run", config={"lr": 1.0})
     walk(tmp_path, Trackers(accelerator, step=lambda: next(steps)))
     moves = [(step, row["disback/generator_updates"]) for step, row in memory.rows if "disback/position" in row]
-    assert moves == [(103, 0), (104, 2)], "after the three cosines of the recording"
+    assert moves == [(104, 0), (105, 2)], "after the three cosines and the end of the recording"
 
 
 class Service(ModuleType):

@@ -96,5 +96,5 @@ def test_an_adapter_and_a_whole_network_are_refused(tmp_path, whole):
 
 def test_a_standalone_recording_of_an_adapter_is_refused_with_the_cure(tmp_path):
     run = LoraRun()
-    with pytest.raises(OptionError, match="fake_step that trains that adapter"):
+    with pytest.raises(OptionError, match="fake_score and fake_step"):
         disback.record(run.adapter("teacher"), sample=lambda: X_T, loss=lambda s, x: s(x, SIGMA).sum(), path=tmp_path)
