@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from disback_plugin import distributed
 from disback_plugin.errors import StateError
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.plugins.run_log import numbers_and_pictures
+from disback_plugin.plugins.run_log import valid_values
 from disback_plugin.progress import Phase
 from disback_plugin.session import Session
 
@@ -166,12 +167,12 @@ class Handle:
         """
         if not distributed.is_main_process():
             return
-        session, update = self._session, self.generator_updates
-        numbers, pictures = numbers_and_pictures(values)
+        session, update, found = self._session, self.generator_updates, valid_values(values)
+        pictures = {name: value for name, value in found.items() if isinstance(value, Path)}
+        numbers = {f"disback/{name.removeprefix('disback/')}": found[name] for name in found if name not in pictures}
         recorded = session.progress.recorded if session.recorder is not None else None
         if numbers:
-            named = {f"disback/{name.removeprefix('disback/')}": value for name, value in numbers.items()}
             now = {} if recorded is None else {"disback/recording": recorded}
-            session.plugins.call("disback_log", values=now | named, step=update)
+            session.plugins.call("disback_log", values=now | numbers, step=update)
         if pictures and session.log is not None:
             session.log.log(pictures, update, recording=recorded)

@@ -57,7 +57,7 @@ MISTAKES = {
     "unmarked": ("def disback_log(values, step): pass", "ValueError: disback_log is not marked with @hookimpl"),
     "wrapper": (
         "@hookimpl(wrapper=True)\ndef disback_log(values):\n    return (yield)",
-        "ValueError: disback_log is a wrapper, and plug-ins are isolated from each other",
+        "ValueError: disback_log is a wrapper, which a plug-in cannot be",
     ),
     "empty": ("", "ValueError: it implements no hook"),
 }

@@ -17,8 +17,6 @@ from itertools import chain
 
 from disback_plugin.plugins.hookspecs import PROJECT
 
-__all__ = ["ADAPTERS", "HOOKS", "Plugin", "installed"]
-
 ADAPTERS, HOOKS = "disback.adapters", "disback.hooks"
 # If several distributions have a plug-in of one name, this distribution's is used.
 OURS = "disback-plugin"

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.weights.network import ScoreNetwork
 
-__all__ = ["HOOK_NAMES", "PROJECT", "REPORTING", "Adapter", "Specs", "hookimpl"]
-
 PROJECT = "disback"
 
 hookspec = pluggy.HookspecMarker(PROJECT)

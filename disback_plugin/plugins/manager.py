@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -28,9 +28,8 @@ from disback_plugin.plugins.run_log import NAME, RunLog
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
 
-__all__ = ["PluginManager", "find_adapter"]
-
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class PluginManager(pluggy.PluginManager):
@@ -70,19 +69,16 @@ class PluginManager(pluggy.PluginManager):
         self._known = {plugin.name: plugin for plugin in reversed(plugins)}
         self._doubled = [plugin for plugin in plugins if self._known[plugin.name] is not plugin]
         self._asked: set[str] = set()
-        names = [name.strip() for name in os.environ.get("DISBACK_PLUGINS", "").split(",") if name.strip()]
+        names = os.environ.get("DISBACK_PLUGINS", "").replace(",", " ").split()
         names += [name for name in wanted if isinstance(name, str)]
-        blocked = [name.removeprefix("no:") for name in names if name.startswith("no:")]
-        for name in blocked:
+        for name in (name.removeprefix("no:") for name in names if name.startswith("no:")):
             self.set_blocked(name)
             if name in self._known:
                 self._known[name].status, self._known[name].reason = "blocked", f"by no:{name}"
-        for given in wanted:
-            if not isinstance(given, str):
-                self.add(given)
-        for name in names:
-            if not name.startswith("no:"):
-                self.load(name)
+        for plugin in (each for each in wanted if not isinstance(each, str)):
+            self.add(plugin)
+        for name in (name for name in names if not name.startswith("no:")):
+            self.load(name)
         if self._autoload:
             self._load_group(HOOKS)
 
@@ -173,27 +169,23 @@ class PluginManager(pluggy.PluginManager):
             self.load(name, f"adapter={name!r}")
         candidates = [name] if name is not None else self._load_group(ADAPTERS) if self._autoload else []
         asked = [each for each in candidates if self.has_plugin(each)]
-        known_by = ""
-        roles: Adapter | None = None
-        refusal: DisbackError | None = None
-        for plugin, answer, error in self._outcomes("disback_adapter", {"trainer": trainer}, _as_adapter, only=name):
-            if isinstance(error, DisbackError):
-                refusal = refusal or error
-            elif error is not None:
-                self._leave_out(plugin, error, "disback_adapter")
-            elif answer is not None:
-                known_by, roles = plugin, answer
-                break
+        known_by, roles, errors = self._ask("disback_adapter", {"trainer": trainer}, _as_adapter, only=name)
+        refusals = [errors.pop(each) for each in [*errors] if isinstance(errors[each], DisbackError)]
+        self._leave_out_all(errors, "disback_adapter")
         for other in {*asked} - self._asked - {known_by}:
             self.unregister(name=other)
         if roles is None:
             broken = [self._known[each] for each in candidates if self._known[each].status == "broken"]
             left_out = [f"; left out: {plugin} ({plugin.reason})" for plugin in broken]
-            raise refusal or RoleError(
-                f"a {type(trainer).__module__}.{type(trainer).__qualname__} that no adapter understands "
-                f"(asked {name or sorted(asked)}{''.join(left_out)})",
-                expected="a trainer that one of them knows",
-                cure="pass teacher=, fake_score=, generator_optimizer= and fake_score_optimizer= instead",
+            raise (
+                refusals[0]
+                if refusals
+                else RoleError(
+                    f"a {type(trainer).__module__}.{type(trainer).__qualname__} that no adapter understands "
+                    f"(asked {name or sorted(asked)}{''.join(left_out)})",
+                    expected="a trainer that one of them knows",
+                    cure="pass teacher=, fake_score=, generator_optimizer= and fake_score_optimizer= instead",
+                )
             )
         for lent, make in roles.plugins.items():
             if not self.is_blocked(lent):
@@ -216,9 +208,8 @@ class PluginManager(pluggy.PluginManager):
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Call every implementation of a hook that has no result, with the arguments of `Specs`, by name."""
-        for name, _, error in self._outcomes(hook, arguments, lambda answer: None):
-            if error is not None:
-                self._leave_out(name, error, hook)
+        _, _, errors = self._ask(hook, arguments, lambda answer: None)
+        self._leave_out_all(errors, hook)
 
     def should_advance(
         self, scheduler: TrajectoryScheduler, position: float, updates_in_node: int, signal: Any
@@ -227,39 +218,40 @@ class PluginManager(pluggy.PluginManager):
 
         Collective, if a plug-in has this hook. A plug-in that raises on one rank is left out on all.
         """
-        hook, advance, errors = "disback_should_advance", None, {}
+        hook = "disback_should_advance"
         if not self.listens(hook):
             return None
         arguments = {"scheduler": scheduler, "position": position, "updates_in_node": updates_in_node, "signal": signal}
-        for name, answer, error in self._outcomes(hook, arguments, _as_bool):
-            if error is not None:
-                errors[name] = error
-            if answer is not None:
-                advance = answer
-                break
+        _, advance, errors = self._ask(hook, arguments, _as_bool)
         gathered = distributed.gather((advance, {name: _describe(error) for name, error in errors.items()}))
         for rank, (_, descriptions) in enumerate(gathered):
             for name, description in descriptions.items():
                 errors.setdefault(name, RuntimeError(f"on rank {rank}, {description}"))
-        for name in sorted(errors):
-            self._leave_out(name, errors[name], hook)
+        self._leave_out_all(errors, hook)
         return gathered[0][0]
 
-    def _outcomes(
-        self, hook: str, arguments: dict[str, Any], convert: Callable[[Any], Any], only: str | None = None
-    ) -> Iterator[tuple[str, Any, Exception | None]]:
-        """Call the implementations of a hook in pluggy's order; yield the plug-in, the answer and the error of each."""
+    def _ask(
+        self, hook: str, arguments: dict[str, Any], validated: Callable[[Any], T | None], only: str | None = None
+    ) -> tuple[str, T | None, dict[str, Exception]]:
+        """Call the implementations of a hook in pluggy's order until one answers.
+
+        Returns:
+            The plug-in that answered or "", its answer or None, and the errors of plug-ins that raised, by name.
+        """
+        errors: dict[str, Exception] = {}
         for each in reversed(getattr(self.hook, hook).get_hookimpls()):
-            answer = error = None
             if only not in (None, each.plugin_name):
                 continue
+            answer: T | None = None
             try:
-                answer = convert(each.function(*[arguments[name] for name in each.argnames]))
-            except Exception as raised:
-                error = raised
+                answer = validated(each.function(*[arguments[name] for name in each.argnames]))
+            except Exception as error:
+                errors[each.plugin_name] = error
             if self._traced:
-                self.trace(f"{each.plugin_name}: {hook}", arguments, "->", answer if error is None else repr(error))
-            yield each.plugin_name, answer, error
+                self.trace(f"{each.plugin_name}: {hook}", arguments, "->", repr(errors.get(each.plugin_name, answer)))
+            if answer is not None:
+                return each.plugin_name, answer, errors
+        return "", None, errors
 
     # -- registration -------------------------------------------------------------------------------------------------
 
@@ -295,13 +287,15 @@ class PluginManager(pluggy.PluginManager):
                 raise ValueError("it implements no hook")
             for each in chain.from_iterable(caller.get_hookimpls() for caller in callers):
                 if each.wrapper or each.hookwrapper:
-                    raise ValueError(
-                        f"{each.function.__name__} is a wrapper, and plug-ins are isolated from each other"
-                    )
+                    raise ValueError(f"{each.function.__name__} is a wrapper, which a plug-in cannot be")
         except Exception:
             self.unregister(name=entry.name)
             raise
         entry.status, entry.reason, entry.hooks = "ready", "", tuple(sorted(caller.name for caller in callers))
+
+    def _leave_out_all(self, errors: Mapping[str, Exception], hook: str) -> None:
+        for name in sorted(errors):  # on all ranks alike
+            self._leave_out(name, errors[name], hook)
 
     def _leave_out(self, name: str, error: BaseException, hook: str = "") -> None:
         """Unregister a broken plug-in and warn; raise PluginError if it was asked for."""
@@ -338,11 +332,11 @@ def _describe(error: BaseException, where: str = "") -> str:
     return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
 
 
-def _as_bool(answer: object) -> bool | None:
+def _as_bool(answer: Any) -> bool | None:
     return None if answer is None else bool(answer)
 
 
-def _as_adapter(answer: object) -> Adapter | None:
+def _as_adapter(answer: Any) -> Adapter | None:
     if answer is not None and not isinstance(answer, Adapter):
         raise TypeError(f"an answer that is a {type(answer).__qualname__}, not an Adapter or None")
     return answer

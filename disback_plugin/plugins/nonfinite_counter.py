@@ -14,8 +14,6 @@ from disback_plugin import distributed
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins.manager import PluginManager
 
-__all__ = ["MaskedSamples"]
-
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")

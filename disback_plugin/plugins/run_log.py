@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from disback_plugin.path.degradation_path import DegradationPath
     from disback_plugin.path.manifest import Node
 
-__all__ = ["NAME", "RESERVED", "SUFFIX", "RunLog", "Trackers", "numbers_and_pictures", "versions"]
-
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".log.jsonl"
@@ -115,14 +113,8 @@ class RunLog:
         Raises:
             OptionError: If a name is reserved, or a value is of another kind.
         """
-        numbers, pictures = numbers_and_pictures(values)
-        line = _moment(update, recording)
-        line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        folder = self.file.parent.absolute()
-        for name, picture in pictures.items():
-            picture = picture.absolute()
-            line[name] = (picture.relative_to(folder) if picture.is_relative_to(folder) else picture).as_posix()
-        self._write(line)
+        line = {name: self._plain(value) for name, value in valid_values(values).items()}
+        self._write(_moment(update, recording) | line)
 
     @hookimpl
     def disback_log(self, values: Mapping[str, float], step: int) -> None:
@@ -134,10 +126,8 @@ class RunLog:
     @hookimpl
     def disback_after_node_recorded(self, path: DegradationPath, node: Node) -> None:
         """Write what `path` says of a new `node`."""
-        self._write(
-            _moment(0, node.iteration)
-            | {"recorded": {key: value for key, value in vars(node).items() if key != "extra"}}
-        )
+        about = {key: value for key, value in vars(node).items() if key != "extra"}
+        self._write(_moment(0, node.iteration) | {"recorded": about})
 
     @hookimpl
     def disback_after_path_completed(self, path: DegradationPath) -> None:
@@ -145,6 +135,13 @@ class RunLog:
         manifest = path.manifest
         ended = {"iterations": manifest.iterations, "fitted": manifest.fitted, "ended": manifest.ended}
         self._write(_moment(0, manifest.iterations) | {"completed": ended})
+
+    def _plain(self, value: float | Path) -> float | str | None:
+        """Return a value as JSON holds it: None for a number that is not finite, a picture relative to the log."""
+        if not isinstance(value, Path):
+            return value if math.isfinite(value) else None
+        picture, folder = value.absolute(), self.file.parent.absolute()
+        return (picture.relative_to(folder) if picture.is_relative_to(folder) else picture).as_posix()
 
     def _write(self, *lines: dict[str, Any]) -> None:
         """Append lines; before `begin`, keep them. The file is opened and closed each time, so that none is lost."""
@@ -202,33 +199,29 @@ class Trackers:
             tracker.log({**values, "disback/generator_updates": step}, step=at)
 
 
-def numbers_and_pictures(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Path]]:
-    """Return the numbers as floats, and the paths of pictures.
+def valid_values(values: Mapping[str, Any]) -> dict[str, float | Path]:
+    """Return the numbers among the values as floats, and the paths of pictures as they are.
 
     Raises:
         OptionError: If a name is reserved, or a value is of another kind.
 
     Example:
-        >>> numbers_and_pictures({"loss": 1, "samples": Path("samples.png")})
-        ({'loss': 1.0}, {'samples': PosixPath('samples.png')})
+        >>> valid_values({"loss": 1, "samples": Path("samples.png")})
+        {'loss': 1.0, 'samples': PosixPath('samples.png')}
     """
-    numbers: dict[str, float] = {}
-    pictures: dict[str, Path] = {}
+    found: dict[str, float | Path] = {}
     for name, value in values.items():
         if not isinstance(name, str) or not name or name in RESERVED:
             raise OptionError(f"the name {name!r}", expected=f"none of {', '.join(sorted(RESERVED))}", cure="rename it")
         try:
-            if isinstance(value, Path):
-                pictures[name] = value
-            else:
-                numbers[name] = float(value)
+            found[name] = value if isinstance(value, Path) else float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise OptionError(
                 f"{name}={value!r:.60}, a {type(value).__name__}, to be logged",
                 expected="a number, a tensor of one element, or the pathlib.Path of a PNG file",
                 cure="log a mean of it, or save it as a picture",
             ) from error
-    return numbers, pictures
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -20,8 +20,6 @@ from disback_plugin.weights.network import ScoreNetwork
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
 
-__all__ = ["OriginalFeatures"]
-
 
 class OriginalFeatures:
     """A plug-in that gives every forward of the teacher access to the active node and to s'_0.
