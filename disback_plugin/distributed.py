@@ -18,8 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 from disback_plugin.errors import RankError
 
-__all__ = ["agree", "broadcast", "gather", "is_distributed", "is_main_process", "on_every_rank", "on_main_process"]
-
 T = TypeVar("T")
 
 # Whether this is the main process in an action for which the other ranks wait.
@@ -77,29 +75,28 @@ def on_main_process(action: Callable[[], T], shards: ShardServer | None = None) 
     """
     if not is_distributed():
         return action()
-    sharded = shards is not None and shards.sharded
+    serving = shards is not None and shards.sharded
+    answer: tuple[bytes, str | None] = b"", "KeyboardInterrupt or SystemExit"
     if not is_main_process():
-        while sharded and (name := broadcast(None)) is not None:
+        while serving and (name := broadcast(None)) is not None:
             shards.serve(name)
-        answer: Any = broadcast(None)
-        result, failure = answer
+        message, failure = broadcast(answer)
         if failure is not None:
             raise RankError(f"rank 0 failed ({failure})", expected="rank 0 to succeed", cure="see the error of rank 0")
-        return result  # type: ignore[no-any-return]
-    error: Exception | None = None
+        return pickle.loads(message)  # type: ignore[no-any-return]
     token = _ALONE.set(True)
     try:
         result = action()
-    except Exception as caught:
-        result, error = None, caught
+        answer = pickle.dumps(result), None
+    except Exception as error:
+        answer = b"", _text(error)
+        raise
     finally:
         _ALONE.reset(token)
-    if sharded:
-        broadcast(None)  # the other ranks stop serving
-    broadcast((result, None if error is None else _text(error)))
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
+        if serving:
+            broadcast(None)  # the other ranks stop serving
+        broadcast(answer)
+    return result
 
 
 def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] | None = None) -> T:
@@ -122,16 +119,15 @@ def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] 
         gather((_text(error), {}))
         raise
     answers: list[tuple[str | None, dict[str, Any]]] = gather((None, dict(facts or {})))
-    for rank, (failure, _) in enumerate(answers):
+    first = answers[0][1]
+    for rank, (failure, other) in enumerate(answers):
         if failure is not None:
             raise RankError(
                 f"rank {rank} failed ({failure})",
                 expected=f"every rank to {about}",
                 cure=f"see the error of rank {rank}; files have to be in a folder that all ranks share",
             )
-    first = answers[0][1]
-    for rank, (_, other) in enumerate(answers):
-        different = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
+        different = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))[:3]
         if different:
             raise RankError(
                 f"{_listed(different, other)} on rank {rank}",
@@ -159,19 +155,7 @@ def gather(value: T) -> list[T]:
         >>> gather("alone")
         ['alone']
     """
-    if not is_distributed():
-        return [value]
-    group, number = sys.modules["torch.distributed"], next(_NUMBERS)
-    keys = [f"disback/{number}/gather/{rank}" for rank in range(group.get_world_size())]
-    own = keys[group.get_rank()]
-    store = _store()
-    store.set(own, pickle.dumps(value))
-    values = _received(store, keys)
-    # A rank that came here has read all earlier messages.
-    for key in _SENT:
-        store.delete_key(key)
-    _SENT[:] = [own]
-    return values
+    return _exchanged(value, sys.modules["torch.distributed"].get_world_size()) if is_distributed() else [value]
 
 
 def broadcast(value: T) -> T:
@@ -183,13 +167,34 @@ def broadcast(value: T) -> T:
     Raises:
         RankError: If rank 0 does not come within the timeout of the process group.
     """
-    key = f"disback/{next(_NUMBERS)}/broadcast/0"
-    if not is_main_process():
-        received: T = _received(_store(), [key])[0]
-        return received
-    _store().set(key, pickle.dumps(value))
-    _SENT.append(key)
-    return value
+    return _exchanged(value, 1)[0]
+
+
+def _exchanged(value: T, senders: int) -> list[T]:
+    """Return the values of the first ranks, as many as send one, on every rank."""
+    dist = sys.modules["torch.distributed"]
+    store, rank, number = dist.distributed_c10d._get_default_store(), dist.get_rank(), next(_NUMBERS)
+    keys = [f"disback/{number}/{sender}" for sender in range(senders)]
+    if rank < senders:
+        store.set(keys[rank], pickle.dumps(value))
+        _SENT.append(keys[rank])
+    if senders == 1 and rank == 0:
+        return [value]
+    try:
+        store.wait(keys)
+        values = [pickle.loads(message) for message in store.multi_get(keys)]
+    except RuntimeError as error:  # the time is over, or the store is gone with its host
+        raise RankError(
+            f"nothing from {_missing(store, keys)} within the timeout of the process group",
+            expected="all ranks to come to the same point",
+            cure="see the first error of that rank; if it only takes longer, "
+            "init_process_group(timeout=...) says how long the others wait",
+        ) from error
+    if senders > 1:  # a rank that came here has read all earlier messages
+        for key in _SENT[:-1]:
+            store.delete_key(key)
+        del _SENT[:-1]
+    return values
 
 
 def _process_group() -> Any:
@@ -198,35 +203,17 @@ def _process_group() -> Any:
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
-def _store() -> Any:
-    return sys.modules["torch.distributed"].distributed_c10d._get_default_store()
-
-
-def _received(store: Any, keys: Sequence[str]) -> list[Any]:
-    """Return the messages under the keys, waiting for them."""
-    try:
-        store.wait(keys)
-        return [pickle.loads(message) for message in store.multi_get(keys)]
-    except RuntimeError as error:  # the time is over, or the store is gone with its host
-        raise RankError(
-            f"nothing from {_missing(store, keys)} within the timeout of the process group",
-            expected="all ranks to come to the same point",
-            cure="see the first error of that rank; if it only takes longer, "
-            "init_process_group(timeout=...) says how long the others wait",
-        ) from error
-
-
 def _missing(store: Any, keys: Sequence[str]) -> str:
     """Return the names of the ranks that left no message."""
     try:
-        absent = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+        absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
     except RuntimeError:
         return "the store of the process group"
     return f"rank {', '.join(absent)}" if absent else "some rank"
 
 
 def _listed(names: Sequence[str], facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={facts.get(name)!r:.80}" for name in names[:3])
+    return ", ".join(f"{name}={facts.get(name)!r:.80}" for name in names)
 
 
 def _text(error: Exception) -> str:

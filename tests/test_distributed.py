@@ -13,6 +13,7 @@ from ranks import returned
 from sharded_runs import Sharded, trained
 
 import disback_plugin as disback
+from disback_plugin import distributed
 from disback_plugin.errors import RankError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.weights.network import ScoreNetwork
@@ -89,6 +90,24 @@ def test_the_error_names_a_rank_that_never_attaches(nursery, tmp_path):
     first, _ = returned(nursery.play(never_comes, 2, str(tmp_path), timeout=1))
     assert "nothing from rank 1 within the timeout" in first
     assert not (tmp_path / "path").exists()
+
+
+def returns_what_cannot_be_sent():
+    start = time.monotonic()
+    try:
+        distributed.on_main_process(lambda: lambda: None)
+    except Exception as error:
+        seen = [type(error).__name__, str(error), time.monotonic() - start]
+        return [*seen, distributed.on_main_process(lambda: "the next exchange")]
+
+
+def test_a_result_that_cannot_be_pickled_stops_all_ranks_at_once(nursery):
+    first, second = returned(nursery.play(returns_what_cannot_be_sent, 2))
+    assert "pickle" in first[1]
+    assert second[0] == "RankError"
+    assert re.search(r"rank 0 failed \(.*pickle", second[1])
+    assert max(first[2], second[2]) < 30, "a rank waited until the timeout"
+    assert first[3] == second[3] == "the next exchange"
 
 
 def looks_alone(folder):

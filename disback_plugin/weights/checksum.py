@@ -13,8 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Checksum", "checksum", "fingerprint"]
-
 COLUMNS = 64
 
 
@@ -66,7 +64,7 @@ class Checksum:
 
     def digest(self) -> str:
         """Return the checksum: 32 hexadecimal digits."""
-        totals = sorted((name, str(self._dtypes[name]), sums.tolist()) for name, sums in self.sums.items())
+        totals = sorted([(name, str(self._dtypes[name]), sums.tolist()) for name, sums in self.sums.items()])
         return hashlib.sha256(repr(totals).encode()).hexdigest()[:32]
 
 

@@ -64,13 +64,11 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
     root: Any = unwrap(model, keep_peft=True)
     _checked_layers(root, like, "fake score")
     if name in root.peft_config:
-        raise RoleError(
-            f"an adapter {name!r} that is there already", expected="a new name", cure="pass another name=, or use it"
-        )
+        found = f"an adapter {name!r} that is there already"
+        raise RoleError(found, expected="a new name", cure="pass another name=, or use it")
     config = copy.deepcopy(root.peft_config[like])
     config.lora_dropout, config.inference_mode = 0.0, True
-    if config.init_lora_weights is False:
-        config.init_lora_weights = True
+    config.init_lora_weights = config.init_lora_weights or True
     before = _activity(root)
     flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
@@ -119,11 +117,8 @@ def use_adapter(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
     try:
         _set_activity([(layer, wanted or names, not wanted) for layer, names, _ in before])
         if active_adapters(root) != wanted:
-            raise RoleError(
-                "a version of peft whose layers do not keep their active adapter in _active_adapter",
-                expected="peft 0.13 to 0.21",
-                cure="install such a version",
-            )
+            found = "a version of peft whose layers do not keep their active adapter in _active_adapter"
+            raise RoleError(found, expected="peft 0.13 to 0.21", cure="install such a version")
         yield
     finally:
         _set_activity(before)
@@ -142,11 +137,9 @@ def base_checksum(model: nn.Module) -> str:
     total = Checksum()
     for name, parameter in base_parameters(model):
         if parameter.is_meta or hasattr(parameter, "to_local") or hasattr(parameter, "_fsdp_flattened"):
-            raise RoleError(
-                f"{name} of the base, which is sharded or on the meta device",
-                expected="a base that is whole on each process, as it is frozen",
-                cure="wrap the network in DDP, or not at all, and load its weights first",
-            )
+            found = f"{name} of the base, which is sharded or on the meta device"
+            cure = "wrap the network in DDP, or not at all, and load its weights first"
+            raise RoleError(found, expected="a base that is whole on each process, as it is frozen", cure=cure)
         total.add(name, parameter)
     return total.digest()
 

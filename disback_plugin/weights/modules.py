@@ -7,16 +7,16 @@ of the plain module, so that a node recorded from one form fits every other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.sharding import Weight
-from disback_plugin.weights.tensors import TensorMeta, dtype_class
-
-__all__ = ["WeightTable", "named_modules", "unwrap"]
+from disback_plugin.weights.checksum import Checksum
+from disback_plugin.weights.sharding import Weight, fsdp1_resharders
+from disback_plugin.weights.tensors import Part, TensorMeta, dtype_class
 
 # Wrapper class -> its package and the attribute that holds the wrapped module. Classes are compared by name, because
 # importing torch._dynamo would take a second. peft's are around a network whose layers hold the adapters.
@@ -54,12 +54,9 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
             if not package or kind.__module__.partition(".")[0] != package or (keep_peft and package == "peft"):
                 continue
             if attribute == "_fsdp_wrapped_module" and not module._use_orig_params:
-                raise RoleError(
-                    f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without names",
-                    expected="weights that have names",
-                    cure="wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or shard it with "
-                    "torch's fully_shard (FSDP2)",
-                )
+                found = f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without names"
+                cure = "wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or use fully_shard"
+                raise RoleError(found, expected="weights that have names", cure=cure)
             module = getattr(module, attribute)
             break
         else:
@@ -138,13 +135,8 @@ class WeightTable:
         around: list[Any] = [*holders, *(module for _, module in everything)]
         self._resharders: list[Callable[[], None]] = [module.reshard for module in around if _is_fsdp2(module)]
         self._reshard()
-        parameters = [parameter for _, module in selected for parameter in module._parameters.values()]
-        flattened = [p for p in parameters if p is not None and getattr(p, "_fsdp_flattened", False)]
-        if flattened:
-            from disback_plugin.weights import fsdp1
-
-            self._resharders += fsdp1.resharders(flattened)
-            self._reshard()
+        self._resharders += fsdp1_resharders([p for _, module in selected for p in module._parameters.values()])
+        self._reshard()
         # The slot of each object: the dictionary of its module, its name there, and the object.
         self._slots: list[tuple[Mapping[str, Any], str, Any]] = []
         for _, module in everything:
@@ -180,11 +172,9 @@ class WeightTable:
         """Add a module's own parameters and persistent buffers."""
         kind = type(module)
         if kind.get_extra_state is not nn.Module.get_extra_state:
-            raise RoleError(
-                f"extra state in {prefix or 'the root'} ({kind.__name__}) of the {role}",
-                expected="weights that are tensors only",
-                cure="use a network whose state_dict() holds nothing but tensors",
-            )
+            found = f"extra state in {prefix or 'the root'} ({kind.__name__}) of the {role}"
+            cure = "use a network whose state_dict() holds nothing but tensors"
+            raise RoleError(found, expected="weights that are tensors only", cure=cure)
         slots: list[tuple[dict[str, Any], str]] = [(module._parameters, name) for name in module._parameters]
         slots += [(module._buffers, name) for name in module._buffers if name not in module._non_persistent_buffers_set]
         for holder, name in slots:
@@ -203,8 +193,8 @@ def _validated(name: str, tensor: Tensor, role: str) -> Weight:
     """Return the entry of a tensor; raise RoleError if it cannot be written in place."""
     reason = _unwritable(tensor)
     if reason is None:
-        weight = Weight(name, tensor)
-        reason = None if weight.sharding is None else weight.sharding.problem() or _unwritable(weight.local())
+        weight = Weight.of(name, tensor)
+        reason = weight.problem() or _unwritable(weight.local()) if weight.sharded else None
         if reason is None:
             return weight
     raise RoleError(f"{name} of the {role} {reason[0]}", expected="a dense tensor in memory", cure=reason[1])
@@ -246,29 +236,54 @@ def check_layout(given: Mapping[str, TensorMeta], weights: list[Weight], role: s
         raise MismatchError(
             f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
             expected=f"the {len(names)} keys of the {role}, no more and no less",
-            cure="use two networks of one architecture (added heads must not be in the role), or of LoRA two adapters "
-            "of one base: lora.add_teacher(model, like=...)",
+            cure="use two networks of one architecture (added heads must not be in the role), or two LoRA adapters of "
+            "the same targets and scales (lora_alpha, use_rslora) on one base: lora.add_teacher(model, like=...), and "
+            "ScoreNetwork(model, lora_adapter=...) for both roles",
         )
     for weight in weights:
         own, other = weight.meta, given[weight.name]
-        if other.shape != own.shape:
+        same_class = other.dtype == own.dtype or dtype_class(other.dtype) == dtype_class(own.dtype)
+        if other.shape != own.shape or not same_class:
             raise MismatchError(
-                f"{weight.name} of shape {tuple(other.shape)} in {source}",
-                expected=f"{tuple(own.shape)} as in the {role}",
+                f"{weight.name} of shape {tuple(other.shape)} and {other.dtype} in {source}",
+                expected=f"shape {tuple(own.shape)} and a dtype of the class of {own.dtype}, as in the {role}",
                 cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
             )
-        if other.dtype != own.dtype and dtype_class(other.dtype) != dtype_class(own.dtype):
-            raise MismatchError(
-                f"{weight.name} of {other.dtype} in {source}",
-                expected=f"a dtype like {own.dtype} of the {role}",
-                cure="use weights of the same class of dtype",
-            )
 
 
-def two_values(weight: Weight, role: str) -> MismatchError:
-    """Return the error for tied weights that have two values in a state."""
-    return MismatchError(
-        f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {role}",
-        expected="one",
-        cure="write a state of a network that ties the same weights",
-    )
+def _count(total: Checksum, weight: Weight, chunk: tuple[int, int] | None) -> None:
+    """Add what this rank holds of a weight to a checksum; with `chunk`, only what lies in that chunk of a parameter."""
+    part, local, shape = weight.part, weight.local(), weight.meta.shape
+    rows = Part.chunk(shape, *chunk) if chunk is not None and weight.is_parameter and shape else None
+    if part.stop is None and rows is None:
+        total.add(weight.name, local)
+        return
+    flat, inner = local.detach().reshape(-1), prod(shape[1:])
+    first, last = (0, shape.numel()) if rows is None else (rows.start * inner, (rows.stop or 0) * inner)
+    total.add(weight.name, flat.new_zeros(0))
+    for cell in part.cells():
+        values = flat.new_zeros(cell.stop - cell.start)
+        values[slice(None) if cell.keep is None else cell.keep] = flat[cell.at]
+        values[: max(first - cell.start, 0)] = 0
+        values[max(last - cell.start, 0) :] = 0
+        total.add(weight.name, values)
+
+
+def weights_checksum(weights: Iterable[Weight], chunk: tuple[int, int] | None = None, *, alone: bool = False) -> str:
+    """Return the checksum of weights; the ranks that share them add up their sums, 512 bytes a tensor.
+
+    Args:
+        weights: The weights. All ranks that share them have to call, unless `alone`.
+        chunk: An index and a number of chunks, into which dimension 0 of each parameter is cut: only those rows count.
+        alone: Whether only what this rank holds counts.
+    """
+    total, groups = Checksum(), dict[Any, list[Weight]]()
+    for weight in weights:
+        _count(total, weight, chunk)
+        if weight.group is not None and not alone:
+            groups.setdefault(weight.group, []).append(weight)
+    for group, members in groups.items():
+        sums = torch.stack([total.sums[weight.name] for weight in members]).to(members[0].device)
+        torch.distributed.all_reduce(sums, group=group)
+        total.sums |= dict(zip((weight.name for weight in members), sums.cpu(), strict=True))
+    return total.digest()

@@ -19,25 +19,9 @@ from torch import Tensor, nn
 from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.checksum import Checksum, fingerprint
-from disback_plugin.weights.modules import Modules, WeightTable, check_layout, find, two_values
-from disback_plugin.weights.sharding import (
-    FullState,
-    Weight,
-    add_up,
-    chunk_checksum,
-    local_tensor,
-    read_part,
-    total_checksum,
-)
-from disback_plugin.weights.tensors import (
-    Part,
-    Source,
-    TensorMeta,
-    host_tensor,
-    pieces,
-)
-
-__all__ = ["Network", "ScoreNetwork"]
+from disback_plugin.weights.modules import WeightTable, check_layout, find, weights_checksum
+from disback_plugin.weights.sharding import FullState, Weight, local_tensor, read_part
+from disback_plugin.weights.tensors import Part, Source, TensorMeta, host_tensor, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -80,21 +64,20 @@ class ScoreNetwork:
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
         found = {name: find(root, prefix, role) for name, root in roots.items()}
         self._roots = {name: holders[-1] for name, holders in found.items()}
-        self._holders = [holder for holders in found.values() for holder in holders[:-1]]
-        self._select: Callable[[Modules], Modules] | None = None
-        self._bases: dict[str, str] = {}
+        around = [holder for holders in found.values() for holder in holders[:-1]]
+        self._enumerate = partial(WeightTable, self._roots, around)
         if lora_adapter is not None:
             from disback_plugin.weights import lora
 
-            self._select = partial(lora.adapter_modules, lora_adapter=lora_adapter)
-            self._bases = {name: lora.identity(root, lora_adapter, role) for name, root in self._roots.items()}
-        self._table = self._enumerated()
+            select = partial(lora.adapter_modules, lora_adapter=lora_adapter)
+            # A node recorded on one base fits no other.
+            names = [f"{name}on base {lora.identity(root, lora_adapter, role)}" for name, root in self._roots.items()]
+            self._enumerate = partial(self._enumerate, select=select, names=names)
+        self._table = self._enumerate(role)
         if not self._table.weights:
-            raise RoleError(
-                f"a {role} without weights ({', '.join(type(root).__name__ for root in self._roots.values())})",
-                expected="a network with parameters",
-                cure="pass the module that holds the weights",
-            )
+            kinds = ", ".join(type(root).__name__ for root in self._roots.values())
+            cure = "pass the module that holds the weights"
+            raise RoleError(f"a {role} without weights ({kinds})", expected="a network with parameters", cure=cure)
 
     @classmethod
     def of(cls, network: Network, *, role: str) -> ScoreNetwork:
@@ -105,15 +88,10 @@ class ScoreNetwork:
             return named
         return cls(network, role=role)
 
-    def _enumerated(self) -> WeightTable:
-        """Enumerate the weights, and the bases of a LoRA adapter: a node recorded on one base fits no other."""
-        names = [f"{name}on base {base}" for name, base in self._bases.items()]
-        return WeightTable(self._roots, self._holders, self.role, self._select, names)
-
     def _weights(self) -> list[Weight]:
         """Return the weights, after FSDP has freed what it gathered; enumerate them again if one was replaced."""
         if not self._table.is_current():
-            self._table = self._enumerated()
+            self._table = self._enumerate(self.role)
         return self._table.weights
 
     # -- read ---------------------------------------------------------------------------------------------------------
@@ -158,7 +136,7 @@ class ScoreNetwork:
 
         The sums of a sharded network's parts are added up: all ranks must call.
         """
-        return total_checksum(self._weights())
+        return weights_checksum(self._weights())
 
     def local_checksum(self) -> str:
         """Return a text that identifies the present weights, computed without communication.
@@ -166,13 +144,13 @@ class ScoreNetwork:
         It is the `checksum`, or that of this rank's shards, or empty if other ranks could not find the same shards.
         """
         weights = self._weights()
-        chunks = {w.sharding.chunk for w in weights if w.sharding is not None and w.sharding.group is not None}
+        chunks = {weight.chunk for weight in weights if weight.group is not None}
         if not chunks:
-            return total_checksum(weights)
+            return weights_checksum(weights)
         chunk = chunks.pop()
         if chunks or chunk is None or chunk[2] != 0:
             return ""
-        return f"{chunk_checksum(weights, *chunk).digest()} of shard {chunk[0]} of {chunk[1]}"
+        return f"{weights_checksum(weights, chunk[:2], alone=True)} of shard {chunk[0]} of {chunk[1]}"
 
     def matches_checksum(self, text: str) -> bool:
         """Return whether the weights are those from which `local_checksum` computed `text`, on any number of ranks.
@@ -185,21 +163,17 @@ class ScoreNetwork:
         shard = re.fullmatch(r"(\w+) of shard (\d+) of ([1-9]\d*)", text)
         if shard is None:
             return self.checksum() == text
-        weights = self._weights()
-        total = chunk_checksum(weights, int(shard[2]), int(shard[3]))
-        add_up(total, weights)
-        return total.digest() == shard[1]
+        return weights_checksum(self._weights(), (int(shard[2]), int(shard[3]))) == shard[1]
 
     def rounding(self, source: Source) -> float:
         """Return |cast(theta) - theta|, Euclidean: what a write of a source into this network's dtypes rounds away."""
         layout, square = source.layout(), 0.0
         for weight in self._weights():
-            given, own = layout[weight.name], weight.meta.dtype
-            if not own.is_floating_point or torch.finfo(own).bits >= torch.finfo(given.dtype).bits:
-                continue
-            for start, stop in pieces(given.shape.numel()):
-                values = source.read(weight.name, start, stop)
-                square += float((values.to(own).double() - values.double()).square().sum())
+            own = weight.meta.dtype
+            if own.is_floating_point and torch.finfo(own).bits < torch.finfo(layout[weight.name].dtype).bits:
+                for start, stop in pieces(weight.meta.shape.numel()):
+                    values = source.read(weight.name, start, stop)
+                    square += float((values.to(own).double() - values.double()).square().sum())
         return math.sqrt(square)
 
     def first_parameter(self) -> Tensor:
@@ -218,7 +192,7 @@ class ScoreNetwork:
     @property
     def sharded(self) -> bool:
         """Whether the network is distributed over ranks, or managed by FSDP1, so that no rank can run a copy of it."""
-        return any(weight.sharding is not None or weight.flattened for weight in self._weights())
+        return any(weight.sharded or weight.flattened for weight in self._weights())
 
     def parts(self) -> dict[str, Part] | None:
         """Return the part of each tensor that this rank holds, by canonical name; None if it holds all of each."""
@@ -227,27 +201,18 @@ class ScoreNetwork:
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes, dtype classes and ties."""
-        if self._bases != other._bases:
-            found = "one role that is a LoRA adapter and one that is a whole network"
-            if self._bases and other._bases:
-                found = "two LoRA adapters on different bases, of different targets or scales (lora_alpha, use_rslora)"
-            cure = "call lora.add_teacher(model, like=...), and pass ScoreNetwork(model, lora_adapter=...) for both"
-            raise MismatchError(found, expected="two whole networks, or two equal adapters on one base", cure=cure)
         own, others = self._weights(), other._weights()
         check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role)
         ties = {weight.name: weight.tied_to for weight in others}
         for weight in own:
             if weight.tied_to is not None and ties[weight.name] != weight.tied_to:
-                names = f"{weight.name!r} and {weight.tied_to!r}"
-                raise MismatchError(
-                    f"{names} that are one tensor in the {self.role} and two in the {other.role}",
-                    expected=f"weights that the {other.role} ties as well",
-                    cure="make one network a copy.deepcopy of the other",
-                )
+                found = f"{weight.name!r} and {weight.tied_to!r}, which are one tensor in the {self.role} only"
+                cure = "make one network a copy.deepcopy of the other"
+                raise MismatchError(found, expected=f"weights that the {other.role} ties as well", cure=cure)
 
     # -- write --------------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Write `state` into the network, in place, all or nothing, cast to the network's dtypes.
 
         Storage, Parameter objects, dtype, device and flags stay. Version counters move, so that autograd notices a
@@ -255,34 +220,30 @@ class ScoreNetwork:
 
         Args:
             state: One tensor for each canonical name, no more, no less; whole ones, or sharded as the network is.
-            non_blocking: Whether to return before copies from pinned memory to a GPU are done, as `Tensor.copy_` does.
 
         Raises:
             MismatchError: If keys, a shape or a dtype class differ, or if tied weights have two values in `state`. Then
                 nothing was written.
         """
-        weights, layout = self._weights(), {name: TensorMeta(t.dtype, t.shape) for name, t in state.items()}
-        flat = {w.name: w for w in weights if w.flattened and layout.get(w.name, w.meta).shape == w.tensor.shape}
-        layout |= {name: TensorMeta(layout[name].dtype, w.meta.shape) for name, w in flat.items() if name in layout}
+        weights = self._weights()
+        # Of a weight that FSDP1 has flattened, the state may hold this rank's part.
+        whole = {(weight.name, weight.tensor.shape): weight.meta.shape for weight in weights}
+        layout = {name: TensorMeta(t.dtype, whole.get((name, t.shape), t.shape)) for name, t in state.items()}
         check_layout(layout, weights, self.role, "the state")
-        given = {w.name: state[w.name] if w.name in flat else _part_of(state[w.name], w.part) for w in weights}
-        self.load_parts(given, non_blocking=non_blocking)
+        self.load_parts({weight.name: _part_of(state[weight.name], weight.part) for weight in weights})
 
     def load_parts(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
         """Write the parts that this rank holds of a state, whose layout fits, into the network.
 
         Args:
             state: The part of each tensor (`parts`), by canonical name.
-            non_blocking: As in `load_state_dict`.
+            non_blocking: Whether to return before copies from pinned memory to a GPU are done, as `Tensor.copy_` does.
 
         Raises:
             MismatchError: If tied weights have two values in `state`. Then nothing was written.
         """
         weights = self._weights()
-        for weight in weights:
-            if weight.tied_to is not None and not torch.equal(state[weight.tied_to], state[weight.name]):
-                raise two_values(weight, self.role)
-        own = [weight for weight in weights if weight.tied_to is None]
+        own = self._untied(weights, lambda weight, first: torch.equal(state[weight.name], state[first]))
         with torch.no_grad():
             torch._foreach_copy_([weight.local() for weight in own], [state[w.name] for w in own], non_blocking)
         _increment_versions(own)
@@ -305,20 +266,34 @@ class ScoreNetwork:
         """
         weights, layout, total = self._weights(), source.layout(), Checksum()
         check_layout(layout, weights, self.role, "the state")
-        names = {weight.name: [weight.name] for weight in weights if weight.tied_to is None}
+
+        def equal(weight: Weight, first: str) -> bool:
+            ranges = [(cell.start, cell.stop) for cell in weight.part.cells()]
+            return all(torch.equal(source.read(weight.name, *r).clone(), source.read(first, *r)) for r in ranges)
+
+        own = self._untied(weights, equal)
+        names = {weight.name: [weight.name] for weight in own}
         for weight in weights:
             if weight.tied_to is not None:
-                for cell in weight.part.cells():
-                    values = source.read(weight.name, cell.start, cell.stop).clone()
-                    if not torch.equal(values, source.read(weight.tied_to, cell.start, cell.stop)):
-                        raise two_values(weight, self.role)
                 names[weight.tied_to].append(weight.name)
-        own = [weight for weight in weights if weight.tied_to is None]
         with torch.no_grad():
             for weight in own:
                 _write_weight(weight, source, layout[weight.name].dtype, total, names[weight.name])
         _increment_versions(own)
         return total.digest()
+
+    def _untied(self, weights: list[Weight], equal: Callable[[Weight, str], bool]) -> list[Weight]:
+        """Return the weights without further names of tied ones; raise if a state has another value under such a name.
+
+        Args:
+            weights: All weights.
+            equal: A function that says whether a tied weight and the one of its first name are equal in the state.
+        """
+        for weight in weights:
+            if weight.tied_to is not None and not equal(weight, weight.tied_to):
+                found = f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {self.role}"
+                raise MismatchError(found, expected="one", cure="write a state of a network that ties the same weights")
+        return [weight for weight in weights if weight.tied_to is None]
 
 
 # The types that users may pass as a role: `ScoreNetwork.of` takes them.
@@ -326,10 +301,11 @@ Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
 
 
 def _part_of(given: Tensor, part: Part) -> Tensor:
-    """Return the part that this rank holds of a tensor, which is whole or a DTensor sharded in the same way."""
-    if part.stop is None or hasattr(given, "to_local"):
-        return local_tensor(given)
-    return given.reshape(part.shape).narrow(part.dim, part.start, part.stop - part.start)
+    """Return the part that this rank holds of a tensor, which is whole or sharded as the network is."""
+    local = local_tensor(given)
+    if local.numel() == part.elements:
+        return local.reshape(part.local_shape)
+    return given.reshape(part.shape).narrow(part.dim, part.start, part.local_shape[part.dim])
 
 
 def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Checksum, names: list[str]) -> None:
@@ -345,6 +321,6 @@ def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Che
 
 def _increment_versions(weights: list[Weight]) -> None:
     """Increment the version counters of sharded weights: a DTensor's does not follow a write into its local memory."""
-    sharded = [weight.tensor for weight in weights if weight.sharding is not None]
+    sharded = [weight.tensor for weight in weights if weight.sharded]
     if sharded:
         torch.autograd.graph.increment_version(sharded)

@@ -2,56 +2,102 @@
 
 `torch.distributed.fsdp.fully_shard` (FSDP2) makes each parameter a DTensor. It is cut along one dimension into as many
 chunks as there are ranks, the last ones smaller or empty, and perhaps repeated over a second dimension of the mesh
-(HSDP). FSDP1 cuts a flattened unit at arbitrary places (`fsdp1`, imported only where FSDP1 is in use). Parts are read
+(HSDP). FSDP1 flattens all weights of a unit side by side, and each rank holds an equal stretch of them: with
+`use_orig_params=True` a parameter is replaced by that part of itself that lies in this rank's stretch, flat and often
+empty. Only its unit (`FullyShardedDataParallel`) knows its whole shape, and has no public name for it. Parts are read
 and written without communication.
 """
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from math import prod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from disback_plugin import distributed
+from disback_plugin.errors import RoleError
 from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.tensors import Part, Source, TensorMeta, masked
 
-if TYPE_CHECKING:
-    from disback_plugin.weights.fsdp1 import FlatSharding
 
-__all__ = ["FullState", "Weight", "has_gradient", "local_tensor", "read_part", "whole_shape"]
+class Weight:
+    """One entry of the table of a network: a live parameter or persistent buffer, of which this rank holds everything.
 
-
-class Sharding:
-    """How ranks share a DTensor. `fsdp1.FlatSharding` has the same attributes and methods.
+    Args:
+        name: The canonical name.
+        tensor: The live tensor.
 
     Attributes:
-        shape: The shape of the whole tensor.
+        meta: Its dtype and its whole shape.
         part: The part that this rank holds.
-        group: The process group of the ranks that share the tensor; None if each of them holds all of it.
+        group: The process group of the ranks that share it; None if each of them holds all of it.
         device: The device from which the group sends.
         chunk: This rank in the group, the number of ranks and the dimension that is cut into equal chunks; None if the
-            tensor is cut at other places, or not at all.
+            weight is cut at other places, or not at all.
+        tied_to: The first name of the same tensor, if this is another of its names.
+        sharded: Whether it is distributed over ranks.
+        flattened: Whether FSDP1 has flattened it.
     """
 
-    def __init__(self, tensor: Any) -> None:
-        self.tensor, self.shape, self.part, mesh = tensor, tensor.shape, Part(tensor.shape), tensor.device_mesh
-        self.group, self.device = None, torch.device(mesh.device_type)
-        self.chunk: tuple[int, int, int] | None = None
-        coordinates = mesh.get_coordinate()
-        for axis, placement in enumerate(tensor.placements):
-            if placement.is_shard() and coordinates is not None:
-                self.chunk = coordinates[axis], mesh.size(axis), placement.dim % tensor.ndim
-                self.part, self.group = Part.chunk(tensor.shape, *self.chunk), mesh.get_group(axis)
+    sharded = flattened = False
+    group: Any = None
+    chunk: tuple[int, int, int] | None = None
+    tied_to: str | None = None
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self.name, self.tensor, self.is_parameter = name, tensor, isinstance(tensor, nn.Parameter)
+        self.meta, self.part, self.device = TensorMeta(tensor.dtype, tensor.shape), Part(tensor.shape), tensor.device
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> Weight:
+        """Return the entry of a tensor of any kind.
+
+        Raises:
+            RoleError: If FSDP1 has flattened it, and its unit cannot be found.
+        """
+        if hasattr(tensor, "to_local"):
+            return ShardedWeight(name, tensor)
+        return FlatWeight(name, tensor) if getattr(tensor, "_fsdp_flattened", False) else Weight(name, tensor)
 
     def problem(self) -> tuple[str, str] | None:
-        """Return why the tensor cannot be written part by part, and the cure; None if it can."""
-        from torch.distributed.tensor import Replicate, Shard
+        """Return why a sharded weight cannot be written part by part, and the cure; None if it can."""
+        return None
 
+    def local(self) -> Tensor:
+        """Return the memory of this rank."""
+        return self.tensor
+
+    def whole(self) -> Tensor:
+        """Return the whole tensor. All ranks that share it have to call."""
+        return self.tensor
+
+
+class ShardedWeight(Weight):
+    """A DTensor."""
+
+    sharded = True
+
+    def __init__(self, name: str, tensor: Any) -> None:
+        super().__init__(name, tensor)
+        self.device = torch.device(tensor.device_mesh.device_type)
+        coordinates = tensor.device_mesh.get_coordinate()
+        for axis, placement in enumerate(tensor.placements):
+            if placement.is_shard() and coordinates is not None:
+                self.chunk = coordinates[axis], tensor.device_mesh.size(axis), placement.dim % tensor.ndim
+                self.part, self.group = Part.chunk(tensor.shape, *self.chunk), tensor.device_mesh.get_group(axis)
+
+    def problem(self) -> tuple[str, str] | None:
+        """Return why the DTensor is not cut along one dimension, and the cure; None if it is, or is not cut."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        assert isinstance(self.tensor, DTensor)
         kinds = [type(placement) for placement in self.tensor.placements if type(placement) is not Replicate]
         if kinds not in ([], [Shard]):
             cure = "shard it along one dimension of the mesh (fully_shard), without TP"
@@ -60,53 +106,99 @@ class Sharding:
             return "is on a device mesh that this rank is no part of", "attach on the ranks of that mesh only"
         return None
 
+    def local(self) -> Tensor:
+        """Return the local shard."""
+        return local_tensor(self.tensor)
+
     def whole(self) -> Tensor:
         """Return the whole tensor. All ranks that share it have to call."""
         # Offloaded shards are on the host, from where the group may have no way to send them.
-        tensor = self.tensor.detach() if self.group is None else self.tensor.detach().to(self.device)
+        tensor: Any = self.tensor.detach() if self.group is None else self.tensor.detach().to(self.device)
         whole: Tensor = tensor.full_tensor()
         return whole
 
 
-class Weight:
-    """One entry of the table of a network: a live parameter or persistent buffer under its canonical name.
+class FlatWeight(Weight):
+    """A parameter that FSDP1 has flattened; its attribute `sharded` tells whether each rank holds a part of it only."""
 
-    Args:
-        name: The canonical name.
-        tensor: The live tensor.
-
-    Attributes:
-        meta: Its dtype and its whole shape.
-        sharding: How ranks share it; None of a tensor that is no matter of several ranks.
-        part: The part that this rank holds.
-        is_parameter: Whether it is a parameter, not a buffer.
-        flattened: Whether FSDP1 has flattened it.
-        tied_to: The first name of the same tensor, if this is another of its names.
-    """
-
-    __slots__ = ("flattened", "is_parameter", "meta", "name", "part", "sharding", "tensor", "tied_to")
+    flattened = True
 
     def __init__(self, name: str, tensor: Tensor) -> None:
-        self.name, self.tensor = name, tensor
-        self.is_parameter = isinstance(tensor, nn.Parameter)
-        self.tied_to: str | None = None
-        self.sharding: Sharding | FlatSharding | None = Sharding(tensor) if hasattr(tensor, "to_local") else None
-        self.flattened = getattr(tensor, "_fsdp_flattened", False) is True
-        if self.flattened:
-            from disback_plugin.weights import fsdp1
+        super().__init__(name, tensor)
+        unit, index = _place_of(tensor)
+        if unit is None:
+            found = "a parameter of an FSDP1 unit that cannot be found"
+            raise RoleError(found, expected="the wrapped module", cure="keep the wrapped module alive")
+        self.sharded, self._flat, self._index = unit._handle.uses_sharded_strategy, unit._handle.flat_param, index
+        if self.sharded:
+            shape, info = self._flat._shapes[index], self._flat._shard_param_infos[index]
+            held = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
+            self.meta, self.part = TensorMeta(tensor.dtype, shape), Part(torch.Size([shape.numel()]), 0, *held)
+            self.group, self.device = unit._handle.process_group, torch.device(str(unit._handle.device))
 
-            self.sharding = fsdp1.sharding_of(tensor)
-        shape = tensor.shape if self.sharding is None else self.sharding.shape
-        self.meta = TensorMeta(tensor.dtype, shape)
-        self.part = Part(shape) if self.sharding is None else self.sharding.part
-
-    def local(self) -> Tensor:
-        """Return the memory of this rank."""
-        return self.tensor if self.sharding is None else local_tensor(self.tensor)
+    def problem(self) -> tuple[str, str] | None:
+        """Return why the unit cannot be written stretch by stretch now, and the cure; None if it can."""
+        if not self._flat._contiguities[self._index]:
+            return "is not contiguous in an FSDP1 unit", "call .contiguous() on it before wrapping"
+        if self._flat._param_extensions[self._index] is not None:
+            return "is tensor-parallel in an FSDP1 unit", "shard it along one dimension, without TP"
+        if self.tensor.numel() != self.part.elements:
+            return "is not in shards now", "use it outside forwards and outside FSDP.summon_full_params"
+        return None
 
     def whole(self) -> Tensor:
         """Return the whole tensor. All ranks that share it have to call."""
-        return self.tensor if self.sharding is None else self.sharding.whole()
+        if not self.sharded:
+            return self.tensor
+        whole = torch.zeros(self.part.shape, dtype=self.meta.dtype, device=self.device)
+        whole[self.part.start : self.part.stop] = self.tensor.detach()
+        torch.distributed.all_reduce(whole.view(torch.uint8), group=self.group)  # the other ranks add zeros
+        return whole.view(self.meta.shape)
+
+
+# -- units of FSDP1 ----------------------------------------------------------------------------------------------------
+
+
+# A reference to the unit and the index in it, by parameter; None if the unit cannot be found. Nothing is kept on the
+# parameter itself, which may be copied whole.
+_PLACES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def fsdp1_resharders(parameters: Iterable[Tensor | None]) -> list[Callable[[], None]]:
+    """Return a function for each FSDP1 unit of the parameters that frees what FSDP1 has gathered of it and keeps."""
+    units = [_place_of(p)[0] for p in parameters if p is not None and getattr(p, "_fsdp_flattened", False)]
+    return [partial(_reshard, unit) for unit in set(units) - {None}]
+
+
+def _reshard(unit: Any) -> None:
+    # Before the root's first forward nothing can have been gathered, and most attributes are missing.
+    if unit._is_root is None or unit._handle._training_state.name != "IDLE":
+        return
+    if unit._handle.uses_sharded_strategy and not unit._handle.needs_unshard():
+        from torch.distributed.fsdp._runtime_utils import _reshard as reshard
+
+        reshard(unit, unit._handle, True)
+
+
+def _place_of(parameter: Tensor) -> tuple[Any, int]:
+    """Return the unit of a flattened parameter, or None if it cannot be found, and the index in it.
+
+    A parameter does not know its unit: the units are looked for among all objects, once.
+    """
+    if parameter not in _PLACES:
+        _PLACES[parameter] = None
+        for unit in gc.get_objects():
+            # By type: isinstance would wake lazy modules.
+            if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(unit).__mro__):
+                handle = getattr(unit, "_handle", None)
+                if handle is not None and handle._use_orig_params:
+                    for index, own in enumerate(handle.flat_param._params):
+                        _PLACES[own] = weakref.ref(unit), index
+    unit, index = _PLACES[parameter] or (lambda: None, 0)
+    return unit(), index
+
+
+# -- any tensor --------------------------------------------------------------------------------------------------------
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -125,18 +217,18 @@ def whole_shape(tensor: Tensor) -> torch.Size:
         >>> whole_shape(torch.zeros(2, 3))
         torch.Size([2, 3])
     """
-    return Weight("", tensor).meta.shape
+    return FlatWeight("", tensor).meta.shape if getattr(tensor, "_fsdp_flattened", False) else tensor.shape
 
 
 def has_gradient(parameter: Tensor) -> bool:
     """Return whether a parameter has a gradient, perhaps on other ranks while this rank holds nothing of it."""
-    if parameter.grad is not None:
-        return True
-    if parameter.numel() or not getattr(parameter, "_fsdp_flattened", False):
-        return False
-    from disback_plugin.weights import fsdp1
+    if parameter.grad is not None or parameter.numel() or not getattr(parameter, "_fsdp_flattened", False):
+        return parameter.grad is not None
+    unit, _ = _place_of(parameter)
+    return unit is not None and unit._handle.flat_param.grad is not None
 
-    return fsdp1.unit_has_gradient(parameter)
+
+# -- read --------------------------------------------------------------------------------------------------------------
 
 
 def read_part(
@@ -165,56 +257,6 @@ def read_part(
             total.add(each, counted)
 
 
-def _count(total: Checksum, weight: Weight, chunk: Part | None = None) -> None:
-    """Add what this rank holds of a weight to a checksum; with `chunk`, only what lies in those rows of dimension 0."""
-    part, local = weight.part, weight.local()
-    if part.stop is None and chunk is None:
-        total.add(weight.name, local)
-        return
-    flat = local.detach().reshape(-1)
-    total.add(weight.name, flat.new_zeros(0))
-    inner = prod(weight.meta.shape[1:])
-    first, last = (0, part.shape.numel()) if chunk is None else (chunk.start * inner, (chunk.stop or 0) * inner)
-    for cell in part.cells():
-        values = flat.new_zeros(cell.stop - cell.start)
-        values[slice(None) if cell.keep is None else cell.keep] = flat[cell.at]
-        values[: max(first - cell.start, 0)] = 0
-        values[max(last - cell.start, 0) :] = 0
-        total.add(weight.name, values)
-
-
-def add_up(total: Checksum, weights: Iterable[Weight]) -> None:
-    """Replace the sums of sharded weights by the sums over all ranks; all ranks call, and send 512 bytes a tensor."""
-    groups: dict[int, list[Weight]] = {}
-    for weight in weights:
-        if weight.sharding is not None and weight.sharding.group is not None:
-            groups.setdefault(id(weight.sharding.group), []).append(weight)
-    for members in groups.values():
-        sharding = members[0].sharding
-        assert sharding is not None
-        sums = torch.stack([total.sums[weight.name] for weight in members]).to(sharding.device)
-        torch.distributed.all_reduce(sums, group=sharding.group)
-        total.sums |= dict(zip((weight.name for weight in members), sums.cpu(), strict=True))
-
-
-def total_checksum(weights: list[Weight]) -> str:
-    """Return the checksum of all values; all ranks that share them have to call."""
-    total = Checksum()
-    for weight in weights:
-        _count(total, weight)
-    add_up(total, weights)
-    return total.digest()
-
-
-def chunk_checksum(weights: list[Weight], rank: int, ranks: int, dim: int = 0) -> Checksum:
-    """Return the checksum of one of several chunks of each parameter, as far as this rank holds it."""
-    total = Checksum()
-    for weight in weights:
-        shape = weight.meta.shape
-        _count(total, weight, Part.chunk(shape, rank, ranks, dim) if weight.is_parameter and shape else None)
-    return total
-
-
 class FullState(Mapping[str, Tensor]):
     """A lazy full state dict. Reading a sharded tensor on rank 0 gathers its parts from the other ranks.
 
@@ -236,10 +278,10 @@ class FullState(Mapping[str, Tensor]):
     """
 
     def __init__(self, state: Mapping[str, Tensor] | Iterable[Weight]) -> None:
-        weights = [Weight(*item) for item in state.items()] if isinstance(state, Mapping) else state
+        weights = [Weight.of(*item) for item in state.items()] if isinstance(state, Mapping) else state
         self._weights = {weight.name: weight for weight in weights}
         self.layout: dict[str, TensorMeta] = {name: weight.meta for name, weight in self._weights.items()}
-        self.sharded = any(weight.sharding is not None for weight in self._weights.values())
+        self.sharded = any(weight.sharded for weight in self._weights.values())
         self.aliases: dict[str, str] = {}
         first: dict[object, str] = {}
         for name, weight in self._weights.items():
@@ -256,7 +298,7 @@ class FullState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         """Return a whole tensor, detached; it is live unless it is sharded."""
         weight = self._weights[name]
-        if weight.sharding is not None:
+        if weight.sharded:
             distributed.broadcast(name)
         return weight.whole().detach()
 

@@ -10,8 +10,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["GRAIN", "PIECE", "Part", "Source", "TensorMeta", "dtype_class", "host_tensor", "masked", "pieces"]
-
 # The number of elements that are read, decoded and written at once: large enough that a call's fixed costs vanish,
 # small enough for a processor's cache, and a whole number of every codec's blocks.
 PIECE = 1 << 20
@@ -107,7 +105,8 @@ class Part:
         """Yield the ranges to read for this part; each lies within a piece, and its ends are multiples of `GRAIN`."""
         total, inner = self.shape.numel(), prod(self.shape[self.dim + 1 :])
         if self.stop is None:
-            yield from (Cell(start, stop, slice(start, stop)) for start, stop in pieces(total))
+            for start, stop in pieces(total):
+                yield Cell(start, stop, slice(start, stop))
         elif prod(self.shape[: self.dim]) == 1:
             first, last = self.start * inner, self.stop * inner
             for piece in range(first - first % PIECE, last if first < last else 0, PIECE):
