@@ -206,7 +206,7 @@ class ScoreNetwork:
         ties = {weight.name: weight.tied_to for weight in others}
         for weight in own:
             if weight.tied_to is not None and ties[weight.name] != weight.tied_to:
-                found = f"{weight.name!r} and {weight.tied_to!r}, which are one tensor in the {self.role} only"
+                found = f"{weight.name!r} and {weight.tied_to!r}, one tensor in the {self.role} and two in {other.role}"
                 cure = "make one network a copy.deepcopy of the other"
                 raise MismatchError(found, expected=f"weights that the {other.role} ties as well", cure=cure)
 
