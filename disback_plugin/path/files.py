@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -134,7 +133,8 @@ def read_json(file: Path) -> dict[str, Any]:
         found = stamp(file)
         if found is None or found[1] > LARGEST_JSON:
             raise ValueError("missing, or no regular file" if found is None else f"{found[1]} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(content, allow_nan=False)  # raises for a number that JSON cannot hold again
         if not isinstance(content, dict):
             raise ValueError(f"a JSON {type(content).__name__}")
     except (OSError, ValueError, RecursionError) as error:
@@ -144,14 +144,6 @@ def read_json(file: Path) -> dict[str, Any]:
             cure="pass the folder of a recorded path",
         ) from error
     return content
-
-
-def _finite(text: str) -> float:
-    """Return a number that JSON can hold again; raise ValueError for NaN, infinities and numbers that overflow."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:20]}")
-    return value
 
 
 # -- write ------------------------------------------------------------------------------------------------------------

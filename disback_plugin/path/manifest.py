@@ -53,18 +53,17 @@ class Recording:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise OptionError(f"codec={self.codec!r}", expected="'int8' or 'exact'", cure="omit codec= for 'int8'")
-        whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in (self.iterations, self.every))
-        if not whole or self.iterations < 1 or self.every < 1:
-            raise OptionError(
-                f"record={self.iterations!r}, every={self.every!r}",
-                expected="two whole numbers >= 1",
-                cure="pass record=200, every=50 as the paper does, or record=0 for no path",
-            )
+        for name in ("iterations", "every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise OptionError(
+                    f"record={self.iterations!r}, every={self.every!r}",
+                    expected="two whole numbers >= 1",
+                    cure="pass record=200, every=50 as the paper does, or record=0 for no path",
+                )
+            object.__setattr__(self, name, int(value))  # JSON has no integers of numpy
         if not isinstance(self.keep_teacher, bool):
             raise OptionError(f"keep_teacher={self.keep_teacher!r}", expected="True or False", cure="pass one of them")
-        # JSON has no integers of numpy.
-        object.__setattr__(self, "iterations", int(self.iterations))
-        object.__setattr__(self, "every", int(self.every))
 
     @property
     def nodes(self) -> int:
