@@ -251,6 +251,7 @@ class TrajectoryScheduler:
             self.progress.phase = Phase.DONE
         self._after_move()
         if self._masked is not None:
+            self._masked.steps = self.progress.generator_updates
             self._masked.report()
 
     # -- resume -------------------------------------------------------------------------------------------------------

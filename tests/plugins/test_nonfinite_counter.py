@@ -79,7 +79,7 @@ def test_detaching_reports_the_last_count(listener, tmp_path):
     with disback.attach(**run.roles(), path=tmp_path, record=1, every=1, schedule="warm", plugins=[listener]) as handle:
         run.steps(2)
         handle.scheduler.wrap(some_loss)(broken=3)
-    assert listener.heard == [(1, {"disback/masked_samples": 3})]
+    assert listener.heard[-1] == (1, {"disback/masked_samples": 3})
 
 
 class Reads(TorchDispatchMode):
