@@ -1,4 +1,4 @@
-"""Run every comparison on one thread, and record the machine."""
+"""Run every comparison on one thread, and record the machine. `pytest --benchmark` runs the comparisons alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ import time
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    """Define the flag `--benchmark`."""
+    group = parser.getgroup("disback")
+    group.addoption("--benchmark", action="store_true", help="run only the speed comparisons, grouped, and save them")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config):
+    """Translate the flag into the options of pytest-benchmark; without it the comparisons are skipped."""
+    options = config.option
+    if not hasattr(options, "benchmark_only"):
+        return
+    if options.benchmark:
+        options.benchmark_only = True
+        options.benchmark_group_by = "group"
+        options.benchmark_autosave = options.benchmark_autosave or "disback"
+        options.benchmark_disable_gc = True
+    elif not (options.benchmark_only or options.benchmark_enable):
+        options.benchmark_skip = True
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,60 +17,37 @@ if TYPE_CHECKING:
     from disback_plugin.attachment import attach
     from disback_plugin.errors import DisbackError
     from disback_plugin.handle import Handle
-    from disback_plugin.launch.import_hooks import Watch
+    from disback_plugin.launch import Watch
     from disback_plugin.path.degradation_path import DegradationPath
     from disback_plugin.plugins.hookspecs import Adapter, hookimpl
     from disback_plugin.prediction import Prediction
     from disback_plugin.recording import record
     from disback_plugin.scheduler import TrajectoryScheduler
+    from disback_plugin.weights import lora
     from disback_plugin.weights.network import ScoreNetwork
 
+# fmt: off
 __all__ = [
-    "Adapter",
-    "DegradationPath",
-    "DisbackError",
-    "Handle",
-    "Prediction",
-    "ScoreNetwork",
-    "TrajectoryScheduler",
-    "Watch",
-    "attach",
-    "hookimpl",
-    "kernels",
-    "lora",
-    "losses",
-    "metrics",
-    "noise",
-    "plugins",
-    "record",
-    "schedules",
+    "Adapter", "DegradationPath", "DisbackError", "Handle", "Prediction", "ScoreNetwork", "TrajectoryScheduler",
+    "Watch", "attach", "hookimpl", "kernels", "lora", "losses", "metrics", "noise", "plugins", "record", "schedules",
 ]
-
-_HOME = {
-    "Adapter": "plugins.hookspecs",
-    "DegradationPath": "path.degradation_path",
-    "DisbackError": "errors",
-    "Handle": "handle",
-    "Prediction": "prediction",
-    "ScoreNetwork": "weights.network",
-    "TrajectoryScheduler": "scheduler",
-    "Watch": "launch.import_hooks",
-    "attach": "attachment",
-    "hookimpl": "plugins.hookspecs",
-    "record": "recording",
+# The module of each name; a public module without an entry has its own name.
+_MODULES = {
+    "Adapter": "plugins.hookspecs", "DegradationPath": "path.degradation_path", "DisbackError": "errors",
+    "Handle": "handle", "Prediction": "prediction", "ScoreNetwork": "weights.network",
+    "TrajectoryScheduler": "scheduler", "Watch": "launch", "attach": "attachment", "hookimpl": "plugins.hookspecs",
+    "lora": "weights.lora", "record": "recording",
 }
-# Public modules inside a package.
-_MODULES = {"lora": "weights.lora"}
+# fmt: on
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__ and name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":
         return import_module("importlib.metadata").version("disback-plugin")
-    home = import_module(f"{__name__}.{_HOME.get(name) or _MODULES.get(name, name)}")
-    value = getattr(home, name) if name in _HOME else home
-    globals()[name] = value
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    globals()[name] = value = getattr(module, name, module)
     return value
 
 

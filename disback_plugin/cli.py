@@ -1,6 +1,8 @@
-"""The command line `disback`: its parser and exit codes. Each module of `commands` adds one command.
+"""The command line `disback`: its parser and exit codes.
 
-A command imports heavy libraries inside its run function, so that `disback --help` imports none.
+Each module of `commands` is one command. Its docstring is the command's help: a summary, a description and an example,
+with a blank line between them. `add_arguments(parser)` adds the options, and `run(options)` does the work and may
+return an exit code. It imports heavy libraries itself, so that `disback --help` imports none.
 """
 
 from __future__ import annotations
@@ -16,15 +18,11 @@ from importlib import import_module
 import disback_plugin
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 
-__all__ = ["COMMANDS", "Commands", "command", "json_option", "main", "parser"]
-
 # In the order of `disback --help`.
 COMMANDS = ("demo", "run", "record", "inspect", "report", "plugins")
 
 DEBUG = "show the traceback of an error"
 PLUGIN = "use an installed plug-in, and fail if it is broken; no:NAME blocks it"
-
-Commands = argparse._SubParsersAction  # the type that `add_subparsers` returns has no public name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,52 +38,26 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help=DEBUG)
     top.add_argument("-p", dest="plugins", action="append", default=[], metavar="NAME", help=PLUGIN)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for name in COMMANDS:
-        import_module(f"disback_plugin.commands.{name}").add(commands)
-    return top
-
-
-def command(
-    commands: Commands[argparse.ArgumentParser],
-    name: str,
-    *,
-    help: str,
-    description: str,
-    examples: str,
-) -> argparse.ArgumentParser:
-    """Add a command with the options that all commands have, and return its parser.
-
-    Args:
-        commands: The return value of `add_subparsers` of the top parser.
-        name: Name of the command.
-        help: One line for the list of commands.
-        description: Text on the work of the command, on what it leaves behind, and on special exit codes.
-        examples: Whole command lines, or code, shown as they are.
-
-    Example:
-        >>> top = argparse.ArgumentParser(prog="disback").add_subparsers()
-        >>> greet = command(top, "greet", help="say it", description="Greets.", examples="disback greet")
-        >>> print(greet.format_help().splitlines()[-1])
-          disback greet
-    """
     width = max(min(shutil.get_terminal_size().columns - 2, 100), 20)
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        allow_abbrev=False,
-        help=help,
-        description=textwrap.fill(description, width),
-        epilog="example:\n" + textwrap.indent(textwrap.dedent(examples).strip("\n"), "  "),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # The values of a command's own options replace those given before its name: hence no default, and another list.
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG)
-    parser.add_argument("-p", dest="more_plugins", action="append", default=[], metavar="NAME", help=PLUGIN)
-    return parser
-
-
-def json_option(parser: argparse.ArgumentParser, instead: str = "a table") -> None:
-    """Add --json to a parser."""
-    parser.add_argument("--json", action="store_true", help=f"print one JSON object instead of {instead}")
+    for name in COMMANDS:
+        module = import_module(f"disback_plugin.commands.{name}")
+        summary, description, example = (module.__doc__ or "\n\n\n\n").split(
+            "\n\n", 2
+        )  # `python -OO` has no docstrings
+        command = commands.add_parser(
+            name,
+            allow_abbrev=False,
+            help=summary,
+            description=textwrap.fill(description, width),
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # The values of a command's own options replace those given before its name: hence no default, and another list.
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG)
+        command.add_argument("-p", dest="more_plugins", action="append", default=[], metavar="NAME", help=PLUGIN)
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+    return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,19 +6,6 @@ Every error of this package is a `DisbackError` and also the builtin error that 
 
 from __future__ import annotations
 
-__all__ = [
-    "COPY_AGAIN",
-    "DisbackError",
-    "MismatchError",
-    "OptionError",
-    "PathError",
-    "PluginError",
-    "RankError",
-    "RoleError",
-    "StateError",
-    "TrainingError",
-]
-
 # The cure of whatever is wrong with a file.
 COPY_AGAIN = "copy the path again, or record it again in an empty folder"
 

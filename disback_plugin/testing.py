@@ -1,38 +1,9 @@
-"""Test an adapter with `check_adapter`; and the pytest plug-in of this repository.
-
-`pytest --benchmark` runs only the speed comparisons. pyproject.toml names the plug-in by `-p`; without an entry point
-no other project's pytest loads it. Importing this module loads nothing heavy.
-"""
+"""Test an adapter with `check_adapter`. Importing this module loads nothing heavy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import pytest
-
-__all__ = ["check_adapter", "pytest_addoption", "pytest_configure"]
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Define the flag `--benchmark`."""
-    group = parser.getgroup("disback")
-    group.addoption("--benchmark", action="store_true", help="run only the speed comparisons, grouped, and save them")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
-def pytest_configure(config: pytest.Config) -> None:
-    """Translate the flag into the options of pytest-benchmark; without it the comparisons are skipped."""
-    options: Any = config.option
-    if not hasattr(options, "benchmark_only"):
-        return
-    if options.benchmark:
-        options.benchmark_only = True
-        options.benchmark_group_by = "group"
-        options.benchmark_autosave = options.benchmark_autosave or "disback"
-        options.benchmark_disable_gc = True
-    elif not (options.benchmark_only or options.benchmark_enable):
-        options.benchmark_skip = True
 
 
 def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callable[[], object]]]) -> None:

@@ -30,7 +30,7 @@ def test_each_command_explains_itself_with_an_example(name, capsys, monkeypatch)
             cli.main([name, "--help"])
         assert caught.value.code == 0
         explained = capsys.readouterr().out
-        options, _, example = explained.partition("\nexample:\n")
+        options, _, example = explained.partition("\nExample:\n")
         assert f"disback {name}" in example
         assert "--debug" in options
         assert "\x1b" not in explained

@@ -1,1 +1,1 @@
-"""The commands of `disback`, one module each: `add(commands)` adds a parser whose default `run` does the work."""
+"""The commands of `disback`, one module each; `disback_plugin.cli` says what such a module contains."""

@@ -1,4 +1,13 @@
-"""`disback demo`."""
+"""Distil one-step generators of digits, with and without DisBack.
+
+Distil one-step generators of scikit-learn's digits from a teacher that comes with this package: Diff-Instruct, or
+another loss, two controls and DisBack, from the same seeds. Takes a few minutes on two CPU cores. `disback report`
+makes a page of the logs that it leaves in --out.
+
+Example:
+  disback demo && disback report disback-demo
+  disback demo --seeds 3 --network conv --student far --loss sid --out results --json > result.json
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,6 @@ import json
 from pathlib import Path
 
 from disback_plugin._text_table import aligned
-from disback_plugin.cli import Commands, command, json_option
 
 CAVEAT = (
     "Compare with the controls before crediting the path: the baseline has its best learning rate of three here, but a "
@@ -20,37 +28,18 @@ CHOICES = {
 }
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Add `disback demo` to the commands."""
-    demo = command(
-        commands,
-        "demo",
-        help="distil one-step generators of digits, with and without DisBack",
-        description="Distil one-step generators of scikit-learn's digits from a teacher that comes with this package: "
-        "Diff-Instruct, or another loss, two controls and DisBack, from the same seeds. Takes a few minutes on two CPU "
-        "cores. `disback report` makes a page of the logs that it leaves in --out.",
-        examples="""
-        disback demo && disback report disback-demo
-        disback demo --seeds 3 --network conv --student far --loss sid --out results --json > result.json
-        """,
-    )
-    demo.add_argument(
-        "--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side (%(default)s)"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `disback demo`."""
+    add = parser.add_argument
+    add("--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side (%(default)s)")
     for name, (choices, help) in CHOICES.items():
-        demo.add_argument(f"--{name}", choices=choices, default=choices[0], help=f"{help} (%(default)s)")
-    demo.add_argument(
-        "--schedule",
-        default="auto",
-        help="schedule of DisBack: auto, warm, ramp[:K], plain-ramp[:K], ... (%(default)s)",
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("disback-demo"), metavar="DIR", help="folder for all results (%(default)s)"
-    )
-    json_option(demo)
-    demo.set_defaults(
-        run=run, interrupted="{out} holds the logs so far, for disback report; the same command starts again"
-    )
+        add(f"--{name}", choices=choices, default=choices[0], help=f"{help} (%(default)s)")
+    schedules = "schedule of DisBack: auto, warm, ramp[:K], plain-ramp[:K], ... (%(default)s)"
+    add("--schedule", default="auto", help=schedules)
+    out = "folder for all results (%(default)s)"
+    add("--out", type=Path, default=Path("disback-demo"), metavar="DIR", help=out)
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(interrupted="{out} holds the logs so far, for disback report; the same command starts again")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,34 +1,30 @@
-"""`disback inspect`."""
+"""Verify a degradation path, and show its nodes.
+
+Read, decode and verify every file of a degradation path, and print a table of its nodes. Exits with 1 if the path is
+broken.
+
+Example:
+  disback inspect runs/path
+  disback inspect runs/path --json | jq .nodes[].weight_error
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from disback_plugin.cli import Commands, command, json_option
+from disback_plugin._text_table import aligned
 
 if TYPE_CHECKING:
     from disback_plugin.path.degradation_path import DegradationPath
 
-__all__ = ["add", "describe", "node_rows"]
 
-
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Add `disback inspect` to the commands."""
-    inspect = command(
-        commands,
-        "inspect",
-        help="verify a degradation path, and show its nodes",
-        description="Read, decode and verify every file of a degradation path, and print a table of its nodes. "
-        "Exits with 1 if the path is broken.",
-        examples="disback inspect runs/path\ndisback inspect runs/path --json | jq .nodes[].weight_error",
-    )
-    inspect.add_argument("path", metavar="PATH", help="folder, or id of a repository on the Hugging Face hub")
-    json_option(inspect)
-    inspect.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `disback inspect`."""
+    parser.add_argument("path", metavar="PATH", help="folder, or id of a repository on the Hugging Face hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,8 +36,6 @@ def run(options: argparse.Namespace) -> None:
 
 def describe(path: DegradationPath, *, as_json: bool) -> None:
     """Verify a path, and print its nodes as a table or as one JSON object."""
-    from disback_plugin._text_table import aligned
-
     rows = node_rows(path)
     manifest = path.manifest
     about = {
@@ -60,15 +54,13 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
         return
     state = "complete" if path.complete else "unfinished"
     print(f"{about['path']}: {state}, codec {about['codec']}, {about['bytes']:,} bytes")
-    factor = manifest.learning_rate_factor
+    saved, factor = rows[-1]["iteration"], manifest.learning_rate_factor
     faster = f" at {factor} times the learning rate" if factor > 1 else ""
     fitted = "not seen to be fitted" if manifest.fitted is None else f"s_phi fitted after {manifest.fitted}{faster}"
-    saved = path.nodes[-1].iteration if path.nodes else 0
     done = f"{saved}" if path.complete else f"{saved} of at most {about['iterations']}"
     print(f"{done} iterations, {fitted}; teacher {about['teacher']}\n")
-    head = [name for name, _ in COLUMNS.values()]
     cells = [["-" if row[key] is None else form(row[key]) for key, (_, form) in COLUMNS.items()] for row in rows]
-    print(aligned([head, *cells], right=[1, 2, 3, 5, 6, 7], indent=""))
+    print(aligned([[name for name, _ in COLUMNS.values()], *cells], right=[1, 2, 3, 5, 6, 7], indent=""))
 
 
 # Name of each column, and how a value of it is written.
@@ -110,18 +102,18 @@ def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
         [0.0, 5.0]
     """
     path.verify()
-    manifest = path.manifest
-    elements, shape = _shape(path) if manifest.recording.keep_teacher else (0, [(None, None)] * len(path))
+    unknown: tuple[int, list[Any], list[Any]] = (0, [None] * len(path), [None] * len(path))
+    elements, distances, cosines = _shape(path) if path.manifest.recording.keep_teacher else unknown
     rows = []
-    for index, (entry, (distance, cosine)) in enumerate(zip(manifest.entries, shape, strict=True)):
+    for index, entry in enumerate(path.manifest.entries):
         row = {"iteration": 0, "codec": "teacher", "weight_error": 0.0} | vars(entry)
-        row |= {"node": index, "distance": distance, "cosine": cosine}
+        row |= {"node": index, "distance": distances[index], "cosine": cosines[index]}
         row["ratio"] = 4 * elements / entry.bytes if elements and entry.bytes else None
         rows.append({key: row[key] for key in COLUMNS})
     return rows
 
 
-def _shape(path: DegradationPath) -> tuple[int, list[tuple[float, float | None]]]:
+def _shape(path: DegradationPath) -> tuple[int, list[float], list[float | None]]:
     """Return the number of weights, and each node's distance to the teacher and cosine to the chord."""
     import torch
     from tqdm.auto import tqdm
@@ -132,15 +124,16 @@ def _shape(path: DegradationPath) -> tuple[int, list[tuple[float, float | None]]
     last = path.source(len(path) - 1)
     assert isinstance(last, NodeSource)
     own = {name: meta for name, meta in last.layout().items() if name not in last.aliases}
-    squares, products = ([0.0] * len(path) for _ in range(2))
+    squares, products = torch.zeros(2, len(path), dtype=torch.float64)
     for name, meta in tqdm(own.items(), desc="inspecting", disable=None):
         if meta.dtype.is_floating_point:
             for start, stop in pieces(meta.shape.numel()):
-                values = [value.to(torch.float64, copy=True) for value in last.trace(name, start, stop)]
+                values = torch.stack([v.to(torch.float64, copy=True) for v in last.trace(name, start, stop)])
                 # Equal elements are at distance 0, be they infinite as in an attention mask.
-                d = [torch.where(value == values[0], 0.0, value - values[0]) for value in values]
-                squares = [total + float(d_i @ d_i) for total, d_i in zip(squares, d, strict=True)]
-                products = [total + float(d_i @ d[-1]) for total, d_i in zip(products, d, strict=True)]
-    lengths = [math.sqrt(square * squares[-1]) for square in squares]
-    cosines = [product / length if length > 0 else None for product, length in zip(products, lengths, strict=True)]
-    return sum(meta.shape.numel() for meta in own.values()), list(zip(map(math.sqrt, squares), cosines, strict=True))
+                d = torch.where(values == values[0], 0.0, values - values[0])
+                squares += d.square().sum(1)
+                products += d @ d[-1]
+    distances = squares.sqrt()
+    cosines = (products / (distances * distances[-1])).tolist()
+    elements = sum(meta.shape.numel() for meta in own.values())
+    return elements, distances.tolist(), [None if cosine != cosine else cosine for cosine in cosines]

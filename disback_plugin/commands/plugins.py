@@ -1,37 +1,32 @@
-"""`disback plugins`."""
+"""List the installed plug-ins and adapters.
+
+List the plug-ins and adapters of all installed distributions, without importing any. With --check each is imported, and
+exit code 1 means that one is broken.
+
+Example:
+  disback plugins
+  disback plugins --env
+  disback -p no:mine plugins --check
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 
 from disback_plugin._text_table import aligned
-from disback_plugin.cli import Commands, command, json_option
-
-__all__ = ["add"]
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Add `disback plugins` to the commands."""
-    plugins = command(
-        commands,
-        "plugins",
-        help="list the installed plug-ins and adapters",
-        description="List the plug-ins and adapters of all installed distributions, without importing any. With "
-        "--check each is imported, and exit code 1 means that one is broken.",
-        examples="disback plugins\ndisback plugins --env\ndisback -p no:mine plugins --check",
-    )
-    plugins.add_argument("--check", action="store_true", help="import each, and show its hooks or its error")
-    plugins.add_argument("--env", action="store_true", help="add the versions that a bug report needs")
-    json_option(plugins)
-    plugins.set_defaults(run=run)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `disback plugins`."""
+    parser.add_argument("--check", action="store_true", help="import each, and show its hooks or its error")
+    parser.add_argument("--env", action="store_true", help="add the versions that a bug report needs")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plug-ins; return 1 if --check found a broken one."""
-    import logging
-    from dataclasses import asdict
-
     from disback_plugin.plugins.manager import PluginManager
     from disback_plugin.plugins.run_log import versions
 
@@ -44,15 +39,13 @@ def run(options: argparse.Namespace) -> int:
         logger.setLevel(before)
     environment = versions() if options.env else {}
     if options.json:
-        listed = {"plugins": [asdict(plugin) for plugin in plugins]}
+        listed = {"plugins": [vars(plugin) for plugin in plugins]}
         print(json.dumps(listed | ({"environment": environment} if environment else {})))
     else:
         rows = [("name", "distribution", "group", "entry point", "status", "hooks", "reason")]
-        for plugin in plugins:
-            hooks = ", ".join(hook.removeprefix("disback_") for hook in plugin.hooks)
-            distribution = f"{plugin.distribution} {plugin.version}"
-            rows.append((plugin.name, distribution, plugin.group, plugin.value, plugin.status, hooks, plugin.reason))
-        print(aligned(rows, indent=""))
-        for name, version in environment.items():
-            print(f"{name} {version}")
+        for each in plugins:
+            hooks = ", ".join(hook.removeprefix("disback_") for hook in each.hooks)
+            distribution = f"{each.distribution} {each.version}"
+            rows.append((each.name, distribution, each.group, each.value, each.status, hooks, each.reason))
+        print("\n".join([aligned(rows, indent=""), *(f"{name} {version}" for name, version in environment.items())]))
     return int(options.check and any(plugin.status == "broken" for plugin in plugins))

@@ -1,84 +1,76 @@
-"""`disback record`, on networks that a function of the user's builds.
+"""Record a degradation path, apart from any training loop.
 
-def build():
-    ...
-    return {"teacher": teacher, "fake_score": fake_score, "fake_step": fake_step}    # the trainer's own fake score
-    return {"teacher": teacher, "sample": sample, "loss": loss}                      # or a copy of the teacher
+Algorithm 1 on networks that a function of yours builds: fit a copy of the teacher to samples of the initial student,
+and save its weights on the way. A finished path is shown, an unfinished one resumed: after Ctrl-C, run the same command
+again. With --dry-run no path is kept, and the sizes and times are printed that a recording with these options has.
+
+Example:
+  disback record networks:build --path runs/path --iterations 200 --every 50
+  disback record networks:build --dry-run --json | jq .path_bytes
+
+  with networks.py:
+    def build():
+        teacher, student = load_teacher(), load_student()
+        sample = lambda: student(torch.randn(64, 2)).detach()
+        loss = lambda net, x_0: denoising_loss(net, x_0)          # returns a scalar
+        return {"teacher": teacher, "sample": sample, "loss": loss}
+  or, with the fake score of a trainer, where fake_step() does one update of it:
+        return {"teacher": teacher, "fake_score": fake_score, "fake_step": fake_step}
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from disback_plugin.cli import Commands, command, json_option
 from disback_plugin.errors import OptionError, RoleError
-
-__all__ = ["add", "build_networks"]
 
 # The two sets of keyword arguments of `record` that make a recording.
 FORMS = ({"teacher", "fake_score", "fake_step"}, {"teacher", "sample", "loss"})
 
 
-def add(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Add `disback record` to the commands."""
-    record = command(
-        commands,
-        "record",
-        help="record a degradation path, apart from any training loop",
-        description="Algorithm 1 on networks that a function of yours builds: fit a copy of the teacher to samples of "
-        "the initial student, and save its weights on the way. A finished path is shown, an unfinished one resumed: "
-        "after Ctrl-C, run the same command again. With --dry-run no path is kept, and the sizes and times are printed "
-        "that a recording with these options has.",
-        examples="""
-        disback record networks:build --path runs/path --iterations 200 --every 50
-        disback record networks:build --dry-run --json | jq .path_bytes
-
-        with networks.py:
-          def build():
-              teacher, student = load_teacher(), load_student()
-              sample = lambda: student(torch.randn(64, 2)).detach()
-              loss = lambda net, x_0: denoising_loss(net, x_0)          # returns a scalar
-              return {"teacher": teacher, "sample": sample, "loss": loss}
-        or, with the fake score of a trainer, where fake_step() does one update of it:
-              return {"teacher": teacher, "fake_score": fake_score, "fake_step": fake_step}
-        """,
-    )
-    record.add_argument("build", metavar="MODULE:FUNCTION", help="returns the networks; as in pkg.module:build")
-    target = record.add_mutually_exclusive_group(required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `disback record`."""
+    add = parser.add_argument
+    add("build", metavar="MODULE:FUNCTION", help="returns the networks; as in pkg.module:build")
+    target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--path", type=Path, metavar="DIR", help="folder for the nodes")
     target.add_argument("--dry-run", action="store_true", help="record until s' is fitted, and keep nothing")
-    record.add_argument("--iterations", type=int, default=200, metavar="N", help="updates in all (%(default)s)")
-    record.add_argument("--every", type=int, default=50, metavar="K", help="updates between two nodes (%(default)s)")
-    record.add_argument("--codec", default="int8", metavar="C", help="int8 or exact (%(default)s)")
-    record.add_argument(
-        "--no-keep-teacher", dest="keep_teacher", action="store_false", help="omit node 0: half the size"
-    )
-    record.add_argument(
-        "--learning-rate", type=float, metavar="R", help="of Adam, in a recording with sample and loss (1e-5)"
-    )
-    json_option(record, "a table")
-    record.set_defaults(
-        run=run, runs_user_code=True, interrupted="the same command goes on from the last node that is in {path}"
+    add("--iterations", type=int, default=200, metavar="N", help="updates in all (%(default)s)")
+    add("--every", type=int, default=50, metavar="K", help="updates between two nodes (%(default)s)")
+    add("--codec", default="int8", metavar="C", help="int8 or exact (%(default)s)")
+    add("--no-keep-teacher", dest="keep_teacher", action="store_false", help="omit node 0: half the size")
+    add("--learning-rate", type=float, metavar="R", help="of Adam, in a recording with sample and loss (1e-5)")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(
+        runs_user_code=True, interrupted="the same command goes on from the last node that is in {path}"
     )
 
 
 def run(options: argparse.Namespace) -> None:
     """Record a path and print its nodes, or print what a dry run measured."""
-    from disback_plugin.commands.dry_run import print_dry_run
     from disback_plugin.commands.inspect import describe
     from disback_plugin.recording import record
 
     plan = {name: getattr(options, name) for name in ("iterations", "every", "codec", "keep_teacher")}
     with build_networks(options.build, learning_rate=options.learning_rate) as networks:
-        if options.dry_run:
-            print_dry_run(networks, **plan, as_json=options.json)
+        if not options.dry_run:
+            path = record(**networks, path=options.path, **plan, plugins=tuple(options.plugins))
+            describe(path, as_json=options.json)
             return
-        path = record(**networks, path=options.path, **plan, plugins=tuple(options.plugins))
-    describe(path, as_json=options.json)
+        found = dry_run(networks, **plan)
+    if options.json:
+        print(json.dumps(found))
+        return
+    fitted = "s' was not fitted in them" if found["fitted"] is None else f"s' was fitted after {found['fitted']}"
+    print(f"{found['iterations']} iterations of {found['iteration_seconds']:.3g} s; {fitted}")
+    print(f"a node: {found['node_bytes']:,} bytes, saved in {found['write_seconds']:.3g} s")
+    print(f"a move of the teacher onto a node: {found['move_seconds']:.3g} s")
+    print(f"a path of {found['nodes']} nodes and the teacher: {found['path_bytes']:,} bytes")
 
 
 @contextmanager
@@ -124,21 +116,102 @@ def build_networks(target: str, *, learning_rate: float | None = None) -> Iterat
                 cure="correct the name, or run the command from the folder that holds the package",
             )
         networks = function()
-        found = set(networks) if isinstance(networks, Mapping) else type(networks).__name__
-        if found not in FORMS:
+        found = sorted(map(str, networks)) if isinstance(networks, Mapping) else type(networks).__name__
+        if set(found) not in FORMS:
             raise RoleError(
-                f"{sorted(map(str, found)) if isinstance(found, set) else found} from {target}()",
+                f"{found} from {target}()",
                 expected="a mapping with teacher, fake_score and fake_step, or with teacher, sample and loss",
                 cure="return one of the two, with all keys and no more",
             )
-        if learning_rate is not None:
-            if "loss" not in networks:
-                raise OptionError(
-                    f"--learning-rate and fake_step of {target}",
-                    expected="no rate: fake_step() has an optimizer of its own",
-                    cure="omit --learning-rate",
-                )
-            networks = {**networks, "learning_rate": learning_rate}
-        yield dict(networks)
+        if learning_rate is not None and "loss" not in networks:
+            raise OptionError(
+                f"--learning-rate and fake_step of {target}",
+                expected="no rate: fake_step() has an optimizer of its own",
+                cure="omit --learning-rate",
+            )
+        yield {**networks} if learning_rate is None else {**networks, "learning_rate": learning_rate}
     finally:
         sys.path.remove(folder)
+
+
+class _FittedError(Exception):
+    """End the recording of a dry run."""
+
+
+def dry_run(
+    networks: Mapping[str, Any], *, iterations: int, every: int, codec: str, keep_teacher: bool
+) -> dict[str, Any]:
+    """Record into a temporary folder until s' is fitted or the iterations are over; return what it measured.
+
+    A given fake score and its optimizer are trained: call this in a process that ends afterwards, as the command line
+    does. The teacher is itself again, bit for bit.
+
+    Args:
+        networks: Keyword arguments of `record`: teacher with fake_score and fake_step, or with sample and loss.
+        iterations: Recording iterations of the recording to come, >= 10, and the most that are made here.
+        every: Iterations between two nodes of the recording to come.
+        codec: Codec of the nodes.
+        keep_teacher: Whether the path to come has node 0.
+
+    Returns:
+        iterations made; fitted, those after which s' was fitted, or None; iteration_seconds, write_seconds of a node
+        and move_seconds of a move of the teacher onto a node; nodes, node_bytes and path_bytes of the path to come.
+    """
+    import tempfile
+    from itertools import pairwise
+    from statistics import median
+
+    from disback_plugin.convergence import EVERY  # a node as often as `record` tests whether s' is fitted
+    from disback_plugin.path.degradation_path import DegradationPath
+    from disback_plugin.plugins.manager import PluginManager
+    from disback_plugin.recording import record
+    from disback_plugin.weights.network import ScoreNetwork
+
+    if iterations < 2 * EVERY:
+        raise OptionError(f"--iterations {iterations}", expected=f"at least {2 * EVERY} with --dry-run", cure="omit it")
+    begins: list[float] = []
+    first = "fake_step" if "fake_step" in networks else "sample"  # what an iteration calls first
+    with tempfile.TemporaryDirectory(prefix="disback-dry-run-") as folder:
+        path = Path(folder) / "path"
+
+        def timed() -> object:
+            begins.append(_now())
+            saved, remainder = divmod(len(begins) - 1, EVERY)
+            if saved and not remainder and DegradationPath(path).manifest.fitted is not None:
+                raise _FittedError
+            return networks[first]()
+
+        changed: dict[str, Any] = {first: timed, "path": path, "iterations": iterations, "every": EVERY, "codec": codec}
+        with suppress(_FittedError):
+            record(**{**networks, **changed}, plugins=PluginManager(autoload=False))
+        recorded = DegradationPath(path)
+        teacher = ScoreNetwork.of(networks["teacher"], role="teacher")
+        begin = _now()
+        teacher.load_state_dict(recorded[len(recorded) - 1])
+        move_seconds = _now() - begin
+        teacher.load_state_dict(recorded[0])
+        lengths = [end - begin for begin, end in pairwise(begins)]
+        iteration_seconds = median(lengths)  # four of five iterations save no node
+        nodes, node_bytes = -(-iterations // every), max(node.bytes for node in recorded.nodes)
+        teacher_bytes = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
+        return {
+            "iterations": recorded.nodes[-1].iteration,
+            "fitted": recorded.manifest.fitted,
+            "iteration_seconds": iteration_seconds,
+            "write_seconds": max(median(lengths[EVERY - 1 :: EVERY]) - iteration_seconds, 0.0),
+            "move_seconds": move_seconds,
+            "nodes": nodes,
+            "node_bytes": node_bytes,
+            "path_bytes": nodes * node_bytes + teacher_bytes * keep_teacher,
+        }
+
+
+def _now() -> float:
+    """Return the time after all work of the GPU."""
+    import time
+
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    return time.perf_counter()

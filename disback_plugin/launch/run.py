@@ -14,30 +14,31 @@ state is found, and the run resumes there.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from disback_plugin import distributed
 from disback_plugin.attachment import attach
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.handle import Handle
-from disback_plugin.launch.checkpoint_states import CheckpointStates
-from disback_plugin.launch.import_hooks import Watch, call_after_import, replace
-from disback_plugin.launch.prepared_networks import PreparedNetworks
+from disback_plugin.launch import Watch, call_after_import, replace
+from disback_plugin.path import files
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
-
-__all__ = ["ScriptRunner"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class ScriptRunner:
         self._adapter, self._path, self._options = adapter, Path(path), options
         self._watches = _watches(self._plugins.load(adapter, f"--adapter {adapter}"), adapter)
         self._roles = _validated_roles(roles or {}, adapter, self._watches)
-        self._states = CheckpointStates(self._path)
+        self._states = self._path.with_name(f"{self._path.name}.states.jsonl")
         self._prepared = PreparedNetworks(self._before_forward)
         self._until_attached, self._until_exit = ExitStack(), ExitStack()
         self._failure: DisbackError | None = None
@@ -101,72 +102,61 @@ class ScriptRunner:
                 expected="a Python script",
                 cure="correct the name; options come before it",
             )
-        refused = False
+        calls = {call for watch in self._watches for call in (watch.call, *watch.saves)}
         with self._until_exit, self._until_attached:
             try:
-                self._watch_script()
+                self._until_attached.callback(register_optimizer_step_pre_hook(self._refuse_early_step).remove)
+                self._until_attached.callback(self._prepared.close)
+                modules = {call.partition(":")[0] for call in calls}
+                self._until_exit.enter_context(call_after_import(modules, self._wrap_functions))
                 with _as_main(script, arguments):
                     runpy.run_path(os.fspath(script), run_name="__main__")
             except BaseException as error:
-                refused = isinstance(error, DisbackError)
-                if not (isinstance(error, SystemExit) and error.code in (None, 0)):
-                    self._log_how_to_resume()
+                self._log_end(error)
                 raise
-            finally:
-                if self.handle is not None:
-                    logger.info("ended: %r", self.handle)
-                elif not refused:
-                    logger.warning("the script ended before a training step: nothing was attached")
+            self._log_end(None)
 
     # -- until the trainer is found -----------------------------------------------------------------------------------
 
-    def _watch_script(self) -> None:
-        self._until_attached.callback(register_optimizer_step_pre_hook(self._refuse_early_step).remove)
-        self._until_attached.callback(self._prepared.close)
-        saves = dict.fromkeys(save for watch in self._watches for save in watch.saves)
-        callbacks: list[tuple[str, Callable[[ModuleType], object]]] = [
-            *((watch.module, partial(self._wrap_call, watch)) for watch in self._watches),
-            *((save.partition(":")[0], partial(self._wrap_save, save.partition(":")[2])) for save in saves),
-        ]
-        self._until_exit.enter_context(call_after_import(callbacks))
-
-    def _wrap_call(self, watch: Watch, module: ModuleType) -> None:
-        if self.handle is not None:
-            return
-        name = watch.call.partition(":")[2]
-        wrap = self._collect_results if watch.prepares else partial(self._attach_at_first_call, watch)
-        with self._remembered_failure():
+    def _wrap_functions(self, module: ModuleType) -> None:
+        """Wrap the functions of an imported module that the adapter names."""
+        here = f"{module.__name__}:"
+        for watch in self._watches:
+            if self.handle is None and watch.call.startswith(here):
+                name = watch.call.removeprefix(here)
+                try:
+                    self._until_attached.enter_context(replace(module, name, partial(self._attach_at_call, watch)))
+                except AttributeError as error:
+                    self._failure = watch.mismatch(f"no {name} in {module.__name__} ({error})")
+                    raise self._failure from None
+        for name in {
+            save.removeprefix(here) for watch in self._watches for save in watch.saves if save.startswith(here)
+        }:
             try:
-                self._until_attached.enter_context(replace(module, name, wrap))
-            except AttributeError as error:
-                raise watch.mismatch(f"no {name} in {module.__name__} ({error})") from None
+                self._until_exit.enter_context(replace(module, name, self._save_state_too))
+            except AttributeError:
+                logger.warning("no %s in %s: no state is saved with the trainer's checkpoints", name, module.__name__)
 
-    def _attach_at_first_call(self, watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
-        def first_call(*args: Any, **kwargs: Any) -> Any:
-            if self.handle is None:
-                with self._remembered_failure():
-                    self._attach(watch.find_trainer(inspect.currentframe()), watch)
-            return original(*args, **kwargs)
+    def _attach_at_call(self, watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a wrapper that attaches at its first call or, with `prepares`, collects what the function returns."""
 
-        return first_call
-
-    def _collect_results(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def prepare(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.handle is None and not watch.prepares:
+                self._attach(watch, lambda: watch.find_trainer(inspect.currentframe()))
             result = original(*args, **kwargs)
-            if self.handle is None:
+            if self.handle is None and watch.prepares:
                 self._prepared.add(result)
             return result
 
-        return prepare
+        return call
 
     def _before_forward(self) -> None:
         watch = next(watch for watch in self._watches if watch.prepares)
         try:
-            trainer = watch.find_roles(inspect.currentframe(), self._roles)
+            roles = watch.find_roles(inspect.currentframe(), self._roles)
         except RoleError:
             return  # perhaps some are yet to be made; if not, the first optimizer step raises this error
-        with self._remembered_failure():
-            self._attach(SimpleNamespace(**vars(trainer), prepared=self._prepared.objects), watch)
+        self._attach(watch, lambda: SimpleNamespace(**vars(roles), prepared=self._prepared.objects))
 
     def _refuse_early_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise, before the first step of any optimizer, the reason why DisBack is not attached yet."""
@@ -180,68 +170,133 @@ class ScriptRunner:
         first.find_roles(inspect.currentframe(), self._roles)  # raises, and names the role that is missing
         raise first.mismatch(f"{step} any forward of what {calls} returned, where all roles can be seen")
 
-    @contextmanager
-    def _remembered_failure(self) -> Iterator[None]:
-        """Keep an error, so that a script that catches it is stopped at its first optimizer step."""
+    def _attach(self, watch: Watch, find_trainer: Callable[[], object]) -> None:
         try:
-            yield
-        except DisbackError as error:
-            self._failure = error
-            raise
-
-    # -- from then on -------------------------------------------------------------------------------------------------
-
-    def _attach(self, trainer: object, watch: Watch) -> None:
-        roles = self._plugins.find_adapter(trainer, self._adapter)
-        teacher = ScoreNetwork.of(roles.teacher, role="teacher")
-        fake_score = ScoreNetwork.of(roles.fake_score, role="fake score")
-        if self._prepared.have_run((teacher, fake_score)):
-            raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
-        path = None if self._options.get("record") == 0 else self._path
-        self.handle = self._until_exit.enter_context(
-            attach(
+            roles = self._plugins.find_adapter(find_trainer(), self._adapter)
+            teacher = ScoreNetwork.of(roles.teacher, role="teacher")
+            fake_score = ScoreNetwork.of(roles.fake_score, role="fake score")
+            if self._prepared.have_run((teacher, fake_score)):
+                raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
+            path = None if self._options.get("record") == 0 else self._path
+            handle = attach(
                 teacher=teacher,
                 fake_score=fake_score,
                 generator_optimizer=roles.generator_optimizer,
                 fake_score_optimizer=roles.fake_score_optimizer,
                 path=path,
-                state=None if path is None else self._states.find(fake_score),
+                state=None if path is None else self._saved_state(fake_score),
                 plugins=self._plugins,
                 **self._options,
             )
-        )
-        logger.info("attached to %s: %r", watch.knows, self.handle)
+        except DisbackError as error:
+            self._failure = error  # a script that catches the error is stopped at its first optimizer step
+            raise
+        self.handle = self._until_exit.enter_context(handle)
+        logger.info("attached to %s: %r", watch.knows, handle)
         self._until_attached.close()
 
-    def _wrap_save(self, name: str, module: ModuleType) -> None:
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def save(*args: Any, **kwargs: Any) -> Any:
-                if self.handle is None or self.handle.path is None:
-                    return original(*args, **kwargs)
-                with self.handle.original_teacher():
-                    result = original(*args, **kwargs)
-                self._states.append(self.handle)
-                return result
+    # -- from then on -------------------------------------------------------------------------------------------------
 
-            return save
+    def _save_state_too(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a wrapper of a function that saves checkpoints: it appends the handle's state, on rank 0."""
 
-        try:
-            self._until_exit.enter_context(replace(module, name, wrap))
-        except AttributeError:
-            logger.warning("no %s in %s: no state is saved with the trainer's checkpoints", name, module.__name__)
+        def save(*args: Any, **kwargs: Any) -> Any:
+            handle = self.handle
+            if handle is None or handle.path is None:
+                return original(*args, **kwargs)
+            with handle.original_teacher():
+                result = original(*args, **kwargs)
+            if distributed.is_main_process():
+                earlier = self._states.read_text() if self._states.exists() else ""
+                files.write_text(self._states, f"{earlier}{json.dumps(handle.state_dict())}\n")
+                logger.info("saved the state at %d updates with the trainer's checkpoint", handle.generator_updates)
+            return result
 
-    def _log_how_to_resume(self) -> None:
-        handle = self.handle
-        if handle is None or handle.path is None:
-            return
-        file = self._states.file
-        logger.warning(
-            "stopped while %s, after %d generator updates. The path in %s is kept: the same command goes on with it%s",
-            handle.phase,
-            handle.generator_updates,
-            handle.path.folder,
-            f"; with a checkpoint of {file} loaded it goes on from there" if file.exists() else "",
+        return save
+
+    def _saved_state(self, fake_score: ScoreNetwork) -> dict[str, Any] | None:
+        """Return the last state that was saved when the fake score had its present weights, or None. Collective."""
+        lines = distributed.on_main_process(
+            lambda: self._states.read_text().splitlines() if self._states.exists() else []
         )
+        states = map(json.loads, reversed(lines))
+        return next((s for s in states if s["fake_score"] and fake_score.matches_checksum(s["fake_score"])), None)
+
+    def _log_end(self, error: BaseException | None) -> None:
+        """Log where the run ended, and how to resume it if the script failed."""
+        handle = self.handle
+        if handle is None:
+            if not isinstance(error, DisbackError):
+                logger.warning("the script ended before a training step: nothing was attached")
+            return
+        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
+        if failed and handle.path is not None:
+            loaded = f"; with a checkpoint of {self._states} loaded it goes on from there"
+            logger.warning(
+                "stopped while %s, after %d generator updates. The path in %s is kept: the same command goes on with it"
+                "%s",
+                handle.phase,
+                handle.generator_updates,
+                handle.path.folder,
+                loaded if self._states.exists() else "",
+            )
+        logger.info("ended: %r", handle)
+
+
+class PreparedNetworks:
+    """Collect the objects that a script prepares; call back before each forward with gradients of a network in them.
+
+    Before the first such forward nothing of a training step has been computed. A validation, which some scripts run on
+    one rank only, records no gradients and does not count.
+
+    Args:
+        before_forward: Called before such a forward, until `close`.
+
+    Attributes:
+        objects: Networks, optimizers and whatever else was prepared, each once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 1))
+        >>> prepared = PreparedNetworks(lambda: print("about to run"))
+        >>> prepared.add((net, net))
+        >>> prepared.objects == [net]
+        True
+        >>> with torch.no_grad():
+        ...     _ = net(torch.ones(1, 1))
+        >>> prepared.close()
+    """
+
+    def __init__(self, before_forward: Callable[[], None]) -> None:
+        self.objects: list[object] = []
+        self._before_forward = before_forward
+        self._hooks = ExitStack()
+        self._hooked: set[nn.Module] = set()
+        self._ran: set[int] = set()
+
+    def add(self, result: object) -> None:
+        """Add what a call has prepared: one object, or several in a tuple or list."""
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if not any(each is known for known in self.objects):
+                self.objects.append(each)
+            if isinstance(each, nn.Module):
+                # All modules inside too: a script may call a method of the network, or a part of it.
+                for module in set(each.modules()) - self._hooked:
+                    self._hooked.add(module)
+                    self._hooks.callback(module.register_forward_pre_hook(self._about_to_run).remove)
+
+    def close(self) -> None:
+        """Remove every hook; a second call changes nothing."""
+        self._hooks.close()
+        self._hooked.clear()
+
+    def have_run(self, networks: Iterable[ScoreNetwork]) -> bool:
+        """Return whether a forward with gradients of one of these networks has been seen."""
+        return any(id(tensor) in self._ran for network in networks for _, tensor in network.named_tensors())
+
+    def _about_to_run(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and module in self._hooked:
+            self._before_forward()
+            self._ran.update(id(parameter) for parameter in module.parameters(recurse=False))
 
 
 def _watches(module: object, adapter: str) -> tuple[Watch, ...]:

@@ -7,32 +7,15 @@ path keeps only the recording of the run before.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from disback_plugin.errors import PathError
 from disback_plugin.plugins.run_log import RESERVED, SUFFIX, RunLog
-
-__all__ = ["OWN_NUMBERS", "Curve", "History", "find", "last_run", "load_all", "read"]
-
-# Names of the numbers that DisBack logs by itself during backtracking, and the last three while recording (see the hook
-# `disback_log`). All other numbers are the loop's.
-OWN_NUMBERS = (
-    "position",
-    "node",
-    "gradient",
-    "swap_ms",
-    "delta_norm",
-    "masked_samples",
-    "stalled",
-    "diverged",
-    "agreement",
-    "path_bytes",
-    "node_seconds",
-)
 
 Line = Mapping[str, Any]
 # (updates, value); None stands for a value that was not finite.
@@ -74,8 +57,8 @@ class History:
         """
         found: dict[str, dict[int, float | None]] = {}
         for line in self.lines:
-            if ("recording" in line) == recording:
-                for name, value in _numbers(line):
+            for name, value in line.items() if ("recording" in line) == recording else ():
+                if name not in RESERVED and (value is None or type(value) in (int, float)):
                     found.setdefault(name, {})[_moment(line)[1]] = value
         return {name: sorted(points.items()) for name, points in found.items()}
 
@@ -111,52 +94,44 @@ def last_run(lines: Iterable[Line]) -> History:
     # The lines that count, as they were after each process; the last list grows.
     runs: list[list[Line]] = [[]]
     for line in lines:
-        if "begin" in line:
-            if line.get("resumed"):
-                start = _until(line, [run for run in runs if _is_on_path_of(line, run)] or runs)
-            elif "recording" not in line and _is_on_path_of(line, runs[-1]):
-                start = [known for known in runs[-1] if "recording" in known]
-            else:
-                start = []
-            runs.append([*start, line])
-        elif "resume" in line:
-            runs.append(_resumed(runs, line))
-        else:
+        if "begin" not in line and "resume" not in line:
             runs[-1].append(line)
+            continue
+        begin = line if "begin" in line else _last_begin(runs[-1])
+        on_path = [run for run in runs if _last_begin(run).get("path") == begin.get("path")]
+        if "begin" not in line:
+            # A process that has only just attached has no past of its own; the state is of an earlier process.
+            if len(on_path) > 1 and _end(runs[-1]) <= _moment(begin):
+                on_path.pop()
+            kept = _until(_moment(line), on_path)
+            runs.append([*kept, *([begin] if begin and begin not in kept else []), line])
+        elif line.get("resumed"):
+            runs.append([*_until(_moment(line), on_path or runs), line])
+        else:
+            again = "recording" not in line and _last_begin(runs[-1]).get("path") == line.get("path")
+            runs.append([*(known for known in runs[-1] if again and "recording" in known), line])
     begun = [line for line in runs[-1] if "begin" in line]
     others = [line for line in runs[-1] if "begin" not in line]
     return History(begun=begun, lines=sorted(others, key=_moment))  # stable: of one moment the last stays the last
 
 
-def _resumed(runs: Sequence[list[Line]], line: Line) -> list[Line]:
-    """Return the lines that count when the latest process loads a state."""
-    own = next((known for known in reversed(runs[-1]) if "begin" in known), None)
-    if own is None:
-        return [*_until(line, runs), line]
-    candidates = [run for run in runs[:-1] if _is_on_path_of(own, run)]
-    # A process that has only just attached has no past of its own; the state is of an earlier process.
-    if not candidates or any("begin" not in known and _moment(known) > _moment(own) for known in runs[-1]):
-        candidates.append(runs[-1])
-    start = _until(line, candidates)
-    return [*start, *([] if any(known is own for known in start) else [own]), line]
+def _last_begin(run: Sequence[Line]) -> Line:
+    return next((line for line in reversed(run) if "begin" in line), {})
 
 
-def _until(line: Line, runs: Sequence[list[Line]]) -> list[Line]:
-    """Return the lines, up to the moment of `line`, of the last run that got as far."""
-    moment = _moment(line)
-    reached = [run for run in runs if any("begin" not in known and _moment(known) >= moment for known in run)]
-    return [known for known in (reached or runs)[-1] if _moment(known) <= moment]
+def _until(moment: tuple[int, int], runs: Sequence[list[Line]]) -> list[Line]:
+    """Return the lines, up to a moment, of the last run that got as far."""
+    run = next((run for run in reversed(runs) if _end(run) >= moment), runs[-1])
+    return [line for line in run if _moment(line) <= moment]
 
 
-def _is_on_path_of(begin: Line, run: Sequence[Line]) -> bool:
-    """Return whether the last process of a run has the path of a line that begins a process."""
-    last = next((known for known in reversed(run) if "begin" in known), None)
-    return last is not None and last.get("path") == begin.get("path")
+def _end(run: Sequence[Line]) -> tuple[int, int]:
+    return max((_moment(line) for line in run if "begin" not in line), default=(-1, 0))
 
 
 def _moment(line: Line) -> tuple[int, int]:
     """Return (0, recording iterations) while recording, then (1, generator updates)."""
-    return (0, line["recording"]) if "recording" in line else (1, line["update"])
+    return (0, line["recording"]) if "recording" in line else (1, line.get("update", 0))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -171,15 +146,11 @@ def read(file: Path) -> History:
     try:
         texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise PathError(
-            f"{file}, which cannot be read ({error.strerror})",
-            expected="the log of a run",
-            cure="name the run's *.log.jsonl, its path, or a folder of logs",
-        ) from error
+        raise _no_log(f"{file}, which cannot be read ({error.strerror})") from error
     parsed = [_parsed(text) for text in texts if text.strip()]
     lines = [line for line in parsed if line is not None]
     if not lines:
-        raise PathError(f"no line of a log in {file}", expected="JSON lines with an update", cure="name a *.log.jsonl")
+        raise _no_log(f"no line of a log in {file}")
     history = last_run(lines)
     history.name, history.file, history.torn = file.name.removesuffix(SUFFIX), file, len(parsed) - len(lines)
     return history
@@ -198,12 +169,10 @@ def load_all(runs: Iterable[Path]) -> list[History]:
         histories = [read(file) for file in find(run)]
         for history in sorted(histories, key=lambda each: str(each.begun[0].get("time", "")) if each.begun else ""):
             found[history.file.absolute()] = history
-    for name in {history.name for history in found.values()}:
-        same = [history for history in found.values() if history.name == name]
-        folders = [history.file.absolute().parent.parts[::-1] for history in same]
-        apart = next(n for n in count() if len({folder[:n] for folder in folders}) == len({*folders}))
-        for history, folder in zip(same, folders, strict=True):
-            history.name = "/".join((*folder[:apart][::-1], name))
+    for file, history in found.items():
+        folders = [other.parent for other in found if other.name == file.name]
+        if len(folders) > 1:
+            history.name = (file.parent.relative_to(os.path.commonpath(folders)) / history.name).as_posix()
     return list(found.values())
 
 
@@ -223,37 +192,28 @@ def find(run: Path) -> list[Path]:
     neighbours = sorted(run.absolute().parent.glob(f"*{SUFFIX}"))
     inside = sorted(run.glob(f"*{SUFFIX}")) or [file for file in neighbours if _is_log_of(file, run)]
     if not run.is_dir() or not inside:
-        raise PathError(
-            f"no log of a run at {run}",
-            expected=f"a file *{SUFFIX}, a path with one beside it, or a folder with some in it",
-            cure="name one: `attach` and `record` write it beside the path, and `disback demo` into its --out",
-        )
+        raise _no_log(f"no log of a run at {run}")
     return inside
 
 
+def _no_log(found: str) -> PathError:
+    return PathError(
+        found,
+        expected=f"a file *{SUFFIX} of JSON lines, a path with one beside it, or a folder with some in it",
+        cure="name one: `attach` and `record` write it beside the path, and `disback demo` into its --out",
+    )
+
+
 def _is_log_of(file: Path, path: Path) -> bool:
-    try:
-        begun = read(file).begun
-    except PathError:
-        return False
-    return bool(begun) and Path(str(begun[-1].get("folder"))).name == path.absolute().name
+    with suppress(PathError):
+        return Path(str(_last_begin(read(file).begun).get("folder"))).name == path.absolute().name
+    return False
 
 
 def _parsed(text: str) -> Line | None:
-    try:
+    with suppress(ValueError):
         line = json.loads(text)
-    except ValueError:
-        return None
-    counts = isinstance(line, dict) and all(_is_count(line.get(key, 0)) for key in ("update", "recording"))
-    return line if counts and "update" in line else None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _numbers(line: Line) -> Iterator[tuple[str, float | None]]:
-    for name, value in line.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name not in RESERVED and (value is None or number):
-            yield name, value
+        counts = [line[key] for key in ("update", "recording") if key in line] if isinstance(line, dict) else []
+        if counts and "update" in line and all(type(count) is int and count >= 0 for count in counts):
+            return line  # type: ignore[no-any-return]
+    return None

@@ -1,1 +1,97 @@
-"""Draw the logs of runs and write them as a page of HTML."""
+"""Write the report of one run, or of several side by side, as a page of HTML that loads nothing from a network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from disback_plugin.plugins.log_reader import History
+from disback_plugin.report.figures import DASHES, MEASURED, Panel, compare, panels, svg
+
+__all__ = ["page"]
+
+
+def page(runs: Sequence[History]) -> str:
+    """Return the report of runs as HTML; ratios are to the first run.
+
+    Raises:
+        OptionError: If matplotlib is not installed.
+
+    Example:
+        >>> from disback_plugin.plugins.log_reader import last_run
+        >>> html = page([last_run([{"update": 0, "loss": 2.0}, {"update": 9, "loss": 1.0}])])
+        >>> html.startswith("<!doctype html>"), html.count("<figure"), "http" in html
+        (True, 1, False)
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    sections: dict[str, list[tuple[Panel, str]]] = {}
+    for i, panel in enumerate(panels(runs)):
+        sections.setdefault(panel.section, []).append((panel, svg(panel, f"p{i}")))
+    times = sorted(str(line["time"])[:16].replace("T", " ") for run in runs for line in run.lines if "time" in line)
+    return environment.get_template("page.html.j2").render(
+        runs=runs,
+        dashes=DASHES,
+        dates=f"{times[0]} to {times[-1]} UTC" if times else "",
+        facts=[_facts(run) for run in runs],
+        comparison=compare(runs),
+        sections=sections,
+        measured=MEASURED,
+        pictures=[(run, name, map(_picture, files)) for run in runs for name, files in run.pictures().items()],
+        processes=[list(_processes(run)) for run in runs],
+        resumes=[[_when(line) for line in run.lines if "resume" in line] for run in runs],
+    )
+
+
+def _facts(run: History) -> dict[str, float | None]:
+    nodes, position = run.nodes(), run.curves().get("position")
+    node_seconds = run.curves(recording=True).get("node_seconds")
+    return {
+        "recording iterations": run.recorded or None,
+        "s_phi fitted after": (run.completed() or {}).get("fitted"),
+        "nodes": len(nodes) or None,
+        "bytes of the nodes": sum(node["bytes"] for node in nodes) or None,
+        "mean seconds to save a node": node_seconds[-1][1] if node_seconds else None,
+        "generator updates": run.updates,
+        "position at the end": position[-1][1] if position else None,
+        "resumed": sum(bool(begin.get("resumed")) for begin in run.begun) + sum("resume" in line for line in run.lines),
+    }
+
+
+def _picture(at: tuple[int, Path]) -> tuple[int, Path, str]:
+    """Return a picture with its content in base64, "" if the file is missing."""
+    update, file = at
+    return update, file, base64.b64encode(file.read_bytes()).decode() if file.is_file() else ""
+
+
+def _processes(run: History) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield, for each process of a run, when it began, and the facts that differ from the process before."""
+    known: dict[str, str] = {}
+    for begin in run.begun:
+        facts = dict(_flat({k: v for k, v in begin.items() if k not in ("begin", "update", "recording")}))
+        differing = {name: value for name, value in facts.items() if known.get(name) != value}
+        yield f"{begin['begin']}, {_when(begin)}" + (": what differs" if known else ""), differing
+        known |= facts
+
+
+def _when(line: Mapping[str, Any]) -> str:
+    if "recording" in line:
+        return f"after {line['recording']} recording iterations"
+    return f"at generator update {line['update']}"
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}: ")
+        elif value is not None:
+            yield f"{before}{name}", str(value)

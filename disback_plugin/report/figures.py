@@ -8,33 +8,27 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from disback_plugin.errors import OptionError
-from disback_plugin.plugins.log_reader import OWN_NUMBERS, Curve, History
+from disback_plugin.plugins.log_reader import Curve, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["DASHES", "MEASURED", "Panel", "Series", "compare", "crossing", "panels", "svg"]
 
 # Curves whose names begin like this measure how good a run is, the lower the better: by them runs are compared.
 MEASURES = ("distance", "mismatch")
 MEASURED, BACKTRACKING, RECORDING, NODES = "Measured by the loop", "Backtracking", "Recording", "Nodes"
 UPDATES, ITERATIONS = "generator updates", "recording iterations"
 
-# For each number of backtracking: title, explanation, unit, look, and the value by which nothing has happened.
+# Panels of the numbers that DisBack logs while backtracking: title, explanation, unit, look, and the value by which
+# nothing has happened.
+POSITION = "Position of the teacher on the path: N is the network fitted to the initial student, 0 the teacher itself."
 OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
-    "position": (
-        "position",
-        "Position of the teacher on the path: N is the network fitted to the initial student, 0 the teacher itself.",
-        "",
-        "steps",
-        0,
-    ),
+    "position": ("position", POSITION, "", "steps", 0),
     "gradient": ("gradient factor", "Factor on the generator's gradient; 1 is the trainer's own.", "", "steps", 1),
     "swap_ms": ("swap time", "Time of the host for each move of the teacher.", "ms", "points", None),
     "masked_samples": ("masked samples", "Samples without a gradient, because they were not finite.", "", "points", 0),
@@ -44,6 +38,12 @@ OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
 NODE_PANELS = (
     ("step to a node", "delta_norm", "Distance from the node before, in weight space.", 1.0, ""),
     ("codec error in the weights", "weight_error", "Over the step from the node before.", 100.0, "%"),
+)
+# All names of DisBack's own numbers (see the hook `disback_log`). Other numbers are the loop's.
+OWN_NUMBERS = {*OWN_PANELS, "node", "delta_norm", "agreement", "path_bytes", "node_seconds"}
+COSINES = (
+    "The cosine between each gradient of s_phi and the one before. While s_phi is far from the student's score they "
+    "agree; s_phi is fitted, at the vertical line, when the mean of the last quarter is below the horizontal one."
 )
 
 
@@ -55,7 +55,7 @@ class Series:
         run: Index of the run, which decides the colour.
         label: Name of the run, or of the curve.
         points: (x, y) as logged.
-        look: "line"; "steps", where a value holds until the next; "points"; or "faint" points behind a line.
+        look: "line"; "steps", where a value holds until the next; or "points".
     """
 
     run: int
@@ -109,83 +109,39 @@ def panels(runs: Sequence[History]) -> list[Panel]:
         >>> [(panel.section, panel.title) for panel in panels([run])]
         [('Measured by the loop', 'loss'), ('Backtracking', 'position')]
     """
-    every = [*_measured(runs), *_backtracking(runs), *_recording(runs), *_nodes(runs)]
-    return [panel for panel in every if panel.series]
+    from disback_plugin.convergence import AGREEMENT
+
+    found = []
+    for name in _names(runs):
+        about = "The lower the better." if name.startswith(MEASURES) else "As the loop logged it."
+        found.append(Panel(MEASURED, name, about, UPDATES, _series(runs, name)))
+    for name, (title, about, unit, look, still) in OWN_PANELS.items():
+        moved = tuple(each for each in _series(runs, name, look) if any(y != still for _, y in each.points))
+        found.append(Panel(BACKTRACKING, title, about, UPDATES, moved, unit))
+    cosines = _series(runs, "agreement", "points", recording=True)
+    fitted = [(i, (run.completed() or {}).get("fitted")) for i, run in enumerate(runs)]
+    marks = tuple((i, iteration) for i, iteration in fitted if iteration)
+    found.append(Panel(RECORDING, "gradient agreement", COSINES, ITERATIONS, cosines, level=AGREEMENT, marks=marks))
+    for name in _names(runs, recording=True):
+        series = _series(runs, name, recording=True)
+        found.append(Panel(RECORDING, f"{name}, while recording", "As it was logged.", ITERATIONS, series, marks=marks))
+    for title, key, about, factor, unit in NODE_PANELS:
+        nodes = [[node for node in run.nodes() if node.get(key) is not None] for run in runs]
+        curves = [[(node["iteration"], factor * node[key]) for node in known] for known in nodes]
+        series = tuple(Series(i, runs[i].name, curve, "points") for i, curve in enumerate(curves) if curve)
+        found.append(Panel(NODES, title, about, ITERATIONS, series, unit))
+    return [panel for panel in found if panel.series]
 
 
 def _series(runs: Sequence[History], name: str, look: str = "line", *, recording: bool = False) -> tuple[Series, ...]:
-    curves = [(i, run, run.curves(recording=recording).get(name, [])) for i, run in enumerate(runs)]
-    return tuple(Series(i, run.name, curve, look) for i, run, curve in curves if curve)
+    curves = [run.curves(recording=recording).get(name, []) for run in runs]
+    return tuple(Series(i, runs[i].name, curve, look) for i, curve in enumerate(curves) if curve)
 
 
-def _names(runs: Iterable[History], *, recording: bool = False) -> list[str]:
+def _names(runs: Sequence[History], *, recording: bool = False) -> list[str]:
     """Return the names of the loop's own numbers: measures first, else in the order in which they came."""
     found = dict.fromkeys(name for run in runs for name in run.curves(recording=recording) if name not in OWN_NUMBERS)
     return sorted(found, key=lambda name: not name.startswith(MEASURES))
-
-
-def _measured(runs: Sequence[History]) -> Iterator[Panel]:
-    for name in _names(runs):
-        about = "The lower the better." if name.startswith(MEASURES) else "As the loop logged it."
-        yield Panel(MEASURED, name, about, UPDATES, _series(runs, name))
-
-
-def _backtracking(runs: Sequence[History]) -> Iterator[Panel]:
-    for name, (title, about, unit, look, still) in OWN_PANELS.items():
-        moved = tuple(each for each in _series(runs, name, look) if any(y != still for _, y in each.points))
-        yield Panel(BACKTRACKING, title, about, UPDATES, moved, unit)
-
-
-def _recording(runs: Sequence[History]) -> Iterator[Panel]:
-    from disback_plugin.convergence import AGREEMENT, means
-
-    series: list[Series] = []
-    for each in _series(runs, "agreement", "faint", recording=True):
-        cosines = dict(each.points)
-        row = [cosines.get(i) for i in range(2, max(cosines) + 1)]
-        averaged: Curve = list(means([math.nan if cosine is None else cosine for cosine in row]))
-        series += [each, Series(each.run, f"{each.label}, mean of the last quarter", averaged)]
-    done = [(i, run.completed()) for i, run in enumerate(runs)]
-    marks = tuple((i, how["fitted"]) for i, how in done if how and how.get("fitted"))
-    about = (
-        "Dots: the cosine between each gradient of s_phi and the one before. While s_phi is far from the student's "
-        "score they agree; s_phi is fitted, at the vertical line, when the mean of the last quarter is below "
-        f"{AGREEMENT:g}."
-    )
-    yield Panel(RECORDING, "gradient agreement", about, ITERATIONS, tuple(series), level=AGREEMENT, marks=marks)
-    for name in _names(runs, recording=True):
-        drawn = _series(runs, name, recording=True)
-        yield Panel(RECORDING, f"{name}, while recording", "As it was logged.", ITERATIONS, drawn, marks=marks)
-
-
-def _nodes(runs: Sequence[History]) -> Iterator[Panel]:
-    for title, key, about, factor, unit in NODE_PANELS:
-        found: list[tuple[int, str, Curve]] = []
-        for i, run in enumerate(runs):
-            known = [node for node in run.nodes() if node.get(key) is not None]
-            found.append((i, run.name, [(node["iteration"], factor * node[key]) for node in known]))
-        series = tuple(Series(i, name, points, "points") for i, name, points in found if points)
-        yield Panel(NODES, title, about, ITERATIONS, series, unit)
-
-
-# -- several runs -----------------------------------------------------------------------------------------------------
-
-
-def crossing(curve: Curve, threshold: float) -> float | None:
-    """Return the updates after which a curve is first at or below a threshold, interpolated; None if never.
-
-    Example:
-        >>> crossing([(0, 5.0), (10, 3.0)], 4.0), crossing([(0, 5.0)], 4.0)
-        (5.0, None)
-    """
-    known = [(x, y) for x, y in curve if y is not None]
-    for i, (x, y) in enumerate(known):
-        if y <= threshold:
-            if i == 0:
-                return float(x)
-            before, above = known[i - 1]
-            return before + (above - threshold) / (above - y) * (x - before)
-    return None
 
 
 def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
@@ -199,50 +155,51 @@ def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
         ...     for curve in ([(0, 9.0), (40, 1.0)], [(0, 9.0), (20, 0.5)])
         ... )
         >>> [(row["last"], row["last ratio"], row["updates ratio"]) for row in compare([slow, fast])]
-        [(1.0, 1.0, 1.0), (0.5, 0.5, 2.125)]
+        [(1.0, 1.0, 1.0), (0.5, 0.5, 2.0)]
     """
     rows: list[dict[str, Any]] = []
     for name in [name for name in _names(runs) if name.startswith(MEASURES)]:
-        curves = {each.run: [y for _, y in each.points if y is not None] for each in _series(runs, name)}
-        curves = {run: values for run, values in curves.items() if values}
+        curves = {each.run: [(x, y) for x, y in each.points if y is not None] for each in _series(runs, name)}
+        curves = {run: curve for run, curve in curves.items() if curve}
         if len(curves) < 2:
             continue
-        threshold = max(map(min, curves.values()))
-        reached = {each.run: crossing(each.points, threshold) for each in _series(runs, name)}
+        threshold = max(min(y for _, y in curve) for curve in curves.values())
+        reached = {run: next(x for x, y in curve if y <= threshold) for run, curve in curves.items()}
         first = min(curves)
         rows += [
             {
                 "measure": name,
                 "run": runs[run].name,
-                "last": values[-1],
-                "last ratio": _ratio(values[-1], curves[first][-1]),
+                "last": curve[-1][1],
+                "last ratio": _ratio(curve[-1][1], curves[first][-1][1]),
                 "threshold": threshold,
                 "updates": reached[run],
                 "updates ratio": _ratio(reached[first], reached[run]),
             }
-            for run, values in curves.items()
+            for run, curve in curves.items()
         ]
     return rows
 
 
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or not below else above / below
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
 
-# The lines of the runs, in turn. They differ without colour too.
-DASHES = ("", "6 2", "2 2", "7 2 2 2", "10 3", "4 1 1 1 1 1")
+# The lines of the runs, in turn: lengths of dashes and gaps in points. They differ without colour too.
+DASHES = ((), (6, 2), (2, 2), (7, 2, 2, 2), (10, 3), (4, 1, 1, 1, 1, 1))
 MARKERS = "osD^vP"
 # Placeholders in an SVG for the colours of text and of each run.
 INK, RUNS = "#00aa00", tuple(f"#00bb{i:02x}" for i in range(len(DASHES)))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "disback",
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "lines.linewidth": 1.8,
+    "lines.scale_dashes": False,
+    "lines.markersize": 4,
 } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 
@@ -251,7 +208,7 @@ def svg(panel: Panel, key: str) -> str:
 
     Args:
         panel: The panel.
-        key: Prefix of the ids in the SVG, which must differ between the panels of one page.
+        key: A text that no other panel of the page has, from which the ids in the SVG are made.
 
     Raises:
         OptionError: If matplotlib is not installed.
@@ -269,7 +226,7 @@ def svg(panel: Panel, key: str) -> str:
             "no matplotlib", expected="the package that draws", cure="pip install 'disback-plugin[plots]'"
         ) from error
     file = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": key}):
         figure = Figure(figsize=(3.9, 2.6), layout="constrained")
         _draw(figure.subplots(), panel)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -277,15 +234,10 @@ def svg(panel: Panel, key: str) -> str:
     for i, colour in enumerate(RUNS):
         text = text.replace(colour, f"var(--run-{i})")
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace("xlink:href", "href")
-    used = set(re.findall(r"#([\w-]+)", " ".join(re.findall(r'(?:href|clip-path)="[^"]*"', text))))
-    text = re.sub(r' id="([^"]*)"', lambda match: f' id="{key}-{match[1]}"' if match[1] in used else "", text)
-    for name in used:
-        text = text.replace(f"#{name}", f"#{key}-{name}")
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    label = escape(f"{panel.title} over {panel.x}")
-    return f'<svg {box[0]} role="img" aria-label="{label}">{re.split("<svg[^>]*>", text, maxsplit=1)[1]}'
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group, and each figure has the same names
+    _, box, drawing = re.split(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', text, maxsplit=1)
+    return f'<svg {box} role="img" aria-label="{escape(f"{panel.title} over {panel.x}")}">{drawing}'
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
@@ -293,32 +245,28 @@ def _draw(axes: Axes, panel: Panel) -> None:
     for series in panel.series:
         x = [at for at, _ in series.points]
         y = [math.nan if value is None else value for _, value in series.points]
-        if series.look == "steps":
-            x, y = [*x, max(end, x[-1])], [*y, y[-1]]
         run = series.run % len(DASHES)
-        look: dict[str, Any] = {"color": RUNS[run], "zorder": 3}
-        if series.look == "faint":
-            look |= {"linestyle": "none", "marker": MARKERS[run], "markersize": 3, "alpha": 0.35}
+        look: dict[str, Any] = {"dashes": DASHES[run]}
+        if series.look == "steps":
+            x, y, look["drawstyle"] = [*x, max(end, x[-1])], [*y, y[-1]], "steps-post"
         elif series.look == "points" or sum(value == value for value in y) == 1:
-            look |= {"linestyle": "none", "marker": MARKERS[run], "markersize": 4}
-        elif DASHES[run]:
-            look["linestyle"] = (0, tuple(float(length) / STYLE["lines.linewidth"] for length in DASHES[run].split()))
-        axes.plot(x, y, drawstyle="steps-post" if series.look == "steps" else "default", **look)
+            look = {"linestyle": "none", "marker": MARKERS[run]}
+        axes.plot(x, y, color=RUNS[run], **look)
     if panel.level is not None:
-        axes.axhline(panel.level, color=INK, linewidth=0.8, linestyle=(0, (1, 2)), zorder=2)
+        axes.axhline(panel.level, color=INK, linewidth=0.8, linestyle=":")
     for run, at in panel.marks:
-        axes.axvline(at, color=RUNS[run % len(RUNS)], linewidth=1, linestyle=(0, (3, 3)), zorder=2)
+        axes.axvline(at, color=RUNS[run % len(RUNS)], linewidth=1, linestyle="--")
     if panel.logarithmic:
-        from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+        from matplotlib.ticker import LogLocator
 
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.grid(visible=True, axis="y", color=INK, alpha=0.15, linewidth=0.6)
     axes.margins(x=0.02)
-    if all(series.look == "points" for series in panel.series):  # amounts, which begin at zero
+    if panel.level is None and all(series.look == "points" for series in panel.series):  # amounts begin at zero
         axes.set_xlim(0, 1.05 * max(end, 1))
         axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=6, integer=True)

@@ -14,8 +14,7 @@ from worlds import Run, Score, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.launch.prepared_networks import PreparedNetworks
-from disback_plugin.launch.run import ScriptRunner
+from disback_plugin.launch.run import PreparedNetworks, ScriptRunner
 from disback_plugin.testing import check_adapter
 from disback_plugin.weights.network import ScoreNetwork
 

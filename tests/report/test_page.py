@@ -18,10 +18,10 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin import cli
-from disback_plugin.plugins.log_reader import OWN_NUMBERS, last_run, read
+from disback_plugin.plugins.log_reader import last_run, read
 from disback_plugin.plugins.run_log import RunLog
-from disback_plugin.report.figures import compare, crossing, panels, svg
-from disback_plugin.report.page import page
+from disback_plugin.report import page
+from disback_plugin.report.figures import OWN_NUMBERS, compare, panels, svg
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -137,10 +137,7 @@ def test_the_panels_hold_what_the_history_holds(two):
             (panel,) = [panel for (_, known), panel in by_title.items() if known == title]
             assert [series.points for series in panel.series if series.run == i] == [curves[name]]
         agreement = by_title["Recording", "gradient agreement"]
-        dots, means = (series.points for series in agreement.series if series.run == i)
-        assert dots == recording["agreement"]
-        assert [x for x, _ in means] == [5, 10]
-        assert means[0][1] == pytest.approx(sum(y for x, y in dots if x <= 5) / 4)
+        assert [series.points for series in agreement.series if series.run == i] == [recording["agreement"]]
         assert (i, 8) in agreement.marks
 
 
@@ -154,16 +151,6 @@ def test_several_runs_are_compared_with_the_first(two):
     assert (first["updates"], second["updates"]) == (pytest.approx(40), pytest.approx(30))
     assert second["updates ratio"] == pytest.approx(40 / 30)
     assert compare(two[:1]) == []
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.floats(-5, 5))
-def test_a_crossing_is_at_the_first_value_below_or_just_before_it(values, threshold):
-    found = crossing(list(enumerate(values)), threshold)
-    below = [i for i, value in enumerate(values) if value <= threshold]
-    assert (found is None) == (not below)
-    if below:
-        assert max(below[0] - 1, 0) <= found <= below[0]
 
 
 def test_alarms_are_drawn_as_disbacks_own_and_everything_that_a_run_logs_by_itself_is_known(tmp_path):
