@@ -48,17 +48,12 @@ class Watch:
         prepares: Whether `call` prepares networks, and the user names the roles.
 
     Example:
-        >>> watch = Watch(
+        >>> WATCH = Watch(
         ...     "training.sid_loss:SID_EDMLoss.__call__",
         ...     frame="training_loop",
         ...     knows="SiD of March 2025",
         ...     needs=("true_score",),
         ... )
-        >>> def training_loop():
-        ...     true_score = "the teacher"
-        ...     return watch.find_trainer(inspect.currentframe())
-        >>> training_loop().true_score
-        'the teacher'
     """
 
     call: str
