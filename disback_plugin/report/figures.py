@@ -144,6 +144,21 @@ def _names(runs: Sequence[History], *, recording: bool = False) -> list[str]:
     return sorted(found, key=lambda name: not name.startswith(MEASURES))
 
 
+def crossing(curve: Curve, threshold: float) -> float | None:
+    """Return the updates after which a curve is first at or below a threshold, interpolated; None if never.
+
+    Example:
+        >>> crossing([(0, 5.0), (10, 3.0)], 4.0), crossing([(0, 5.0)], 4.0)
+        (5.0, None)
+    """
+    known = [(float(x), y) for x, y in curve if y is not None]
+    at = next((i for i, (_, y) in enumerate(known) if y <= threshold), None)
+    if not at:
+        return None if at is None else known[0][0]
+    (before, above), (x, y) = known[at - 1 : at + 1]
+    return before + (above - threshold) / (above - y) * (x - before)
+
+
 def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
     """Return a row for each measure and run: its last value, the updates to the lowest value that every run reached,
     and their ratios to the first run: below 1 where the last value is lower, above 1 where fewer updates were needed.
@@ -155,7 +170,7 @@ def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
         ...     for curve in ([(0, 9.0), (40, 1.0)], [(0, 9.0), (20, 0.5)])
         ... )
         >>> [(row["last"], row["last ratio"], row["updates ratio"]) for row in compare([slow, fast])]
-        [(1.0, 1.0, 1.0), (0.5, 0.5, 2.0)]
+        [(1.0, 1.0, 1.0), (0.5, 0.5, 2.125)]
     """
     rows: list[dict[str, Any]] = []
     for name in [name for name in _names(runs) if name.startswith(MEASURES)]:
@@ -164,7 +179,7 @@ def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
         if len(curves) < 2:
             continue
         threshold = max(min(y for _, y in curve) for curve in curves.values())
-        reached = {run: next(x for x, y in curve if y <= threshold) for run, curve in curves.items()}
+        reached = {each.run: crossing(each.points, threshold) for each in _series(runs, name)}
         first = min(curves)
         rows += [
             {
@@ -181,8 +196,8 @@ def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
     return rows
 
 
-def _ratio(above: float, below: float) -> float | None:
-    return above / below if below else None
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from disback_plugin import cli
 from disback_plugin.plugins.log_reader import last_run, read
 from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.report import page
-from disback_plugin.report.figures import OWN_NUMBERS, compare, panels, svg
+from disback_plugin.report.figures import OWN_NUMBERS, compare, crossing, panels, svg
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -151,6 +151,16 @@ def test_several_runs_are_compared_with_the_first(two):
     assert (first["updates"], second["updates"]) == (pytest.approx(40), pytest.approx(30))
     assert second["updates ratio"] == pytest.approx(40 / 30)
     assert compare(two[:1]) == []
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.floats(-5, 5))
+def test_a_crossing_is_at_the_first_value_below_or_just_before_it(values, threshold):
+    found = crossing(list(enumerate(values)), threshold)
+    below = [i for i, value in enumerate(values) if value <= threshold]
+    assert (found is None) == (not below)
+    if below:
+        assert max(below[0] - 1, 0) <= found <= below[0]
 
 
 def test_alarms_are_drawn_as_disbacks_own_and_everything_that_a_run_logs_by_itself_is_known(tmp_path):
