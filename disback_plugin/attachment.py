@@ -22,9 +22,9 @@ from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.recorder import open_or_create
 from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.session import Session
-from disback_plugin.weights.checksum import fingerprint
 from disback_plugin.weights.network import Network, ScoreNetwork
 from disback_plugin.weights.sharding import FullState
+from disback_plugin.weights.tensors import fingerprint
 
 __all__ = ["attach"]
 

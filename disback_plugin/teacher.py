@@ -19,10 +19,9 @@ from torch import Tensor
 from disback_plugin import distributed
 from disback_plugin.errors import DisbackError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, read_part
-from disback_plugin.weights.tensors import Part, Source, host_tensor
+from disback_plugin.weights.tensors import Checksum, Part, Source, host_tensor
 
 __all__ = ["Prefetcher", "TeacherWriter"]
 

@@ -34,7 +34,7 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
 
     import disback_plugin as disback
     from disback_plugin.loop.optimizers import parameters, unwrap
-    from disback_plugin.weights.checksum import checksum
+    from disback_plugin.weights.tensors import checksum
 
     def parts(trainer: object) -> tuple[disback.ScoreNetwork, disback.ScoreNetwork, dict[str, Any]]:
         roles = disback.plugins.find_adapter(trainer, adapter)

@@ -31,8 +31,8 @@ from disback_plugin.path.delta import encode
 from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Recording, Teacher
 from disback_plugin.path.model_card import model_card, node_table
 from disback_plugin.path.reader import PathReader, copy_of
-from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
+from disback_plugin.weights.tensors import checksum, fingerprint
 
 
 class DegradationPath(

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from disback_plugin.errors import TrainingError
 from disback_plugin.path.codecs import Delta, Entry, decode_int8, encode_int8, equal_bits, fits_int8
-from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import TensorMeta, host_tensor, pieces
+from disback_plugin.weights.tensors import Checksum, TensorMeta, host_tensor, pieces
 
 
 @dataclass(frozen=True)

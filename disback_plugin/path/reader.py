@@ -19,9 +19,17 @@ from disback_plugin.path.codecs import Delta
 from disback_plugin.path.delta import InterpolatedSource, NodeSource
 from disback_plugin.path.files import damaged
 from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Teacher
-from disback_plugin.weights.checksum import Checksum, checksum, fingerprint
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import Part, Source, TensorMeta, dtype_class, masked
+from disback_plugin.weights.tensors import (
+    Checksum,
+    Part,
+    Source,
+    TensorMeta,
+    checksum,
+    dtype_class,
+    fingerprint,
+    masked,
+)
 
 T = TypeVar("T")
 # What tells a file from its later versions: inode, size, time of its last change, and the SHA-256 in the manifest.

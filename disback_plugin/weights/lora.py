@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.modules import Modules, named_modules, unwrap
+from disback_plugin.weights.tensors import Checksum
 
 __all__ = ["add_teacher", "base_checksum", "use_adapter"]
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.checksum import Checksum
 from disback_plugin.weights.sharding import Weight, fsdp1_resharders
-from disback_plugin.weights.tensors import Part, TensorMeta, dtype_class
+from disback_plugin.weights.tensors import Checksum, Part, TensorMeta, dtype_class
 
 # Wrapper class -> its package and the attribute that holds the wrapped module. Classes are compared by name, because
 # importing torch._dynamo would take a second. peft's are around a network whose layers hold the adapters.

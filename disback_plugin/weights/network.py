@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.checksum import Checksum, fingerprint
 from disback_plugin.weights.modules import WeightTable, check_layout, find, weights_checksum
 from disback_plugin.weights.sharding import FullState, Weight, local_tensor, read_part
-from disback_plugin.weights.tensors import Part, Source, TensorMeta, host_tensor, pieces
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, fingerprint, host_tensor, pieces
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from disback_plugin import distributed
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.checksum import Checksum
-from disback_plugin.weights.tensors import Part, Source, TensorMeta, masked
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, masked
 
 
 class Weight:

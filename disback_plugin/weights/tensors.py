@@ -1,7 +1,14 @@
-"""Types, shapes and parts of tensors, the pieces in which they are read, and the protocol of what is read from."""
+"""Shapes, parts, pieces and digests of tensors, and the protocol of what tensors are read from.
+
+A digest is a SHA-256 of everything, or a checksum at the speed of memory. The checksum adds up the bits of each tensor
+as 64-bit integers, in 64 columns, so that neither the order of summation nor the size of the pieces matters. It detects
+accidents (a flipped bit, a foreign node, a half-written network), but not every permutation inside a tensor; the
+SHA-256 protects against intent.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +23,8 @@ PIECE = 1 << 20
 # A rank that holds a part of a tensor reads from and to multiples of this: a whole number of blocks of the int8 codec,
 # and of a checksum's 512 bytes. It divides PIECE.
 GRAIN = 512
+# The number of sums of a checksum.
+COLUMNS = 64
 
 
 class TensorMeta(NamedTuple):
@@ -104,24 +113,22 @@ class Part:
     def cells(self) -> Iterator[Cell]:
         """Yield the ranges to read for this part; each lies within a piece, and its ends are multiples of `GRAIN`."""
         total, inner = self.shape.numel(), prod(self.shape[self.dim + 1 :])
-        if self.stop is None:
-            for start, stop in pieces(total):
-                yield Cell(start, stop, slice(start, stop))
-        elif prod(self.shape[: self.dim]) == 1:
-            first, last = self.start * inner, self.stop * inner
-            for piece in range(first - first % PIECE, last if first < last else 0, PIECE):
-                low, high = max(piece, first), min(piece + PIECE, last)
-                start, stop = low - low % GRAIN, min(-(-high // GRAIN) * GRAIN, total)
-                inside = None if (start, stop) == (low, high) else slice(low - start, high - start)
-                yield Cell(start, stop, slice(low - first, high - first), inside)
-        else:  # the cut goes across the rows: the whole tensor is read
-            done = 0
-            for start, stop in pieces(total):
+        across = self.stop is not None and prod(self.shape[: self.dim]) > 1  # then the whole tensor is read
+        first, last = (0, total) if self.stop is None or across else (self.start * inner, self.stop * inner)
+        keep: slice | Tensor | None
+        done = 0
+        for start, stop in pieces(total):
+            if across:
                 index = torch.arange(start, stop, device="cpu") // inner % self.shape[self.dim]
-                keep = (index >= self.start) & (index < self.stop)
-                before, done = done, done + int(keep.sum())
-                if before < done:
-                    yield Cell(start, stop, slice(before, done), keep)
+                keep = (index >= self.start) & (index < (self.stop or 0))
+                held = int(keep.sum())
+            else:
+                low, high = max(start, first), min(stop, last)
+                start, stop, held = low - low % GRAIN, min(-(-high // GRAIN) * GRAIN, total), high - low
+                keep = None if (start, stop) == (low, high) else slice(low - start, high - start)
+            if held > 0 or self.stop is None:
+                yield Cell(start, stop, slice(done, done + held), keep)
+                done += held
 
 
 def masked(values: Tensor, cell: Cell) -> Tensor:
@@ -160,3 +167,91 @@ def dtype_class(dtype: torch.dtype) -> str:
     if dtype.is_floating_point:
         return "floating"
     return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
+
+
+# -- digests -----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a state's names, dtypes, shapes and values, independent of order and device.
+
+    Args:
+        state: Tensors of any kind, by name.
+
+    Example:
+        >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": torch.ones(2)})
+        False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Checksum:
+    """The checksum of a state whose tensors arrive piece by piece.
+
+    Attributes:
+        sums: The sums of each tensor so far, by name, shape (COLUMNS,); those of a tensor's parts add up to its own.
+
+    Example:
+        >>> whole, pieces = Checksum(), Checksum()
+        >>> whole.add("w", torch.arange(1024.0))
+        >>> pieces.add("w", torch.arange(512.0, 1024.0))
+        >>> pieces.add("w", torch.arange(0.0, 512.0))
+        >>> whole.digest() == pieces.digest()
+        True
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def add(self, name: str, piece: Tensor) -> None:
+        """Add a piece of a tensor: all of it, or a part that starts at a multiple of 512 of its row-major bytes.
+
+        No device sync.
+        """
+        sums = _sums(piece.detach())
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self._dtypes[name] = piece.dtype
+
+    def digest(self) -> str:
+        """Return the checksum: 32 hexadecimal digits."""
+        totals = sorted([(name, str(self._dtypes[name]), sums.tolist()) for name, sums in self.sums.items()])
+        return hashlib.sha256(repr(totals).encode()).hexdigest()[:32]
+
+
+def checksum(state: Mapping[str, Tensor]) -> str:
+    """Return the `Checksum` of a state: 32 hexadecimal digits.
+
+    Args:
+        state: Tensors of any kind, by name.
+
+    Example:
+        >>> checksum({"w": torch.zeros(2)}) == checksum({"w": torch.tensor([0.0, 1.0])})
+        False
+    """
+    total = Checksum()
+    for name, tensor in state.items():
+        total.add(name, tensor)
+    return total.digest()
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Return the sums of every COLUMNS-th word, shape (COLUMNS,)."""
+    flat = tensor.contiguous().view(-1)
+    size = flat.element_size()
+    if flat.storage_offset() * size % 8:  # words are read where they are aligned
+        flat = flat.clone()
+    rest = flat.numel() * size % 8 // size
+    words = (flat[:-rest] if rest else flat).view(torch.int64)
+    whole = words.numel() // COLUMNS * COLUMNS
+    sums = words[:whole].view(-1, COLUMNS).sum(0)
+    sums[: words.numel() - whole] += words[whole:]
+    if rest:  # up to seven bytes, as one number
+        tail = flat[-rest:].view(torch.uint8).long()
+        sums[-1] += (tail << 8 * torch.arange(tail.numel(), device=tail.device)).sum()
+    return sums

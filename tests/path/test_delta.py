@@ -15,9 +15,8 @@ from disback_plugin.errors import MismatchError, PathError
 from disback_plugin.path import codecs
 from disback_plugin.path.codecs import CODECS, Delta
 from disback_plugin.path.delta import InterpolatedSource, NodeSource, encode
-from disback_plugin.weights.checksum import checksum
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.tensors import PIECE, pieces
+from disback_plugin.weights.tensors import PIECE, checksum, pieces
 
 
 def moved(state, seed, size=1e-2):

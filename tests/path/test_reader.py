@@ -19,9 +19,8 @@ from disback_plugin.path import files
 from disback_plugin.path.codecs import Delta, Entry
 from disback_plugin.path.delta import NodeSource
 from disback_plugin.schedules import Fixed, Ramp
-from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.tensors import TensorMeta
+from disback_plugin.weights.tensors import TensorMeta, checksum, fingerprint
 
 
 @pytest.fixture(scope="module")

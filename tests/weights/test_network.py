@@ -12,9 +12,9 @@ from worlds import Score, clone, difference
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.path.delta import NodeSource
-from disback_plugin.weights.checksum import checksum, fingerprint
 from disback_plugin.weights.modules import unwrap
 from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.tensors import checksum, fingerprint
 
 
 class Root(nn.Module):

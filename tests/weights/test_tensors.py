@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disback_plugin.weights.checksum import Checksum, checksum
+from disback_plugin.weights.tensors import Checksum, checksum
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64]
 
