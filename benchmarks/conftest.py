@@ -15,6 +15,13 @@ def pytest_addoption(parser):
     group.addoption("--benchmark", action="store_true", help="run only the speed comparisons, grouped, and save them")
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)  # a hook of pytest-xdist for `-n auto` in pyproject.toml
+def pytest_xdist_auto_num_workers(config):
+    """Return 0, for one process, with `--benchmark` and with chosen files; None leaves the number to pytest-xdist."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return None if whole and not config.option.benchmark else 0
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config):
     """Translate the flag into the options of pytest-benchmark; without it the comparisons are skipped."""
