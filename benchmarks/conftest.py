@@ -17,9 +17,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)  # a hook of pytest-xdist for `-n auto` in pyproject.toml
 def pytest_xdist_auto_num_workers(config):
-    """Return 0, for one process, with `--benchmark` and with chosen files; None leaves the number to pytest-xdist."""
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    return None if whole and not config.option.benchmark else 0
+    """Return 0 with `--benchmark`: comparisons of speed run in one process. None leaves the number to pytest-xdist."""
+    return 0 if config.option.benchmark else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options

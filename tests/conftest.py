@@ -22,6 +22,12 @@ settings.register_profile(
 settings.load_profile("disback")
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)  # a hook of pytest-xdist for `-n auto` in pyproject.toml
+def pytest_xdist_auto_num_workers(config):
+    """Return 0 for chosen files: they run in one process. None leaves the number to pytest-xdist."""
+    return None if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     # Bitwise comparisons between runs need one order of summation.
