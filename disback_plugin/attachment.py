@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,20 @@ from torch.optim import Optimizer
 from disback_plugin import distributed
 from disback_plugin.errors import OptionError, PathError, PluginError
 from disback_plugin.handle import Handle
-from disback_plugin.loop import optimizers, roles
 from disback_plugin.loop.lr_schedulers import Restorable
+from disback_plugin.loop.optimizer_hooks import parameters
+from disback_plugin.loop.roles import describe_roles, same_weights, warn_of_other_rate
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.manifest import Manifest, Recording
+from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
+from disback_plugin.progress import validate_form
 from disback_plugin.recorder import open_or_create
 from disback_plugin.schedules import Schedule, resolve
 from disback_plugin.session import Session
-from disback_plugin.weights.network import Network, ScoreNetwork
+from disback_plugin.weights.network import Network
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import fingerprint
-
-__all__ = ["attach"]
 
 logger = logging.getLogger(__name__)
 
@@ -141,34 +143,47 @@ def attach(
         done 0.0
         done 0.0
     """
-    given = {
-        "teacher": teacher,
-        "fake_score": fake_score,
-        "generator_optimizer": generator_optimizer,
-        "fake_score_optimizer": fake_score_optimizer,
-    }
+    names = ("teacher", "fake_score", "generator_optimizer", "fake_score_optimizer")
+    given = dict(zip(names, (teacher, fake_score, generator_optimizer, fake_score_optimizer), strict=True))
 
-    def build() -> Session:
+    def build() -> tuple[Session, Recording | None]:
+        if state is not None:
+            validate_form(state)
         manager = PluginManager.of(plugins)
-        found = _roles(trainer, adapter, given, manager)
-        return Session(
-            ScoreNetwork.of(found.teacher, role="teacher"),
-            ScoreNetwork.of(found.fake_score, role="fake score"),
-            optimizers.unwrap(found.generator_optimizer, role="generator_optimizer"),
-            optimizers.unwrap(found.fake_score_optimizer, role="fake_score_optimizer"),
-            schedule=resolve(schedule),
-            prefetch=prefetch,
-            plugins=manager,
-            restore=restore,
-        )
+        found = _find_roles(trainer, adapter, given, manager)
+        session = Session(found, resolve(schedule), prefetch=prefetch, plugins=manager, restore=restore)
+        return session, _plan_recording(path, record, every, codec, keep_teacher)
 
-    session = distributed.on_every_rank(build, "have its roles")
-    settings = {"record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
-    _begin(session, path, settings, state, log)
+    session, plan = distributed.on_every_rank(build, "have its roles")
+    folder = None if path is None else Path(path).absolute()
+    settings = {"schedule": repr(session.schedule)} | ({"iterations": 0} if plan is None else asdict(plan))
+    resumes = state is not None
+    distributed.agree({"path": str(folder), "resumes": resumes, **settings})
+    if distributed.is_main_process():
+        session.log = session.plugins.add_run_log(log, folder)
+    try:
+        session.begin(None if plan is None or folder is None else _open(session, folder, plan, resumes=resumes), state)
+    except PluginError:  # of a plug-in that was called when backtracking began
+        if session.scheduler is not None:
+            session.scheduler.restore_teacher()
+        raise
+    if session.log is not None:
+        session.log.begin(
+            "attach",
+            update=session.progress.generator_updates,
+            recording=session.recorded,
+            resumed=resumes or bool(session.recorded),
+            **({} if session.path is None else session.path.log_fields()),
+            settings=settings,
+            roles=describe_roles(*session.roles),
+        )
+    if session.scheduler is not None:
+        logger.info("%r", session)
+    session.hooks.install()
     return Handle(session)
 
 
-def _roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: PluginManager) -> Adapter:
+def _find_roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: PluginManager) -> Adapter:
     """Return the four roles, as they were passed or as an adapter finds them in the trainer."""
     named = [name for name, value in given.items() if value is not None]
     if trainer is None and adapter is None and len(named) == len(given):
@@ -182,118 +197,59 @@ def _roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins:
     )
 
 
-def _begin(
-    session: Session,
-    folder: str | os.PathLike[str] | None,
-    settings: dict[str, Any],
-    state: Mapping[str, Any] | None,
-    log: str | os.PathLike[str] | None,
-) -> None:
-    """Open or create the path, continue where the run stands, and install the hooks."""
-    if distributed.is_main_process():
-        session.log = session.plugins.add_run_log(log, folder)
-    where = None if folder is None else str(Path(folder).absolute())
-    resumed = state is not None
-    distributed.agree({"path": where, **settings, "schedule": repr(session.schedule), "resumes": resumed})
-    if state is not None:
-        state = session.validate_form(state)
-    try:
-        _open(session, folder, settings, state)
-    except PluginError:  # of a plug-in that was called when backtracking began
-        if session.scheduler is not None:
-            session.scheduler.restore_teacher()
-        raise
-    if session.path is not None and session.scheduler is not None and not resumed and distributed.is_main_process():
-        if session.schedule.until_fitted:
-            roles.warn_of_other_rate(session.path, session.fake_score, session.fake_score_optimizers)
-        session.warning = _earlier_run(session, session.path)
-    _begin_log(session, settings, resumed)
-    if session.scheduler is not None:
-        logger.info("%r", session)
-    session.hooks.install()
+def _plan_recording(folder: str | os.PathLike[str] | None, record: int, *others: Any) -> Recording | None:
+    """Return the plan of the recording, or None for a run without a path."""
+    if record != 0 or isinstance(record, bool):
+        if folder is None or not str(folder):
+            raise OptionError("no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for none")
+        return Recording(record, *others)
+    if folder is not None and DegradationPath.exists(folder):
+        raise OptionError(
+            f"record=0 and a path in {folder}",
+            expected="one or the other",
+            cure="pass path=None for a run without DisBack, or omit record=: a finished path is reused",
+        )
+    return None
 
 
-def _open(
-    session: Session,
-    folder: str | os.PathLike[str] | None,
-    settings: dict[str, Any],
-    state: Mapping[str, Any] | None,
-) -> None:
-    record, *others = settings.values()
-    if record == 0 and not isinstance(record, bool):
-        if folder is not None and DegradationPath.exists(folder):
-            raise OptionError(
-                f"record=0 and a path in {folder}",
-                expected="one or the other",
-                cure="pass path=None for a run without DisBack, or omit record=: a finished path is reused",
-            )
-        session.begin_backtracking()
-        if state is not None:
-            session.load(state, session.validate(state))
-    elif folder is None or not str(folder):
-        raise OptionError("no path=", expected="a folder for the nodes", cure="pass path=..., or record=0 for none")
-    elif state is not None:
-        _open_at(session, folder, state)
-    else:
-        plan, generator = Recording(record, *others), _fingerprint_of(session.generator_optimizers)
-        path = open_or_create(folder, session.teacher, plan, generator=generator, validate=session.schedule.validate)
-        roles.warn_of_other_weights(session.teacher, session.fake_score, path)
-        session.open(path)
+def _open(session: Session, folder: Path, plan: Recording, *, resumes: bool) -> DegradationPath:
+    """Return the path in a folder, or begin one; warn of what may be wrong with a run that begins without a state."""
+    student = None
+    if not resumes:
+        weights = enumerate(parameters(session.generator_optimizers))
+        state = FullState({str(index): weight for index, weight in weights})
+        student = distributed.on_main_process(lambda: fingerprint(state), state)
+    validate = session.schedule.validate
+    path = open_or_create(folder, session.teacher, plan, generator=student, validate=validate, resumes=resumes)
+    if not resumes:
+        _warn(session, path)
+    return path
 
 
-def _open_at(session: Session, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Continue from a state, on the path in a folder as it is."""
-
-    def prepare() -> Manifest:
-        path = DegradationPath(folder)
-        path.remove_leftovers()
-        path.verify()
-        return path.manifest
-
-    path = session.path = DegradationPath(folder, distributed.on_main_process(prepare))
-    progress = session.validate(state)
-    if not path.manifest.recording.keep_teacher:
-        path.verify_teacher(session.teacher.full_state())
-    distributed.on_every_rank(lambda: session.teacher.write(path.source(0)), "read node 0")
-    session.load(state, progress)
-
-
-def _fingerprint_of(generator_optimizers: list[Optimizer]) -> str:
-    """Return the fingerprint of the weights that the optimizers step. Collective if they are sharded."""
-    weights = optimizers.parameters(generator_optimizers)
-    state = FullState({str(index): weight for index, weight in enumerate(weights)})
-    return distributed.on_main_process(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
-
-
-def _earlier_run(session: Session, path: DegradationPath) -> str:
-    """Return a warning if the log knows a run that backtracked on this very path; else an empty text."""
-    if session.log is None or not session.log.file.is_file():
-        return ""
-    from disback_plugin.plugins.log_reader import read
-
-    try:
-        history = read(session.log.file)
-    except PathError:  # the file is no log
-        return ""
-    if not history.updates or not history.begun or history.begun[-1].get("path") != path.identity:
-        return ""
-    return (
-        f"{session.log.file} has a run on this path that came to generator update {history.updates} at least, and here "
-        "one begins. If the trainer continues that run, load its state: handle.load_state_dict(state)"
-    )
-
-
-def _begin_log(session: Session, settings: dict[str, Any], resumed: bool) -> None:
-    if session.log is None:
+def _warn(session: Session, path: DegradationPath) -> None:
+    """Warn if a run without a state seems to be a resumed one, or the path's learning rate differs. Collective."""
+    known = {checksum for node in path.nodes for checksum in (node.checksum, node.recorded)}
+    # A LoRA adapter begins at random, without effect.
+    expected = session.fake_score.lora_adapter is not None or (known and session.fake_score.checksum() in known)
+    other = not expected and not same_weights(session.teacher, session.fake_score)
+    if not distributed.is_main_process():
         return
-    recorded = None if session.recorder is None else session.progress.recorded
-    steppers = {"generator": session.generator_optimizers, "fake score": session.fake_score_optimizers}
-    session.log.begin(
-        "attach",
-        update=session.progress.generator_updates,
-        recording=recorded,
-        resumed=resumed or bool(recorded),
-        **({} if session.path is None else session.path.log_fields()),
-        settings={"schedule": repr(session.schedule), **settings},
-        **roles.describe_roles((session.teacher, session.fake_score), steppers),
-    )
+    if other:
+        logger.warning(
+            "the fake score holds other weights than the teacher, and begins at node %d of the path. If this goes on "
+            "with an earlier run, pass that run's handle.state_dict(): attach(..., state=state)",
+            len(path) - 1,
+        )
+    if path.complete and session.schedule.until_fitted:
+        warn_of_other_rate(path.manifest, session.fake_score, session.fake_score_optimizers)
+    if path.complete and session.log is not None and session.log.file.is_file():
+        from disback_plugin.plugins.log_reader import read
+
+        with suppress(PathError):  # the file is no log
+            history = read(session.log.file)
+            if history.updates and history.begun and history.begun[-1].get("path") == path.identity:
+                session.warning = (
+                    f"{session.log.file} has a run on this path that came to generator update {history.updates} at "
+                    "least, and here one begins. If the trainer continues that run, load its state: "
+                    "handle.load_state_dict(state)"
+                )

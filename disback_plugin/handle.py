@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,10 @@ from disback_plugin import distributed
 from disback_plugin.errors import StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.run_log import valid_values
-from disback_plugin.progress import Phase
 from disback_plugin.session import Session
 
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
-
-__all__ = ["Handle"]
 
 
 class Handle:
@@ -92,14 +89,9 @@ class Handle:
     def __repr__(self) -> str:
         return repr(self._session)
 
-    @contextmanager
-    def original_teacher(self) -> Iterator[None]:
+    def original_teacher(self) -> AbstractContextManager[None]:
         """Hold the teacher at s'_0 inside, as for an evaluation, and at the active position again after."""
-        if self.scheduler is None:
-            yield
-        else:
-            with self.scheduler.original_teacher():
-                yield
+        return nullcontext() if self.scheduler is None else self.scheduler.original_teacher()
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -134,16 +126,9 @@ class Handle:
             StateError: If `state` is of a later version or another path or schedule, if the fake score does not hold
                 the weights of that moment, or if the path does not hold its nodes. Then nothing changes.
         """
-        session = self._session
-        if not session.hooks.installed:
+        if not self._session.hooks.installed:
             raise StateError("a detached handle", expected="an attached one", cure="call attach() again")
-        valid = session.validate_form(state)
-        progress = session.validate(valid)
-        if session.log is not None:
-            recorded = progress.recorded if progress.phase is Phase.RECORDING else None
-            session.log.resume(update=progress.generator_updates, recording=recorded)
-        session.load(valid, progress)
-        session.warning = ""
+        self._session.load(state)
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -167,10 +152,10 @@ class Handle:
         """
         if not distributed.is_main_process():
             return
-        session, update, found = self._session, self.generator_updates, valid_values(values)
+        session, update, recorded = self._session, self.generator_updates, self._session.recorded
+        found = valid_values(values)
         pictures = {name: value for name, value in found.items() if isinstance(value, Path)}
         numbers = {f"disback/{name.removeprefix('disback/')}": found[name] for name in found if name not in pictures}
-        recorded = session.progress.recorded if session.recorder is not None else None
         if numbers:
             now = {} if recorded is None else {"disback/recording": recorded}
             session.plugins.call("disback_log", values=now | numbers, step=update)

@@ -6,14 +6,16 @@ The recorder and the scheduler are given this object, read it and change it; not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from disback_plugin.errors import StateError
 
-__all__ = ["VERSION", "Phase", "Progress", "upgrade_state", "validate_form", "validate_state"]
+if TYPE_CHECKING:
+    from disback_plugin.path.manifest import Manifest
+    from disback_plugin.schedule_base import Target
 
 # Version of a state; `upgrade_state` translates the earlier ones.
 VERSION = 2
@@ -80,50 +82,48 @@ class Progress:
             StateError: If its phase is unknown, or a counter is negative or contradicts another one.
         """
         values = {field.name: state[field.name] for field in fields(cls)}
-        if values["phase"] not in [phase.value for phase in Phase]:
-            raise StateError(f"phase {values['phase']!r}", expected="a phase", cure="pass an unedited state")
-        progress = cls(**values | {"phase": Phase(values["phase"])})
-        for name, count in values.items():
-            if name != "phase" and (count < 0 or (name == "node_since" and count > progress.generator_updates)):
-                raise StateError(f"{name} of {count} updates", expected="a count", cure="pass an unedited state")
-        return progress
+        counts = {name: count for name, count in values.items() if name != "phase"}
+        wrong = [name for name, count in counts.items() if count < 0]
+        wrong += ["phase"] * (values["phase"] not in [phase.value for phase in Phase])
+        wrong += ["node_since"] * (values["node_since"] > values["generator_updates"])
+        if wrong:
+            raise _edited(wrong[0], values[wrong[0]], "a phase of a run, and counts that fit each other")
+        return cls(Phase(values["phase"]), **counts)
 
 
-def upgrade_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def upgrade_state(state: object) -> dict[str, Any]:
     """Return a state of any released version under the keys of the present one.
 
     Raises:
-        StateError: If it is of a later version.
+        StateError: If it is no state, or of a later version.
 
     Example:
         >>> upgrade_state({"version": 1, "plan_updates": 7})
         {'version': 2, 'schedule_step': 7}
     """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"a state that is {state!r:.60}",
+            expected="what state_dict() returned",
+            cure="save it beside the trainer's checkpoint; a checkpoint from before DisBack has none",
+        )
     version = state.get("version", 1)
     if type(version) is int and version > VERSION:
         raise StateError(f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin")
     if version != 1:
         return dict(state)
-    return {RENAMED.get(key, key): value for key, value in state.items()} | {"version": VERSION}
+    return {RENAMED.get(str(key), str(key)): value for key, value in state.items()} | {"version": VERSION}
 
 
 def validate_form(state: object) -> dict[str, Any]:
     """Return the state of any attached run under the keys of the present version; its values are not compared.
 
     Raises:
-        StateError: If it is no state, or of a later version.
+        StateError: If it is no state of an attached run, or of a later version.
     """
-    if not isinstance(state, Mapping):
-        raise StateError(
-            f"a state that is {state!r:.60}",
-            expected="what handle.state_dict() returned",
-            cure="save it beside the trainer's checkpoint; a checkpoint from before DisBack has none",
-        )
     present = upgrade_state(state)
-    texts = ("path", "nodes", "schedule", "fit", "restore", "fake_score")
-    validate_state(
-        present, like=dict.fromkeys(texts, "") | Progress().to_state() | {"version": VERSION}, fixed=("version",)
-    )
+    texts = dict.fromkeys(("path", "nodes", "schedule", "fit", "restore", "fake_score"), "")
+    validate_state(present, like=texts | Progress().to_state() | {"version": VERSION}, fixed=("version",))
     return present
 
 
@@ -147,12 +147,49 @@ def validate_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: 
         )
     for key, value in like.items():
         if type(state[key]) is not type(value):
-            raise StateError(
-                f"{key}={state[key]!r}", expected=f"a {type(value).__name__}", cure="pass an unedited state"
-            )
+            raise _edited(key, state[key], f"a {type(value).__name__}")
         if key in fixed and state[key] != value:
             raise StateError(
                 f"a state of another {key} ({str(state[key])[:100]!r})",
                 expected=f"{str(value)[:100]!r}",
                 cure=f"attach with the {key} that the state was saved under",
             )
+
+
+def _edited(key: str, value: object, expected: str) -> StateError:
+    return StateError(f"{key}={value!r} in a state", expected=expected, cure="pass an unedited state")
+
+
+def timeline(
+    progress: Progress, stages: Sequence[tuple[int, Target]], manifest: Manifest | None
+) -> list[tuple[str, str, str]]:
+    """Return a row for each event of a run: "->" at the present one, its time, and what happens.
+
+    Args:
+        progress: The phase and the counters.
+        stages: Generator updates, and the target from there on; empty if the recording decides.
+        manifest: The path's manifest; None without a path.
+
+    Example:
+        >>> from disback_plugin.path.manifest import Manifest, Recording, Teacher
+        >>> from disback_plugin.schedule_base import Target
+        >>> manifest = Manifest(Teacher("", ""), Recording(4, 2))
+        >>> progress = Progress(Phase.BACKTRACKING, recorded=4, generator_updates=7)
+        >>> for row in timeline(progress, [(0, Target(1.0)), (30, Target(0.0))], manifest):
+        ...     print(row)
+        ('', 'recording', "4 of 4 fake-score updates, nodes s'_1 to s'_2")
+        ('->', 'generator update 0', 'teacher at position 1')
+        ('', 'generator update 30', 'teacher at position 0')
+    """
+    rows: list[tuple[str, str, str]] = []
+    recording = progress.phase is Phase.RECORDING and manifest is not None and not manifest.complete
+    if manifest is not None:
+        done = progress.recorded if recording else manifest.iterations
+        about = f"{done} of {manifest.iterations} fake-score updates, nodes s'_1 to s'_{manifest.last_node}"
+        rows.append(("->" if recording else "", "recording", about))
+    started = [start for start, _ in stages if start <= progress.generator_updates and not recording]
+    for start, (position, gradient) in stages:
+        scaled = "" if gradient == 1 else f", the generator's gradient times {gradient:.4g}"
+        mark = "->" if start == max(started, default=None) else ""
+        rows.append((mark, f"generator update {start}", f"teacher at position {position:.4g}{scaled}"))
+    return rows

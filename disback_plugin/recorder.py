@@ -18,12 +18,10 @@ from disback_plugin import distributed
 from disback_plugin.convergence import EVERY, FitDetector
 from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.path.manifest import Manifest, Recording
+from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import Progress
 from disback_plugin.weights.network import ScoreNetwork
-
-__all__ = ["FEWEST_ITERATIONS", "LEARNING_RATE_FACTOR", "PATIENCE", "Recorder", "open_or_create"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +45,7 @@ def open_or_create(
     *,
     generator: str | None = None,
     validate: Callable[[int], None] = lambda nodes: None,
+    resumes: bool = False,
 ) -> DegradationPath:
     """Return the path in a folder: a finished one of this teacher, its unfinished one, or a new one. Collective.
 
@@ -56,30 +55,25 @@ def open_or_create(
         recording: How to record. A finished path is used however it was recorded; an unfinished one must agree.
         generator: Fingerprint of the initial generator, if known.
         validate: Called with the index N of the last node before anything is written; raises if N does not fit.
+        resumes: Whether the run continues from a state. Then only a path that is there is opened, however it was
+            recorded, and the teacher may hold other weights if the path holds node 0.
 
     Raises:
         PathError: If the folder holds something else, a path of another teacher, or an unfinished one of another
             recording or another initial generator.
     """
-    opened: list[DegradationPath] = []
     state = teacher.full_state()
 
-    def prepare() -> Manifest:
-        if DegradationPath.exists(folder):
-            opened.append(resume(DegradationPath(folder)))
-        else:
+    def prepare() -> DegradationPath:
+        if not (resumes or DegradationPath.exists(folder)):
             validate(recording.nodes)
-            opened.append(DegradationPath.create(folder, state, recording, generator=generator))
-        return opened[0].manifest
-
-    def resume(path: DegradationPath) -> DegradationPath:
-        if path.complete:
-            _validate_finished(path, recording, validate)
-        else:
-            validate(recording.nodes)
-        path.verify_teacher(state)
-        _compare_recordings(path, recording, generator)
-        path.write_teacher(state)
+            return DegradationPath.create(folder, state, recording, generator=generator)
+        path = DegradationPath(folder)
+        if not (resumes and path.manifest.recording.keep_teacher):
+            path.verify_teacher(state)
+        if not resumes:
+            _compare_recordings(path, recording, generator, validate)
+            path.write_teacher(state)
         path.remove_leftovers()
         path.verify()
         # A crash may have come between the last node and the mark of completion.
@@ -88,12 +82,12 @@ def open_or_create(
         return path
 
     # Only rank 0 reads and writes the folder: the others must not see it half written.
-    manifest = distributed.on_main_process(prepare, state)
-    path = opened[0] if opened else DegradationPath(folder, manifest)
+    path = distributed.on_main_process(prepare, state)
 
     def read_last_node() -> None:
         # Rank 0 has compared the teacher already, and the other ranks' shards of it.
-        if not opened and not state.sharded:
+        compared = state.sharded or distributed.is_main_process()
+        if not (compared or (resumes and path.manifest.recording.keep_teacher)):
             path.verify_teacher(state)
         path.source(len(path) - 1)
 
@@ -102,34 +96,30 @@ def open_or_create(
     return path
 
 
-def _validate_finished(path: DegradationPath, recording: Recording, validate: Callable[[int], None]) -> None:
+def _compare_recordings(
+    path: DegradationPath, recording: Recording, generator: str | None, validate: Callable[[int], None]
+) -> None:
+    """Warn if a finished path was recorded otherwise; raise if an unfinished one was, or if its length does not fit."""
     try:
-        validate(len(path) - 1)
+        validate(len(path) - 1 if path.complete else recording.nodes)
     except OptionError as error:
-        raise OptionError(
-            f"{error.found}: the finished one in {path.folder}, of {path.manifest.iterations} updates",
-            expected=error.expected,
-            cure=f"pass another path=, where {recording.iterations} updates would make {recording.nodes} nodes, or a "
-            "schedule that fits this one",
-        ) from error
-
-
-def _compare_recordings(path: DegradationPath, recording: Recording, generator: str | None) -> None:
-    """Warn if a finished path was recorded otherwise; raise if an unfinished one was."""
-    recorded = path.manifest
-    other_student = None not in (generator, recorded.generator) and generator != recorded.generator
-    if path.complete:
-        if other_student:
-            logger.warning("%s was recorded on another initial generator than the one at hand", path.folder)
-        if recording not in (recorded.recording, Recording()):  # the caller asked for something else
-            logger.warning("%s is finished, and used as it is: %s, not %s", path.folder, recorded.recording, recording)
-        return
-    if other_student or recorded.recording != recording:
+        found = f"{error.found}: the one in {path.folder}, of {path.manifest.iterations} updates"
+        raise OptionError(found, expected=error.expected, cure=f"{error.cure}, or pass another path=") from error
+    recorded, differing = path.manifest, []
+    if None not in (generator, recorded.generator) and generator != recorded.generator:
+        differing.append("another initial generator")
+    # The default asks a finished path for nothing.
+    if recording != recorded.recording and not (path.complete and recording == Recording()):
+        differing.append(str(recorded.recording))
+    if differing and not path.complete:
         raise PathError(
-            f"an unfinished recording of {'another initial generator' if other_student else recorded.recording}",
+            f"an unfinished recording of {' and '.join(differing)}",
             expected=f"the recording that {path.folder} began, to resume it, not {recording}",
             cure="pass the same generator, record=, every=, codec= and keep_teacher=, or another path=",
         )
+    if differing:
+        what = " and ".join(differing)
+        logger.warning("%s is finished, and used as it is: recorded on %s, not %s", path.folder, what, recording)
 
 
 class Recorder:
@@ -304,9 +294,9 @@ class Recorder:
         if not distributed.is_main_process():
             return
         cosines = self.fit.cosines()
-        for index, cosine in list(enumerate(cosines))[self._logged :]:
-            if math.isfinite(cosine):  # cosine 0 compares updates 1 and 2
-                self._log(index + 2, {"disback/agreement": cosine})
+        for index in range(self._logged, len(cosines)):
+            if math.isfinite(cosines[index]):  # cosine 0 compares updates 1 and 2
+                self._log(index + 2, {"disback/agreement": cosines[index]})
         self._logged = len(cosines)
 
     def _log_end(self) -> None:
@@ -315,21 +305,16 @@ class Recorder:
             return
         known, iterations = self.path.manifest, self.progress.recorded
         size, seconds = sum(entry.bytes for entry in known.entries), sum(self._seconds) / len(self._seconds)
-        logger.info(
-            "recorded %d iterations: s' %s; the path has %d bytes, and a node took %.2g s to write",
-            iterations,
-            "was not seen to be fitted" if known.fitted is None else f"was fitted after {known.fitted}",
-            size,
-            seconds,
-        )
+        fit = f"was fitted after {known.fitted}" if known.fitted else "was not seen to be fitted"
+        message = "recorded %d iterations: s' %s; the path has %d bytes, and a node took %.2g s to write"
+        logger.info(message, iterations, fit, size, seconds)
         self._log(iterations, {"disback/path_bytes": size, "disback/node_seconds": seconds})
         unseen = iterations - self._resumed_at > EVERY and not any(map(math.isfinite, self.fit.cosines()))
         if known.fitted is None and (unseen or self._until_fitted):
+            why = "is its learning rate still warming up? Record at the rate to come, or with a larger record="
             logger.warning(
                 's\' was not seen to be fitted in its %d updates, and backtracking under "auto" takes as long as they '
                 "did: %s",
                 iterations,
-                "no gradients of s' were seen"
-                if unseen
-                else "is its learning rate still warming up? Record at the rate to come, or with a larger record=",
+                "no gradients of s' were seen" if unseen else why,
             )

@@ -29,8 +29,6 @@ from disback_plugin.progress import Progress
 from disback_plugin.recorder import PATIENCE, Recorder, open_or_create
 from disback_plugin.weights.network import Network, ScoreNetwork
 
-__all__ = ["record"]
-
 
 def record(
     teacher: Network,
@@ -96,23 +94,27 @@ def record(
     """
     target, manager = ScoreNetwork.of(teacher, role="teacher"), PluginManager.of(plugins)
     plan = Recording(iterations, every, codec, keep_teacher)
-    settings: dict[str, Any] = asdict(plan)
-    if fake_score is not None and fake_step is not None and sample is None and loss is None:
+    pairs = {"fake_score": fake_score, "fake_step": fake_step, "sample": sample, "loss": loss}
+    given = [name for name, value in pairs.items() if value is not None]
+    if given not in (["fake_score", "fake_step"], ["sample", "loss"]):
+        raise OptionError(
+            f"record(teacher, {', '.join(given)})",
+            expected="fake_score and fake_step, or sample and loss",
+            cure="pass one of the two pairs",
+        )
+    if fake_score is not None and fake_step is not None:
         network = ScoreNetwork.of(fake_score, role="fake score")
         check_networks(target, network)
         opened = open_or_create(path, target, plan)
-        if opened.complete:
-            distributed.on_every_rank(lambda: network.write(opened.source(len(opened) - 1)), "read the last node")
-            return opened
         recorder = Recorder(opened, network, Progress(), plugins=manager)
         recorder.start()
-        _begin_log(recorder, manager, log, settings)
-        with restored(tensor for _, tensor in network.named_tensors()):
-            _fit(recorder, fake_step)
-    elif fake_score is None and fake_step is None and sample is not None and loss is not None:
-        opened = open_or_create(path, target, plan)
-        if opened.complete:
-            return opened
+        if not opened.complete:
+            _begin_log(recorder, manager, log, asdict(plan))
+            with restored(tensor for _, tensor in network.named_tensors()):
+                _fit(recorder, fake_step)
+        return opened
+    opened = open_or_create(path, target, plan)
+    if not opened.complete and sample is not None and loss is not None:
         copied = _TrainedCopy(target, sample, loss, learning_rate)
         recorder = Recorder(opened, copied.network, Progress(), training=copied.state, plugins=manager)
         saved = opened.training_state()
@@ -120,19 +122,12 @@ def record(
             recorder.start()
         if opened.manifest.fitted is None:  # else the rate at which s' was fitted is known
             opened.update_manifest(learning_rate=float(learning_rate))
-        _begin_log(recorder, manager, log, settings | {"learning_rate": learning_rate, "seed": seed})
+        _begin_log(recorder, manager, log, asdict(plan) | {"learning_rate": learning_rate, "seed": seed})
         with private_random_stream(seed), torch.enable_grad():
             if saved is not None:
                 copied.load_state(saved)
                 recorder.load_fit(saved["fit"])
             _fit(recorder, copied.step)
-    else:
-        functions = {"fake_score": fake_score, "fake_step": fake_step, "sample": sample, "loss": loss}
-        raise OptionError(
-            f"record(teacher, {', '.join(name for name, value in functions.items() if value is not None)})",
-            expected="fake_score and fake_step, or sample and loss",
-            cure="pass one of the two pairs",
-        )
     return opened
 
 

@@ -19,7 +19,7 @@ from disback_plugin import distributed
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.progress import VERSION, Phase, Progress, upgrade_state, validate_state
+from disback_plugin.progress import VERSION, Phase, Progress, timeline, upgrade_state, validate_state
 from disback_plugin.schedule_base import Plan, Schedule, Target, to_config, validate_config
 from disback_plugin.schedules import resolve
 from disback_plugin.teacher import TeacherWriter
@@ -141,7 +141,6 @@ class TrajectoryScheduler:
 
     def __repr__(self) -> str:
         from disback_plugin._text_table import aligned
-        from disback_plugin.summary import timeline
 
         nodes = "no path" if self.path is None else f"N = {self.plan.nodes}, {self.path.folder}"
         state = "done" if self.done else "started" if self.started else "not started"

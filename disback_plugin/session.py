@@ -8,30 +8,28 @@ then on each generator update goes to the scheduler.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from disback_plugin import distributed
 from disback_plugin.convergence import DivergenceMonitor, FitDetector
 from disback_plugin.errors import StateError, TrainingError
-from disback_plugin.loop import optimizers, roles
-from disback_plugin.loop.lr_schedulers import Restorable, SchedulerSnapshot
-from disback_plugin.loop.optimizer_hooks import OptimizerHooks
+from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
+from disback_plugin.loop.optimizer_hooks import OptimizerHooks, groups_of, unwrap
+from disback_plugin.loop.roles import check_roles, describe_roles
 from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.run_log import RunLog
-from disback_plugin.progress import VERSION, Phase, Progress, validate_form, validate_state
+from disback_plugin.progress import VERSION, Phase, Progress, timeline, validate_form, validate_state
 from disback_plugin.recorder import PATIENCE, Recorder
-from disback_plugin.schedule_base import Plan, to_config, validate_config
-from disback_plugin.schedules import Schedule, Target
+from disback_plugin.schedule_base import Plan, Schedule, to_config, validate_config
 from disback_plugin.weights.network import ScoreNetwork
 
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
-
-__all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +46,7 @@ class Session:
     """One run on the networks and optimizers of a trainer.
 
     Args:
-        teacher: s_theta.
-        fake_score: s_phi.
-        generator_optimizers: Optimizers that step the generator.
-        fake_score_optimizers: Optimizers among which are those that step s_phi; the others are left alone.
+        given: The four roles. Of the fake score's optimizers, those that do not step s_phi are left alone.
         schedule: As in `attach`, resolved.
         prefetch: As in `attach`.
         plugins: As in `attach`.
@@ -63,6 +58,7 @@ class Session:
         recorder: The recorder while recording, else None.
         scheduler: The scheduler after recording, else None.
         log: The run's log on the main process, unless there is none.
+        roles: Teacher, fake score and the optimizers of generator and fake score.
         signal: The value that `disback_should_advance` is given.
         warning: A text to be logged at the first generator step, unless a state is loaded before.
 
@@ -73,37 +69,29 @@ class Session:
     """
 
     def __init__(
-        self,
-        teacher: ScoreNetwork,
-        fake_score: ScoreNetwork,
-        generator_optimizers: list[Optimizer],
-        fake_score_optimizers: list[Optimizer],
-        *,
-        schedule: Schedule,
-        prefetch: bool | None,
-        plugins: PluginManager,
-        restore: Restorable,
+        self, given: Adapter, schedule: Schedule, *, prefetch: bool | None, plugins: PluginManager, restore: Restorable
     ) -> None:
-        roles.check_roles(teacher, fake_score, generator_optimizers, fake_score_optimizers)
-        self.teacher, self.fake_score = teacher, fake_score
+        self.teacher = ScoreNetwork.of(given.teacher, role="teacher")
+        self.fake_score = ScoreNetwork.of(given.fake_score, role="fake score")
+        self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
+        trained = unwrap(given.fake_score_optimizer, role="fake_score_optimizer")
+        check_roles(self.teacher, self.fake_score, self.generator_optimizers, trained)
+        weights = [tensor for _, tensor in self.fake_score.named_tensors()]
+        self.fake_score_optimizers = [optimizer for optimizer in trained if groups_of(optimizer, weights)]
+        self.roles = self.teacher, self.fake_score, self.generator_optimizers, self.fake_score_optimizers
         self.schedule, self._prefetch, self.plugins = schedule, prefetch, plugins
-        self.generator_optimizers = generator_optimizers
-        weights = [tensor for _, tensor in fake_score.named_tensors()]
-        self.fake_score_optimizers = optimizers.steppers(fake_score_optimizers, weights)
         self.progress = Progress()
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
         self.log: RunLog | None = None
         self.signal: Any = None
+        self.warning = ""
         self._monitor: DivergenceMonitor | None = None  # while backtracking
         self._generator_steps = 0
-        self.warning = ""
-        stepped = (*generator_optimizers, *self.fake_score_optimizers)
-        self._lr_schedulers = SchedulerSnapshot(restore, stepped)
-        self.hooks = OptimizerHooks(generator_optimizers, self.fake_score_optimizers, fake_score, self)
-
-    # -- queries ------------------------------------------------------------------------------------------------------
+        self._restorable = RestorableObjects(restore, (*self.generator_optimizers, *self.fake_score_optimizers))
+        self._to_restore = ""  # the objects' states before the recording, until they are restored
+        self.hooks = OptimizerHooks(self.generator_optimizers, self.fake_score_optimizers, self.fake_score, self)
 
     @property
     def position(self) -> float:
@@ -111,31 +99,34 @@ class Session:
         return 0.0 if self.scheduler is None else self.scheduler.position
 
     @property
-    def active_schedule(self) -> Schedule:
-        """The schedule; once backtracking has begun, with the length that it took from the recording."""
-        return self.schedule if self.scheduler is None else self.scheduler.plan.schedule
-
-    def timeline(self) -> list[tuple[int, Target]]:
-        """Return generator updates with the target from there on; empty if the recording has yet to decide."""
-        if self.scheduler is not None:
-            return self.scheduler.timeline()
-        if self.schedule.until_fitted:
-            return []
-        return Plan(self.schedule, 0 if self.path is None else self.path.manifest.last_node).timeline()
+    def recorded(self) -> int | None:
+        """Recording iterations while recording, else None, as the log wants them."""
+        return None if self.recorder is None else self.progress.recorded
 
     def __repr__(self) -> str:
-        from disback_plugin.summary import describe_session
+        from disback_plugin._text_table import aligned
 
-        return describe_session(self)
+        progress, schedule, stages = self.progress, self.schedule, []
+        manifest = None if self.path is None else self.path.manifest
+        if self.scheduler is not None:
+            schedule, stages = self.scheduler.plan.schedule, self.scheduler.timeline()
+        elif manifest is not None and not schedule.until_fitted:  # else the recording decides
+            stages = Plan(schedule, manifest.last_node).timeline()
+        nodes = "no path" if self.path is None else f"N = {self.path.manifest.last_node}, {self.path.folder}"
+        return (
+            f"<disback {progress.phase.value}: position {self.position:g} ({nodes}), {schedule!r}, "
+            f"{progress.generator_updates} generator updates, {progress.fake_score_updates} fake-score updates>\n"
+            f"{aligned([*describe_roles(*self.roles).items()])}\n{aligned(timeline(progress, stages, manifest))}"
+        )
 
     # -- the loop, as OptimizerHooks calls it -------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Capture the learning-rate schedulers before recording advances them, and restore them afterwards."""
-        if self.progress.phase is Phase.RECORDING:
-            self._lr_schedulers.capture()
-        elif self._lr_schedulers.saved:
-            self._lr_schedulers.restore(optimizer)
+        if self.progress.phase is not Phase.RECORDING:
+            self._to_restore = self._restorable.restore(self._to_restore, optimizer)
+        elif not self._to_restore:
+            self._to_restore = self._restorable.capture()
 
     def gradient_factor(self) -> float | None:
         """Return the factor on the generator's gradient; None while recording, which holds the generator still."""
@@ -173,83 +164,86 @@ class Session:
                 self._read_monitor(self.scheduler)
         elif self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
-            original = self.recorder.path.teacher_source
-            distributed.on_every_rank(lambda: self.teacher.write(original()), "read node 0")
-            self.begin_backtracking()
+            distributed.on_every_rank(self._restore_teacher, "read node 0")
+            self._backtrack()
             logger.info("%r", self)
 
     def _read_monitor(self, scheduler: TrajectoryScheduler) -> None:
         """Read a finished window of s_phi's gradients; warn once of each sign, and perhaps end backtracking."""
-        monitor = self._monitor
-        if monitor is None or scheduler.done:
+        if scheduler.done:
             self._monitor = None
+        if self._monitor is None or not self._monitor.window_ended:
             return
-        if not monitor.window_ended:
-            return
-        signs = monitor.new_signs()
-        ends = monitor.diverged and self.schedule.until_fitted
-        for sign in signs:
-            if distributed.is_main_process():
-                ending = "; the teacher is s'_0 for good" if sign == "diverged" and ends else ""
-                update = self.progress.generator_updates
-                logger.warning("update %d, position %g: %s%s", update, scheduler.position, SIGNS[sign], ending)
-                if self.plugins.listens("disback_log"):
-                    self.plugins.call("disback_log", values={f"disback/{sign}": 1.0}, step=update)
+        signs = self._monitor.new_signs()
+        ends = self._monitor.diverged and self.schedule.until_fitted
+        for sign in signs if distributed.is_main_process() else ():
+            ending = "; the teacher is s'_0 for good" if sign == "diverged" and ends else ""
+            update = self.progress.generator_updates
+            logger.warning("update %d, position %g: %s%s", update, scheduler.position, SIGNS[sign], ending)
+            self.plugins.call("disback_log", values={f"disback/{sign}": 1.0}, step=update)
         if ends:
             scheduler.end_backtracking()
             self._monitor = None
 
-    def begin_backtracking(self) -> None:
-        """Start the scheduler: s_phi becomes s'_N unless it is s'_N already, and the teacher moves to its position."""
-        # What was just recorded is s'_N, unless s_phi was updated since: the decoded node would differ from it.
-        is_last_node = self.recorder is not None and not self.recorder.went_on
-        scheduler = self._new_scheduler(None if is_last_node else self.fake_score)
-        try:
-            scheduler.start()
-        finally:
-            if scheduler.started:  # even if a plug-in raised when it was called
-                self._set_scheduler(scheduler)
+    # -- begin and end ------------------------------------------------------------------------------------------------
 
-    def _set_scheduler(self, scheduler: TrajectoryScheduler) -> None:
-        self.scheduler, self.recorder = scheduler, None
-        monitored = not scheduler.done and scheduler.plan.nodes
-        self._monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
+    def begin(self, path: DegradationPath | None, state: object = None) -> None:
+        """Continue from a state; else record if the path is unfinished, and backtrack if it is complete or None.
 
-    def _new_scheduler(self, fake_score: ScoreNetwork | None) -> TrajectoryScheduler:
+        Raises StateError, and writes nothing, if the state does not fit.
+        """
+        self.path = path
+        if state is not None:
+            self.load(state)
+        elif path is None or path.complete:
+            self._backtrack()
+        else:
+            self._record(path).start()
+
+    def _record(self, path: DegradationPath) -> Recorder:
+        rates = [group.get("lr") for each in self.fake_score_optimizers for group in each.param_groups]
+        scales = all(rate.numel() == 1 if isinstance(rate, Tensor) else rate is not None for rate in rates)
+        until = self.schedule.until_fitted
+        self.scheduler = self._monitor = None
+        self.recorder = Recorder(
+            path, self.fake_score, self.progress, until_fitted=until, scales_rate=scales, plugins=self.plugins
+        )
+        return self.recorder
+
+    def _backtrack(self, saved: Progress | None = None) -> None:
+        """Start the scheduler, or let it resume: s_phi becomes s'_N, and the teacher moves to its position."""
         from disback_plugin.scheduler import TrajectoryScheduler
 
-        return TrajectoryScheduler(
+        # What was just recorded is s'_N, unless s_phi was updated since: the decoded node would differ from it.
+        is_last_node = saved is not None or (self.recorder is not None and not self.recorder.went_on)
+        fake_score = None if is_last_node else self.fake_score
+        (saved or self.progress).recorded = 0 if self.path is None else self.path.manifest.iterations
+        scheduler = self.scheduler or TrajectoryScheduler(
             self.path,
             self.teacher,
             fake_score,
-            schedule=self.schedule,
+            self.schedule,
             prefetch=self._prefetch,
             together=True,
             plugins=self.plugins,
             progress=self.progress,
         )
+        try:
+            if saved is None:
+                scheduler.start()
+            else:
+                scheduler.resume(saved)
+        finally:
+            if scheduler.started:  # even if a plug-in raised when it was called
+                self.scheduler, self.recorder = scheduler, None
+                monitored = not scheduler.done and scheduler.plan.nodes
+                self._monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
 
-    def _new_recorder(self, path: DegradationPath) -> Recorder:
-        return Recorder(
-            path,
-            self.fake_score,
-            self.progress,
-            until_fitted=self.schedule.until_fitted,
-            scales_rate=all(map(optimizers.has_learning_rates, self.fake_score_optimizers)),
-            plugins=self.plugins,
-        )
-
-    # -- begin and end ------------------------------------------------------------------------------------------------
-
-    def open(self, path: DegradationPath) -> None:
-        """Begin on a path of this teacher: record if it is unfinished, else backtrack."""
-        self.path = path
-        if path.complete:
-            self.progress.recorded = path.manifest.iterations
-            self.begin_backtracking()
-        else:
-            self.recorder = self._new_recorder(path)
-            self.recorder.start()
+    def _restore_teacher(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.restore_teacher()
+        elif self.path is not None:
+            self.teacher.write(self.path.teacher_source())
 
     def detach(self) -> None:
         """Remove every hook, and restore the teacher and the learning-rate schedulers. A second call does nothing.
@@ -262,50 +256,61 @@ class Session:
         if not self.progress.fake_score_updates and not self._generator_steps:
             logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
         self.hooks.remove()
-        self._lr_schedulers.restore()
-        if self.scheduler is not None:
-            self.scheduler.restore_teacher()
-        elif self.path is not None:  # in train mode it may have changed its running statistics
-            self.teacher.write(self.path.teacher_source())
+        self._to_restore = self._restorable.restore(self._to_restore)
+        self._restore_teacher()
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, and all that identifies the run, as plain scalars."""
-        recorded = None if self.recorder is None else self.progress.recorded
         seen = self._monitor if self.recorder is None else self.recorder.fit
         return {
             "version": VERSION,
             "path": "" if self.path is None else self.path.identity,
-            "nodes": "" if self.path is None else self.path.nodes_digest(recorded),
+            "nodes": "" if self.path is None else self.path.nodes_digest(self.recorded),
             "schedule": to_config(self.schedule),
             **self.progress.to_state(),
             "fit": "" if seen is None else seen.to_text(),
-            "restore": self._lr_schedulers.to_text(),
+            "restore": self._to_restore,
             "fake_score": self.fake_score.local_checksum(),
         }
 
-    def validate_form(self, state: object) -> dict[str, Any]:
-        """Return a state of any run under the keys of the present version; raise StateError if it is no state."""
-        return distributed.on_every_rank(lambda: validate_form(state), "be given a state")
-
-    def validate(self, state: Mapping[str, Any]) -> Progress:
-        """Return the progress in a state, or raise unless the state is of this path, schedule and fake score.
+    def load(self, state: object) -> None:
+        """Continue from a state: set the counters and write the teacher from the path, whatever the teacher holds.
 
         Raises:
-            StateError: If the state does not fit.
+            StateError: If the state does not fit this path, schedule and fake score. Then nothing is written.
             RankError: If the state fits here but not on another rank, or if that rank was given another state.
         """
-        holds = self.fake_score.matches_checksum(state["fake_score"])  # collective
-        facts = {name: state[name] for name in ("phase", "recorded", "generator_updates")}
-        return distributed.on_every_rank(
-            lambda: self._validate_here(state, holds), "be given the state that fits it", facts
+        saved = distributed.on_every_rank(lambda: validate_form(state), "be given a state")
+        holds = self.fake_score.matches_checksum(saved["fake_score"])  # collective
+        facts = {name: saved[name] for name in ("phase", "recorded", "generator_updates")}
+        progress = distributed.on_every_rank(
+            lambda: self._validate(saved, holds), "be given the state that fits it", facts
         )
+        recording = progress.phase is Phase.RECORDING
+        if self.log is not None and self.hooks.installed:
+            self.log.resume(update=progress.generator_updates, recording=progress.recorded if recording else None)
+        self.warning, self._to_restore = "", saved["restore"]
+        if self.scheduler is None:
+            distributed.on_every_rank(self._restore_teacher, "read node 0")
+        if self.path is None or not recording:
+            # Without a scheduler, the crash came before this loop saw the end of its recording.
+            self._backtrack(progress)
+            if self._monitor is not None:
+                self._monitor.load_text(saved["fit"])
+            return
+        if self.scheduler is not None:
+            self.scheduler.restore_teacher()
+        self.progress.commit(progress)
+        recorder = self._record(self.path)
+        recorder.load_fit(saved["fit"])
+        recorder.go_back(progress.recorded)
 
-    def _validate_here(self, state: Mapping[str, Any], holds: bool) -> Progress:
-        identity = "" if self.path is None else self.path.identity
-        validate_state(state, like={"path": identity}, fixed=("path",))
-        validate_config(self.schedule, state["schedule"])
+    def _validate(self, saved: dict[str, Any], holds: bool) -> Progress:
+        """Return the progress in a state, or raise StateError unless the state fits here."""
+        validate_state(saved, like={"path": "" if self.path is None else self.path.identity}, fixed=("path",))
+        validate_config(self.schedule, saved["schedule"])
         if not holds:
             raise StateError(
                 "a fake score whose weights are not those of the saved moment",
@@ -313,35 +318,17 @@ class Session:
                 cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state); "
                 "or load it before, and call attach(..., state=state)",
             )
-        progress = Progress.from_state(state)
+        progress = Progress.from_state(saved)
         recording = progress.phase is Phase.RECORDING
-        self._lr_schedulers.validate_text(state["restore"])
-        (FitDetector if recording else DivergenceMonitor).validate_text(state["fit"])
-        if self.path is not None and state["nodes"] != self.path.nodes_digest(progress.recorded if recording else None):
+        found = "a state in the phase 'recording', without a path" if self.path is None and recording else ""
+        if self.path is not None and saved["nodes"] != self.path.nodes_digest(progress.recorded if recording else None):
+            found = f"other nodes in {self.path.folder} than at the saved moment"
+        if found:
             raise StateError(
-                f"other nodes in {self.path.folder} than at the saved moment",
+                found,
                 expected="the path that the state was saved with",
                 cure="restore the folder, or start again in an empty one",
             )
+        self._restorable.validate(saved["restore"])
+        (FitDetector if recording else DivergenceMonitor).validate_text(saved["fit"])
         return progress
-
-    def load(self, state: Mapping[str, Any], progress: Progress) -> None:
-        """Continue from a validated state: set the counters and write the teacher from the path."""
-        self._lr_schedulers.load_text(state["restore"])
-        if progress.phase is Phase.RECORDING:
-            assert self.path is not None
-            if self.scheduler is not None:
-                self.scheduler.restore_teacher()
-            self.scheduler = self._monitor = None
-            self.progress.commit(progress)
-            self.recorder = self._new_recorder(self.path)
-            self.recorder.load_fit(state["fit"])
-            self.recorder.go_back(progress.recorded)
-            return
-        # Without a scheduler, the crash came before this loop saw the end of its recording.
-        scheduler = self._new_scheduler(None) if self.scheduler is None else self.scheduler
-        scheduler.resume(progress)
-        self.progress.recorded = 0 if self.path is None else self.path.manifest.iterations
-        self._set_scheduler(scheduler)
-        if self._monitor is not None:
-            self._monitor.load_text(state["fit"])

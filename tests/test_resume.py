@@ -315,6 +315,14 @@ def test_a_state_with_a_value_out_of_its_domain_is_refused_and_changes_nothing(t
         assert difference(all_of(run, handle), before) == []
 
 
+def test_a_state_edited_to_the_recording_phase_is_refused_without_a_path():
+    with disback.attach(**Run().roles(), record=0) as handle:
+        state = handle.state_dict()
+        with pytest.raises(StateError, match="'recording', without a path"):
+            handle.load_state_dict(state | {"phase": "recording"})
+        assert handle.state_dict() == state
+
+
 def test_a_state_saved_after_s_phi_went_on_beyond_the_last_node_resumes_as_the_run_went_on(tmp_path):
     whole = Run()
     with disback.attach(**whole.roles(), path=tmp_path, **PLAN) as handle:

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -19,9 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disback_plugin.errors import OptionError, StateError
-from disback_plugin.loop import optimizers
-
-__all__ = ["Restorable", "SchedulerSnapshot", "Stateful", "restored"]
+from disback_plugin.loop.optimizer_hooks import groups_of, innermost, set_in_group
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +42,13 @@ class Stateful(Protocol):
 Restorable = str | Stateful | Sequence[str | Stateful]
 
 
-class _Found(NamedTuple):
-    """An object to restore, and the index of the optimizer before whose step it is restored."""
-
-    stateful: Stateful
-    optimizer: int
-    writes_groups: bool
-
-
-class SchedulerSnapshot:
-    """The states of learning-rate schedulers before the first step of a recording, to be restored at its end.
+class RestorableObjects:
+    """The learning-rate schedulers of some optimizers, and other objects that a recording advances.
 
     Args:
         restore: "schedulers" for every `LRScheduler` of the optimizers, which are searched in memory; objects with
-            `state_dict` and `load_state_dict`; or a sequence of these. An empty sequence restores nothing.
+            `state_dict` and `load_state_dict`; or a sequence of these. An empty sequence stands for nothing.
         optimizers: The generator's and the fake score's. Objects without an optimizer are restored with the first.
-
-    Attributes:
-        saved: The states still to be restored, by name; None before `capture`.
 
     Raises:
         OptionError: If an element of `restore` is neither, or its state is not made of plain numbers.
@@ -70,26 +57,25 @@ class SchedulerSnapshot:
         >>> import torch
         >>> sgd = torch.optim.SGD([torch.ones(1)], lr=1.0)
         >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
-        >>> snapshot = SchedulerSnapshot("schedulers", [sgd])
-        >>> snapshot.capture()
+        >>> objects = RestorableObjects("schedulers", [sgd])
+        >>> saved = objects.capture()
         >>> for _ in range(3):
         ...     sgd.step()
         ...     warmup.step()
         >>> warmup.get_last_lr()
         [1.0]
-        >>> snapshot.restore(sgd)
+        >>> objects.restore(saved)
+        '{}'
         >>> warmup.get_last_lr(), sgd.param_groups[0]["lr"]
         ([0.25], 0.25)
     """
 
     def __init__(self, restore: Restorable, optimizers: Sequence[Optimizer]) -> None:
         given = [*restore] if isinstance(restore, Sequence) and not isinstance(restore, str) else [restore]
-        self._objects = [item for item in given if isinstance(item, Stateful)]
-        self._searches = "schedulers" in [item for item in given if isinstance(item, str)]
-        self._optimizers = optimizers
-        self.saved: dict[str, Any] | None = None
-        wrong = [item for item in given if item not in self._objects and item != "schedulers"]
-        wrong += [item for item in self._objects if _to_json(item.state_dict()) is None]
+        objects = [item for item in given if not (isinstance(item, str) and item == "schedulers")]
+        self._searches, self._optimizers = len(objects) < len(given), optimizers
+        self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
+        wrong = [item for item in objects if all(item is not own for own in self._objects)]
         if wrong:
             raise OptionError(
                 f"restore={wrong[0]!r:.80}",
@@ -97,71 +83,65 @@ class SchedulerSnapshot:
                 cure='omit restore=, pass () for nothing, or ("schedulers", ramp) for more',
             )
 
-    def capture(self) -> None:
-        """Save the states, the first time that it is called; call it before each step of a recording."""
-        if self.saved is not None:
-            return
-        self.saved = {}
+    def capture(self) -> str:
+        """Return the present states as JSON, by the names of the objects."""
+        states = {}
         for name, found in self._found().items():
-            stateful, index, writes_groups = found[0]
+            stateful, index = found[0]
             state = _to_json(stateful.state_dict())
             if state is None or len(found) > 1:
                 reason = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
                 logger.warning("%s is advanced by the recording and not restored: %s", name, reason)
                 continue
-            groups = self._optimizers[index].param_groups if writes_groups else []
+            groups = [] if index is None else self._optimizers[index].param_groups
             settings = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
             plain = json.loads(_to_json(settings) or "[]")
-            self.saved[name] = {"owner": index, "state": json.loads(state), "groups": plain}
-        if self.saved:
-            logger.info("to be restored after the recording: %s", ", ".join(self.saved))
+            states[name] = {"owner": index or 0, "state": json.loads(state), "groups": plain}
+        if states:
+            logger.info("to be restored after the recording: %s", ", ".join(states))
+        return json.dumps(states)
 
-    def restore(self, optimizer: Optimizer | None = None) -> None:
-        """Restore the saved states that belong to one optimizer, or, with None, all of them; each once."""
-        if not self.saved:
-            return
-        due = [name for name, saved in self.saved.items() if optimizer in (None, self._optimizers[saved["owner"]])]
+    def restore(self, text: str, optimizer: Optimizer | None = None) -> str:
+        """Restore the states in a text that belong to one optimizer, or, with None, all; return the text of the rest.
+
+        A scheduler that the trainer has dropped meanwhile is skipped.
+        """
+        states = json.loads(text or "{}")
+        due = [name for name, saved in states.items() if optimizer in (None, self._optimizers[saved["owner"]])]
         present = self._found() if due else {}
         for name in due:
-            saved = self.saved.pop(name)
-            for stateful, _, _ in present.get(name, ()):  # none if the trainer has dropped the scheduler
+            saved = states.pop(name)
+            for stateful, _ in present.get(name, ()):
                 stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
-                for group, settings in zip(
-                    self._optimizers[saved["owner"]].param_groups, saved["groups"], strict=False
-                ):
+                groups = self._optimizers[saved["owner"]].param_groups
+                for group, settings in zip(groups, saved["groups"], strict=False):
                     for setting, value in settings.items():
-                        optimizers.set_in_group(group, setting, _merged(group[setting], value))
+                        set_in_group(group, setting, _merged(group[setting], value))
+        return json.dumps(states) if due else text
 
-    def to_text(self) -> str:
-        """Return the states still to be restored as JSON; "" before `capture`."""
-        return "" if self.saved is None else json.dumps(self.saved)
-
-    def validate_text(self, text: str) -> None:
-        """Raise StateError unless each scheduler that a text restores exists here, once."""
-        wanted = json.loads(text) if text else {}
+    def validate(self, text: str) -> None:
+        """Raise StateError unless each object that a text restores exists here, once."""
+        wanted = json.loads(text or "{}").keys()
         here = {name for name, found in self._found().items() if len(found) == 1} if wanted else set()
-        if not wanted.keys() <= here:
+        if not wanted <= here:
             raise StateError(
-                f"a state that restores the {min(wanted.keys() - here)}",
+                f"a state that restores the {min(wanted - here)}",
                 expected=f"one of {sorted(here)}",
                 cure="build the schedulers before the state is loaded, and pass the same restore= as in the saved run",
             )
 
-    def load_text(self, text: str) -> None:
-        """Continue from a text that `to_text` returned and `validate_text` accepted."""
-        self.saved = json.loads(text) if text else None
+    def _found(self) -> dict[str, list[tuple[Stateful, int | None]]]:
+        """Return all objects by name, each with the index of its optimizer, if it has one.
 
-    def _found(self) -> dict[str, list[_Found]]:
-        """Return all objects to restore, by name. Several of one name cannot be told apart in another process."""
-        found: dict[str, list[_Found]] = {}
+        Several objects of one name cannot be told apart in another process.
+        """
+        found: dict[str, list[tuple[Stateful, int | None]]] = {}
         for scheduler in self._schedulers() if self._searches else ():
-            index = self._index(scheduler) or 0
-            name = f"{type(scheduler).__name__} of optimizer {index}"
-            found.setdefault(name, []).append(_Found(scheduler, index, writes_groups=True))
+            index = self._index(scheduler)
+            found.setdefault(f"{type(scheduler).__name__} of optimizer {index}", []).append((scheduler, index))
         for position, item in enumerate(self._objects):
             owner = self._index(getattr(item, "scheduler", item))  # accelerate wraps schedulers
-            name = f"{type(item).__name__} at restore[{position}]"
-            found[name] = [_Found(item, owner or 0, writes_groups=owner is not None)]
+            found[f"{type(item).__name__} at restore[{position}]"] = [(item, owner)]
         return found
 
     def _schedulers(self) -> list[LRScheduler]:
@@ -178,7 +158,7 @@ class SchedulerSnapshot:
         return [item for item in schedulers if id(item) not in driven]
 
     def _index(self, scheduler: object) -> int | None:
-        optimizer = optimizers.innermost(getattr(scheduler, "optimizer", None))
+        optimizer = innermost(getattr(scheduler, "optimizer", None))
         return next((index for index, own in enumerate(self._optimizers) if own is optimizer), None)
 
 
@@ -198,33 +178,27 @@ def restored(weights: Iterable[Tensor]) -> Iterator[None]:
         ([0.25], 0.25)
     """
     own = [*weights]
-    snapshots: dict[Optimizer, SchedulerSnapshot] = {}
+    saved: dict[Optimizer, tuple[RestorableObjects, str]] = {}
 
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if optimizer not in snapshots and optimizers.groups_of(optimizer, own):
-            snapshots[optimizer] = SchedulerSnapshot("schedulers", [optimizer])
-            snapshots[optimizer].capture()
+        if optimizer not in saved and groups_of(optimizer, own):
+            objects = RestorableObjects("schedulers", [optimizer])
+            saved[optimizer] = objects, objects.capture()
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
         yield
     finally:
         hook.remove()
-        for snapshot in snapshots.values():
-            snapshot.restore()
+        for objects, text in saved.values():
+            objects.restore(text)
 
 
 def _to_json(state: Any) -> str | None:
     """Return a state as JSON, a tensor of one element as a number; None if the state holds anything else."""
-
-    def number(value: Any) -> float:
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return float(value)
-        raise TypeError
-
     try:
-        return json.dumps(state, default=number)
-    except (TypeError, ValueError):
+        return json.dumps(state, default=float)
+    except (TypeError, ValueError, RuntimeError):  # the last of a larger tensor
         return None
 
 

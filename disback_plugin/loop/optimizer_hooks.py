@@ -23,11 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.errors import RoleError
-from disback_plugin.loop.optimizers import groups_of, set_in_group
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import has_gradient
-
-__all__ = ["LearningRateScale", "OptimizerHooks", "StepListener", "UpdateCounter", "after_updates"]
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -72,13 +69,12 @@ class OptimizerHooks:
         self, generator: list[Optimizer], fake_score: list[Optimizer], network: ScoreNetwork, listener: StepListener
     ) -> None:
         self._generator, self._fake_score, self._network, self._listener = generator, fake_score, network, listener
-        self._learning_rates = LearningRateScale()
-        self._hidden: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
+        self._counters = dict.fromkeys(generator, UpdateCounter(len(generator), listener.after_generator_step))
+        self._counters |= dict.fromkeys(fake_score, UpdateCounter(len(fake_score), listener.after_fake_score_step))
+        self._undo: dict[Optimizer, Callable[[], None]] = {}  # restores what a pre-hook changed for one step
         self._had_gradients: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
-        self._generator_updates = UpdateCounter(generator, listener.after_generator_step)
-        self._fake_score_updates = UpdateCounter(fake_score, listener.after_fake_score_step)
-        if not _HOOKED.isdisjoint((*generator, *fake_score)):
+        if not _HOOKED.isdisjoint(self._counters):
             raise RoleError(
                 "an optimizer that a handle is attached to already",
                 expected="one handle a loop",
@@ -94,71 +90,59 @@ class OptimizerHooks:
         """Install the hooks."""
         for optimizer in self._generator:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_generator_step))
-            self._hooks.append(optimizer.register_step_post_hook(self._after_generator_step))
         for optimizer in self._fake_score:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_fake_score_step))
-            self._hooks.append(optimizer.register_step_post_hook(self._after_fake_score_step))
             # A trainer may save a checkpoint because a step raised.
-            self._hooks.append(optimizer.register_state_dict_pre_hook(self._learning_rates.restore))
-        _HOOKED.update((*self._generator, *self._fake_score))
+            self._hooks.append(optimizer.register_state_dict_pre_hook(self._undo_changes))
+        self._hooks += [optimizer.register_step_post_hook(self._after_step) for optimizer in self._counters]
+        _HOOKED.update(self._counters)
 
     def remove(self) -> None:
         """Remove the hooks; gradients and learning rates are the trainer's again, even after a step that raised."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for optimizer in self._generator:
-            self._show_gradients(optimizer)
-        for optimizer in self._fake_score:
-            self._learning_rates.restore(optimizer)
-        _HOOKED.difference_update((*self._generator, *self._fake_score))
+        for optimizer in self._counters:
+            self._undo_changes(optimizer)
+        _HOOKED.difference_update(self._counters)
 
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        self._hidden.pop(optimizer, None)  # the last step may have raised
+        self._undo.pop(optimizer, None)  # the last step may have raised: its gradients are too old
         self._listener.before_step(optimizer)
         # Asked before an update may end here: these gradients were computed with the present teacher.
         factor = self._listener.gradient_factor()
-        self._generator_updates.before_step(optimizer)
+        self._counters[optimizer].before_step(optimizer)
 
         def change_gradients() -> None:
-            self._had_gradients[optimizer] = has_gradients(optimizer)
+            self._had_gradients[optimizer] = factor is not None and has_gradients(optimizer)
             if factor is None:
-                self._hidden[optimizer] = hide_gradients(optimizer)
+                self._undo[optimizer] = hide_gradients(optimizer)
             elif factor != 1.0:
                 scale_gradients(optimizer, factor)
 
         return call_with_gradients(args, kwargs, change_gradients)
 
-    def _after_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
-        held_still = optimizer in self._hidden
-        self._show_gradients(optimizer)
-        self._generator_updates.after_step(optimizer, self._is_update(optimizer) and not held_still)
-
-    def _show_gradients(self, optimizer: Optimizer) -> None:
-        """Give hidden gradients back, for the trainer's logs and its own zero_grad()."""
-        for parameter, gradient in self._hidden.pop(optimizer, []):
-            if parameter.grad is None:
-                parameter.grad = gradient
-
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        self._learning_rates.restore(optimizer)  # the last step may have raised
+        self._undo_changes(optimizer)  # the last step may have raised
         self._listener.before_step(optimizer)
-        self._fake_score_updates.before_step(optimizer)
+        self._counters[optimizer].before_step(optimizer)
         factor = self._listener.learning_rate_factor()
         if factor != 1:
-            self._learning_rates.apply(optimizer, (tensor for _, tensor in self._network.named_tensors()), factor)
+            weights = (tensor for _, tensor in self._network.named_tensors())
+            self._undo[optimizer] = scale_learning_rates(optimizer, weights, factor)
 
-        def see_gradients() -> None:
+        def observe_gradients() -> None:
             self._had_gradients[optimizer] = has_gradients(optimizer)
 
-        return call_with_gradients(args, kwargs, see_gradients)
+        return call_with_gradients(args, kwargs, observe_gradients)
 
-    def _after_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
-        self._learning_rates.restore(optimizer)
-        self._fake_score_updates.after_step(optimizer, self._is_update(optimizer))
+    def _after_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+        self._undo_changes(optimizer)
+        updated = self._had_gradients.pop(optimizer, False) and not skipped_by_scaler(optimizer)
+        self._counters[optimizer].after_step(optimizer, updated)
 
-    def _is_update(self, optimizer: Optimizer) -> bool:
-        return self._had_gradients.pop(optimizer, False) and not skipped_by_scaler(optimizer)
+    def _undo_changes(self, optimizer: Optimizer) -> None:
+        self._undo.pop(optimizer, lambda: None)()
 
 
 class UpdateCounter:
@@ -167,12 +151,12 @@ class UpdateCounter:
     An update ends when all of them have stepped, or when one is about to step for a second time.
 
     Args:
-        optimizers: The optimizers.
+        count: Number of optimizers.
         at_end: Called at the end, with whether a weight was updated.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], at_end: Callable[[bool], None]) -> None:
-        self._count, self._at_end = len(optimizers), at_end
+    def __init__(self, count: int, at_end: Callable[[bool], None]) -> None:
+        self._count, self._at_end = count, at_end
         self._stepped: dict[Optimizer, bool] = {}
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -218,41 +202,7 @@ def after_updates(weights: Iterable[Tensor], action: Callable[[], None]) -> Iter
         hook.remove()
 
 
-class LearningRateScale:
-    """Multiplies the learning rates of some weights for one step, and restores them bit for bit.
-
-    Example:
-        >>> weight = torch.ones(1)
-        >>> sgd, scale = torch.optim.SGD([weight], lr=0.1), LearningRateScale()
-        >>> scale.apply(sgd, [weight], 4)
-        >>> sgd.param_groups[0]["lr"]
-        0.4
-        >>> scale.restore(sgd)
-        >>> sgd.param_groups[0]["lr"]
-        0.1
-    """
-
-    def __init__(self) -> None:
-        self._saved: dict[Optimizer, list[tuple[dict[str, Any], Any]]] = {}
-
-    def apply(self, optimizer: Optimizer, weights: Iterable[Tensor], factor: int) -> None:
-        """Multiply the rates of the groups that hold one of `weights`; every group has a rate that is a number."""
-        # All rates are read before one is written: groups may share the tensor that holds their rate.
-        saved = [
-            (group, group["lr"].detach().clone() if isinstance(group["lr"], Tensor) else group["lr"])
-            for group in groups_of(optimizer, weights)
-        ]
-        self._saved[optimizer] = saved
-        for group, rate in saved:
-            set_in_group(group, "lr", rate * factor)
-
-    def restore(self, optimizer: Optimizer) -> None:
-        """Restore the rates unless they are restored: after a step, or later if the step raised."""
-        for group, rate in self._saved.pop(optimizer, ()):
-            set_in_group(group, "lr", rate)
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
+# -- one step ---------------------------------------------------------------------------------------------------------
 
 
 def call_with_gradients(args: Args, kwargs: Kwargs, action: Callable[[], None]) -> tuple[Args, Kwargs] | None:
@@ -281,26 +231,60 @@ def call_with_gradients(args: Args, kwargs: Kwargs, action: Callable[[], None]) 
 
 def has_gradients(optimizer: Optimizer) -> bool:
     """Return whether a step would change a weight, on this or another rank. Stops at the first gradient found."""
-    return any(has_gradient(p) for group in optimizer.param_groups for p in group["params"])
+    return any(map(has_gradient, parameters([optimizer])))
 
 
-def hide_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+def hide_gradients(optimizer: Optimizer) -> Callable[[], None]:
     """Set every gradient to None, so that a step changes neither weights nor optimizer state.
 
     Returns:
-        Each parameter with the gradient that it had.
+        A function that gives the gradients back, for the trainer's logs and its own zero_grad().
     """
-    hidden = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    hidden = [(p, p.grad) for p in parameters([optimizer]) if p.grad is not None]
     for p, _ in hidden:
         p.grad = None
-    return hidden
+
+    def show() -> None:
+        for p, gradient in hidden:
+            if p.grad is None:
+                p.grad = gradient
+
+    return show
 
 
 def scale_gradients(optimizer: Optimizer, factor: float) -> None:
     """Multiply every gradient by `factor`, in place."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in parameters([optimizer]) if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
+
+
+def scale_learning_rates(optimizer: Optimizer, weights: Iterable[Tensor], factor: int) -> Callable[[], None]:
+    """Multiply the learning rates of the groups that hold one of `weights`; return a function that restores them.
+
+    Example:
+        >>> weight = torch.ones(1)
+        >>> sgd = torch.optim.SGD([weight], lr=0.1)
+        >>> restore = scale_learning_rates(sgd, [weight], 4)
+        >>> sgd.param_groups[0]["lr"]
+        0.4
+        >>> restore()
+        >>> sgd.param_groups[0]["lr"]
+        0.1
+    """
+    # All rates are read before one is written: groups may share the tensor that holds their rate.
+    saved = [
+        (group, group["lr"].detach().clone() if isinstance(group["lr"], Tensor) else group["lr"])
+        for group in groups_of(optimizer, weights)
+    ]
+
+    def restore() -> None:
+        for group, rate in saved:
+            set_in_group(group, "lr", rate)
+
+    for group, rate in saved:
+        set_in_group(group, "lr", rate * factor)
+    return restore
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:
@@ -311,3 +295,54 @@ def skipped_by_scaler(optimizer: Optimizer) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf.item())
+
+
+# -- optimizers and their groups --------------------------------------------------------------------------------------
+
+
+def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Optimizer]:
+    """Return the torch optimizers inside one optimizer or a sequence, without accelerate's wrapper.
+
+    Raises RoleError, which names the argument `role`, if the sequence is empty or holds something else.
+
+    Example:
+        >>> adam = torch.optim.Adam([torch.ones(1)])
+        >>> unwrap(adam, role="generator_optimizer") == [adam]
+        True
+    """
+    inner = [*map(innermost, optimizers if isinstance(optimizers, Sequence) else [optimizers])]
+    wrong = [type(optimizer).__name__ for optimizer in inner if not isinstance(optimizer, Optimizer)]
+    if wrong or not inner:
+        raise RoleError(
+            f"{wrong[0] if wrong else 'an empty sequence'} as {role}",
+            expected="a torch.optim.Optimizer, accelerate's wrapper of one, or a sequence of them",
+            cure=f"pass {role}=<the optimizer whose step() the loop calls>",
+        )
+    return [*dict.fromkeys(inner)]
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper; any other object is returned as it is."""
+    # AcceleratedOptimizer is a torch Optimizer by class, but has no hook registry of its own.
+    wrapped = getattr(optimizer, "optimizer", None)
+    return innermost(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+
+
+def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """Return all parameters that the optimizers step, in the order of their groups."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def groups_of(optimizer: Optimizer, weights: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Return the parameter groups that hold at least one of these weights."""
+    own = set(map(id, weights))
+    return [group for group in optimizer.param_groups if not own.isdisjoint(map(id, group["params"]))]
+
+
+def set_in_group(group: dict[str, Any], setting: str, value: Any) -> None:
+    """Set a value in a parameter group; a tensor is written in place, because a captured graph may read it."""
+    present = group[setting]
+    if isinstance(present, Tensor):
+        present.copy_(torch.as_tensor(value))
+    else:
+        group[setting] = value

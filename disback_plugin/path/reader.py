@@ -58,6 +58,9 @@ class PathReader:
             for node in self.manifest.nodes:
                 self._read_delta(node)  # raises if only an earlier version reads it
 
+    def __reduce__(self) -> tuple[type, tuple[Path, Manifest]]:  # another rank opens what this one has read
+        return type(self), (self.folder, self.manifest)
+
     def __len__(self) -> int:
         """Return the number of nodes recorded so far, the teacher among them: N + 1 at the end."""
         return 1 + len(self.manifest.nodes)
