@@ -28,8 +28,6 @@ from disback_plugin.weights.network import Network, ScoreNetwork
 if TYPE_CHECKING:
     from disback_plugin.plugins.nonfinite_counter import MaskedSamples
 
-__all__ = ["TrajectoryScheduler"]
-
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
