@@ -6,6 +6,8 @@ Every error of this package is a `DisbackError` and also the builtin error that 
 
 from __future__ import annotations
 
+from functools import partial
+
 # The cure of whatever is wrong with a file.
 COPY_AGAIN = "copy the path again, or record it again in an empty folder"
 
@@ -32,11 +34,7 @@ class DisbackError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are pickled by position; ours take keywords.
-        return (_rebuild, (type(self), self.found, self.expected, self.cure))
-
-
-def _rebuild(kind: type[DisbackError], found: str, expected: str, cure: str) -> DisbackError:
-    return kind(found, expected=expected, cure=cure)
+        return (partial(type(self), expected=self.expected, cure=self.cure), (self.found,))
 
 
 class OptionError(DisbackError, ValueError):

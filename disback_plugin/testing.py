@@ -31,6 +31,7 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
         >>> check_adapter("dmd2", make)  # doctest: +SKIP
     """
     import tempfile
+    from contextlib import nullcontext
 
     import disback_plugin as disback
     from disback_plugin.loop.optimizer_hooks import parameters, unwrap
@@ -46,11 +47,9 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
     def run(attached: bool) -> str:
         trainer, step = make_trainer()
         teacher, fake_score, generator = parts(trainer)
-        handle = disback.attach(trainer, adapter=adapter, record=0) if attached else None
-        for _ in range(20):
-            step()
-        if handle is not None:
-            handle.detach()
+        with disback.attach(trainer, adapter=adapter, record=0) if attached else nullcontext():
+            for _ in range(20):
+                step()
         return "".join(map(checksum, (teacher.state_dict(), fake_score.state_dict(), generator)))
 
     plain = run(attached=False)
@@ -61,11 +60,9 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
     teacher, _, generator = parts(trainer)
     original, still = teacher.checksum(), checksum(generator)
     with tempfile.TemporaryDirectory() as folder:
-        schedule = disback.schedules.Fixed(1, 1, 1)
+        options: dict[str, Any] = {"record": 4, "every": 1, "codec": "exact", "schedule": "fixed:1,1,1"}
         visited: list[float] = []
-        with disback.attach(
-            trainer, adapter=adapter, path=folder, record=4, every=1, codec="exact", schedule=schedule
-        ) as handle:
+        with disback.attach(trainer, adapter=adapter, path=folder, **options) as handle:
             for _ in range(400):
                 if handle.phase == "recording" or handle.generator_updates == 0:
                     assert checksum(generator) == still, "the generator moves while recording: an optimizer is missing"

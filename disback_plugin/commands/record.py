@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from disback_plugin._text_table import aligned
 from disback_plugin.errors import OptionError, RoleError
 
 # The two sets of keyword arguments of `record` that make a recording.
@@ -63,14 +64,9 @@ def run(options: argparse.Namespace) -> None:
             describe(path, as_json=options.json)
             return
         found = dry_run(networks, **plan)
-    if options.json:
-        print(json.dumps(found))
-        return
-    fitted = "s' was not fitted in them" if found["fitted"] is None else f"s' was fitted after {found['fitted']}"
-    print(f"{found['iterations']} iterations of {found['iteration_seconds']:.3g} s; {fitted}")
-    print(f"a node: {found['node_bytes']:,} bytes, saved in {found['write_seconds']:.3g} s")
-    print(f"a move of the teacher onto a node: {found['move_seconds']:.3g} s")
-    print(f"a path of {found['nodes']} nodes and the teacher: {found['path_bytes']:,} bytes")
+    known = {name: "-" if value is None else value for name, value in found.items()}
+    rows = [(name, f"{value:.3g}" if isinstance(value, float) else f"{value}") for name, value in known.items()]
+    print(json.dumps(found) if options.json else aligned(rows, right=[1], indent=""))
 
 
 @contextmanager

@@ -36,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("script", metavar="SCRIPT", help="Python file; it runs as __main__")
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
-    parser.set_defaults(
-        runs_user_code=True,
-        interrupted="what was recorded is in {path}: the same command goes on from its last node, or, with the "
-        "trainer's own flag for that, from the trainer's last checkpoint",
-    )
+    parser.set_defaults(runs_user_code=True)
 
 
 def run(options: argparse.Namespace) -> None:

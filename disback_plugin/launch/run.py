@@ -231,15 +231,9 @@ class ScriptRunner:
             return
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
         if failed and handle.path is not None:
-            loaded = f"; with a checkpoint of {self._states} loaded it goes on from there"
-            logger.warning(
-                "stopped while %s, after %d generator updates. The path in %s is kept: the same command goes on with it"
-                "%s",
-                handle.phase,
-                handle.generator_updates,
-                handle.path.folder,
-                loaded if self._states.exists() else "",
-            )
+            stopped = f"{handle.phase}, after {handle.generator_updates} generator updates"
+            kept = f"The path in {handle.path.folder} is kept: the same command goes on with it"
+            logger.warning("stopped while %s. %s, or from the trainer's checkpoint if it loads one", stopped, kept)
         logger.info("ended: %r", handle)
 
 

@@ -147,7 +147,8 @@ def test_a_dry_run_measures_and_keeps_nothing(build, module, tmp_path, monkeypat
     assert sum(weight.double().sum().item() for weight in teacher.parameters()) == sys.modules[module].total
     assert [name for name in sorted(os.listdir(tmp_path)) if name != "__pycache__"] == before
     assert cli.main([*options, "--no-keep-teacher"]) == 0
-    assert "a path of 5 nodes and the teacher" in capsys.readouterr().out
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert (shown["nodes"], shown["path_bytes"]) == ("5", str(5 * found["node_bytes"]))
 
 
 def test_a_dry_run_of_a_fitted_network_ends_early_and_a_short_one_is_refused(module, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -95,6 +96,31 @@ def test_a_run_resumes_from_the_scripts_own_checkpoint(run, tmp_path):
     assert code == 0, errors
     assert "backtracking: position 2 (N = 3" in errors
     assert difference(networks(tmp_path / "rest"), networks(tmp_path / "whole")) == []
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_from_the_scripts_own_shards(tmp_path):
+    command = (
+        "-m",
+        *TORCHRUN,
+        "-m",
+        "disback_plugin.launch",
+        "--adapter",
+        "accelerate_loop",
+        "--role",
+        "fake_score=critic",
+    )
+    options = ("--path", "path", "--record", 4, "--every", 2, "--schedule", "ramp:40")
+    found = []
+    for _ in range(2):
+        code, errors = python(*command, *options, TRAINERS / "sharded_accelerate.py", cwd=tmp_path)
+        assert code == 0, errors
+        found += re.findall(r"attached to [^\n]*?(\d+) generator updates", errors)
+    saved = [
+        json.loads(line)["generator_updates"] for line in (tmp_path / "path.states.jsonl").read_text().splitlines()
+    ]
+    assert saved[0] > 0
+    assert list(map(int, found)) == [0, saved[0]]
 
 
 @pytest.mark.parametrize(
