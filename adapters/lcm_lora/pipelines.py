@@ -133,15 +133,9 @@ def denoiser(pipeline: Any) -> Denoiser:
         >>> found.prediction, found.conditions
         (<Prediction.EPS: 'eps'>, ('encoder_hidden_states', 'text_embeds', 'time_ids'))
     """
-    component = next((n for n in ("unet", "transformer") if isinstance(getattr(pipeline, n, None), nn.Module)), None)
-    if component is None or not hasattr(pipeline, "scheduler"):
-        raise RoleError(
-            f"{type(pipeline).__name__}, without a scheduler and a unet or a transformer",
-            expected="a diffusers pipeline",
-            cure="pass DiffusionPipeline.from_pretrained(...)",
-        )
-    network, scheduler = getattr(pipeline, component), pipeline.scheduler
-    plain = extract_model_from_parallel(network)
+    component = "transformer" if getattr(pipeline, "unet", None) is None else "unet"
+    network, scheduler = getattr(pipeline, component, None), pipeline.scheduler
+    plain = None if network is None else extract_model_from_parallel(network)
     name, config = type(plain).__name__, dict(getattr(plain, "config", {}))
     noise, prediction = noises.from_diffusers(scheduler), Prediction.from_diffusers(scheduler)
     flow, channels = isinstance(noise, noises.RectifiedFlow), config.get("in_channels")
@@ -187,11 +181,8 @@ def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddi
     config = DiffusionPipeline.load_config(options.teacher)
     for component in {"unet", "transformer"} & config.keys():
         if "quantization_config" in UNet2DConditionModel.load_config(options.teacher, subfolder=component):
-            raise RoleError(
-                f"a quantised {component}",
-                expected="floating-point weights, on which LoRA is trained and into which nodes are written",
-                cure="load the teacher without quantisation; --mixed_precision bf16 halves its memory",
-            )
+            cure = "load the teacher without quantisation; --mixed_precision bf16 halves its memory"
+            raise RoleError(f"a quantised {component}", expected="weights in floating point", cure=cure)
     prompts = prompts_of(options.prompts)
     key = json.dumps([options.teacher, options.resolution, options.mixed_precision, prompts])
     folder = Path(options.output) / "embeddings" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -205,11 +196,9 @@ def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddi
             part.to("cpu" if name == "vae" else device, **({"dtype": torch.bfloat16} if half else {}))
     found, factor = denoiser(pipeline), pipeline.vae_scale_factor
     if options.prediction is not None and Prediction(options.prediction) is not found.prediction:
-        raise MismatchError(
-            f"--prediction {options.prediction}, and a teacher whose scheduler states {found.prediction.value}",
-            expected="the same prediction",
-            cure="omit --prediction, or correct prediction_type in the teacher's scheduler_config.json",
-        )
+        both = f"--prediction {options.prediction}, and {found.prediction.value} in the teacher's scheduler"
+        cure = "omit --prediction, or correct prediction_type in the teacher's scheduler_config.json"
+        raise MismatchError(both, expected="the same prediction", cure=cure)
     own = found.network.config.sample_size * factor
     pixels = options.resolution or own
     if pixels % factor:
@@ -230,12 +219,16 @@ def prompts_of(source: str | Sequence[str]) -> list[str]:
         >>> prompts_of(["a red cube", ""])
         ['a red cube']
     """
-    if isinstance(source, str) and not Path(source).is_file():
-        raise OptionError(f"no file {source!r}", expected="a text file with one prompt a line", cure="correct the name")
-    lines = Path(source).read_text(encoding="utf-8").splitlines() if isinstance(source, str) else source
+    if isinstance(source, str):
+        file = Path(source)
+        lines: Sequence[str] = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
+    else:
+        lines = source
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise OptionError(f"no prompt in {source!r}", expected="one prompt a line", cure="correct the file")
+        raise OptionError(
+            f"no prompt in {source!r}", expected="a text file, one prompt a line", cure="correct the name"
+        )
     return found
 
 

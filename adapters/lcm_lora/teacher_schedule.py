@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler
+from disback_adapters.lcm_lora.updates import noised
 
 from disback_plugin import Prediction, hookimpl, losses, noise
 from disback_plugin.errors import RoleError
-
-__all__ = ["Recording"]
 
 LEARNING_RATE = 1e-5  # of `disback.record`, and of the paper's EDM teachers (B.2)
 
@@ -71,27 +70,21 @@ class Recording:
         if self._batch is None:
             return
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RoleError(
-                "a recording of an LCM script on several processes",
-                expected="one process, so that no gradients of the teacher's copy have to be averaged",
-                cure="record on one process, with --max_train_steps 1; then all processes use the path",
-            )
+            found = "a recording of an LCM script on several processes"
+            cure = "record on one process, with --max_train_steps 1; then all processes use the path"
+            raise RoleError(found, expected="one process, as no gradients are averaged here", cure=cure)
         like, kwargs = self._batch
         self._stream = self._stream or torch.Generator(like.device).manual_seed(0)
-        draw = {"generator": self._stream, "device": like.device}
         with torch.no_grad():
-            z, start = torch.randn(like.shape, **draw), self.scheduler.timesteps[0]
+            z, start = torch.randn(like.shape, generator=self._stream, device=like.device), self.scheduler.timesteps[0]
             output = self.student(z, start.expand(len(z)).to(z.device), **kwargs)[0].float()
             x = copy.copy(self.scheduler).step(output, start, z, return_dict=False)[0]
-        t = torch.randint(len(self.noise.alphas_cumprod), (len(x),), **draw)
-        alpha, sigma = (noise.expand(value, x) for value in self.noise(t))
-        eps = torch.randn(x.shape, **draw)
-        x_t = noise.add_noise(x, eps, alpha=alpha, sigma=sigma).to(self.fake_score.dtype)
+        x_t, t, eps, at_t = noised(self.noise, x, generator=self._stream)
         names = ("encoder_hidden_states", "added_cond_kwargs")
         conditions = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            output = self.fake_score(x_t, t, **conditions)[0]
-            loss = losses.denoising(output, x, eps, alpha=alpha, sigma=sigma, prediction=self.prediction)
+            output = self.fake_score(x_t.to(self.fake_score.dtype), t, **conditions)[0]
+            loss = losses.denoising(output, x, eps, prediction=self.prediction, **at_t)
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()

@@ -21,14 +21,13 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from transformers import HfArgumentParser
 
-from disback_plugin import Handle, attach, noise, schedules
+from disback_plugin import Handle, attach, schedules
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins import Trackers
 
 LOG_EVERY = 10
 PARTIAL = "checkpoint.partial"
-PUBLISHED = ["README.md", "*.safetensors", "scheduler/*", "unet/*", "transformer/*"]
-PRIVATE = ["checkpoint*", "embeddings/*", "path/*", "samples/*"]
+PUBLISHED = ["README.md", "pytorch_lora_weights.safetensors", "scheduler/*", "unet/*", "transformer/*"]
 
 
 def _option(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
@@ -154,10 +153,20 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, and export."""
         options, accelerator, checkpoint = self.options, self.accelerator, self.checkpoint()
+        recording = options.recording
         if options.report_to:
             accelerator.init_trackers("disback-lcm-lora")
         bar = tqdm(total=options.steps, disable=not accelerator.is_main_process or None)
-        with self._attach() as handle, bar:
+        attached = attach(
+            teacher=self.roles.teacher.weights,
+            fake_score=self.roles.fake_score.weights,
+            generator_optimizer=self.updates.optimizer,
+            fake_score_optimizer=self.updates.fake_score_optimizer,
+            path=None if recording.get("record") == 0 else options.path or self.output / "path",
+            plugins=(Trackers(accelerator),) if accelerator.is_main_process and accelerator.trackers else (),
+            **recording,
+        )
+        with attached as handle, bar:
             accelerator.register_for_checkpointing(handle)
             if checkpoint is not None:
                 accelerator.load_state(str(checkpoint))  # the state of the handle is loaded last
@@ -176,19 +185,6 @@ class Trainer:
             with self.averaged():
                 self.export()
         accelerator.end_training()
-
-    def _attach(self) -> Handle:
-        recording = self.options.recording
-        tracked = self.accelerator.is_main_process and self.accelerator.trackers
-        return attach(
-            teacher=self.roles.teacher.weights,
-            fake_score=self.roles.fake_score.weights,
-            generator_optimizer=self.updates.optimizer,
-            fake_score_optimizer=self.updates.fake_score_optimizer,
-            path=None if recording.get("record") == 0 else self.options.path or self.output / "path",
-            plugins=(Trackers(self.accelerator),) if tracked else (),
-            **recording,
-        )
 
     def after_update(self, handle: Handle, values: dict[str, Tensor]) -> None:
         """Average, log, sample and save, as far as each is due after an update of the generator."""
@@ -272,26 +268,16 @@ class Trainer:
             layers = {f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": config.to_dict()}
             self.pipeline.save_lora_weights(output, **layers)
         student.scheduler.save_pretrained(output / "scheduler")
-        self._card().save(output / "README.md")
-        if options.push_to_hub:
-            api = HfApi()
-            repository = api.create_repo(options.hub_id or output.name, exist_ok=True).repo_id
-            api.upload_folder(repo_id=repository, folder_path=output, allow_patterns=PUBLISHED, ignore_patterns=PRIVATE)
-
-    def _card(self) -> ModelCard:
-        options, student = self.options, self.roles.student
         data = ModelCardData(
             library_name="diffusers",
             base_model=None if Path(options.teacher).exists() else options.teacher,
             pipeline_tag="text-to-image",
-            tags=["text-to-image", "diffusers", "disback", *(["lora", "lcm-lora"] if student.lora_adapter else [])],
+            tags=["text-to-image", "diffusers", "disback"] + (["lora", "lcm-lora"] if adapter else []),
         )
-        return ModelCard.from_template(
-            data,
-            template_path=Path(__file__).with_name("card.md"),
-            options=options,
-            student=student,
-            flow=isinstance(student.denoiser.noise, noise.RectifiedFlow),
-            scheduler=type(student.scheduler).__name__,
-            network=type(student.network).__name__,
-        )
+        template = Path(__file__).with_name("card.md")
+        card = ModelCard.from_template(data, template_path=template, options=options, student=student)
+        card.save(output / "README.md")
+        if options.push_to_hub:
+            api = HfApi()
+            repository = api.create_repo(options.hub_id or output.name, exist_ok=True).repo_id
+            api.upload_folder(repo_id=repository, folder_path=output, allow_patterns=PUBLISHED)

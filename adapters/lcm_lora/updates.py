@@ -24,6 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from disback_adapters.lcm_lora.pipelines import Denoiser, Embeddings
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from disback_plugin import ScoreNetwork, kernels, lora, noise
 from disback_plugin.errors import OptionError
@@ -187,50 +188,39 @@ class Updates:
         self.denoiser = roles.teacher.denoiser
         self.shape = (options.batch_size, self.denoiser.channels, size, size)
         self.weights, self.fake_score_weights = roles.student.trainable(), roles.fake_score.trainable()
-        self.optimizer, self.fake_score_optimizer = accelerator.prepare(
-            torch.optim.Adam(self.weights, lr=options.learning_rate),
-            torch.optim.Adam(self.fake_score_weights, lr=options.fake_score_learning_rate),
+        self.optimizer = accelerator.prepare(Adam(self.weights, lr=options.learning_rate))
+        self.fake_score_optimizer = accelerator.prepare(
+            Adam(self.fake_score_weights, lr=options.fake_score_learning_rate)
         )
 
     def update_fake_score(self) -> Tensor:
         """Fit s_phi to samples of the present student; return the loss, shape ()."""
-        conditions = self._conditions()
         with torch.no_grad():
-            x = self._generate(conditions)
-        x_t, t, eps, at_t = self._add_noise(x, 0.0, 1.0)
+            x, conditions = self._sample()
+        x_t, t, eps, at_t = noised(self.denoiser.noise, x)
         with self.accelerator.autocast():
             output = self.roles.fake_score(x_t, t, conditions)
-        loss = kernels.denoising(output, x, eps, **at_t)
+        loss = kernels.denoising(output, x, eps, prediction=self.denoiser.prediction, **at_t)
         self._step(loss, self.roles.fake_score, self.fake_score_optimizer, self.fake_score_weights)
         return loss.detach()
 
     def update_generator(self) -> Tensor:
         """Move the student along the score difference; return the loss, shape (), which measures no progress."""
-        conditions, name, guidance = self._conditions(), self.options.loss, self.options.guidance
-        x = self._generate(conditions)
-        x_t, t, eps, at_t = self._add_noise(x.detach(), *COMPARED)
+        name, guidance = self.options.loss, self.options.guidance
+        x, conditions = self._sample()
+        x_t, t, eps, at_t = noised(self.denoiser.noise, x.detach(), *COMPARED)
+        options = {"prediction": self.denoiser.prediction, "weight": LOSSES[name](**at_t)} | at_t
+        options |= {"eps": eps} if name == "dmd" else {}
         with torch.no_grad(), self.accelerator.autocast():
             fake = self.roles.fake_score(x_t, t, conditions)
-            real = self._real(x_t, t, conditions)
-        loss = getattr(kernels, name)(
-            x,
-            real,
-            fake,
-            **at_t,
-            **({"eps": eps} if name == "dmd" else {}),
-            weight=LOSSES[name](at_t["alpha"], at_t["sigma"]),
-            guidance=None if guidance == 1 else guidance,
-        )
+            if guidance != 1:  # both branches in one batch, that of no prompt first
+                options["guidance"], null = guidance, self.embeddings.null
+                conditions = {k: torch.cat([null[k].to(own).expand_as(own), own]) for k, own in conditions.items()}
+                x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+            real = self.roles.teacher(x_t, t, conditions)
+        loss = getattr(kernels, name)(x, real, fake, **options)
         self._step(loss, self.roles.student, self.optimizer, self.weights)
         return loss.detach()
-
-    def _real(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Return the teacher's output; with guidance both branches, in one batch, that of no prompt first."""
-        if self.options.guidance == 1:
-            return self.roles.teacher(x_t, t, conditions)
-        null = self.embeddings.null
-        both = {name: torch.cat([null[name].to(own).expand_as(own), own]) for name, own in conditions.items()}
-        return self.roles.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
 
     def _step(self, loss: Tensor, role: Role, optimizer: Any, weights: list[nn.Parameter]) -> None:
         optimizer.zero_grad()
@@ -243,26 +233,30 @@ class Updates:
         self.accelerator.clip_grad_norm_(weights, CLIP)
         optimizer.step()
 
-    # All numbers are drawn from the global streams, which a checkpoint holds.
-
-    def _conditions(self) -> dict[str, Tensor]:
-        rows = torch.randint(self.embeddings.count, self.shape[:1]).tolist()
+    def _sample(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return samples of the student for random prompts, and their conditions."""
+        # All numbers are drawn from the global streams, which a checkpoint holds.
+        rows = self.embeddings.rows(torch.randint(self.embeddings.count, self.shape[:1]).tolist())
         device = self.accelerator.device
-        return {name: value.to(device, non_blocking=True) for name, value in self.embeddings.rows(rows).items()}
-
-    def _generate(self, conditions: Mapping[str, Tensor]) -> Tensor:
+        conditions = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
         with self.accelerator.autocast():
-            return self.roles.student.generate(torch.randn(self.shape, device=self.accelerator.device), conditions)
+            return self.roles.student.generate(torch.randn(self.shape, device=device), conditions), conditions
 
-    def _add_noise(self, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Return x_t, t, eps and what a loss takes of t; t is uniform between two shares of the longest time."""
-        schedule, draw = self.denoiser.noise, {"size": self.shape[:1], "device": x.device}
-        if isinstance(schedule, noise.RectifiedFlow):
-            t = low + (high - low) * torch.rand(**draw)
-        else:
-            steps = len(schedule.alphas_cumprod)
-            t = torch.randint(int(low * steps), int(high * steps), **draw)
-        alpha, sigma = (noise.expand(value, x) for value in schedule(t))
-        eps = torch.randn_like(x)
-        x_t = noise.add_noise(x, eps, alpha=alpha, sigma=sigma)
-        return x_t, t, eps, {"alpha": alpha, "sigma": sigma, "prediction": self.denoiser.prediction}
+
+def noised(
+    schedule: noise.Discrete | noise.RectifiedFlow,
+    x: Tensor,
+    low: float = 0.0,
+    high: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Return x_t, t, eps, and alpha_t and sigma_t by name; t is uniform between two shares of the longest time."""
+    draw = {"size": x.shape[:1], "device": x.device, "generator": generator}
+    if isinstance(schedule, noise.RectifiedFlow):
+        t = low + (high - low) * torch.rand(**draw)
+    else:
+        steps = len(schedule.alphas_cumprod)
+        t = torch.randint(int(low * steps), int(high * steps), **draw)
+    alpha, sigma = (noise.expand(value, x) for value in schedule(t))
+    eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return noise.add_noise(x, eps, alpha=alpha, sigma=sigma), t, eps, {"alpha": alpha, "sigma": sigma}

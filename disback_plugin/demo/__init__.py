@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,14 +61,12 @@ class Run:
         rounds: Rounds of training at each evaluation, the recording included at its share of a round's compute.
         distance: Distances of the averaged generators to the digits: E values an evaluation.
         raw: Distances of the generators themselves.
-        samples: Images of the first seed at the end, shape (n, 64).
     """
 
     recorded: int
-    rounds: list[int]
-    distance: list[list[float]]
-    raw: list[list[float]]
-    samples: Tensor
+    rounds: list[int] = field(default_factory=list)
+    distance: list[list[float]] = field(default_factory=list)
+    raw: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,14 @@ class Study:
         regime: Everything that a run depends on, except its seeds.
         seeds: One seed for each generator.
         folder: Folder for the log of each run, NAME.log.jsonl, and for the path of "disback".
+
+    Attributes:
+        samples: Images of the first seed at the end of each run, shape (n, 64).
     """
 
     def __init__(self, regime: Regime, seeds: Sequence[int], folder: Path) -> None:
         self.regime, self.seeds, self.folder = regime, seeds, folder
+        self.samples: dict[str, Tensor] = {}
         data = digits()
         self._features = principal_components(data)
         self._real = self._features(data)
@@ -129,7 +131,7 @@ class Study:
                 handle.log({"loss of s_phi": trainer.fake_step()})
                 trainer.generator_optimizer.step()  # without gradients, which would be computed for nothing
             trainer.streams = training  # all runs train on the same noise
-            run = Run(handle.fake_score_updates, [], [], [], torch.empty(0))
+            run = Run(handle.fake_score_updates)
             before = math.ceil(COST_OF_RECORDING * run.recorded / COST_OF_ROUND[self.regime.loss])
             last, losses = self.regime.rounds - before, {}
             for update in tqdm(range(last + 1), desc=name, unit="update", disable=None):
@@ -142,15 +144,15 @@ class Study:
                     run.raw.append(self.distances(trainer.generator))
                     values = {"distance": run.distance[-1], "distance of the raw weights": run.raw[-1]}
                     handle.log({key: median(value) for key, value in values.items()} | losses)
-        run.samples = self._samples(average.module)[0]
+        self.samples[name] = self._generate(average.module)[0]
         return run
 
     def distances(self, generator: nn.Module) -> list[float]:
         """Return the Frechet distance of each seed's samples to the digits, in 20 principal components."""
-        return [frechet_distance(features, self._real) for features in self._features(self._samples(generator))]
+        return [frechet_distance(features, self._real) for features in self._features(self._generate(generator))]
 
     @torch.no_grad()
-    def _samples(self, generator: nn.Module) -> Tensor:
+    def _generate(self, generator: nn.Module) -> Tensor:
         return generate(generator, self._z, self.regime)
 
 
@@ -178,21 +180,14 @@ def summarise(run: Run, baseline: Run) -> dict[str, Any]:
     A seed that never comes to its baseline's final distance counts as infinitely many rounds in the median; a median
     of infinity is None.
     """
-    ends = enumerate(baseline.distance[-1])
-    reached = [crossing([*zip(run.rounds, (v[i] for v in run.distance), strict=True)], end) for i, end in ends]
+    curves = (list(zip(run.rounds, curve, strict=True)) for curve in zip(*run.distance, strict=True))
+    reached = map(crossing, curves, baseline.distance[-1])
     rounds = median(math.inf if value is None else value for value in reached)
-    return {
-        "recorded": run.recorded,
-        "final": median(run.distance[-1]),
-        "final_raw": median(run.raw[-1]),
-        "rounds_to_baseline": rounds if math.isfinite(rounds) else None,
-        "rounds": run.rounds,
-        "distance": run.distance,
-        "raw": run.raw,
-    }
+    ends = {"final": median(run.distance[-1]), "final_raw": median(run.raw[-1])}
+    return ends | {"rounds_to_baseline": rounds if math.isfinite(rounds) else None} | asdict(run)
 
 
-def draw(runs: dict[str, Run], folder: Path) -> None:
+def draw(runs: dict[str, Run], samples: dict[str, Tensor], folder: Path) -> None:
     """Draw the distances over the rounds (median, and a band from best to worst seed), and samples side by side."""
     from matplotlib.figure import Figure
 
@@ -206,7 +201,7 @@ def draw(runs: dict[str, Run], folder: Path) -> None:
     figure.savefig(folder / "convergence.png", dpi=150)
 
     loss, images = next(iter(runs)), {"the digits": digits()}
-    images |= {f"one step, {name}": runs[name].samples for name in (loss, "disback")}
+    images |= {f"one step, {name}": samples[name] for name in (loss, "disback")}
     figure = Figure(figsize=(3 * len(images), 3.3), layout="constrained")
     for axes, (title, batch) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
         framed = F.pad(batch[:36].reshape(6, 6, 8, 8), (1, 1, 1, 1), value=-1.0)
@@ -236,19 +231,14 @@ def demo(*, seeds: int, student: str, network: str, schedule: str, loss: str, ou
     """
     if seeds < 1:
         raise OptionError(f"--seeds {seeds}", expected="a number >= 1", cure="omit it for 5")
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"--out {out}, a file", expected="a folder, or nothing there", cure="pass another --out")
     began, parsed, regime = time.perf_counter(), parse(schedule), regime_of(network, student, loss)
     out.mkdir(parents=True, exist_ok=True)
-    runs = Study(regime, range(seeds), out).distil_all(parsed)
-    draw(runs, out)
-    result = {
-        "seeds": seeds,
-        "student": student,
-        "network": network,
-        "loss": loss,
+    study = Study(regime, range(seeds), out)
+    runs = study.distil_all(parsed)
+    draw(runs, study.samples, out)
+    result = asdict(regime) | {
         "schedule": schedule,
-        "rate": regime.rate,
+        "seeds": seeds,
         "runs": {name: summarise(run, runs[loss]) for name, run in runs.items()},
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -23,7 +23,8 @@ from disback_plugin.prediction import Prediction
 
 LOSSES = ("diff-instruct", "dmd", "sid")
 # Learning rate of each network and student, for these losses: the best of several for the loss without DisBack, found
-# on seeds 100 to 104 (or 100 to 102), of which no seed diverged (SiD diverges at 2e-3).
+# on seeds 100 to 104 (or 100 to 102), of which no seed diverged (SiD diverges at 2e-3); for "far" with a teacher that
+# was trained on negatives.
 RATES = {
     ("mlp", "scratch"): (1e-3, 1e-3, 5e-4),
     ("mlp", "teacher"): (5e-4, 5e-4, 5e-4),
@@ -158,9 +159,8 @@ def digits() -> Tensor:
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError as error:
-        raise OptionError(
-            "no scikit-learn", expected="the package that holds the digits", cure="pip install 'disback-plugin[demo]'"
-        ) from error
+        cure = "pip install 'disback-plugin[demo]'"
+        raise OptionError("no scikit-learn", expected="the package that holds the digits", cure=cure) from error
     return torch.from_numpy(load_digits().data).float() / 8 - 1
 
 

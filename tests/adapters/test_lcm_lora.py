@@ -215,9 +215,8 @@ def test_only_weights_scheduler_and_card_are_published(trained, monkeypatch):
     trained.export()
     (what,) = sent
     files = [str(file.relative_to(trained.output)) for file in trained.output.rglob("*") if file.is_file()]
-    allowed = {"allow_patterns": what["allow_patterns"], "ignore_patterns": what["ignore_patterns"]}
     assert what["repo_id"] == f"me/{trained.output.name}"
-    assert set(filter_repo_objects(files, **allowed)) == {
+    assert set(filter_repo_objects(files, allow_patterns=what["allow_patterns"])) == {
         "README.md",
         "pytorch_lora_weights.safetensors",
         "scheduler/scheduler_config.json",
@@ -291,8 +290,8 @@ def test_rows_come_from_their_files_however_many_there_are(teachers, trained, tm
 def test_prompts_come_from_a_file_or_a_list(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\n two \n")
     assert prompts_of(str(tmp_path / "prompts.txt")) == prompts_of(["one", "two"]) == ["one", "two"]
-    for wrong, reason in (([" "], "no prompt"), ("someone/prompts", "no file")):
-        with pytest.raises(OptionError, match=reason):
+    for wrong in ([" "], "someone/prompts"):
+        with pytest.raises(OptionError, match="no prompt in"):
             prompts_of(wrong)
 
 

@@ -187,7 +187,7 @@ def test_a_denoiser_runs_on_what_it_says_it_needs(of, x_t, conditions):
 @pytest.mark.parametrize(
     ("of", "reason"),
     [
-        (SimpleNamespace(scheduler=None), "without a scheduler and a unet"),
+        (pipeline(unet=None), "of class NoneType"),
         (pipeline(unet=unet(8, in_channels=9)), "from 9 to 4 channels"),
         (pipeline(unet=unet(8, class_embed_type="timestep")), "class_embed_type"),
         (pipeline(unet=torch.nn.Linear(1, 1)), "of class Linear"),
