@@ -25,7 +25,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from digits_pipeline import PROMPTS, classifier, digits, train_teacher
-from disback_adapters.lcm_lora.training import Options, Trainer
+from disback_adapters.lcm_lora.roles import Options
+from disback_adapters.lcm_lora.training import Trainer
 
 import disback_plugin as disback
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from disback_adapters.lcm_lora.updates import ATTENTION, STUDENT
+from disback_adapters.lcm_lora.roles import ATTENTION, STUDENT
 from peft import LoraConfig
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}

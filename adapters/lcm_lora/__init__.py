@@ -45,18 +45,15 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     Raises:
         RoleError: If it is a consistency distillation without the variables of these scripts.
     """
-    if not (hasattr(trainer, "teacher_unet") and hasattr(trainer, "unet")):
-        return None
-    if hasattr(trainer, "fake_unet") or hasattr(trainer, "fake_score"):
+    known, other = (("teacher_unet", "unet"), ("fake_unet", "fake_score"))
+    if not all(hasattr(trainer, name) for name in known) or any(hasattr(trainer, name) for name in other):
         return None
     missing = [name for name in NEEDS if not hasattr(trainer, name)]
     if missing:
         raise RoleError(
             f"a consistency distillation (LCM), which has no fake score, without {', '.join(missing)}",
-            expected="a network s_phi of its own, trained on the generator's samples, or a script of diffusers that "
-            f"has {', '.join(NEEDS)}",
-            cure="train with score distillation: DMD2, SiD, Diff-Instruct, FastGen's DMD2, or "
-            "`python -m disback_adapters.lcm_lora student`",
+            expected=f"a trainer with a fake score, or a script of diffusers that has {', '.join(NEEDS)}",
+            cure="train with score distillation, as DMD2, SiD or `python -m disback_adapters.lcm_lora student`",
         )
     logger.warning(
         "a schedule moves the teacher of a consistency distillation here; its loss is not Eq. 8, and the paper does "

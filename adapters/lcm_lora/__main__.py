@@ -19,10 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("disback_plugin").setLevel(logging.INFO)
-    from disback_adapters.lcm_lora.training import read, train
+    from disback_adapters.lcm_lora.roles import read
+    from disback_adapters.lcm_lora.training import Trainer
 
     try:
-        train(read(given))
+        Trainer(read(given)).run()
     except DisbackError as error:
         sys.stderr.write(f"disback: {error}\n")
         return 2 if isinstance(error, (OptionError, RoleError)) else 1

@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from disback_plugin import Prediction
+from disback_plugin import Prediction, ScoreNetwork, lora
 from disback_plugin import noise as noises
 from disback_plugin.errors import MismatchError, OptionError, RoleError
 
 if TYPE_CHECKING:
-    from disback_adapters.lcm_lora.training import Options
+    from disback_adapters.lcm_lora.roles import Options
 
 # Conditions of each network; a UNet with addition_embed_type text_time takes `ADDED` too, as its added_cond_kwargs.
 CONDITIONS = {
@@ -54,7 +55,7 @@ ROWS = 50  # prompts of a file, and of a call of the text encoders
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The denoiser of a pipeline, and what training scores with it requires.
+    """The denoiser of a pipeline, or a copy or a LoRA adapter of it, as a function of x_t, t and conditions.
 
     Attributes:
         component: Its name in the pipeline: "unet" or "transformer".
@@ -64,6 +65,7 @@ class Denoiser:
         conditions: Names of the arguments that its forward needs beside x_t and the time.
         time_scale: Factor from the noise's t to the network's time.
         channels: Channels of x_t: dimension 1 of images, the last one of Flux's packed latents.
+        lora_adapter: The LoRA adapter that is active in a forward; None for the network as it is.
 
     Example:
         >>> class Net(nn.Module):
@@ -81,17 +83,15 @@ class Denoiser:
     conditions: tuple[str, ...]
     time_scale: float
     channels: int
+    lora_adapter: str | None = None
 
-    def __call__(
-        self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor], *, network: nn.Module | None = None
-    ) -> Tensor:
-        """Return the prediction at x_t, of the shape of x_t.
+    def __call__(self, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Return the prediction at x_t, of the shape of x_t, in float32.
 
         Args:
             x_t: Noisy samples, shape (B, channels, height, width), or (B, tokens, channels) for Flux.
             t: Times of the noise schedule, shape (B,).
             conditions: A tensor for each name of `conditions`, no more, no less.
-            network: A wrapped or copied network of this kind to use; None for the pipeline's own.
 
         Raises:
             OptionError: If a condition is missing or unknown.
@@ -101,7 +101,25 @@ class Denoiser:
         if len(arguments) < len(conditions):
             arguments["added_cond_kwargs"] = {name: conditions[name] for name in ADDED}
         time = t if self.time_scale == 1 else t * self.time_scale
-        return (network or self.network)(x_t, timestep=time, return_dict=False, **arguments)[0]
+        with self.activated():
+            return self.network(x_t, timestep=time, return_dict=False, **arguments)[0].float()
+
+    @property
+    def weights(self) -> ScoreNetwork:
+        """Return the weights for `attach` and for a checkpoint."""
+        return ScoreNetwork(self.network, lora_adapter=self.lora_adapter)
+
+    def activated(self) -> AbstractContextManager[None]:
+        """Activate the LoRA adapter inside the context."""
+        return nullcontext() if self.lora_adapter is None else lora.use_adapter(self.network, self.lora_adapter)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Return the parameters for an optimizer, in float32 whatever the precision of the others."""
+        found = [weight for _, weight in self.weights.named_tensors() if isinstance(weight, nn.Parameter)]
+        for weight in found:
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)  # peft freezes LoRA adapters that are not active
+        return found
 
     def validate(self, conditions: Mapping[str, Tensor]) -> None:
         """Raise OptionError if a condition is missing or unknown."""

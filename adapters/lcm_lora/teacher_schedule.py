@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler
-from disback_adapters.lcm_lora.updates import noised
+from disback_adapters.lcm_lora.roles import noised
 
 from disback_plugin import Prediction, hookimpl, losses, noise
 from disback_plugin.errors import RoleError

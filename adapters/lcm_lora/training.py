@@ -1,11 +1,14 @@
-"""Train a one-step student: options, the loop with DisBack attached by one statement, checkpoints, samples, export."""
+"""Train a one-step student: the updates of the fake score (Eq. 7) and of the generator (Eq. 8), and the loop around.
+
+DisBack is attached by one statement. Gradients are averaged over processes here and not by DDP, which does not support
+several roles in one network.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,122 +16,34 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
-from disback_adapters.lcm_lora.pipelines import load
-from disback_adapters.lcm_lora.updates import LOSSES, Updates, assign_roles
+from disback_adapters.lcm_lora.pipelines import Denoiser, load
+from disback_adapters.lcm_lora.roles import LOSSES, Options, assign_roles, noised
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Adam
 from torchvision.utils import make_grid, save_image
-from transformers import HfArgumentParser
 
-from disback_plugin import Handle, attach, schedules
+from disback_plugin import Handle, attach, kernels
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins import Trackers
 
 LOG_EVERY = 10
+CLIP = 10.0  # of a gradient's norm, as in DMD2 (main/train_sd.py:366-380)
+# Times at which the two scores are compared, as shares of the longest one, as in DMD2 (main/sd_guidance.py:179).
+COMPARED = (0.02, 0.98)
 PARTIAL = "checkpoint.partial"
 PUBLISHED = ["README.md", "pytorch_lora_weights.safetensors", "scheduler/*", "unet/*", "transformer/*"]
 
 
-def _option(help: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Options:
-    """Hold the arguments of the trainer, which have the same names on the command line.
-
-    Raises:
-        OptionError: If a recipe is given with one of the options that it sets, or a LoRA for a student that has none.
-
-    Example:
-        >>> Options(teacher="sd15", prompts="prompts.txt", output="out", recipe="sdxl").recording["record"]
-        1000
-    """
-
-    teacher: str = _option("folder or hub id of the teacher's pipeline")
-    prompts: str = _option("text file with one prompt a line")  # from Python a list of prompts too
-    output: str = _option("folder for weights, card, path, embeddings and checkpoints")
-    student: str = _option("train a LoRA of the student, or all of its weights", "lora", ("lora", "full"))
-    student_lora: str | None = _option("a LoRA to start from, as latent-consistency/lcm-lora-sdv1-5", None)
-    fake_score: str = _option("s_phi and nodes as LoRA on the teacher, or as full copies", "lora", ("lora", "full"))
-    fake_score_layers: str = _option("layers of s_phi's LoRA; all are the student's", "attention", ("attention", "all"))
-    prediction: str | None = _option("the prediction that the teacher's scheduler must state, to be checked", None)
-    rank: int = _option("rank of every LoRA", 64)
-    timestep: int | None = _option("timestep of the one step; 399 for SDXL (the paper's), else the first", None)
-    resolution: int | None = _option("height and width of the images in pixels; the teacher's own unless given", None)
-    guidance: float = _option("scale of the teacher's classifier-free guidance; 1 is none", 7.5)
-    loss: str = _option("generator loss: Eq. 8 with the weights of its authors", "diff_instruct", tuple(LOSSES))
-    steps: int = _option("updates of the generator, recording not counted", 10_000)
-    fake_score_updates: int = _option("updates of s_phi for each of the generator", 1)
-    batch_size: int = _option("samples of an update, on each process", 4)
-    learning_rate: float = _option("learning rate of the generator's Adam", 1e-4)
-    fake_score_learning_rate: float = _option("learning rate of s_phi's Adam", 1e-4)
-    ema_decay: float = _option("decay of the average of the student's weights that is exported; 0 is none", 0.0)
-    record: int | None = _option("recording iterations at most; 0 for no DisBack (200)", None)
-    every: int | None = _option("recording iterations between two nodes (50)", None)
-    schedule: str | None = _option("auto, warm, ramp:K, fixed:b,c,... (auto)", None)
-    recipe: str | None = _option("instead of these three: a setting of the paper, sdxl or lcm-lora", None)
-    path: str | None = _option("folder of the path; OUTPUT/path unless given", None)
-    mixed_precision: str = _option("precision of frozen weights and forwards", "no", ("no", "bf16"))
-    gradient_checkpointing: bool = _option("trade time for memory", False)
-    checkpoint_every: int = _option("generator updates between two checkpoints; 0 for none", 0)
-    resume: str | None = _option("folder of a checkpoint, or latest", None)
-    sample_every: int = _option("generator updates between two grids of samples; 0 for none", 0)
-    sample_count: int = _option("samples in a grid, of the first prompts", 4)
-    report_to: str | None = _option("a tracker of accelerate: tensorboard, wandb, ...", None)
-    seed: int = _option("seed of weights, prompts and noise", 0)
-    push_to_hub: bool = _option("publish the output folder's weights and card", False)
-    hub_id: str | None = _option("repository to publish to; the output folder's name unless given", None)
-
-    def __post_init__(self) -> None:
-        _ = self.recording
-        if self.student == "full" and self.student_lora is not None:
-            raise OptionError("--student full and --student_lora", expected="one of them", cure="omit one")
-
-    @property
-    def recording(self) -> dict[str, Any]:
-        """Return the arguments `record`, `every` and `schedule` of `attach` that were given, or those of the recipe."""
-        values = {name: getattr(self, name) for name in ("record", "every", "schedule")}
-        given = {name: value for name, value in values.items() if value is not None}
-        if self.recipe is None:
-            return given
-        if given:
-            found = f"--recipe {self.recipe} and {', '.join(f'--{name}' for name in given)}"
-            raise OptionError(found, expected="a recipe, which sets all three, or these", cure="omit one")
-        return schedules.recipe(self.recipe).options
-
-
-def read(arguments: Sequence[str]) -> Options:
-    """Return the options of a command line.
-
-    Example:
-        >>> read(["--teacher", "sd15", "--prompts", "prompts.txt", "--output", "out", "--rank", "8"]).rank
-        8
-    """
-    parser = HfArgumentParser(Options, prog="python -m disback_adapters.lcm_lora student", allow_abbrev=False)
-    return Options(**vars(parser.parse_args(arguments)))
-
-
-def train(options: Options) -> Trainer:
-    """Distil a one-step student; the output folder then holds what `DiffusionPipeline` loads.
-
-    Raises:
-        DisbackError: If something does not fit, before the first step.
-    """
-    trainer = Trainer(options)
-    trainer.run()
-    return trainer
-
-
 class Trainer:
-    """Hold everything of a run.
+    """Distil a one-step student; after `run` the output folder holds what `DiffusionPipeline` loads.
 
     Args:
         options: Options of the run.
 
     Raises:
-        DisbackError: If something does not fit.
+        DisbackError: If something does not fit, before the first step.
     """
 
     def __init__(self, options: Options) -> None:
@@ -142,11 +57,15 @@ class Trainer:
             self.pipeline, denoiser, self.embeddings, pixels = load(options, self.accelerator.device)
         self.roles = assign_roles(options, self.pipeline, denoiser)
         size = pixels // self.pipeline.vae_scale_factor
-        self.updates = Updates(options, self.accelerator, self.roles, self.embeddings, size)
+        self.shape = (options.batch_size, denoiser.channels, size, size)
+        self.weights, self.fake_score_weights = self.roles.student.trainable(), self.roles.fake_score.trainable()
+        self.optimizer, self.fake_score_optimizer = self.accelerator.prepare(
+            Adam(self.weights, lr=options.learning_rate),
+            Adam(self.fake_score_weights, lr=options.fake_score_learning_rate),
+        )
         self.accelerator.register_for_checkpointing(self.roles.student.weights, self.roles.fake_score.weights)
-        self.ema = EMAModel(self.updates.weights, decay=options.ema_decay) if options.ema_decay else None
+        self.ema = EMAModel(self.weights, decay=options.ema_decay) if options.ema_decay else None
         if self.ema is not None:
-            self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         set_seed(options.seed, device_specific=True)
 
@@ -160,8 +79,8 @@ class Trainer:
         attached = attach(
             teacher=self.roles.teacher.weights,
             fake_score=self.roles.fake_score.weights,
-            generator_optimizer=self.updates.optimizer,
-            fake_score_optimizer=self.updates.fake_score_optimizer,
+            generator_optimizer=self.optimizer,
+            fake_score_optimizer=self.fake_score_optimizer,
             path=None if recording.get("record") == 0 else options.path or self.output / "path",
             plugins=(Trackers(accelerator),) if accelerator.is_main_process and accelerator.trackers else (),
             **recording,
@@ -170,14 +89,16 @@ class Trainer:
             accelerator.register_for_checkpointing(handle)
             if checkpoint is not None:
                 accelerator.load_state(str(checkpoint))  # the state of the handle is loaded last
+                if self.ema is not None:
+                    self.ema.to(accelerator.device)
             while handle.generator_updates < options.steps:
                 for _ in range(options.fake_score_updates):
-                    fake_score_loss = self.updates.update_fake_score()
+                    fake_score_loss = self.update_fake_score()
                 if handle.phase == "recording":
-                    self.updates.optimizer.step()  # without gradients, which would be computed for nothing
+                    self.optimizer.step()  # without gradients, which would be computed for nothing
                     bar.set_postfix_str("recording", refresh=False)
                     continue
-                loss = self.updates.update_generator()
+                loss = self.update_generator()
                 self.after_update(handle, {"loss": loss, "fake_score_loss": fake_score_loss})
                 bar.update(handle.generator_updates - bar.n)
         accelerator.wait_for_everyone()
@@ -186,11 +107,64 @@ class Trainer:
                 self.export()
         accelerator.end_training()
 
+    # -- the two updates ----------------------------------------------------------------------------------------------
+
+    def update_fake_score(self) -> Tensor:
+        """Fit s_phi to samples of the present student; return the loss, shape ()."""
+        with torch.no_grad():
+            x, conditions = self._sample()
+        x_t, t, eps, at_t = noised(self.roles.teacher.noise, x)
+        with self.accelerator.autocast():
+            output = self.roles.fake_score(x_t, t, conditions)
+        loss = kernels.denoising(output, x, eps, prediction=self.roles.teacher.prediction, **at_t)
+        self._step(loss, self.roles.fake_score, self.fake_score_optimizer, self.fake_score_weights)
+        return loss.detach()
+
+    def update_generator(self) -> Tensor:
+        """Move the student along the score difference; return the loss, shape (), which measures no progress."""
+        name, guidance = self.options.loss, self.options.guidance
+        x, conditions = self._sample()
+        x_t, t, eps, at_t = noised(self.roles.teacher.noise, x.detach(), *COMPARED)
+        options = {"prediction": self.roles.teacher.prediction, "weight": LOSSES[name](**at_t)} | at_t
+        options |= {"eps": eps} if name == "dmd" else {}
+        with torch.no_grad(), self.accelerator.autocast():
+            fake = self.roles.fake_score(x_t, t, conditions)
+            if guidance != 1:  # both branches in one batch, that of no prompt first
+                options["guidance"], null = guidance, self.embeddings.null
+                conditions = {k: torch.cat([null[k].to(own).expand_as(own), own]) for k, own in conditions.items()}
+                x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
+            real = self.roles.teacher(x_t, t, conditions)
+        loss = getattr(kernels, name)(x, real, fake, **options)
+        self._step(loss, self.roles.student, self.optimizer, self.weights)
+        return loss.detach()
+
+    def _step(self, loss: Tensor, role: Denoiser, optimizer: Any, weights: list[nn.Parameter]) -> None:
+        optimizer.zero_grad()
+        with role.activated():  # gradient checkpointing runs the forward again
+            self.accelerator.backward(loss)
+        if self.accelerator.num_processes > 1:
+            for weight in weights:
+                if weight.grad is not None:
+                    weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
+        self.accelerator.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+
+    def _sample(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return samples of the student for random prompts, and their conditions."""
+        # All numbers are drawn from the global streams, which a checkpoint holds.
+        rows = self.embeddings.rows(torch.randint(self.embeddings.count, self.shape[:1]).tolist())
+        device = self.accelerator.device
+        conditions = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
+        with self.accelerator.autocast():
+            return self.roles.student.generate(torch.randn(self.shape, device=device), conditions), conditions
+
+    # -- after an update ----------------------------------------------------------------------------------------------
+
     def after_update(self, handle: Handle, values: dict[str, Tensor]) -> None:
         """Average, log, sample and save, as far as each is due after an update of the generator."""
         options, updates = self.options, handle.generator_updates
         if self.ema is not None:
-            self.ema.step(self.updates.weights)
+            self.ema.step(self.weights)
         if updates % LOG_EVERY == 0:
             self.accelerator.log({name: value.item() for name, value in values.items()}, step=updates)
         if options.sample_every and updates % options.sample_every == 0 and self.accelerator.is_main_process:
@@ -203,11 +177,11 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """Give the student the average of its weights inside the context, if there is one."""
         if self.ema is not None:
-            self.ema.store(self.updates.weights)
-            self.ema.copy_to(self.updates.weights)
+            self.ema.store(self.weights)
+            self.ema.copy_to(self.weights)
         yield
         if self.ema is not None:
-            self.ema.restore(self.updates.weights)
+            self.ema.restore(self.weights)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -241,7 +215,7 @@ class Trainer:
         """
         options, device, vae = self.options, self.accelerator.device, getattr(self.pipeline, "vae", None)
         count = min(options.sample_count, self.embeddings.count)
-        z = torch.randn((count, *self.updates.shape[1:]), generator=torch.Generator().manual_seed(options.seed))
+        z = torch.randn((count, *self.shape[1:]), generator=torch.Generator().manual_seed(options.seed))
         conditions = {name: value.to(device) for name, value in self.embeddings.rows(range(count)).items()}
         with torch.no_grad(), self.accelerator.autocast():
             x = self.roles.student.generate(z.to(device), conditions)
@@ -260,7 +234,7 @@ class Trainer:
     def export(self) -> None:
         """Write weights, scheduler and card into the output folder, and publish them if asked."""
         options, output, student = self.options, self.output, self.roles.student
-        component, adapter, network = student.denoiser.component, student.lora_adapter, student.network
+        component, adapter, network = student.component, student.lora_adapter, student.network
         if adapter is None:
             network.save_pretrained(output / component)
         else:

@@ -34,12 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=5, metavar="N", help="number of seeds, trained side by side (%(default)s)")
     for name, (choices, help) in CHOICES.items():
         add(f"--{name}", choices=choices, default=choices[0], help=f"{help} (%(default)s)")
-    schedules = "schedule of DisBack: auto, warm, ramp[:K], plain-ramp[:K], ... (%(default)s)"
-    add("--schedule", default="auto", help=schedules)
-    out = "folder for all results (%(default)s)"
-    add("--out", type=Path, default=Path("disback-demo"), metavar="DIR", help=out)
+    add("--schedule", default="auto", help="of DisBack: auto, ramp:K, fixed:b,c,... (%(default)s)")
+    add("--out", type=Path, default="disback-demo", metavar="DIR", help="folder of results (%(default)s)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.set_defaults(interrupted="{out} holds the logs so far, for disback report; the same command starts again")
+    parser.set_defaults(interrupted="{out} holds the logs so far; the same command starts again")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,13 +56,13 @@ def run(options: argparse.Namespace) -> None:
     print(f"\n{options.loss}, {options.network} network, student {options.student}, {options.seeds} seeds; ", end="")
     print(f"DisBack by the schedule {options.schedule!r}")
     print("Distances of the averaged generators to the digits at equal compute: medians [min, max] over the seeds.\n")
-    rows = [["", "recording", f"rounds to {options.loss}'s end", "final distance", "raw weights"]]
+    rows = [["", "recording", f"rounds to {options.loss}'s end", "final distance"]]
     for name, found in result["runs"].items():
         rounds, last, final = found["rounds_to_baseline"], found["distance"][-1], f"{found['final']:.2f}"
         span = f"{final} [{min(last):.2f}, {max(last):.2f}]"
         reached = "never" if rounds is None else f"{rounds:.0f}"
-        rows.append([name, str(found["recorded"]), reached, span, f"{found['final_raw']:.2f}"])
-    print(aligned(rows, right=range(5), indent=""))
+        rows.append([name, str(found["recorded"]), reached, span])
+    print(aligned(rows, right=range(4), indent=""))
     print(f"\nRounds include the recording, at its share of a round's compute. {CAVEAT}")
     print(f"{result['seconds']:.0f} s; {options.out} holds convergence.png, samples.png, result.json and path/")
     print(f"disback report {options.out}  # makes a page of it")

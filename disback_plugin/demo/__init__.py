@@ -60,13 +60,11 @@ class Run:
         recorded: Recording iterations.
         rounds: Rounds of training at each evaluation, the recording included at its share of a round's compute.
         distance: Distances of the averaged generators to the digits: E values an evaluation.
-        raw: Distances of the generators themselves.
     """
 
     recorded: int
     rounds: list[int] = field(default_factory=list)
     distance: list[list[float]] = field(default_factory=list)
-    raw: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,7 @@ class Study:
                 if update % EVALUATE_EVERY == 0 or update == last:
                     run.rounds.append(before + update)
                     run.distance.append(self.distances(average.module))
-                    run.raw.append(self.distances(trainer.generator))
-                    values = {"distance": run.distance[-1], "distance of the raw weights": run.raw[-1]}
-                    handle.log({key: median(value) for key, value in values.items()} | losses)
+                    handle.log({"distance": median(run.distance[-1])} | losses)
         self.samples[name] = self._generate(average.module)[0]
         return run
 
@@ -183,8 +179,8 @@ def summarise(run: Run, baseline: Run) -> dict[str, Any]:
     curves = (list(zip(run.rounds, curve, strict=True)) for curve in zip(*run.distance, strict=True))
     reached = map(crossing, curves, baseline.distance[-1])
     rounds = median(math.inf if value is None else value for value in reached)
-    ends = {"final": median(run.distance[-1]), "final_raw": median(run.raw[-1])}
-    return ends | {"rounds_to_baseline": rounds if math.isfinite(rounds) else None} | asdict(run)
+    reached_at = rounds if math.isfinite(rounds) else None
+    return {"final": median(run.distance[-1]), "rounds_to_baseline": reached_at} | asdict(run)
 
 
 def draw(runs: dict[str, Run], samples: dict[str, Tensor], folder: Path) -> None:

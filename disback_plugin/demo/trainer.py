@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,13 +122,10 @@ class Trainer:
             real, fake = self.teacher(x_t, sigma[..., 0]), self.fake_score(x_t, sigma[..., 0])
         # The loss sees the members as one batch of E * B samples.
         x, real, fake, eps, sigma = (tensor.flatten(0, 1) for tensor in (x, real, fake, eps, sigma))
-        at_sigma: dict[str, Any] = {"alpha": 1.0, "sigma": sigma, "prediction": Prediction.X0}
-        if loss == "diff-instruct":
-            value = losses.diff_instruct(x, real, fake, weight=sigma**2, **at_sigma)
-        elif loss == "dmd":
-            value = losses.dmd(x, real, fake, eps=eps, **at_sigma)
-        else:
-            value = losses.sid(x, real, fake, eps=eps, alpha_sid=1.2, **at_sigma)  # its authors' a
+        # With the weight of Diff-Instruct's authors, and alpha of SiD's.
+        own = {"diff-instruct": {"weight": sigma**2}, "dmd": {"eps": eps}, "sid": {"eps": eps, "alpha_sid": 1.2}}[loss]
+        compute = getattr(losses, loss.replace("-", "_"))
+        value = compute(x, real, fake, alpha=1.0, sigma=sigma, prediction=Prediction.X0, **own)
         return self._update(self.generator_optimizer, value)
 
     def sample(self) -> Tensor:

@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from disback_adapters.lcm_lora import pipelines, training
 from disback_adapters.lcm_lora.pipelines import Embeddings, prompts_of
-from disback_adapters.lcm_lora.training import Options, Trainer, read, train
+from disback_adapters.lcm_lora.roles import Options, read
+from disback_adapters.lcm_lora.training import Trainer
 from safetensors.torch import load_file
 
 import disback_plugin as disback
@@ -51,6 +52,12 @@ def fresh():
 
 def options(teacher, output, **more):
     return Options(teacher=teacher, prompts=PROMPTS, output=str(output), **{**SHORT, **more})
+
+
+def train(options):
+    trainer = Trainer(options)
+    trainer.run()
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +144,7 @@ def test_one_network_is_held_and_its_own_weights_never_change(teachers, trained)
 
 def test_the_generator_stands_still_while_recording_and_the_teacher_moves_after(teachers, tmp_path):
     trainer, seen = Trainer(options(teachers["sd15"], tmp_path)), []
-    still, update = student_of(trainer), trainer.updates.update_generator
+    still, update = student_of(trainer), trainer.update_generator
 
     def watched():
         if not seen:
@@ -145,7 +152,7 @@ def test_the_generator_stands_still_while_recording_and_the_teacher_moves_after(
         seen.append(trainer.roles.teacher.weights.checksum())
         return update()
 
-    trainer.updates.update_generator = watched
+    trainer.update_generator = watched
     trainer.run()
     assert len(seen) == 4
     assert len(set(seen)) == 2, "node 1 for two updates, then node 0"
@@ -177,7 +184,7 @@ def test_grids_of_samples_go_to_folder_and_tracker_and_change_no_weight(teachers
 
 def test_in_bfloat16_the_frozen_weights_are_and_the_trained_are_not(teachers, tmp_path):
     trainer = train(options(teachers["sd15"], tmp_path, mixed_precision="bf16", steps=1))
-    optimized = {id(weight) for weight in (*trainer.updates.weights, *trainer.updates.fake_score_weights)}
+    optimized = {id(weight) for weight in (*trainer.weights, *trainer.fake_score_weights)}
     named = trainer.pipeline.unet.named_parameters()
     kinds = {(id(p) in optimized, p.dtype) for n, p in named if ".teacher." not in n}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
@@ -234,7 +241,7 @@ def test_the_student_is_lcms_parametrisation(tmp_path, prediction, timestep):
     t = torch.tensor([timestep] * 2)
     with torch.no_grad():
         output, x = trainer.roles.student(z, t, conditions), trainer.roles.student.generate(z, conditions)
-    alpha, sigma = (value.view(2, 1, 1, 1) for value in trainer.updates.denoiser.noise(t))
+    alpha, sigma = (value.view(2, 1, 1, 1) for value in trainer.roles.teacher.noise(t))
     x_0 = {"epsilon": (z - sigma * output) / alpha, "v_prediction": alpha * z - sigma * output, "sample": output}
     scaled = 10.0 * timestep  # arXiv 2310.04378, Eq. 9, with sigma_data = 0.5
     c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
@@ -246,14 +253,14 @@ def test_the_two_guidance_branches_are_what_the_pipeline_itself_would_ask(teache
     trainer = Trainer(options(teachers[kind], tmp_path))
     pipeline = DiffusionPipeline.from_pretrained(teachers[kind])
     asked = []
-    network = getattr(pipeline, trainer.updates.denoiser.component)
+    network = getattr(pipeline, trainer.roles.teacher.component)
     network.register_forward_pre_hook(lambda module, args, kwargs: asked.append((args, kwargs)), with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
     pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=5.0, output_type="latent")
     _, kwargs = asked[0]
     own = {**kwargs, **(kwargs.get("added_cond_kwargs") or {})}
     conditions, null = trainer.embeddings.rows([0]), trainer.embeddings.null
-    assert conditions.keys() == set(trainer.updates.denoiser.conditions)
+    assert conditions.keys() == set(trainer.roles.teacher.conditions)
     for name in conditions:
         torch.testing.assert_close(torch.cat([null[name], conditions[name]]), own[name].to(conditions[name]))
 
@@ -351,8 +358,10 @@ def test_a_recipe_says_all_three_or_none_of_them_is_given():
 
 SCRIPT = """
 import sys
-from disback_adapters.lcm_lora.training import read, train
-trainer = train(read(sys.argv[1:]))
+from disback_adapters.lcm_lora.roles import read
+from disback_adapters.lcm_lora.training import Trainer
+trainer = Trainer(read(sys.argv[1:]))
+trainer.run()
 sys.stdout.write(f"weights {trainer.roles.student.weights.checksum()}\\n")
 """
 

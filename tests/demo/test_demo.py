@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.utils.model_ema import ModelEmaV3
 
 from disback_plugin import cli, demo
 from disback_plugin.demo import trainer
@@ -61,7 +62,7 @@ def test_a_seed_does_not_depend_on_the_other_seeds(short, tmp_path, capsys):
     curves = []
     for seeds in ("1", "3"):
         runs = run(tmp_path / seeds, capsys, "--seeds", seeds)["runs"]
-        curves.append([[values[0] for values in found["raw"]] for found in runs.values()])
+        curves.append([[values[0] for values in found["distance"]] for found in runs.values()])
     for alone, together in zip(*curves, strict=True):
         assert alone == pytest.approx(together, rel=1e-2)
 
@@ -70,12 +71,14 @@ def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(
     regime = demo.regime_of("mlp", "scratch")
     study = demo.Study(regime, [7], tmp_path)
     runs = study.distil_all(Ramp(3))
-    assert len({found.raw[0][0] for found in runs.values()}) == 1
+    assert len({found.distance[0][0] for found in runs.values()}) == 1
     plain = trainer.Trainer(regime, [7])
+    average = ModelEmaV3(plain.generator, decay=demo.EMA)
     for _ in range(regime.rounds):
         plain.step()
-    assert study.distances(plain.generator) == runs["diff-instruct"].raw[-1]
-    assert runs["disback"].raw[-1] != runs["warm"].raw[-1] != runs["diff-instruct"].raw[-1]
+        average.update(plain.generator)
+    assert study.distances(average.module) == runs["diff-instruct"].distance[-1]
+    assert runs["disback"].distance[-1] != runs["warm"].distance[-1] != runs["diff-instruct"].distance[-1]
 
 
 @pytest.mark.parametrize("loss", ["dmd", "sid"])
@@ -83,9 +86,9 @@ def test_each_loss_has_its_own_baseline(loss, short, tmp_path, capsys):
     result = run(tmp_path, capsys, "--loss", loss, "--student", "far", "--seeds", "2")
     assert list(result["runs"]) == [loss, "warm", "grad-ramp", "disback"]
     assert (result["loss"], result["student"]) == (loss, "far")
-    first, *others = (found["raw"][0] for found in result["runs"].values())
+    first, *others = (found["distance"][0] for found in result["runs"].values())
     assert all(other == first for other in others), "all runs begin with the same student"
-    ends = [found["raw"][-1] for found in result["runs"].values()]
+    ends = [found["distance"][-1] for found in result["runs"].values()]
     assert len({tuple(end) for end in ends}) == 4
 
 
