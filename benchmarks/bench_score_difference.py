@@ -137,11 +137,11 @@ NO_KERNELS = {
 def bench_kernels_and_peak_memory(benchmark, pair, dtype):
     """Counted by torch's profiler at latents; memory in predictions in float32, beyond what was there before."""
     benchmark.group = "kernels and memory"
-    kernels._compiled.cache_clear()
+    kernels._COMPILED.clear()
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         runs = forms(pair, SHAPES["latent 4x4x64x64"], DTYPES[dtype])
         found = {name: profiled(run) for name, run in runs.items()}
-    kernels._compiled.cache_clear()
+    kernels._COMPILED.clear()
     benchmark.pedantic(runs["fused"], rounds=2)
     for name, (count, peak) in found.items():
         benchmark.extra_info[name] = {"kernels": count, "peak": round(peak, 2)}

@@ -1,9 +1,10 @@
 r"""The formulas of the losses as pure functions of tensors, and what surrounds a formula: its inputs and its gradients.
 
 Notation: r and f are the outputs of the teacher and of the fake score, t is their common target, all of one kind of
-prediction. Sums and means run over the n elements of a sample, B is the batch size. A target is passed as (t,) or as
-(x, eps, a, b) with t = a x + b eps. A factor (k, c, weight) is a tensor that broadcasts, or a number that never changes
-and becomes a constant of the compiled form.
+prediction. Sums and means run over the n elements of a sample, B is the batch size. Under guidance of scale s the
+teacher's output is u + s (r - u), with u its unconditional output, else None. A target is passed as (t,) or as
+(x, eps, a, b) with t = a x + b eps. A factor (s, k, c, weight) is a tensor that broadcasts, or a number that never
+changes and becomes a constant of the compiled form.
 
 A formula returns the gradients of the loss, then the loss of each sample, shape (B,), then whether each sample is
 finite, shape (B,). Formulas do not branch on values, so that `kernels` can compile them. Arithmetic and gradients are
@@ -44,11 +45,10 @@ REGISTER_SUM = 4096
 
 
 def difference(
-    real: Tensor, unconditional: Tensor | None, fake: Tensor, x: Tensor, k: Number, guidance: Number, mask: bool
+    r: Tensor, u: Tensor | None, s: Number, f: Tensor, x: Tensor, k: Number, mask: bool
 ) -> tuple[Tensor, ...]:
     """With g = k (f - r): the gradient by x is g / B, the loss of a sample is sum(g x)."""
-    r, f = _guided(real, unconditional, guidance), _float(fake)
-    g = k * (f - r)
+    g = k * (_float(f) - _guided(r, u, s))
     loss = _sum(g * _float(x))
     finite = loss.isfinite()
     by_x = _replace_nonfinite(g, finite, mask) / len(x)
@@ -56,18 +56,11 @@ def difference(
 
 
 def dmd(
-    real: Tensor,
-    unconditional: Tensor | None,
-    fake: Tensor,
-    target: tuple[Tensor, ...],
-    c: Tensor | None,
-    k: Number,
-    guidance: Number,
-    mask: bool,
+    r: Tensor, u: Tensor | None, s: Number, f: Tensor, c: Tensor | None, k: Number, mask: bool, *target: Tensor
 ) -> tuple[Tensor, ...]:
     """With g = k c (f - r) / mean|c (t - r)|: the gradient by x is g / (B n), the loss of a sample is mean(g^2) / 2."""
-    r, f, t = _guided(real, unconditional, guidance), _float(fake), _combined(target)
-    d, e = f - r, t - r
+    r = _guided(r, u, s)
+    d, e = _float(f) - r, _combined(target) - r
     if c is not None:
         d, e = c * d, c * e
     # One pass over the sample computes both sums: mean(g^2) = k^2 mean(d^2) / mean|e|^2.
@@ -75,43 +68,36 @@ def dmd(
     loss = 0.5 * scale.square() * _mean(d.square())
     finite = loss.isfinite()
     if mask:
-        by_x = _replace_nonfinite(scale / real.numel() * d, finite, mask)  # one division a sample, not one an element
+        by_x = _replace_nonfinite(scale / r.numel() * d, finite, mask)  # one division a sample, not one an element
     else:
         g = _replace_nonfinite(scale * d, finite, mask)
         loss = 0.5 * _mean(g.square())
-        by_x = g / real.numel()
+        by_x = g / r.numel()
     return by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
 
 
 def sid(
-    real: Tensor,
-    fake: Tensor,
-    target: tuple[Tensor, ...],
-    c: Number,
-    weight: Number,
-    alpha_sid: Number,
-    mask: bool,
-    target_depends_on_x: bool,
+    r: Tensor, f: Tensor, c: Number, weight: Number, a: Number, mask: bool, target_depends_on_x: bool, *target: Tensor
 ) -> tuple[Tensor, ...]:
     """With q = w c^2 / max(|c| mean|r - t|, 1e-5): the loss of a sample is q sum((r - f) ((r - t) - a (r - f))).
 
     The gradients are those by r, by f and, if t depends on x, by x, each over B.
     """
-    r, f, t = _float(real), _float(fake), _combined(target)
-    d, e = r - f, r - t
+    r = _float(r)
+    d, e = r - _float(f), r - _combined(target)
     size = c.abs() if isinstance(c, Tensor) else abs(c)
     q = weight * (size * (size / (size * _mean(e.abs())).clamp(min=1e-5)))
-    loss = q * _sum(d * (e - alpha_sid * d))
+    loss = q * _sum(d * (e - a * d))
     finite = loss.isfinite()
-    q = q / len(real)  # divided once a sample: a division at each element costs registers
-    by_r = _replace_nonfinite(q * (e + (1 - 2 * alpha_sid) * d), finite, mask)
-    by_f = _replace_nonfinite(q * (2 * alpha_sid * d - e), finite, mask)
-    dt_dx: Number = target[2] if len(target) == 4 else 1.0
-    by_x = [_replace_nonfinite(-q * dt_dx * d, finite, mask)] if target_depends_on_x else []
-    return by_r, by_f, *by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
+    q = q / len(r)  # divided once a sample: a division at each element costs registers
+    gradients = [q * (e + (1 - 2 * a) * d), q * (2 * a * d - e)]
+    if target_depends_on_x:
+        gradients.append(-q * (target[2] if len(target) == 4 else 1.0) * d)
+    gradients = [_replace_nonfinite(gradient, finite, mask) for gradient in gradients]
+    return *gradients, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
 
 
-def denoising(output: Tensor, target: tuple[Tensor, ...], weight: Number) -> tuple[Tensor, ...]:
+def denoising(output: Tensor, weight: Number, *target: Tensor) -> tuple[Tensor, ...]:
     """The gradient by the output o is 2 w (o - t) / (B n), the loss of a sample is mean(w (o - t)^2)."""
     error = _float(output) - _combined(target)
     by_output = 2 * weight * error / output.numel()
@@ -188,10 +174,10 @@ def validate_factors(like: Tensor, **factors: Number | None) -> None:
     for name, factor in factors.items():
         if not isinstance(factor, Tensor) or not factor.ndim or factor.shape == one_a_sample:
             continue
-        found, shape = _over_rows(factor, like).shape, rows(like).shape
-        along_the_last_axis = len(found) == 1 and found != (1,)
-        fits = all(size in (1, whole) for size, whole in zip(reversed(found), reversed(shape), strict=False))
-        if along_the_last_axis or len(found) > len(shape) or not fits:
+        shape = like.shape if like.ndim > 1 else (len(like), 1)
+        sizes = zip(reversed(factor.shape), reversed(shape), strict=False)
+        along_the_last_axis = factor.ndim == 1 and factor.shape != (1,)
+        if along_the_last_axis or factor.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
             raise MismatchError(
                 f"{name} of shape {tuple(factor.shape)} for a batch {tuple(like.shape)}",
                 expected=f"a shape that broadcasts from the left, as {one_a_sample}",
@@ -199,13 +185,11 @@ def validate_factors(like: Tensor, **factors: Number | None) -> None:
             )
 
 
-def teacher_outputs(
-    x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None, **others: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Return the teacher's conditional and, under guidance, unconditional output; all else must have the shape of x."""
+def outputs(x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None, **others: Tensor) -> tuple[Any, ...]:
+    """Return r, u, s and f as the formulas take them; all but `real` under guidance must have the shape of x."""
     if guidance is None:
         validate_shapes(x=x, real=real, fake=fake, **others)
-        return rows(real), None
+        return detached(real), None, 1.0, detached(fake)
     if real.shape != (2 * len(x), *x.shape[1:]):
         raise MismatchError(
             f"real {tuple(real.shape)} with guidance for x {tuple(x.shape)}",
@@ -213,18 +197,17 @@ def teacher_outputs(
             cure="run the teacher once on torch.cat([x_t, x_t]) with both conditions",
         )
     validate_shapes(x=x, fake=fake, **others)
-    unconditional, conditional = rows(real).chunk(2)
-    return conditional, unconditional
+    unconditional, conditional = detached(real).chunk(2)
+    return conditional, unconditional, constant_or_tensor(guidance, x), detached(fake)
 
 
 def target_parts(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
     """Return the target t as the formulas take it: (t,), or (x, eps, a, b) with t = a x + b eps."""
     if prediction == Prediction.X0:
-        return (rows(x),)
+        return (detached(x),)
     if prediction == Prediction.EPS:
-        return (rows(eps),)
-    a, b = mixture(prediction, *factors(x, alpha, sigma))
-    return rows(x), rows(eps), _over_rows(a, x), _over_rows(b, x)
+        return (detached(eps),)
+    return detached(x), detached(eps), *mixture(prediction, *factors(x, alpha, sigma))
 
 
 def is_mask(nonfinite: str) -> bool:
@@ -234,67 +217,58 @@ def is_mask(nonfinite: str) -> bool:
     return nonfinite == "mask"
 
 
-def row_factor(value: Number, like: Tensor, *, per_sample: bool = False) -> Number:
-    """Return a factor that broadcasts against `rows(like)`; 1 and -1, which never change, remain numbers.
+def constant_or_tensor(value: Number, like: Tensor) -> Number:
+    """Return a factor as the formulas take it: 1 and -1, which never change, remain numbers."""
+    return float(value) if not isinstance(value, Tensor) and value in (1, -1) else factors(like, value)[0]
 
-    Raises:
-        MismatchError: If the factor must be one number a sample and is not.
-    """
-    if not isinstance(value, Tensor) and value in (1, -1):
-        return float(value)
-    (factor,) = factors(like, value)
-    factor = _over_rows(factor, like)
-    if per_sample and not is_per_sample(factor, like):
+
+def one_a_sample(value: Number, like: Tensor) -> Number:
+    """Return a factor as the formulas take it; raise MismatchError unless it is one number, or one a sample."""
+    if isinstance(value, Tensor) and not is_one_a_sample(value, like):
         raise MismatchError(
-            f"a factor of shape {tuple(factor.shape)}",
-            expected=f"one number a sample, as {(len(like), *[1] * (max(like.ndim, 2) - 1))}",
+            f"a factor of shape {tuple(value.shape)}",
+            expected=f"one number a sample, as {(len(like), *[1] * (like.ndim - 1))}",
             cure="multiply element by element outside of this loss, whose normaliser is one number a sample",
         )
-    return factor
+    return constant_or_tensor(value, like)
 
 
-def is_per_sample(factor: Number, like: Tensor) -> bool:
+def is_one_a_sample(factor: Number, like: Tensor) -> bool:
     """Return whether a factor is one number, or one number a sample."""
     if not isinstance(factor, Tensor) or factor.numel() == 1:
         return True
-    shape = _over_rows(factor, like).shape
-    return len(shape) == max(like.ndim, 2) and prod(shape[1:]) == 1
+    return factor.ndim >= like.ndim and prod(factor.shape[1:]) == 1
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """Return the tensor without its graph and with at least one axis beside the batch."""
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    return tensor if tensor.ndim > 1 else tensor[:, None]
-
-
-def _over_rows(factor: Tensor, like: Tensor) -> Tensor:
-    return factor[:, None] if like.ndim == 1 and factor.ndim == 1 else factor
+def detached(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
-def mean_loss(values: Tensor) -> Tensor:
-    """Return the mean over the samples, shape (B,); 0 for an empty batch. A compiled form returns the mean itself."""
-    if not values.ndim:
-        return values
-    return values.mean() if len(values) else values.sum()
+def evaluate(
+    formula: Formula, sources: tuple[Tensor, ...], *inputs: Any, skipped: Tensor | None = None, counted: bool = True
+) -> Tensor:
+    """Return the mean of a formula's losses as a function of the sources, whose gradients are the formula's.
 
-
-def count_nonfinite(skipped: Tensor | None, finite: Tensor) -> None:
-    """Add the number of samples that were not finite to a counter, and call the listener, without a sync."""
+    The number of samples that were not finite is added to `skipped`, and, if `counted`, which were finite is passed to
+    the listener: both without a sync.
+    """
+    # A sample has at least one axis beside the batch.
+    inputs = tuple([e[:, None] if isinstance(e, Tensor) and e.ndim == 1 else e for e in inputs])
+    *gradients, loss, finite = RUNNER.get()(formula, *inputs)
     if skipped is not None:
         skipped += (~finite).sum()
-    listener = FINITE_LISTENER.get()
+    listener = FINITE_LISTENER.get() if counted else None
     if listener is not None:
         listener(finite)
-
-
-def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the value as a function of the first tensor of each pair, whose gradient is the second."""
-    gradients = [gradient.detach() if gradient.requires_grad else gradient for _, gradient in pairs]
-    shaped = tuple([g if g.shape == s.shape else g.view(s.shape) for g, (s, _) in zip(gradients, pairs, strict=True)])
-    result: Tensor = _WithGradients.apply(value, shaped, *[source for source, _ in pairs])
+    if loss.ndim:  # a compiled form returns the mean itself
+        loss = loss.mean() if len(loss) else loss.sum()
+    sources = sources[: len(gradients)]
+    by_source = [g if g.shape == x.shape else g.view(x.shape) for g, x in zip(gradients, sources, strict=True)]
+    result: Tensor = _WithGradients.apply(loss, tuple([detached(g) for g in by_source]), *sources)
     return result
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
-from disback_plugin.noise import add_noise, expand
+from disback_plugin.noise import add_noise
 from disback_plugin.prediction import Prediction, convert
 
 _CHUNK_BYTES = 16 * 2**20  # of float64 copies at a time, whatever the number of references
@@ -40,12 +40,7 @@ class Mismatch(TypedDict):
 
 
 def stable_target_field(
-    x_t: Tensor,
-    references: Tensor,
-    sigma: Tensor | float,
-    alpha: Tensor | float = 1.0,
-    *,
-    source: Tensor | None = None,
+    x_t: Tensor, references: Tensor, sigma: Tensor | float, alpha: Tensor | float = 1.0, *, source: Tensor | None = None
 ) -> Tensor:
     """Estimate the score of noised samples from references of their distribution (Eq. 18).
 
@@ -77,13 +72,11 @@ def stable_target_field(
         [[0.0], [50.0]]
     """
     _validate_shapes(x_t, references, source)
-    scales = _one_a_row(sigma, x_t, "sigma"), _one_a_row(alpha, x_t, "alpha")
-    if not ((scales[0] > 0).all() and (scales[1] >= 0).all()):
-        raise OptionError(
-            f"sigma={sigma}, alpha={alpha}", expected="sigma > 0 and alpha >= 0", cure="omit times without noise"
-        )
+    sigmas, alphas = _one_a_row(x_t, sigma=sigma, alpha=alpha)
+    if not (sigmas > 0).all():
+        raise OptionError(f"sigma={sigma}", expected="sigma > 0", cure="omit times without noise")
     dtype = torch.promote_types(x_t.dtype, torch.float32)
-    score = _field(x_t, references, *scales, source).to(dtype)
+    score = _field(x_t, references, sigmas, alphas, source).to(dtype)
     if not score.isfinite().all():
         raise OptionError(
             f"a score that is not finite in {dtype}",
@@ -149,13 +142,18 @@ def mismatch_degree(
         >>> near < 0.1, 1.4 < far < 1.6  # exactly 3 / (1 + 1)
         (True, True)
     """
-    scales = _scales(sigmas, alphas, weights)
     _validate_shapes(samples, references, None)
+    scales = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
+    columns = _one_a_row(scales, sigma=scales, alpha=alphas, weight=1.0 if weights is None else weights)
+    if not (len(scales) and (columns[0] > 0).all() and (columns[1] > 0).all()):
+        raise OptionError(
+            f"sigmas={sigmas}, alphas={alphas}", expected="one or more, each > 0", cure="omit times without noise"
+        )
     if not len(samples) or batch_size < 1:
         raise OptionError(f"{len(samples)} samples, batch_size={batch_size}", expected="1 or more", cure="pass more")
     stream = torch.Generator().manual_seed(0) if generator is None else generator
     per_sigma = []
-    for sigma, alpha, _ in scales:
+    for sigma, alpha, _ in torch.cat(columns, 1).tolist():
         distance = 0.0
         for x_0 in torch.split(samples, batch_size):
             eps = torch.randn(x_0.shape, generator=stream, device=stream.device).to(x_0)
@@ -175,21 +173,20 @@ def mismatch_degree(
             )
             distance += float((score.double() - target).flatten(1).norm(dim=1).sum())
         per_sigma.append(distance / len(samples))
-    total = sum(weight * d for (_, _, weight), d in zip(scales, per_sigma, strict=True)) / len(scales)
+    total = sum(weight * d for weight, d in zip(columns[2].flatten().tolist(), per_sigma, strict=True)) / len(scales)
     return {"total": total, "per_sigma": per_sigma}
 
 
 def _field(x_t: Tensor, references: Tensor, sigma: Tensor, alpha: Tensor, source: Tensor | None) -> Tensor:
-    """Return the field in float64; sigma and alpha have shape (B, 1)."""
+    """Return the field in float64, some rows at a time; sigma and alpha have shape (B, 1)."""
     flat = x_t.detach().flatten(1)
-    rows = max(1, _CHUNK_BYTES // (8 * max(flat.shape[1], 1)))
-    pieces = []
-    for at in range(0, len(flat), rows):
-        here = slice(at, at + rows)
-        x, own = flat[here].double(), None if source is None else source[here].detach().flatten(1).to(flat.device)
-        mean = _posterior_mean(x, references, sigma[here], alpha[here], None if own is None else own.double())
-        pieces.append((alpha[here] * mean - x) / sigma[here] ** 2)
-    return torch.cat(pieces).reshape(x_t.shape) if pieces else x_t.double()
+    own = flat[:, :0] if source is None else source.detach().flatten(1)
+    rows, pieces = max(1, _CHUNK_BYTES // (8 * max(flat.shape[1], 1))), []
+    for x, x_0, s, a in zip(*(torch.split(tensor, rows) for tensor in (flat, own, sigma, alpha)), strict=True):
+        x = x.double()
+        mean = _posterior_mean(x, references, s, a, None if source is None else x_0.to(x))
+        pieces.append((a * mean - x) / s**2)
+    return torch.cat(pieces).reshape(x_t.shape)
 
 
 def _posterior_mean(x: Tensor, references: Tensor, sigma: Tensor, alpha: Tensor, source: Tensor | None) -> Tensor:
@@ -199,9 +196,8 @@ def _posterior_mean(x: Tensor, references: Tensor, sigma: Tensor, alpha: Tensor,
         # |x|^2 is left out of every logit: it is the same for all references of a row.
         peak = (alpha * (x * source).sum(1, True) - alpha**2 * source.square().sum(1, True) / 2) / sigma**2
         mass, mean = torch.ones_like(mass), source
-    piece = max(1, _CHUNK_BYTES // (8 * max(x.shape[1], len(x))))
-    for at in range(0, len(references), piece):
-        x_i = references[at : at + piece].detach().to(x.device, torch.float64).flatten(1)
+    for piece in torch.split(references, max(1, _CHUNK_BYTES // (8 * max(x.shape[1], len(x), 1)))):
+        x_i = piece.detach().to(x.device, torch.float64).flatten(1)
         logits = (alpha * (x @ x_i.T) - alpha**2 * torch.linalg.vector_norm(x_i, dim=1) ** 2 / 2) / sigma**2
         highest = torch.maximum(peak, logits.amax(1, keepdim=True))
         kept, weights = (peak - highest).exp(), (logits - highest).exp()
@@ -211,41 +207,28 @@ def _posterior_mean(x: Tensor, references: Tensor, sigma: Tensor, alpha: Tensor,
 
 
 def _validate_shapes(x_t: Tensor, references: Tensor, source: Tensor | None) -> None:
-    floating = x_t.is_floating_point() and references.is_floating_point()
+    given = {"x_t or samples": x_t, "references": references} | ({} if source is None else {"source": source})
     fits = x_t.ndim >= 2 and x_t.shape[1:] == references.shape[1:] and len(references) >= 1
-    if not (floating and fits and (source is None or source.shape == x_t.shape)):
+    if not (
+        fits
+        and all(tensor.is_floating_point() for tensor in given.values())
+        and given.get("source", x_t).shape == x_t.shape
+    ):
         raise OptionError(
-            f"samples {tuple(x_t.shape)} of {x_t.dtype}, references {tuple(references.shape)} of {references.dtype}"
-            + ("" if source is None else f", source {tuple(source.shape)}"),
+            ", ".join(f"{name} {tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in given.items()),
             expected="(B, ...) and (R, ...) of one sample's shape with R >= 1, both floating, and a source like x_t",
             cure="pass one sample a row, in the units that the network sees",
         )
 
 
-def _one_a_row(value: Tensor | float, like: Tensor, name: str) -> Tensor:
-    """Return one value a row, shape (B, 1), in float64."""
-    rows = torch.as_tensor(value, dtype=torch.float64, device=like.device).detach()
-    if rows.numel() != 1 and (rows.ndim == 0 or rows.numel() != len(like) or len(rows) != len(like)):
-        raise OptionError(
-            f"{name} of shape {tuple(rows.shape)} for {len(like)} samples",
-            expected="one number, or one for each sample",
-            cure=f"pass {name} of shape ({len(like)},)",
-        )
-    return expand(rows.flatten().expand(len(like)), torch.empty(len(like), 1))
-
-
-def _scales(
-    sigmas: Sequence[float] | Tensor, alphas: Sequence[float] | Tensor | float, weights: Sequence[float] | Tensor | None
-) -> list[tuple[float, float, float]]:
-    """Return (sigma, alpha, weight) of each noise scale."""
-    given = (sigmas, alphas, 1.0 if weights is None else weights)
-    columns = [torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten() for values in given]
-    count = len(columns[0])
-    fits = count and all(len(column) in (1, count) for column in columns)
-    if not (fits and (columns[0] > 0).all() and (columns[1] > 0).all() and (columns[2] >= 0).all()):
-        raise OptionError(
-            f"sigmas={sigmas}, alphas={alphas}, weights={weights}",
-            expected="one sigma > 0 or more, and for each an alpha > 0 and a weight >= 0",
-            cure="pass as many of each",
-        )
-    return list(zip(*(column.expand(count).tolist() for column in columns), strict=True))
+def _one_a_row(like: Tensor, **values: Tensor | Sequence[float] | float) -> list[Tensor]:
+    """Return for each argument one value >= 0 a row of `like`, shape (B, 1), in float64."""
+    found = []
+    for name, value in values.items():
+        rows = torch.as_tensor(value, dtype=torch.float64, device=like.device).detach()
+        if not (rows.numel() == 1 or rows.numel() == len(like) == len(rows)) or not (rows >= 0).all():
+            raise OptionError(
+                f"{name}={value}", expected=f"a number >= 0, or one for each of {len(like)}", cure=f"correct {name}"
+            )
+        found.append(rows.flatten().expand(len(like))[:, None])
+    return found

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from types import FunctionType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,12 +32,15 @@ __all__ = ["denoising", "diff_instruct", "dmd", "fuse", "sid", "vsd"]
 P = ParamSpec("P")
 R = TypeVar("R")
 Mode = Literal["auto"] | bool
+Kind: TypeAlias = tuple[torch.device, torch.Size, bool, tuple[Hashable, ...], tuple[Hashable, ...]]
 
 # Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
 ONE_BLOCK = 1 << 16
 # Elements of a batch from which compiling is worth its seconds on a CPU: a batch of latents, 4 x 4 x 64 x 64. Smaller
 # batches gain 20 to 100 microseconds a call, which repay the 10 to 20 s of a process's first compilation too late.
 WINS_ON_CPU = 1 << 16
+# Dynamo's name of an entry of a formula's `*inputs`.
+INPUT = re.compile(r"l_inputs_(\d+)_")
 
 
 def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
@@ -78,13 +82,14 @@ def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
 
 
 def _run_compiled(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
-    first: Tensor = inputs[0]
     kind = _kind(inputs)
     # A batch of one would need a graph of its own.
-    if kind is None or len(first) < 2:
+    if kind is None or len(inputs[0]) < 2:
         return formula(*inputs)
-    one_block = first.device.type == "cuda" and first[0].numel() <= ONE_BLOCK
-    return _compiled(formula, one_block, kind)(*inputs)
+    compiled = _COMPILED.get((formula, kind))
+    if compiled is None:
+        compiled = _COMPILED[formula, kind] = _compile(formula, kind, inputs)
+    return compiled(*inputs)
 
 
 def _run_where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
@@ -101,32 +106,46 @@ def _run_where_it_wins(formula: Formula, *inputs: Any) -> tuple[Tensor, ...]:
         return formula(*inputs)
 
 
-@functools.cache
-def _compiled(formula: Formula, one_block: bool, kind: Kind) -> Formula:
+def _compile(formula: Formula, kind: Kind, inputs: tuple[Any, ...]) -> Formula:
     """Compile a formula for one kind of inputs, which may differ in the batch size alone."""
     # Dynamo gives up on a code object after eight graphs, so each kind has its own. It remembers by the name of the
     # code what varied, and would turn a constant that differs between two kinds into an input of the second.
+    device, sample, fully_compared = kind[:3]
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
-    whole = _with_mean_loss(formula) if kind.device.type == "cpu" else formula
+    whole = _with_mean_loss(formula) if device.type == "cpu" else formula
     twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
-    options: dict[str, Any] = {"split_reductions": False} if one_block else {}
-    if kind.fully_compared and hasattr(torch.compiler, "skip_all_guards_unsafe"):  # this torch has guard filters
-        options["guard_filter_fn"] = _keep_guards_on_the_batch
-    compiled: Formula = torch.compile(twin, fullgraph=True, options=options)
-    called = False
+    example = [_with_dynamic_batch(entry, len(inputs[0])) for entry in inputs]
+    if fully_compared:
+        direct: list[Formula] = []
+        compiled = torch.compile(twin, fullgraph=True, backend=functools.partial(_inductor, direct))
+        compiled(*example)
+        return direct[0] if direct else compiled
+    one_block = device.type == "cuda" and sample.numel() <= ONE_BLOCK
+    compiled = torch.compile(twin, fullgraph=True, options={"split_reductions": False} if one_block else {})
+    compiled(*example)
+    return compiled
+
+
+def _inductor(direct: list[Formula], graph: Any, examples: list[Any]) -> Any:
+    """Compile a graph with Inductor, and append a function of a formula's inputs that calls the result without dynamo.
+
+    Dynamo compares what `_kind` has compared already, and takes a tenth of the time of a batch of images on a CPU. Its
+    guards are needed only if Inductor adds a condition on the batch size: then nothing is appended.
+    """
+    sizes: list[Any] = [example for example in examples if isinstance(example, torch.SymInt)]
+    known = [len(size.node.shape_env.guards) for size in sizes]
+    made: Any = torch._dynamo.lookup_backend("inductor")(graph, examples)
+    call = getattr(made, "_torchdynamo_orig_callable", made)  # without the wrapper that hides it from dynamo
+    names = [INPUT.fullmatch(node.name) for node in graph.graph.nodes if node.op == "placeholder"]
+    places = [int(name[1]) if name else -1 for name in names]
 
     def run(*inputs: Any) -> tuple[Tensor, ...]:
-        nonlocal called
-        outputs = compiled(*(inputs if called else _with_dynamic_batch(inputs, len(inputs[0]))))
-        called = True
-        return outputs
+        given = *inputs, len(inputs[0])
+        return tuple(call(*[given[place] for place in places]))
 
-    return run
-
-
-def _keep_guards_on_the_batch(guards: Any) -> list[bool]:
-    """Skip the guards on what `_kind` has compared already: on a CPU they take as long as the kernel of a latent."""
-    return [guard.guard_type in ("SHAPE_ENV", "DUPLICATE_INPUT") for guard in guards]
+    if places.count(-1) == len(sizes) and known == [len(size.node.shape_env.guards) for size in sizes]:
+        direct.append(run)
+    return made
 
 
 def _with_mean_loss(formula: Formula) -> Formula:
@@ -140,20 +159,12 @@ def _with_mean_loss(formula: Formula) -> Formula:
     return averaged
 
 
-class Kind(NamedTuple):
-    """All that a graph depends on but for the batch size. `fully_compared`: dynamo's guards would find nothing else."""
-
-    fully_compared: bool
-    device: torch.device
-    process: tuple[Hashable, ...]
-    inputs: tuple[Hashable, ...]
-
-
 def _kind(inputs: tuple[Any, ...]) -> Kind | None:
     """Return the kind of some inputs; None if they must not be compiled.
 
-    A kind holds the settings of the process, the constants, and of each tensor the dtype, device, sizes, strides and
-    whether its first axis is the batch.
+    A kind is all that a graph depends on but for the batch size: the device, the shape of a sample, whether dynamo's
+    guards would find nothing else, the settings of the process, the constants, and of each tensor the dtype, device,
+    sizes, strides and whether its first axis is the batch.
     """
     first: Tensor = inputs[0]
     shape, device = first.shape, first.device
@@ -161,8 +172,8 @@ def _kind(inputs: tuple[Any, ...]) -> Kind | None:
     process = (*modes, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
     # A stride may equal the batch size and be taken for it, and on a GPU a guard decides on 32-bit indices.
     fully_compared = device.type == "cpu"
-    kinds: list[Hashable] = [shape[1:]]
-    for e in _flatten(inputs):
+    kinds: list[Hashable] = []
+    for e in inputs:
         if not isinstance(e, Tensor):
             kinds.append(e)
         # A learned factor needs a graph through the formula; a lazily negated tensor or a subclass hides its values.
@@ -173,28 +184,20 @@ def _kind(inputs: tuple[Any, ...]) -> Kind | None:
         else:
             kinds.append((e.dtype, e.device, e.ndim, e.shape[1:], e.stride(), e.shape[:1] == shape[:1]))
             fully_compared = fully_compared and e.is_cpu and e.is_contiguous()
-    return Kind(fully_compared, device, process, tuple(kinds))
+    return device, shape[1:], fully_compared, process, tuple(kinds)
 
 
-def _flatten(inputs: tuple[Any, ...]) -> Iterator[Any]:
-    for entry in inputs:
-        if isinstance(entry, tuple):
-            yield len(entry)
-            yield from _flatten(entry)
-        else:
-            yield entry
+def _with_dynamic_batch(entry: Any, batch: int) -> Any:
+    """Mark the batch axis dynamic on a view, so that the caller's tensor is not marked."""
+    if not isinstance(entry, Tensor):
+        return entry
+    view = entry.view_as(entry)
+    if view.ndim and len(view) == batch:
+        torch._dynamo.mark_dynamic(view, 0)
+    return view
 
 
-def _with_dynamic_batch(inputs: Any, batch: int) -> Any:
-    """Mark the batch axis dynamic on views, so that the caller's tensors are not marked."""
-    if isinstance(inputs, Tensor):
-        view = inputs.view_as(inputs)
-        if view.ndim and len(view) == batch:
-            torch._dynamo.mark_dynamic(view, 0)
-        return view
-    return tuple(_with_dynamic_batch(entry, batch) for entry in inputs) if isinstance(inputs, tuple) else inputs
-
-
+_COMPILED: dict[tuple[Formula, Kind], Formula] = {}
 _FAILED: set[Formula] = set()
 _RUNNERS: dict[Mode, Callable[..., tuple[Tensor, ...]]] = {
     "auto": _run_where_it_wins,

@@ -1,4 +1,4 @@
-r"""Generator losses in plain torch, which specify the fused ones of `kernels`; and the names of all other losses.
+r"""The losses in plain torch, which specify the fused ones of `kernels`: of the generator, and of the fake score.
 
 With x_t = alpha x + sigma eps, outputs f (fake score) and r (teacher) of one kind of prediction, and their common
 target t (`prediction.target`), every score difference is a multiple of f - r, and x - D_theta is a multiple of t - r:
@@ -20,21 +20,15 @@ Gradients are computed in closed form and passed to autograd as they are, withou
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from disback_plugin import _loss_formulas as formulas
-from disback_plugin._denoising import (
-    denoising,
-    dmd_regression,
-    edm_weight,
-    gan_discriminator,
-    gan_generator,
-    snr_weight,
-)
-from disback_plugin._loss_formulas import Number, row_factor, rows
-from disback_plugin.prediction import Prediction, factors, ratio
+from disback_plugin._loss_formulas import Number
+from disback_plugin.prediction import Prediction, edm_weight, factors, ratio, snr_weight
 
 __all__ = [
     "denoising",
@@ -91,7 +85,6 @@ def diff_instruct(
         OptionError: If `prediction` or `nonfinite` is unknown.
 
     Example:
-        >>> import torch
         >>> x = torch.zeros(1, 2, requires_grad=True)
         >>> real, fake = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
         >>> diff_instruct(x, real, fake, alpha=1.0, sigma=2.0, prediction=Prediction.SCORE).backward()
@@ -100,8 +93,8 @@ def diff_instruct(
     """
     formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
     alpha, sigma = factors(x, alpha, sigma)
-    k = ratio(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
-    return _difference(x, real, fake, weight * alpha * k, guidance, nonfinite, skipped)
+    k = weight * alpha * ratio(prediction, Prediction.SCORE, alpha=alpha, sigma=sigma)
+    return _difference(x, k, nonfinite, skipped, *formulas.outputs(x, real, fake, guidance))
 
 
 def vsd(
@@ -134,7 +127,6 @@ def vsd(
         skipped: A counter, as in `diff_instruct`.
 
     Example:
-        >>> import torch
         >>> x = torch.zeros(1, 1, requires_grad=True)
         >>> one, zero = torch.ones(1, 1), torch.zeros(1, 1)
         >>> vsd(x, one, zero, alpha=0.6, sigma=0.8, prediction=Prediction.EPS).backward()
@@ -143,8 +135,8 @@ def vsd(
     """
     formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
     alpha, sigma = factors(x, alpha, sigma)
-    k = ratio(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
-    return _difference(x, real, fake, -weight * k, guidance, nonfinite, skipped)
+    k = -weight * ratio(prediction, Prediction.EPS, alpha=alpha, sigma=sigma)
+    return _difference(x, k, nonfinite, skipped, *formulas.outputs(x, real, fake, guidance))
 
 
 def dmd(
@@ -189,7 +181,6 @@ def dmd(
         OptionError: If `prediction` or `nonfinite` is unknown.
 
     Example:
-        >>> import torch
         >>> x, eps = torch.zeros(1, 2, requires_grad=True), torch.zeros(1, 2)
         >>> real, fake = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.0, 4.0]])
         >>> dmd(x, real, fake, eps=eps, alpha=1.0, sigma=1.0, prediction=Prediction.X0).backward()
@@ -200,21 +191,13 @@ def dmd(
     formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
     # The normaliser cancels c in D_phi - D_theta = c (f - r) but for its sign, unless c varies within a sample.
     sign, c = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0, None
-    if not (formulas.is_per_sample(alpha, x) and formulas.is_per_sample(sigma, x)):
+    if not (formulas.is_one_a_sample(alpha, x) and formulas.is_one_a_sample(sigma, x)):
         a, b = factors(x, alpha, sigma)
-        sign, c = 1.0, row_factor(ratio(prediction, Prediction.X0, alpha=a, sigma=b), x)
-    gradient, values, finite = formulas.RUNNER.get()(
-        formulas.dmd,
-        *formulas.teacher_outputs(x, real, fake, guidance, eps=eps),
-        rows(fake),
-        formulas.target_parts(prediction, x, eps, alpha, sigma),
-        c,
-        row_factor(sign * weight, x, per_sample=True),
-        1.0 if guidance is None else row_factor(guidance, x),
-        formulas.is_mask(nonfinite),
-    )
-    formulas.count_nonfinite(skipped, finite)
-    return formulas.with_gradients(formulas.mean_loss(values), (x, gradient))
+        sign, c = 1.0, ratio(prediction, Prediction.X0, alpha=a, sigma=b)
+    outputs = formulas.outputs(x, real, fake, guidance, eps=eps)
+    k, mask = formulas.one_a_sample(sign * weight, x), formulas.is_mask(nonfinite)
+    target = formulas.target_parts(prediction, x, eps, alpha, sigma)
+    return formulas.evaluate(formulas.dmd, (x,), *outputs, c, k, mask, *target, skipped=skipped)
 
 
 def sid(
@@ -258,44 +241,112 @@ def sid(
         OptionError: If `prediction` or `nonfinite` is unknown.
 
     Example:
-        >>> import torch
         >>> x = torch.zeros(1, 1, requires_grad=True)
         >>> loss = sid(x, x + 2.0, x + 1.0, eps=x, alpha=1.0, sigma=1.0, prediction=Prediction.X0)
         >>> loss.item()  # (2 - 1) ((2 - 0) - (2 - 1)) / 2
         0.5
     """
-    formulas.validate_shapes(x=x, real=real, fake=fake, eps=eps)
+    r, _, _, f = formulas.outputs(x, real, fake, None, eps=eps)
     formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight)
     alpha, sigma = factors(x, alpha, sigma)
-    c = ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
+    c = formulas.one_a_sample(ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma), x)
+    w, a = formulas.one_a_sample(weight, x), formulas.constant_or_tensor(alpha_sid, x)
     target_depends_on_x = prediction not in (Prediction.EPS, Prediction.SCORE)
-    *gradients, values, finite = formulas.RUNNER.get()(
-        formulas.sid,
-        rows(real),
-        rows(fake),
-        formulas.target_parts(prediction, x, eps, alpha, sigma),
-        row_factor(c, x, per_sample=True),
-        row_factor(weight, x, per_sample=True),
-        row_factor(alpha_sid, x),
-        formulas.is_mask(nonfinite),
-        target_depends_on_x,
-    )
-    formulas.count_nonfinite(skipped, finite)
-    sources = (real, fake, x) if target_depends_on_x else (real, fake)
-    return formulas.with_gradients(formulas.mean_loss(values), *zip(sources, gradients, strict=True))
+    options = c, w, a, formulas.is_mask(nonfinite), target_depends_on_x
+    target = formulas.target_parts(prediction, x, eps, alpha, sigma)
+    return formulas.evaluate(formulas.sid, (real, fake, x), r, f, *options, *target, skipped=skipped)
 
 
-def _difference(
-    x: Tensor, real: Tensor, fake: Tensor, k: Number, guidance: Number | None, nonfinite: str, skipped: Tensor | None
+def _difference(x: Tensor, k: Number, nonfinite: str, skipped: Tensor | None, *outputs: Any) -> Tensor:
+    k, mask = formulas.constant_or_tensor(k, x), formulas.is_mask(nonfinite)
+    return formulas.evaluate(formulas.difference, (x,), *outputs, formulas.detached(x), k, mask, skipped=skipped)
+
+
+def denoising(
+    output: Tensor,
+    x_0: Tensor,
+    eps: Tensor,
+    *,
+    alpha: Number,
+    sigma: Number,
+    prediction: Prediction,
+    weight: Number = 1.0,
 ) -> Tensor:
-    gradient, values, finite = formulas.RUNNER.get()(
-        formulas.difference,
-        *formulas.teacher_outputs(x, real, fake, guidance),
-        rows(fake),
-        rows(x),
-        row_factor(k, x),
-        1.0 if guidance is None else row_factor(guidance, x),
-        formulas.is_mask(nonfinite),
-    )
-    formulas.count_nonfinite(skipped, finite)
-    return formulas.with_gradients(formulas.mean_loss(values), (x, gradient))
+    """Compute denoising score matching, Eq. 5 and 7: the mean over all elements of w |output - target|^2.
+
+    Args:
+        output: Output of the network on x_t = alpha x_0 + sigma eps, shape (B, ...).
+        x_0: Clean samples, shape (B, ...); no gradient flows into them.
+        eps: The noise in x_t, shape (B, ...).
+        alpha: Signal scale alpha_t > 0, broadcast against x_0.
+        sigma: Noise scale sigma_t > 0 in data units, broadcast against x_0.
+        prediction: The kind of `output`; the target is of the same kind.
+        weight: w(t) >= 0 on the squared error in units of `prediction`, broadcast against x_0; see `edm_weight` and
+            `snr_weight`.
+
+    Returns:
+        The loss, shape (), in float32 or better. The reduction is the mean over all elements (DDPM, DMD2, FastGen);
+        EDM and SiD sum over a sample's elements instead, a constant factor.
+
+    Raises:
+        MismatchError: If output, x_0, eps and the factors do not fit.
+        OptionError: If `prediction` is unknown.
+
+    Example:
+        >>> x_0, eps = torch.zeros(2, 3), torch.ones(2, 3)
+        >>> denoising(torch.zeros(2, 3), x_0, eps, alpha=1.0, sigma=0.5, prediction=Prediction.EPS).item()
+        1.0
+    """
+    formulas.validate_shapes(output=output, x_0=x_0, eps=eps)
+    formulas.validate_factors(x_0, alpha=alpha, sigma=sigma, weight=weight)
+    o, w = formulas.detached(output), formulas.constant_or_tensor(weight, output)
+    target = formulas.target_parts(prediction, x_0, eps, alpha, sigma)
+    return formulas.evaluate(formulas.denoising, (output,), o, w, *target, counted=False)
+
+
+def gan_generator(fake_logits: Tensor) -> Tensor:
+    """Compute DMD2's adversarial term of the generator (arXiv 2405.14867, Sec. 4.3): mean softplus(-d(fake)), shape ().
+
+    Args:
+        fake_logits: The discriminator's logits of generated samples, any shape, with the generator's graph.
+
+    Example:
+        >>> round(gan_generator(torch.zeros(2)).item(), 4)
+        0.6931
+    """
+    return torch.nn.functional.softplus(-fake_logits).mean()
+
+
+def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Compute DMD2's adversarial term of the discriminator: mean softplus(d(fake)) + mean softplus(-d(real)), shape ().
+
+    Args:
+        real_logits: The discriminator's logits of data, any shape.
+        fake_logits: The discriminator's logits of generated samples, any shape, without the generator's graph.
+
+    Example:
+        >>> round(gan_discriminator(torch.zeros(2), torch.zeros(2)).item(), 4)
+        1.3863
+    """
+    return torch.nn.functional.softplus(fake_logits).mean() + torch.nn.functional.softplus(-real_logits).mean()
+
+
+def dmd_regression(
+    x: Tensor, teacher_sample: Tensor, *, distance: Callable[[Tensor, Tensor], Tensor] = torch.nn.functional.mse_loss
+) -> Tensor:
+    """Compute DMD's regression term (arXiv 2311.18828, Eq. 9): the distance of G(z) to the teacher's ODE sample of z.
+
+    Args:
+        x: Generated samples G(z), shape (B, ...).
+        teacher_sample: The teacher's many-step samples from the same z, shape (B, ...); no gradient flows into them.
+        distance: A function of two batches, whose mean is taken; LPIPS in DMD.
+
+    Raises:
+        MismatchError: If the shapes differ.
+
+    Example:
+        >>> dmd_regression(torch.zeros(2), torch.full((2,), 3.0)).item()
+        9.0
+    """
+    formulas.validate_shapes(x=x, teacher_sample=teacher_sample)
+    return distance(x, teacher_sample.detach()).mean()

@@ -138,9 +138,7 @@ def coverage(samples: Tensor, references: Tensor, *, k: int = 5) -> float:
     samples, references = samples.detach(), references.detach().to(samples.device)
     _validate(samples, references, at_least=1)
     if not 1 <= k < len(references):
-        raise OptionError(
-            f"k={k} for {len(references)} references", expected="1 <= k < the number of references", cure="pass k=5"
-        )
+        raise OptionError(f"k={k}", expected=f"1 <= k < {len(references)}, the number of references", cure="pass k=5")
     samples, references = samples.double(), references.double()
     near = 0
     for rows in torch.split(references, max(1, _CHUNK // max(len(samples), len(references)))):
@@ -169,11 +167,7 @@ class ModeCoverage(NamedTuple):
 
 
 def mode_coverage(
-    samples: Tensor,
-    modes: Tensor,
-    *,
-    radius: Tensor | float,
-    weights: Tensor | None = None,
+    samples: Tensor, modes: Tensor, *, radius: Tensor | float, weights: Tensor | None = None
 ) -> ModeCoverage:
     """Measure how many of the known modes of a mixture the samples hit, and how evenly (VEEGAN, arXiv 1705.07761).
 
@@ -218,11 +212,7 @@ def mode_coverage(
 
 
 def features(
-    model_or_name: nn.Module | str,
-    *,
-    pretrained: bool = True,
-    device: torch.device | str = "cpu",
-    batch_size: int = 64,
+    model_or_name: nn.Module | str, *, pretrained: bool = True, device: torch.device | str = "cpu", batch_size: int = 64
 ) -> Callable[[Tensor], Tensor]:
     """Return a function from images to features, for `frechet_distance(extract(a), extract(b))`. NOT the FID.
 
@@ -284,9 +274,7 @@ def _timm(name: str, pretrained: bool, device: torch.device | str) -> tuple[nn.M
 
     def prepare(images: Tensor) -> Tensor:
         if not images.is_floating_point():
-            raise OptionError(
-                f"images of {images.dtype}", expected="numbers in [-1, 1]", cure="pass images / 127.5 - 1"
-            )
+            raise OptionError(f"images of {images.dtype}", expected="floats in [-1, 1]", cure="pass images / 127.5 - 1")
         images, size = images.to(mean).expand(-1, len(mean), -1, -1), config["input_size"][-2:]
         images = interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
         return ((images + 1) / 2 - mean) / std

@@ -25,15 +25,7 @@ from torch import Tensor
 
 from disback_plugin.errors import OptionError
 
-__all__ = [
-    "Discrete",
-    "Karras",
-    "RectifiedFlow",
-    "add_noise",
-    "expand",
-    "from_diffusers",
-    "lognormal_sigma",
-]
+__all__ = ["Discrete", "Karras", "RectifiedFlow", "add_noise", "expand", "from_diffusers", "lognormal_sigma"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +52,7 @@ class Karras:
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma_min < self.sigma_max and self.rho > 0):
-            raise OptionError(
-                repr(self), expected="0 < sigma_min < sigma_max and rho > 0", cure="correct the arguments"
-            )
+            raise OptionError(repr(self), expected="0 < sigma_min < sigma_max, rho > 0", cure="correct the arguments")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha_t = 1 and sigma_t for times t in [0, 1], shape (B,)."""
@@ -92,8 +82,7 @@ class Discrete:
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor) -> None:
         values = alphas_cumprod.tolist() if isinstance(alphas_cumprod, Tensor) else list(alphas_cumprod)
-        falling = all(a >= b for a, b in pairwise(values))
-        if not (values and falling and all(0 <= a < 1 for a in values)):
+        if not (values and values[0] < 1 and all(a >= b for a, b in pairwise([*values, 0.0]))):
             raise OptionError(
                 f"{len(values)} alphas_cumprod from {max(values, default=None)} to {min(values, default=None)}",
                 expected="one or more values in [0, 1) that never increase",
@@ -151,29 +140,25 @@ def from_diffusers(scheduler: object) -> Discrete | RectifiedFlow:
     """
     scheduler = built(scheduler)
     name, config = type(scheduler).__name__, dict(getattr(scheduler, "config", {}))
-    flow = any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
-    reason = None
-    if name.startswith("EDM") or config.get("timestep_type") == "continuous":
-        reason = f"{name}, which also scales what goes into the network and comes out of it"
-    elif config.get("invert_sigmas"):
-        reason = f"{name} with invert_sigmas=True, whose time runs from noise to data"
-    if reason:
-        raise OptionError(
-            reason,
-            expected="a schedule alone",
-            cure="give the network as a function of x_t and sigma that does this scaling, under "
-            "noise.Karras(sigma_min, sigma_max, rho) with Prediction.X0, or noise.RectifiedFlow() with t = sigma",
-        )
-    if flow or config.get("use_flow_sigmas"):
-        return RectifiedFlow()
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-    if alphas_cumprod is None:
-        raise OptionError(
-            f"{name}, which has no alphas_cumprod and is not of flow matching",
-            expected="a scheduler of a DDPM or of a flow-matching model",
-            cure="pass the scheduler of the teacher's own repository, or make a noise.Karras or RectifiedFlow",
-        )
-    return Discrete(alphas_cumprod)
+    flows = any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
+    if name.startswith("EDM") or config.get("timestep_type") == "continuous":
+        reason = "which also scales what goes into the network and comes out of it"
+    elif config.get("invert_sigmas"):
+        reason = "whose time runs from noise to data under invert_sigmas=True"
+    elif flows or config.get("use_flow_sigmas"):
+        return RectifiedFlow()
+    elif alphas_cumprod is not None:
+        return Discrete(alphas_cumprod)
+    else:
+        reason = "which has no alphas_cumprod and is not of flow matching"
+    raise OptionError(
+        f"{name}, {reason}",
+        expected="a schedule alone, of a DDPM or of a flow-matching model",
+        cure="pass the scheduler of the teacher's own repository, or give the network as a function of x_t and sigma "
+        "that does this scaling, under noise.Karras(sigma_min, sigma_max, rho) with Prediction.X0, or "
+        "noise.RectifiedFlow() with t = sigma",
+    )
 
 
 def built(scheduler: object) -> Any:

@@ -11,7 +11,8 @@ With x_t = alpha x_0 + sigma eps, every prediction is a linear combination a x_0
 | SCORE | grad log q(x_t) = -eps/sigma| 0          | -1 / sigma   |
 
 so that any of them is c_x x_t + c_o * (any other), with two coefficients a pair (`coefficients`). The paper's Eq. 5
-and 18 to 20 are the SCORE row at alpha = 1; its appendix C.2 swaps the names of the EPS and the X0 row.
+and 18 to 20 are the SCORE row at alpha = 1; its appendix C.2 swaps the names of the EPS and the X0 row. The weights of
+the denoising loss, `edm_weight` and `snr_weight`, are conversions of a squared error; they are public through `losses`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import OptionError
-
-__all__ = ["Prediction", "coefficients", "convert", "mixture", "ratio", "target"]
 
 
 class Prediction(str, Enum):
@@ -87,6 +86,18 @@ _OF_DIFFUSERS = {
 }
 
 
+# Of each kind: (a, b) of the table above, and the determinant D = alpha b - sigma a.
+_TABLE: dict[
+    Prediction, tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
+] = {
+    Prediction.EPS: (lambda _, s: (torch.zeros_like(s), torch.ones_like(s)), lambda a, _: a),
+    Prediction.X0: (lambda _, s: (torch.ones_like(s), torch.zeros_like(s)), lambda _, s: -s),
+    Prediction.V: (lambda a, s: (-s, a), lambda a, s: a.square() + s.square()),
+    Prediction.FLOW: (lambda _, s: (-torch.ones_like(s), torch.ones_like(s)), lambda a, s: a + s),
+    Prediction.SCORE: (lambda _, s: (torch.zeros_like(s), -1 / s), lambda a, s: -a / s),
+}
+
+
 def mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Return a, b of the table above: the prediction is a x_0 + b eps.
 
@@ -100,14 +111,7 @@ def mixture(kind: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Ten
         >>> a.item(), b.item()
         (-0.5, 0.75)
     """
-    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
-    return {
-        Prediction.EPS: lambda: (zero, one),
-        Prediction.X0: lambda: (one, zero),
-        Prediction.V: lambda: (-sigma, alpha),
-        Prediction.FLOW: lambda: (-one, one),
-        Prediction.SCORE: lambda: (zero, -1 / sigma),
-    }[Prediction(kind)]()
+    return _TABLE[Prediction(kind)][0](alpha, sigma)
 
 
 def target(kind: Prediction, x_0: Tensor, eps: Tensor, *, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
@@ -168,26 +172,11 @@ def ratio(source: Prediction, to: Prediction, *, alpha: Tensor, sigma: Tensor) -
         -0.5
     """
     source, to = Prediction(source), Prediction(to)
-    return 1.0 if source is to else _DETERMINANT[to](alpha, sigma) / _DETERMINANT[source](alpha, sigma)
-
-
-_DETERMINANT: dict[Prediction, Callable[[Tensor, Tensor], Tensor]] = {
-    Prediction.EPS: lambda alpha, sigma: alpha,
-    Prediction.X0: lambda alpha, sigma: -sigma,
-    Prediction.V: lambda alpha, sigma: alpha.square() + sigma.square(),
-    Prediction.FLOW: lambda alpha, sigma: alpha + sigma,
-    Prediction.SCORE: lambda alpha, sigma: -alpha / sigma,
-}
+    return 1.0 if source is to else _TABLE[to][1](alpha, sigma) / _TABLE[source][1](alpha, sigma)
 
 
 def convert(
-    output: Tensor,
-    source: Prediction,
-    to: Prediction,
-    *,
-    x_t: Tensor,
-    alpha: Tensor | float,
-    sigma: Tensor | float,
+    output: Tensor, source: Prediction, to: Prediction, *, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float
 ) -> Tensor:
     """Convert a network's output from one kind of prediction to another.
 
@@ -221,10 +210,52 @@ def convert(
 def factors(like: Tensor, *values: Tensor | float) -> list[Tensor]:
     """Return factors as tensors on the device of `like`, in float32 or better."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [
-        # A fill is enqueued; `as_tensor` would copy from the host and wait for the copy.
-        value.to(like.device, dtype)
-        if isinstance(value, Tensor)
-        else torch.full((), value, dtype=dtype, device=like.device)
-        for value in values
-    ]
+    # A fill is enqueued; `as_tensor` would copy from the host and wait for the copy.
+    tensors = (e if isinstance(e, Tensor) else torch.full((), e, dtype=dtype, device=like.device) for e in values)
+    return [tensor.to(like.device, dtype) for tensor in tensors]
+
+
+def edm_weight(
+    sigma: Tensor, *, sigma_data: float = 0.5, alpha: Tensor | float = 1.0, prediction: Prediction = Prediction.X0
+) -> Tensor:
+    """Return the weight of EDM (Table 1): (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on the squared error of x_0.
+
+    Args:
+        sigma: Noise scale sigma_t > 0 in data units, any shape.
+        sigma_data: Standard deviation of the data, > 0.
+        alpha: Signal scale alpha_t > 0, for other predictions than X0.
+        prediction: The kind whose squared error is weighted; the loss is the same for each.
+
+    Example:
+        >>> edm_weight(torch.tensor(0.5), sigma_data=0.5).item()
+        8.0
+    """
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight * _x_0_units(sigma, alpha, prediction)
+
+
+def snr_weight(
+    sigma: Tensor, *, alpha: Tensor | float, clip: float = float("inf"), prediction: Prediction = Prediction.X0
+) -> Tensor:
+    """Return the signal-to-noise ratio alpha^2 / sigma^2: on the error of x_0 it equals weight 1 on that of eps.
+
+    Args:
+        sigma: Noise scale sigma_t > 0 in data units, any shape.
+        alpha: Signal scale alpha_t > 0.
+        clip: Largest ratio; 5 in min-SNR weighting (arXiv 2303.09556).
+        prediction: The kind whose squared error is weighted; the loss is the same for each.
+
+    Example:
+        >>> snr_weight(torch.tensor(0.5), alpha=1.0).item()
+        4.0
+        >>> snr_weight(torch.tensor(0.5), alpha=1.0, prediction=Prediction.EPS).item()
+        1.0
+    """
+    return (alpha / sigma).square().clamp(max=clip) * _x_0_units(sigma, alpha, prediction)
+
+
+def _x_0_units(sigma: Tensor, alpha: Tensor | float, prediction: Prediction) -> Tensor | float:
+    """Return c^2, the squared error of x_0 that a squared error of 1 in `prediction` amounts to."""
+    (alpha,) = factors(sigma, alpha)
+    c = ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma)
+    return c * c

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 
 import pytest
@@ -93,7 +94,7 @@ def graphs():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_one_graph_serves_batches_of_2_to_64_and_every_node(name):
-    kernels._compiled.cache_clear()
+    kernels._COMPILED.clear()
     fused, plain, before = kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name), graphs()
     for batch in range(2, 65):
         # The seed stands for the node that is in the teacher: other outputs from the same storage.
@@ -105,17 +106,17 @@ def test_one_graph_serves_batches_of_2_to_64_and_every_node(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guards_are_filtered", [True, False])
-def test_without_the_filter_of_guards_the_result_is_the_same(guards_are_filtered, monkeypatch):
-    kernels._compiled.cache_clear()
-    if not guards_are_filtered:
-        monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe", raising=False)  # as in torch 2.6
+@pytest.mark.parametrize("pattern", [kernels.INPUT.pattern, "no input has this name"])
+def test_with_and_without_the_guards_of_dynamo_the_result_is_the_same(pattern, monkeypatch):
+    monkeypatch.setattr(kernels, "_COMPILED", {})
+    monkeypatch.setattr(kernels, "INPUT", re.compile(pattern))
     for batch in (2, 5):
         fused, plain = (
             run(loss, "dmd", Prediction.EPS, batch) for loss in (kernels.fuse(losses.dmd, compile=True), losses.dmd)
         )
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
-    kernels._compiled.cache_clear()
+    (compiled,) = kernels._COMPILED.values()
+    assert (compiled.__module__ == kernels.__name__) == (pattern != "no input has this name")
 
 
 @pytest.mark.slow
@@ -129,7 +130,7 @@ def test_a_teacher_written_in_place_between_two_calls_is_seen_and_compiles_nothi
             real = teacher(x)
         found, wanted = (loss(x, real, fake, eps=x, **options) for loss in (fused, losses.dmd))
         torch.testing.assert_close(found, wanted)
-        known.append(kernels._compiled.cache_info().misses)
+        known.append(len(kernels._COMPILED))
     assert known[1:] == known[:1] * 2
 
 
@@ -294,7 +295,7 @@ def test_broken_samples_are_masked_and_counted_in_the_fused_form_too(name):
 
 
 def test_auto_runs_the_plain_form_where_fused_does_not_win(monkeypatch):
-    monkeypatch.setattr(kernels, "_compiled", lambda *a: pytest.fail("compiled"))
+    monkeypatch.setattr(kernels, "_compile", lambda *a: pytest.fail("compiled"))
     run(kernels.dmd, "dmd", Prediction.EPS, 4)
 
 
@@ -308,8 +309,9 @@ def test_auto_falls_back_once_with_one_warning_where_no_compiler_works(monkeypat
 
         return formula
 
-    monkeypatch.setattr(kernels, "_compiled", broken)
+    monkeypatch.setattr(kernels, "_compile", broken)
     monkeypatch.setattr(kernels, "_FAILED", set())
+    monkeypatch.setattr(kernels, "_COMPILED", {})
     monkeypatch.setattr(kernels, "WINS_ON_CPU", 0)
     plain = run(losses.dmd, "dmd", Prediction.EPS, 4)
     with pytest.warns(RuntimeWarning, match="dmd does not compile here .*no C\\+\\+ compiler.*plain form"):
