@@ -8,9 +8,8 @@ Images reach them (2.8 to 29 over the trainers, 2.4 to 4.3 over plain). So do la
 and 5.0 to 5.3; a busy machine costs most there) and its EDM form in bfloat16 (2.0 to 2.1); missed is its EDM form in
 float32 (1.8 of 2).
 
-On a CPU a latent is limited by the kernel (a mebibyte from the third-level cache), by `backward()`,
-and by dynamo, which has to find the compiled form although most guards are skipped. The ratios above were measured
-without dynamo; with it a fused latent takes 1.4 times as long, and is 1.6 (DMD) and 2.2 times (SiD) as fast as plain.
+On a CPU a latent is limited by the kernel (a mebibyte from the third-level cache), by `backward()` and by Inductor's
+wrapper. Dynamo, whose search for the compiled form takes as long as the kernel, runs once for each kind of inputs.
 
 Memory beyond the inputs, at its peak, in predictions of float32: fused 1, the gradient (SiD 3 to 4), plain 3, DMD2 15.
 """

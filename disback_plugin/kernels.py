@@ -115,15 +115,13 @@ def _compile(formula: Formula, kind: Kind, inputs: tuple[Any, ...]) -> Formula:
     whole = _with_mean_loss(formula) if device.type == "cpu" else formula
     twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
     example = [_with_dynamic_batch(entry, len(inputs[0])) for entry in inputs]
-    if fully_compared:
-        direct: list[Formula] = []
-        compiled = torch.compile(twin, fullgraph=True, backend=functools.partial(_inductor, direct))
-        compiled(*example)
-        return direct[0] if direct else compiled
     one_block = device.type == "cuda" and sample.numel() <= ONE_BLOCK
-    compiled = torch.compile(twin, fullgraph=True, options={"split_reductions": False} if one_block else {})
+    direct: list[Formula] = []
+    settings: dict[str, Any] = {"options": {"split_reductions": False}} if one_block else {}
+    settings |= {"backend": functools.partial(_inductor, direct)} if fully_compared else {}
+    compiled = torch.compile(twin, fullgraph=True, **settings)
     compiled(*example)
-    return compiled
+    return direct[-1] if direct else compiled
 
 
 def _inductor(direct: list[Formula], graph: Any, examples: list[Any]) -> Any:

@@ -251,8 +251,7 @@ def sid(
     alpha, sigma = factors(x, alpha, sigma)
     c = formulas.one_a_sample(ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma), x)
     w, a = formulas.one_a_sample(weight, x), formulas.constant_or_tensor(alpha_sid, x)
-    target_depends_on_x = prediction not in (Prediction.EPS, Prediction.SCORE)
-    options = c, w, a, formulas.is_mask(nonfinite), target_depends_on_x
+    options = c, w, a, formulas.is_mask(nonfinite), prediction not in (Prediction.EPS, Prediction.SCORE)
     target = formulas.target_parts(prediction, x, eps, alpha, sigma)
     return formulas.evaluate(formulas.sid, (real, fake, x), r, f, *options, *target, skipped=skipped)
 
@@ -281,8 +280,7 @@ def denoising(
         alpha: Signal scale alpha_t > 0, broadcast against x_0.
         sigma: Noise scale sigma_t > 0 in data units, broadcast against x_0.
         prediction: The kind of `output`; the target is of the same kind.
-        weight: w(t) >= 0 on the squared error in units of `prediction`, broadcast against x_0; see `edm_weight` and
-            `snr_weight`.
+        weight: w(t) >= 0 on the squared error of `prediction`, broadcast against x_0: `edm_weight` or `snr_weight`.
 
     Returns:
         The loss, shape (), in float32 or better. The reduction is the mean over all elements (DDPM, DMD2, FastGen);
