@@ -24,7 +24,7 @@ from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import validate_form
 from disback_plugin.recorder import open_or_create
-from disback_plugin.schedules import Schedule, resolve
+from disback_plugin.schedules import Schedule, parse
 from disback_plugin.session import Session
 from disback_plugin.weights.network import Network
 from disback_plugin.weights.sharding import FullState
@@ -49,7 +49,6 @@ def attach(
     codec: str = Recording.codec,
     keep_teacher: bool = Recording.keep_teacher,
     schedule: Schedule | str = "auto",
-    prefetch: bool | None = None,
     state: Mapping[str, Any] | None = None,
     plugins: PluginManager | Sequence[object] = (),
     restore: Restorable = "schedulers",
@@ -82,7 +81,6 @@ def attach(
             same teacher, bit for bit.
         schedule: How the teacher moves back: an object of `schedules`, or its name as `schedules.parse` reads it. A
             setting of the paper needs its own recording too: `**schedules.recipe("edm-64").options`.
-        prefetch: Whether to decode the next position ahead of time, as in `TrajectoryScheduler`.
         state: The result of `Handle.state_dict` at the moment whose checkpoint the trainer has loaded. The path is then
             used as it is, s_phi is not written, and the teacher is, whatever it holds.
         plugins: Plug-ins that take part in the run beside the installed ones: names of installed ones that have to
@@ -151,7 +149,7 @@ def attach(
             validate_form(state)
         manager = PluginManager.of(plugins)
         found = _find_roles(trainer, adapter, given, manager)
-        session = Session(found, resolve(schedule), prefetch=prefetch, plugins=manager, restore=restore)
+        session = Session(found, parse(schedule), plugins=manager, restore=restore)
         return session, _plan_recording(path, record, every, codec, keep_teacher)
 
     session, plan = distributed.on_every_rank(build, "have its roles")

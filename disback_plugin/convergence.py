@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import math
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -32,8 +33,6 @@ from disback_plugin.errors import StateError
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor
 
-__all__ = ["AGREEMENT", "EVERY", "DivergenceMonitor", "FitDetector", "fitted_after", "means"]
-
 # Elements of a gradient that are kept for the next comparison: a cosine is then right to about 0.02.
 SAMPLE = 4096
 # Updates between two decisions, which alone read numbers from the device.
@@ -44,8 +43,8 @@ AGREEMENT = 0.1
 STALLED, GROWTH = 0.6, 30.0
 # A window is this part of backtracking, at most so many updates; the first one has EVERY updates.
 WINDOWS, LONGEST = 12, 50
-# Numbers of a monitor's state before the gradient's sample.
-COUNTS = 7
+# Signs of a run that goes wrong, with their bits in a state; bit 1 was another sign in version 1.
+BITS = {"stalled": 2, "diverged": 4}
 
 
 def fitted_after(cosines: Sequence[float]) -> int | None:
@@ -81,6 +80,8 @@ def means(cosines: Sequence[float]) -> list[tuple[int, float]]:
 class _GradientTest:
     """Samples of a network's gradients, update after update, and the state that all tests on them save.
 
+    A state is a row of float32: the numbers of the test, and the last sample.
+
     Args:
         network: The network. Of a sharded network each rank samples its own shards.
     """
@@ -98,32 +99,27 @@ class _GradientTest:
         ]
         self._last: Tensor | None = None
 
-    def _draw(self) -> Tensor | None:
-        """Return every k-th element of the present gradients; None if there is no gradient, zeros for a sparse one."""
-        parts, empty = [], True
+    def _draw(self) -> Tensor:
+        """Return every k-th element of the present gradients; a missing or sparse gradient counts as zero."""
+        drawn = []
         for weight, first, count in self._parts:
-            gradient = weight.grad
-            if gradient is None or gradient.layout is not torch.strided:
-                parts.append(torch.zeros(count, device=weight.device))
+            if weight.grad is None or weight.grad.layout is not torch.strided:
+                drawn.append(torch.zeros(count, device=weight.device))
             else:
-                local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-                parts.append(local.reshape(-1)[first :: self._stride].float())
-                empty = False
-        return None if empty else torch.cat([part.to(parts[0].device) for part in parts])
+                drawn.append(local_tensor(weight.grad).reshape(-1)[first :: self._stride].float())
+        return torch.cat([part.to(drawn[0].device) for part in drawn]) if drawn else torch.zeros(0)
 
     @torch.no_grad()
-    def _compare(self) -> tuple[Tensor, Tensor | None] | None:
-        """Draw a sample and return it with its cosine to the last one; None if there is no gradient.
+    def _compare(self) -> tuple[Tensor, Tensor]:
+        """Draw a sample and return it with its cosine to the last one; nothing is read from the device.
 
-        The cosine is None without a comparable sample before (another number of ranks has other shards), and NaN where
-        one of the two is zero, as after `zero_grad(set_to_none=False)`. Nothing is read from the device.
+        The cosine is NaN where one of the two is zero, as after `zero_grad`, or there is no comparable sample before:
+        on another number of ranks a rank has other shards.
         """
-        sample, last = self._draw(), self._last
-        if sample is None:
-            return None
+        last, sample = self._last, self._draw()
         self._last = sample
         if last is None or len(last) != len(sample):
-            return sample, None
+            last = torch.zeros_like(sample)
         last = last.to(sample)
         return sample, torch.where(sample.any() & last.any(), cosine_similarity(sample, last, dim=0), math.nan)
 
@@ -134,41 +130,40 @@ class _GradientTest:
         raise NotImplementedError
 
     @staticmethod
-    def _length(state: Tensor) -> int:
-        """Return how many numbers stand before the sample in a state; raise StateError if it is damaged."""
+    def _numbers_in(row: list[float]) -> list[float]:
+        """Return the numbers with which a state begins, those of a new test if it is empty; [] if it is damaged."""
         raise NotImplementedError
 
     def to_tensor(self) -> Tensor:
-        """Return the state as one row of float32 on the CPU: numbers, and the last sample."""
-        numbers = torch.tensor(self._numbers(), dtype=torch.float32)
-        return numbers if self._last is None else torch.cat([numbers, self._last.cpu()])
-
-    def load_tensor(self, state: Tensor) -> None:
-        """Continue from the state that `to_tensor` returned; raise StateError, and change nothing, if it is damaged."""
-        end = self._length(state)
-        self._set_numbers(state[:end].tolist())
-        self._last = state[end:].clone() if len(state) > end else None
+        """Return the state as one row of float32 on the CPU."""
+        sample = [] if self._last is None else self._last.tolist()
+        return torch.tensor([*self._numbers(), *sample], dtype=torch.float32, device="cpu")
 
     def to_text(self) -> str:
         """Return the state as text."""
         return base64.b64encode(self.to_tensor().numpy().tobytes()).decode()
 
-    def load_text(self, text: str) -> None:
-        """Continue from the state that `to_text` returned; raise StateError, and change nothing, if it is damaged."""
-        self.load_tensor(self.validate_text(text))
+    def load(self, state: Tensor | str) -> None:
+        """Continue from a state, as a tensor or text; raise StateError, and change nothing, if it is damaged."""
+        numbers, sample = self.validate(state)
+        self._set_numbers(numbers)
+        self._last = torch.tensor(sample, device="cpu") if sample else None
 
     @classmethod
-    def validate_text(cls, text: str) -> Tensor:
-        """Return the state that a text holds; raise StateError if it is damaged."""
+    def validate(cls, state: Tensor | str) -> tuple[list[float], list[float]]:
+        """Return the numbers and the sample in a state; raise StateError if it is damaged."""
         try:
-            row = base64.b64decode(text, validate=True)
-        except ValueError as error:
-            raise _damaged("that does not read") from error
-        if not row or len(row) % 4:
-            raise _damaged(f"of {len(row)} bytes")
-        state = torch.frombuffer(bytearray(row), dtype=torch.float32)
-        cls._length(state)
-        return state
+            row = (array("f", base64.b64decode(state, validate=True)) if isinstance(state, str) else state).tolist()
+            numbers = cls._numbers_in(row)
+        except (ValueError, OverflowError):
+            numbers = []
+        if not numbers:
+            raise StateError(
+                f"a saved fit that does not read ({state!r:.80})",
+                expected="the text of a saved state",
+                cure="pass an unedited state",
+            )
+        return numbers, row[len(numbers) :]
 
 
 class FitDetector(_GradientTest):
@@ -183,7 +178,7 @@ class FitDetector(_GradientTest):
         >>> for _ in range(3):
         ...     net.weight.grad, net.bias.grad = torch.ones(1, 2), torch.zeros(1)
         ...     fit.observe()
-        >>> [round(cosine, 3) for cosine in fit.cosines()], fit.fitted_after() is None
+        >>> [round(cosine, 3) for cosine in fit.cosines()], fitted_after(fit.cosines()) is None
         ([1.0, 1.0], True)
     """
 
@@ -194,35 +189,30 @@ class FitDetector(_GradientTest):
 
     def observe(self) -> None:
         """Compare the gradients of an update with those of the update before; reads nothing from the device."""
-        compared = self._compare()
-        if compared is not None and compared[1] is not None:
-            self._pending.append(compared[1])
+        is_first = self._last is None
+        _, cosine = self._compare()
+        if not is_first:
+            self._pending.append(cosine)
 
     def cosines(self) -> list[float]:
         """Return all cosines so far; those of the last updates are read from the device."""
         if self._pending:
-            self._known += [float(value) for value in torch.stack(self._pending).tolist()]
+            self._known += torch.stack(self._pending).tolist()
             self._pending.clear()
         return self._known
 
-    def fitted_after(self) -> int | None:
-        """Return after how many updates the network was fitted on this rank's gradients; None if it is not yet."""
-        return fitted_after(self.cosines())
-
     def _numbers(self) -> list[float]:
-        return [float(len(self.cosines())), *self.cosines()]
+        return [len(self.cosines()), *self.cosines()]
 
     def _set_numbers(self, numbers: list[float]) -> None:
         self._known, self._pending = numbers[1:], []
 
     @staticmethod
-    def _length(state: Tensor) -> int:
-        count = float(state[0]) if state.ndim == 1 and len(state) else math.nan
-        if not (count >= 0 and count == int(count) and count < len(state)):
-            raise _damaged(f"of {count:g} cosines in {state.numel()} numbers")
-        if (state[1 : 1 + int(count)].abs() > 1.001).any():
-            raise _damaged("with cosines above 1")
-        return 1 + int(count)
+    def _numbers_in(row: list[float]) -> list[float]:
+        row = row or [0.0]
+        numbers = row[: 1 + int(row[0])]
+        sound = 0 <= row[0] == len(numbers) - 1 and not any(abs(cosine) > 1.001 for cosine in numbers[1:])
+        return numbers if sound else []
 
 
 class DivergenceMonitor(_GradientTest):
@@ -233,9 +223,9 @@ class DivergenceMonitor(_GradientTest):
         horizon: Length of backtracking in generator updates: a longer one has longer windows.
 
     Attributes:
-        window_ended: Whether a window has ended whose signs `new_signs` has not returned; the same on all ranks.
-        stalled: Whether gradients agreed in two windows in a row; stays True.
-        diverged: Whether the gradients have grown thirtyfold or are not finite; stays True.
+        signs: "stalled" once gradients agreed in two windows in a row, and "diverged" once they have grown thirtyfold
+            or are not finite.
+        updates_left: Updates that the present window still needs, the same on all ranks; at 0 `new_signs` reads it.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -249,18 +239,18 @@ class DivergenceMonitor(_GradientTest):
         14 diverged
     """
 
-    window_ended: bool
-    stalled: bool
-    diverged: bool
-    _count: int  # updates in this window
-    _agreed: int  # windows in a row that agreed
-    _first: float  # norm in the first window
-    _sums: Tensor | None  # sum of the cosines, their number, sum of the squared norms
-
     def __init__(self, network: ScoreNetwork, horizon: int) -> None:
         super().__init__(network)
         self._later = min(max(horizon // WINDOWS, EVERY), LONGEST)
-        self._set_numbers([0.0] * COUNTS)
+        self._set_numbers(self._numbers_in([]))
+
+    def _set_numbers(self, numbers: list[float]) -> None:
+        # Windows in a row that agreed, and the norm in the first window.
+        self._agreed, self._first = int(numbers[1]), numbers[3]
+        self.updates_left = self._window - int(numbers[0])
+        self.signs = {sign for sign, bit in BITS.items() if int(numbers[2]) & bit}
+        # Sum of the cosines, their number, and the sum of the squared norms.
+        self._sums = torch.tensor(numbers[4:]) if any(numbers[4:]) else None
 
     @property
     def _window(self) -> int:
@@ -268,69 +258,44 @@ class DivergenceMonitor(_GradientTest):
 
     def observe(self) -> None:
         """Sample the gradients of an update; of a long window only those of the last updates."""
-        if self.window_ended:  # nobody asked for the signs: generator updates may be rare
-            self._count, self._sums = 0, None
-        self._count += 1
-        left = self._window - self._count
-        self.window_ended = left <= 0
-        if left > EVERY:
+        if self.updates_left <= 0:  # nobody asked for the signs: generator updates may be rare
+            self.updates_left, self._sums = self._window, None
+        self.updates_left -= 1
+        if self.updates_left > EVERY:
             return
-        if left == EVERY:
+        if self.updates_left == EVERY:
             self._last = None  # not the sample of the update before
-        compared = self._compare()
-        if compared is None:
-            return
-        sample, cosine = compared
+        sample, cosine = self._compare()
         norm = sample.square().sum()
-        known = norm.new_zeros(()) if cosine is None else cosine
-        new = torch.stack([known.nan_to_num(), known.isfinite().to(norm) * (cosine is not None), norm])
+        new = torch.stack([cosine.nan_to_num(), cosine.isfinite().to(norm), norm])
         self._sums = new if self._sums is None else self._sums.to(new) + new
 
     def new_signs(self) -> list[str]:
-        """Return "stalled" and "diverged" where the window that has just ended shows them for the first time.
+        """Return the signs that the window that has just ended shows for the first time.
 
         All ranks must call, after the same update: rank 0 decides for all. Between two windows nothing is read.
         """
-        if not self.window_ended:
+        if self.updates_left > 0:
             return []
         cosines, number, squares = distributed.on_main_process(self._read)
-        self._agreed = self._agreed + 1 if number and cosines / number > STALLED else 0
         norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
+        self._agreed = self._agreed + 1 if number and cosines / number > STALLED else 0
         found = {"stalled": self._agreed > 1, "diverged": norm == math.inf or 0 < GROWTH * self._first < norm}
-        new = [sign for sign, shown in found.items() if shown and not getattr(self, sign)]
-        self.stalled, self.diverged = self.stalled or found["stalled"], self.diverged or found["diverged"]
+        new = [sign for sign, shown in found.items() if shown and sign not in self.signs]
+        self.signs.update(new)
         self._first = self._first or norm
-        self._count, self._sums, self.window_ended = 0, None, False
+        self.updates_left, self._sums = self._window, None
         return new
 
     def _read(self) -> list[float]:
-        return [0.0] * 3 if self._sums is None else [float(number) for number in self._sums.tolist()]
-
-    def to_text(self) -> str:
-        """Return the state as text, empty before the first update."""
-        return super().to_text() if self._count or self._first else ""
-
-    @classmethod
-    def validate_text(cls, text: str) -> Tensor:
-        """Return the state that a text holds; raise StateError if it is damaged."""
-        return super().validate_text(text) if text else torch.zeros(COUNTS)
+        return [0.0] * 3 if self._sums is None else self._sums.tolist()
 
     def _numbers(self) -> list[float]:
-        return [self._count, self._agreed, 2 * self.stalled + 4 * self.diverged, self._first, *self._read()]
-
-    def _set_numbers(self, numbers: list[float]) -> None:
-        self._count, self._agreed, signs = (int(number) for number in numbers[:3])
-        self.stalled, self.diverged = bool(signs & 2), bool(signs & 4)  # bit 1 was another sign in version 1
-        self._first, self._sums = numbers[3], torch.tensor(numbers[4:]) if any(numbers[4:]) else None
-        self.window_ended = self._count >= self._window
+        signs = sum(BITS[sign] for sign in self.signs)
+        return [self._window - self.updates_left, self._agreed, signs, self._first, *self._read()]
 
     @staticmethod
-    def _length(state: Tensor) -> int:
-        whole = state[:3].tolist()
-        if len(state) < COUNTS or any(number < 0 or number % 1 for number in whole) or whole[2] > 7:
-            raise _damaged(f"that begins with {state[:COUNTS].tolist()}")
-        return COUNTS
-
-
-def _damaged(how: str) -> StateError:
-    return StateError(f"a saved fit {how}", expected="the text of a saved state", cure="pass an unedited state")
+    def _numbers_in(row: list[float]) -> list[float]:
+        numbers = row[:7] or [0.0] * 7
+        sound = len(numbers) == 7 and all(number >= 0 and number % 1 == 0 for number in numbers[:3]) and numbers[2] < 8
+        return numbers if sound else []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin.convergence import EVERY, FitDetector
+from disback_plugin.convergence import EVERY, FitDetector, fitted_after
 from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
@@ -192,10 +192,7 @@ class Recorder:
 
     def load_fit(self, fit: Tensor | str) -> None:
         """Continue with the saved cosines of a process whose weights the caller has restored."""
-        if isinstance(fit, str):
-            self.fit.load_text(fit)
-        else:
-            self.fit.load_tensor(fit)
+        self.fit.load(fit)
         self._logged = len(self.fit.cosines())
 
     def go_back(self, iteration: int) -> None:
@@ -260,7 +257,8 @@ class Recorder:
             return
         fitted = known.fitted
         if fitted is None:
-            fitted = iteration if distributed.on_main_process(self.fit.fitted_after) is not None else None
+            found = distributed.on_main_process(lambda: fitted_after(self.fit.cosines()))
+            fitted = None if found is None else iteration
             self._log_cosines()
         ends = self._until_fitted and fitted is not None and iteration >= FEWEST_ITERATIONS
         ended = iteration if ends else None

@@ -6,11 +6,11 @@ A schedule is a pure function of generator updates. A plug-in that keeps or ends
 
 from __future__ import annotations
 
-import ast
 import json
-import logging
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,10 +20,6 @@ from disback_plugin.progress import Phase, Progress
 
 if TYPE_CHECKING:
     from disback_plugin.path.manifest import Manifest
-
-__all__ = ["Plan", "Schedule", "Target", "WrappedSchedule", "same", "to_config", "validate_config"]
-
-logger = logging.getLogger(__name__)
 
 
 class Target(NamedTuple):
@@ -46,7 +42,7 @@ class Schedule:
     """A pure function from generator updates to a `Target`: the base class of every schedule.
 
     Make a subclass a frozen dataclass: a saved state holds its name, arguments and version (`to_config`), and a run is
-    resumed only under the same ones. An object that does not inherit from this class needs `__call__` and `horizon`.
+    resumed only under the same ones.
 
     Attributes:
         discrete: Whether the teacher stays on each node for several updates. Only then may a plug-in keep or end a node
@@ -92,29 +88,6 @@ class Schedule:
         return self
 
 
-class WrappedSchedule(Schedule):
-    """A user's schedule that does not inherit from `Schedule`, with the defaults for what it lacks."""
-
-    def __init__(self, schedule: Any) -> None:
-        self.wrapped = schedule
-        self.until_fitted = hasattr(schedule, "settle")
-        for name in ("discrete", "until_fitted", "version", "horizon", "validate"):
-            if hasattr(schedule, name):
-                setattr(self, name, getattr(schedule, name))
-
-    def __call__(self, updates: int, nodes: int) -> Target:
-        """Return the target after `updates` generator updates."""
-        return Target(*self.wrapped(updates, nodes))
-
-    def settle(self, fitted: int) -> Schedule:
-        """Return the schedule to run where s' was fitted in `fitted` updates."""
-        settled = self.wrapped.settle(fitted) if self.until_fitted else self
-        return settled if isinstance(settled, Schedule) else WrappedSchedule(settled)
-
-    def __repr__(self) -> str:
-        return repr(self.wrapped)
-
-
 @dataclass(frozen=True)
 class Plan:
     """A schedule on one path: what to do at each step, as pure functions of the step.
@@ -138,28 +111,15 @@ class Plan:
 
     @classmethod
     def on_path(cls, schedule: Schedule, manifest: Manifest | None) -> Plan:
-        """Return the plan of a schedule on a recorded path, or on none, and log what the recording made of it.
+        """Return the plan of a schedule on a recorded path, or on none.
 
         Raises:
             OptionError: If the schedule does not fit the path.
         """
         if manifest is None or not manifest.nodes:
             return cls(schedule, 0)
-        nodes = len(manifest.nodes)
-        schedule.validate(nodes)
-        if not schedule.until_fitted:
-            return cls(schedule, nodes)
-        plan = cls(schedule.settle(manifest.updates_to_fit), nodes)
-        logger.info(
-            "%s: s_phi %s %d updates at its learning rate; the teacher moves back from the last node in %d, and the "
-            "gradient grows to its full size in %d",
-            repr(schedule).partition("(")[0].lower(),
-            "is fitted in" if manifest.fitted else "was not fitted in",
-            manifest.updates_to_fit,
-            next(step for step, target in plan.timeline() if target.position == 0),
-            plan.horizon,
-        )
-        return plan
+        schedule.validate(len(manifest.nodes))
+        return cls(schedule.settle(manifest.updates_to_fit), len(manifest.nodes))
 
     @cached_property
     def horizon(self) -> int:
@@ -197,71 +157,59 @@ class Plan:
         if leave is None or not self.may_be_overruled(step):
             return step + 1
         position = self.target(step).position
-        if not leave:
-            return step if self.target(step + 1).position != position else step + 1
-        return self._first(step, lambda target: target.position != position)
+        if leave:
+            return bisect_right(range(self.horizon), -position, lo=step, key=self._descent)
+        return step if self.target(step + 1).position != position else step + 1
 
-    def timeline(self) -> list[tuple[int, Target]]:
-        """Return the first step, the last one, and those at which the teacher reaches another node, with their targets.
+    def timeline(self, progress: Progress) -> list[tuple[int, Target]]:
+        """Return the generator updates at which the teacher reaches another node, the first and the last, with targets.
+
+        After a plug-in's decision they begin at the present node; once backtracking is over, only its end is left.
 
         Example:
             >>> from disback_plugin.schedules import Fixed, Ramp
-            >>> [(step, target.position) for step, target in Plan(Fixed(2, 3), 3).timeline()]
+            >>> [(update, target.position) for update, target in Plan(Fixed(2, 3), 3).timeline(Progress())]
             [(0, 2.0), (2, 1.0), (5, 0.0)]
-            >>> [step for step, _ in Plan(Ramp(100), 2).timeline()]
+            >>> [update for update, _ in Plan(Ramp(100), 2).timeline(Progress())]
             [0, 45, 100]
-        """
-        nodes = range(ceil(self.target(0).position))
-        reached = {self._first(-1, lambda target, node=node: target.position <= node) for node in nodes}  # type: ignore[misc]
-        return [(step, self.target(step)) for step in sorted({0, self.horizon, *reached})]
-
-    def timeline_from(self, progress: Progress) -> list[tuple[int, Target]]:
-        """Return the `timeline` in generator updates; after a plug-in's decision only from the present node on.
-
-        Example:
-            >>> from disback_plugin.schedules import Fixed
             >>> left_early = Progress(Phase.BACKTRACKING, generator_updates=1, schedule_step=2, node_since=1)
-            >>> [(update, target.position) for update, target in Plan(Fixed(2, 3), 3).timeline_from(left_early)]
+            >>> [(update, target.position) for update, target in Plan(Fixed(2, 3), 3).timeline(left_early)]
             [(1, 1.0), (4, 0.0)]
         """
-        now, step = progress.generator_updates, progress.schedule_step
         if progress.phase is Phase.DONE:
-            if now < self.horizon:  # backtracking was ended early
-                return [(progress.node_since, Target(0.0))]
-            now, step = (progress.node_since, self.horizon) if self.schedule.discrete and self.horizon else (0, 0)
-        if now == step:
-            return self.timeline()
-        later = [(update + now - step, target) for update, target in self.timeline() if update > step]
-        return [(progress.node_since, self.target(step)), *later]
+            return [(progress.node_since, Target(0.0))]
+        nodes, steps = range(ceil(self.target(0).position)), range(self.horizon)
+        reached = {bisect_left(steps, float(-node), key=self._descent) for node in nodes}
+        planned = [(step, self.target(step)) for step in sorted({0, self.horizon, *reached})]
+        now, ahead = progress.schedule_step, progress.generator_updates - progress.schedule_step
+        if not ahead:
+            return planned
+        later = [(step + ahead, target) for step, target in planned if step > now]
+        return [(progress.node_since, self.target(now)), *later]
 
-    def _first(self, before: int, reached: Callable[[Target], bool]) -> int:
-        """Return the first step after `before` whose target fulfils a condition that stays fulfilled: a bisection."""
-        after = self.horizon
-        while after - before > 1:
-            middle = (before + after) // 2
-            if reached(self.target(middle)):
-                after = middle
-            else:
-                before = middle
-        return after
+    def _descent(self, step: int) -> float:
+        """Return the negative position at a step: it never falls, so that a bisection finds the step of a node."""
+        return -self.target(step).position
 
 
-def to_config(schedule: Schedule) -> str:
+def to_config(schedule: Schedule, *, omit: Collection[str] = ()) -> str:
     """Return the JSON text under which a saved state knows a schedule: its name, arguments and version.
+
+    Args:
+        schedule: The schedule.
+        omit: Arguments that the text does not name.
 
     Example:
         >>> from disback_plugin.schedules import Ramp
         >>> to_config(Ramp(7))
         '{"arguments": {"amplitude": true, "start": 0.9, "updates": 7}, "name": "Ramp", "version": 1}'
     """
-    own = getattr(schedule, "wrapped", schedule)
-    arguments = {f.name: getattr(own, f.name) for f in fields(own)} if is_dataclass(own) else {"repr": repr(own)}
-    config = {"name": type(own).__name__, "arguments": arguments, "version": schedule.version}
+    config = {"name": type(schedule).__name__, "arguments": _arguments(schedule, omit), "version": schedule.version}
     return json.dumps(config, sort_keys=True, default=repr)
 
 
-def same(schedule: Schedule, text: str) -> bool:
-    """Return whether a saved text names this schedule. An argument that it omits had the default of the class.
+def validate_config(schedule: Schedule, text: str) -> None:
+    """Raise StateError unless a saved text names this schedule. An argument that it omits had the default of the class.
 
     Args:
         schedule: The schedule at hand.
@@ -269,41 +217,22 @@ def same(schedule: Schedule, text: str) -> bool:
 
     Example:
         >>> from disback_plugin.schedules import Ramp
-        >>> same(Ramp(7), to_config(Ramp(7))), same(Ramp(7), "Ramp(updates=7)"), same(Ramp(7), "Ramp(updates=8)")
-        (True, True, False)
+        >>> for text in (to_config(Ramp(7)), "Ramp(updates=7, start=0.9, amplitude=True)", "Ramp(updates=7)"):
+        ...     validate_config(Ramp(7), text)
     """
-    own = getattr(schedule, "wrapped", schedule)
-    known = fields(own) if is_dataclass(own) else ()
-    defaults = json.loads(json.dumps({f.name: f.default for f in known if f.default is not MISSING}, default=repr))
-    saved, wanted = _read(text), json.loads(to_config(schedule))
-    if saved is not None:
-        saved["arguments"] = defaults | saved["arguments"]
-    return text == repr(schedule) or (saved is not None and all(saved.get(key) == wanted[key] for key in wanted))
+    kind = type(schedule)
+    unnamed = [name for name in _arguments(schedule) if not re.search(rf'\b{name}(": |=)', text)]
+    omit = [name for name in unnamed if getattr(kind, name, ...) == getattr(schedule, name, None)]  # the default
+    named = ", ".join(f"{name}={value!r}" for name, value in _arguments(schedule, omit).items())
+    if text in (repr(schedule), to_config(schedule, omit=omit), f"{kind.__qualname__}({named})"):
+        return
+    cure = "attach with the schedule that the state was saved under, in a version that knows its arguments"
+    if text.startswith("Adaptive("):
+        cure = "finish the run with disback-plugin 0.1.0, the last version that has Adaptive"
+    raise StateError(f"a state of another schedule ({text:.200})", expected=f"{schedule!r:.100}", cure=cure)
 
 
-def validate_config(schedule: Schedule, text: str) -> None:
-    """Raise StateError unless a saved text names this schedule (`same`)."""
-    if not same(schedule, text):
-        raise StateError(
-            f"a state of another schedule ({text:.200})",
-            expected=f"{schedule!r:.100}",
-            cure="attach with the schedule that the state was saved under, in a version that knows its arguments",
-        )
-
-
-def _read(text: str) -> dict[str, Any] | None:
-    """Return name, arguments and version from a saved text; None if it cannot be read."""
-    try:
-        if text.startswith("{"):
-            config = json.loads(text)
-            return config if isinstance(config["arguments"], dict) else None
-        name, _, arguments = text.partition("(")
-        call = ast.parse(f"_({arguments}", mode="eval").body
-        if not isinstance(call, ast.Call):
-            return None
-        given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if call.args:  # only Fixed has shown arguments without their name
-            given["budgets"] = [ast.literal_eval(value) for value in call.args]
-        return {"name": name.rpartition(".")[2], "arguments": json.loads(json.dumps(given)), "version": 1}
-    except (SyntaxError, ValueError, TypeError, KeyError, RecursionError, MemoryError):
-        return None
+def _arguments(schedule: Schedule, omit: Collection[str] = ()) -> dict[str, Any]:
+    if not is_dataclass(schedule):
+        return {"repr": repr(schedule)}
+    return {f.name: getattr(schedule, f.name) for f in fields(schedule) if f.name not in omit}

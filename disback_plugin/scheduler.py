@@ -11,22 +11,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from math import ceil
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import distributed
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.progress import VERSION, Phase, Progress, timeline, upgrade_state, validate_state
+from disback_plugin.plugins.nonfinite_counter import MaskedSamples
+from disback_plugin.progress import VERSION, Phase, Progress, upgrade_state, validate_state
 from disback_plugin.schedule_base import Plan, Schedule, Target, to_config, validate_config
-from disback_plugin.schedules import resolve
+from disback_plugin.schedules import parse
 from disback_plugin.teacher import TeacherWriter
 from disback_plugin.weights.network import Network, ScoreNetwork
-
-if TYPE_CHECKING:
-    from disback_plugin.plugins.nonfinite_counter import MaskedSamples
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +34,13 @@ R = TypeVar("R")
 class TrajectoryScheduler:
     """Moves the teacher along the path, one generator update after the other.
 
+    In a distributed run all ranks agree at each move, or all raise.
+
     Args:
         path: A complete path, its folder or hub id, or None: then the position is always 0.0 and nothing is written.
         teacher: The trainer's teacher s_theta. Its weights must be the path's node 0.
         fake_score: The trainer's s_phi, which `start` sets to s'_N; None to leave it alone.
         schedule: An object of `schedules`, or its name as `schedules.parse` reads it.
-        prefetch: Whether to decode the next position in a thread, one update ahead, into host memory of a node's size;
-            a move is then a copy. None: only where the teacher is on another device than the host.
-        together: Whether all ranks move their teachers, and agree at each move or all raise. None: only where the
-            teacher is sharded. `attach` passes True.
         plugins: The plug-ins that are notified, and may keep or end a node: a manager, or names and objects.
         progress: The phase and the counters of the run, which `attach` shares with the recorder; None for new ones.
 
@@ -80,22 +75,19 @@ class TrajectoryScheduler:
         fake_score: Network | None = None,
         schedule: Schedule | str = "auto",
         *,
-        prefetch: bool | None = None,
-        together: bool | None = None,
         plugins: PluginManager | Sequence[object] = (),
         progress: Progress | None = None,
     ) -> None:
         if path is not None and not isinstance(path, DegradationPath):
             path = DegradationPath.from_pretrained(path)
-        self.path = path
-        self.schedule = resolve(schedule)
+        self.path, self.schedule = path, parse(schedule)
         self.progress = Progress() if progress is None else progress
         network = ScoreNetwork.of(teacher, role="teacher")
         self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
         self._plugins = PluginManager.of(plugins)
         self._notified, self._suspended = Target(0.0), False  # what the plug-ins know; inside original_teacher
-        self._logs = distributed.is_main_process()
         self._masked: MaskedSamples | None = None
+        self._logs = distributed.is_main_process()
         if path is not None:
             if not path.complete:
                 raise PathError(f"an unfinished path ({path})", expected="a complete one", cure="finish its recording")
@@ -103,8 +95,7 @@ class TrajectoryScheduler:
                 network.check_same_layout(self._fake_score)
             path.verify_teacher(network.full_state())
         self.plan = Plan.on_path(self.schedule, None if path is None else path.manifest)
-        self._teacher = TeacherWriter(network, self.path, prefetch=prefetch, together=together)
-        self._teacher.warn_if_rounded_away()
+        self._teacher = TeacherWriter(network, path)
 
     # -- the present state --------------------------------------------------------------------------------------------
 
@@ -135,17 +126,13 @@ class TrajectoryScheduler:
 
     def timeline(self) -> list[tuple[int, Target]]:
         """Return the generator updates at which the teacher reaches a node, with their targets."""
-        return self.plan.timeline_from(self.progress)
+        return self.plan.timeline(self.progress)
 
     def __repr__(self) -> str:
-        from disback_plugin._text_table import aligned
-
         nodes = "no path" if self.path is None else f"N = {self.plan.nodes}, {self.path.folder}"
-        state = "done" if self.done else "started" if self.started else "not started"
-        rows = timeline(self.progress, self.timeline(), None if self.path is None else self.path.manifest)
         return (
-            f"<TrajectoryScheduler {state}: position {self.position:g} ({nodes}), {self.plan.schedule!r}, "
-            f"{self.generator_updates} generator updates>\n{aligned(rows)}"
+            f"<TrajectoryScheduler {self.progress.phase.value if self.started else 'not started'}: position "
+            f"{self.position:g} ({nodes}), {self.plan.schedule!r}, {self.generator_updates} generator updates>"
         )
 
     # -- backtracking -------------------------------------------------------------------------------------------------
@@ -157,15 +144,14 @@ class TrajectoryScheduler:
         """
         if self.started:
             return
-        self._move_to(self.plan.target(self.progress.schedule_step).position)
-        if self.path is not None and self.plan.nodes and self._fake_score is not None:
-            last = self.path.nodes[-1]
+        path, fake_score, step = self.path, self._fake_score, self.progress.schedule_step
+        self._move_to(self.plan.target(step).position)
+        if path is not None and path.nodes and fake_score is not None:
+            last = path.nodes[-1]
             # After a recording in the trainer s_phi is s'_N already; a write might cut an autograd graph in two.
-            if self._fake_score.checksum() not in (last.recorded, last.checksum):
-                fake_score, source = self._fake_score, self.path.source
-                self._teacher.on_every_rank(lambda: fake_score.write(source(self.plan.nodes)), "read the last node")
-        self.progress.phase = self._phase_at(self.progress.schedule_step)
-        self._after_move()
+            if fake_score.checksum() not in (last.recorded, last.checksum):
+                distributed.on_every_rank(lambda: fake_score.write(path.source(last.index)), "read the last node")
+        self._commit(step)
 
     def step(self, signal: Any = None) -> None:
         """Count a finished generator update and move the teacher. Never call it between a forward and its backward.
@@ -178,44 +164,36 @@ class TrajectoryScheduler:
             PathError: If the path cannot be read. Then the update is not counted.
             PluginError: If a plug-in that was asked for raised. The update is counted, and the teacher has moved.
         """
-        self._require_start()
-        self._teacher.validate_untouched(self.progress.generator_updates)
-        before = replace(self.progress)
+        self._validate()
         self.progress.generator_updates += 1
         try:
-            if before.phase is not Phase.DONE:
+            if not self.done:
                 self._advance(signal)
         except BaseException:
             if self._teacher.failed:
-                self.progress.commit(before)
+                self.progress.generator_updates -= 1
             raise
-        finally:
-            if self._masked is not None and self.progress != before:
-                self._masked.steps = before.generator_updates
-                self._masked.step()
+        if self._masked is not None:
+            self._masked.steps = self.generator_updates - 1
+            self._masked.step()
 
-    def wrap(self, loss: Callable[P, R], *, fuse: bool = False) -> Callable[P, R]:
+    def wrap(self, loss: Callable[P, R]) -> Callable[P, R]:
         """Return `loss` with the same signature; a call raises unless the teacher holds the right position.
 
         The samples that losses mask inside it are reported every 50 updates, and by `restore_teacher`.
 
         Args:
             loss: Any callable that evaluates the teacher, or takes its output.
-            fuse: Whether to run the losses of `disback_plugin.losses` inside it in their fused form (`kernels.fuse`).
 
         Raises:
             StateError: When called before `start`, or after someone else wrote the teacher's weights.
         """
-        from disback_plugin import kernels  # the losses' half of the package, which nothing else here needs
-        from disback_plugin.plugins.nonfinite_counter import MaskedSamples
-
         self._masked = self._masked or MaskedSamples(plugins=self._plugins)
-        inner = self._masked.watch(kernels.fuse(loss) if fuse else loss)
+        inner = self._masked.watch(loss)
 
         @functools.wraps(loss)
         def validated(*args: P.args, **kwargs: P.kwargs) -> R:
-            self._require_start()
-            self._teacher.validate_untouched(self.generator_updates)
+            self._validate()
             return inner(*args, **kwargs)
 
         return validated
@@ -232,21 +210,20 @@ class TrajectoryScheduler:
             yield
         finally:
             self._suspended = False
-            self._move_to(self._target().position, together=False)  # one rank may have evaluated on its own
-            self._after_move()
+            self._teacher.move_to(self._target().position)  # one rank may have evaluated on its own
+            self._notify()
 
     def end_backtracking(self) -> None:
         """End backtracking now, after `start`: the teacher is s'_0 and the gradient whole for good."""
-        self._require_start()
-        if not self.done:
-            self._commit(self.plan.horizon)
+        self._validate()
+        self._commit(self.plan.horizon)
 
     def restore_teacher(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever the teacher holds now, and leave it there for good."""
         self._teacher.restore_teacher()
-        if self.started:
-            self.progress.phase = Phase.DONE
-        self._after_move()
+        if self.started and not self.done:
+            self.progress.phase, self.progress.node_since = Phase.DONE, self.generator_updates
+        self._notify()
         if self._masked is not None:
             self._masked.steps = self.progress.generator_updates
             self._masked.report()
@@ -280,16 +257,14 @@ class TrajectoryScheduler:
         """Continue at `progress`: take over its counters and write the teacher from the path, whatever it holds."""
         self.progress.commit(progress)
         if self.started:
-            self.progress.phase = self._phase_at(progress.schedule_step)
-        self._move_to(self._target().position, rewrite=True, together=self.started)
-        self._after_move()
+            self._commit(progress.schedule_step, rewrite=True)
+        else:
+            self._move_to(0.0, rewrite=True)
+            self._notify()
 
     def _target(self) -> Target:
         backtracking = self.progress.phase is Phase.BACKTRACKING
         return self.plan.target(self.progress.schedule_step) if backtracking else Target(0.0)
-
-    def _phase_at(self, step: int) -> Phase:
-        return Phase.DONE if step >= self.plan.horizon else Phase.BACKTRACKING
 
     def _advance(self, signal: Any) -> None:
         """Move on by one schedule step, unless a plug-in keeps or ends the node; as planned if the plug-in raises."""
@@ -301,28 +276,24 @@ class TrajectoryScheduler:
         finally:
             self._commit(self.plan.next_step(step, leave))
 
-    def _commit(self, step: int) -> None:
+    def _commit(self, step: int, *, rewrite: bool = False) -> None:
         """Move the teacher to the target of a schedule step, and only then let `progress` say so."""
         position, previous = self.plan.target(step).position, self._target().position
-        self._move_to(position)
+        self._move_to(position, rewrite=rewrite)
         if position != previous:
             self.progress.node_since = self.generator_updates
-        self.progress.schedule_step, self.progress.phase = step, self._phase_at(step)
-        self._after_move()
+        self.progress.schedule_step = step
+        self.progress.phase = Phase.DONE if step >= self.plan.horizon else Phase.BACKTRACKING
+        self._notify()
 
-    def _move_to(self, position: float, *, rewrite: bool = False, together: bool = True) -> None:
+    def _move_to(self, position: float, *, rewrite: bool = False) -> None:
         if not self._suspended and (rewrite or position != self.position):
-            self._teacher.move_to(position, updates=self.generator_updates if together else None)
+            self._teacher.move_to(position, updates=self.generator_updates)
 
-    def _after_move(self) -> None:
-        """Begin to decode the next position, and call the plug-ins if the position or the gradient's factor changed."""
-        if self._suspended:
-            return
-        if self.progress.phase is Phase.BACKTRACKING:
-            following = self.plan.next_step(self.progress.schedule_step)
-            self._teacher.prefetch(self.plan.target(following).position)
+    def _notify(self) -> None:
+        """Call the plug-ins if the position or the gradient's factor changed."""
         now, previous = Target(self.position, self.gradient_factor), self._notified
-        if now == previous:
+        if self._suspended or now == previous:
             return
         self._notified, position, updates = now, now.position, self.generator_updates
         values = {"disback/position": position, "disback/node": ceil(position), "disback/gradient": now.gradient}
@@ -336,13 +307,12 @@ class TrajectoryScheduler:
             self._plugins.call("disback_log", values=values, step=updates)
             if moved and not self._plugins.listens("disback_log"):
                 # A ramp moves at each update: a position between two nodes is a detail.
-                level = logging.INFO if position == int(position) else logging.DEBUG
+                level = logging.INFO if position % 1 == 0 else logging.DEBUG
                 logger.log(level, "update %d: %s", updates, values)
 
-    def _require_start(self) -> None:
-        if self._teacher.failed:
-            cure = "correct the cause of that error, and resume from the last saved state: load_state_dict(state)"
-            raise StateError("a scheduler whose last move failed", expected="a teacher in place", cure=cure)
-        if self.progress.phase is Phase.RECORDING:
-            cure = "call scheduler.start() first"
-            raise StateError("a scheduler that has not started", expected="a started scheduler", cure=cure)
+    def _validate(self) -> None:
+        if not self.started:
+            raise StateError(
+                "a scheduler that has not started", expected="a started one", cure="call scheduler.start()"
+            )
+        self._teacher.validate(self.generator_updates)

@@ -18,8 +18,9 @@ s_phi from s'_N, except `GradientRamp`, which needs no path.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from itertools import accumulate
 from typing import Any
@@ -30,10 +31,10 @@ else:
     import tomli as tomllib
 
 from disback_plugin.errors import OptionError
-from disback_plugin.schedule_base import Schedule, Target, WrappedSchedule, same, to_config, validate_config
+from disback_plugin.schedule_base import Schedule, Target
 
 __all__ = ["Auto", "Fixed", "GradientRamp", "Ramp", "Recipe", "Schedule", "Target", "WarmStart"]
-__all__ += ["parse", "recipe", "recipes", "resolve", "same", "to_config", "validate_config"]
+__all__ += ["parse", "recipe", "recipes"]
 
 
 @dataclass(frozen=True, init=False)
@@ -76,13 +77,12 @@ class Fixed(Schedule):
 
     def validate(self, nodes: int) -> None:
         """Raise OptionError if there are more budgets than nodes N - 1, ..., 1, or if the recipe has another N."""
-        wanted = None if self.of is None else recipe(self.of)
-        if wanted is not None and nodes != wanted.nodes:
+        if self.of is not None and nodes != len(self.budgets) + 1:
+            record, every = recipe(self.of).record, recipe(self.of).every
             raise OptionError(
                 f"schedule {self.of!r} for a path whose last node is {nodes}",
-                expected=f"the {wanted.nodes} nodes after the teacher that its {wanted.record} iterations make",
-                cure=f"record with record={wanted.record}, every={wanted.every}: attach(..., "
-                f"**schedules.recipe({self.of!r}).options), or disback run --recipe {self.of}",
+                expected=f"the {len(self.budgets) + 1} nodes of its own recording, record={record}, every={every}",
+                cure=f"attach(..., **schedules.recipe({self.of!r}).options), or disback run --recipe {self.of}",
             )
         if len(self.budgets) > nodes - 1:
             raise OptionError(
@@ -234,35 +234,26 @@ class GradientRamp(Schedule):
 class Recipe:
     """One setting of the paper, from recipes.toml.
 
+    The file also holds the paper's words that the counts come from, and the rest of the setting.
+
     Attributes:
         name: Name of the recipe and of its schedule: `schedule="edm-64"`.
-        setting: Teacher, student and data.
         record: Recording iterations, in updates of s'.
         every: Recording iterations from one node to the next.
         budgets: Generator updates on nodes N - 1, ..., 1.
-        source: Section of the paper, of whose words `quotes` are those for the counts.
-        training: The paper's optimizers, rates, batch and length; `note` is on what the paper leaves open.
+        source: Section of the paper.
 
     Example:
         >>> edm = recipe("edm-64")
-        >>> edm.budgets, edm.nodes, edm.options
-        ((1000, 10000, 10000), 4, {'record': 200, 'every': 50, 'schedule': 'edm-64'})
+        >>> edm.budgets, edm.options
+        ((1000, 10000, 10000), {'record': 200, 'every': 50, 'schedule': 'edm-64'})
     """
 
     name: str
-    setting: str
     record: int
     every: int
     budgets: tuple[int, ...]
     source: str
-    quotes: tuple[str, ...]
-    training: str
-    note: str
-
-    @property
-    def nodes(self) -> int:
-        """N, the index of the last node."""
-        return -(-self.record // self.every)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -279,8 +270,10 @@ def recipes() -> dict[str, Recipe]:
         ['edm-64', 'lsun-256', 'sdxl', 'lcm-lora']
     """
     table = tomllib.loads(files("disback_plugin").joinpath("recipes.toml").read_text(encoding="utf-8"))
-    rows = {name: row | {key: tuple(row[key]) for key in ("budgets", "quotes")} for name, row in table.items()}
-    return {name: Recipe(name=name, **row) for name, row in rows.items()}
+    return {
+        name: Recipe(name, row["record"], row["every"], tuple(row["budgets"]), row["source"])
+        for name, row in table.items()
+    }
 
 
 def recipe(name: str) -> Recipe:
@@ -295,55 +288,43 @@ def recipe(name: str) -> Recipe:
     return recipes()[name]
 
 
-def resolve(schedule: Schedule | str | Any) -> Schedule:
-    """Return a schedule from an object of this module, or a user's, or a text for `parse`; else raises OptionError.
-
-    Example:
-        >>> resolve("warm"), resolve(Ramp(7))
-        (WarmStart(), Ramp(updates=7, start=0.9, amplitude=True))
-    """
-    if isinstance(schedule, str):
-        return parse(schedule)
-    if isinstance(schedule, Schedule):
-        return schedule
-    if isinstance(schedule, type) or not (callable(schedule) and hasattr(schedule, "horizon")):
-        raise OptionError(
-            f"schedule={schedule!r}",
-            expected="a name, or an object of disback_plugin.schedules",
-            cure='pass schedule="auto", or Ramp(100) with its arguments',
-        )
-    return WrappedSchedule(schedule)
+# Names of schedules for `parse`: the class, and the largest number of arguments.
+NAMES: dict[str, tuple[Callable[..., Schedule], float]] = {
+    "auto": (Auto, 0),
+    "warm": (WarmStart, 0),
+    "ramp": (Ramp, 1),
+    "plain-ramp": (partial(Ramp, amplitude=False), 1),
+    "grad-ramp": (GradientRamp, 1),
+    "fixed": (Fixed, float("inf")),
+}
 
 
-def parse(text: str) -> Schedule:
+def parse(schedule: Schedule | str) -> Schedule:
     """Return the schedule that a short text names, as on a command line.
 
     Args:
-        text: "auto", "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", or the
-            name of a recipe, which fits the path of its own recording only. OptionError is raised for any other text.
+        schedule: "auto", "warm", "ramp[:K]", "plain-ramp[:K]" (without amplitude), "grad-ramp[:K]", "fixed:b,c,...", or
+            the name of a recipe, which fits the path of its own recording only. A `Schedule` is returned as it is.
+
+    Raises:
+        OptionError: If it is neither.
 
     Example:
-        >>> parse("ramp:50"), parse("fixed:1000,10000")
-        (Ramp(updates=50, start=0.9, amplitude=True), Fixed(1000, 10000))
+        >>> parse("ramp:50"), parse("fixed:1000,10000"), parse(WarmStart())
+        (Ramp(updates=50, start=0.9, amplitude=True), Fixed(1000, 10000), WarmStart())
     """
+    if isinstance(schedule, Schedule):
+        return schedule
+    text = str(schedule)
     if text in recipes():
         return Fixed(*recipe(text).budgets, of=text)
     name, _, arguments = text.partition(":")
-    try:
-        numbers = [int(number) for number in arguments.split(",") if arguments]
-    except ValueError:
-        name, numbers = "", []
-    match name, numbers:
-        case (("auto" | "warm"), []):
-            return Auto() if name == "auto" else WarmStart()
-        case (("ramp" | "plain-ramp"), ([] | [_])):
-            return Ramp(*numbers, amplitude=name == "ramp")
-        case "grad-ramp", ([] | [_]):
-            return GradientRamp(*numbers)
-        case "fixed", [_, *_]:
-            return Fixed(*numbers)
+    numbers = arguments.split(",") if arguments else []
+    make, most = NAMES.get(name, (None, 0))
+    if make is not None and len(numbers) <= most and all(number.strip().isdecimal() for number in numbers):
+        return make(*map(int, numbers))
     raise OptionError(
-        f"schedule {text!r}",
+        f"schedule {schedule!r}",
         expected=f"auto, warm, ramp[:K], plain-ramp[:K], grad-ramp[:K], fixed:b,c,... or {', '.join(recipes())}",
-        cure="pass one of these, or an object of disback_plugin.schedules",
+        cure="pass one of these, or an object of a class that inherits from disback_plugin.schedules.Schedule",
     )

@@ -48,7 +48,6 @@ class Session:
     Args:
         given: The four roles. Of the fake score's optimizers, those that do not step s_phi are left alone.
         schedule: As in `attach`, resolved.
-        prefetch: As in `attach`.
         plugins: As in `attach`.
         restore: As in `attach`.
 
@@ -69,7 +68,7 @@ class Session:
     """
 
     def __init__(
-        self, given: Adapter, schedule: Schedule, *, prefetch: bool | None, plugins: PluginManager, restore: Restorable
+        self, given: Adapter, schedule: Schedule, *, plugins: PluginManager, restore: Restorable
     ) -> None:
         self.teacher = ScoreNetwork.of(given.teacher, role="teacher")
         self.fake_score = ScoreNetwork.of(given.fake_score, role="fake score")
@@ -79,7 +78,7 @@ class Session:
         weights = [tensor for _, tensor in self.fake_score.named_tensors()]
         self.fake_score_optimizers = [optimizer for optimizer in trained if groups_of(optimizer, weights)]
         self.roles = self.teacher, self.fake_score, self.generator_optimizers, self.fake_score_optimizers
-        self.schedule, self._prefetch, self.plugins = schedule, prefetch, plugins
+        self.schedule, self.plugins = schedule, plugins
         self.progress = Progress()
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
@@ -111,7 +110,7 @@ class Session:
         if self.scheduler is not None:
             schedule, stages = self.scheduler.plan.schedule, self.scheduler.timeline()
         elif manifest is not None and not schedule.until_fitted:  # else the recording decides
-            stages = Plan(schedule, manifest.last_node).timeline()
+            stages = Plan(schedule, manifest.last_node).timeline(progress)
         nodes = "no path" if self.path is None else f"N = {self.path.manifest.last_node}, {self.path.folder}"
         return (
             f"<disback {progress.phase.value}: position {self.position:g} ({nodes}), {schedule!r}, "
@@ -172,10 +171,10 @@ class Session:
         """Read a finished window of s_phi's gradients; warn once of each sign, and perhaps end backtracking."""
         if scheduler.done:
             self._monitor = None
-        if self._monitor is None or not self._monitor.window_ended:
+        if self._monitor is None or self._monitor.updates_left > 0:
             return
         signs = self._monitor.new_signs()
-        ends = self._monitor.diverged and self.schedule.until_fitted
+        ends = "diverged" in self._monitor.signs and self.schedule.until_fitted
         for sign in signs if distributed.is_main_process() else ():
             ending = "; the teacher is s'_0 for good" if sign == "diverged" and ends else ""
             update = self.progress.generator_updates
@@ -223,8 +222,6 @@ class Session:
             self.teacher,
             fake_score,
             self.schedule,
-            prefetch=self._prefetch,
-            together=True,
             plugins=self.plugins,
             progress=self.progress,
         )
@@ -298,7 +295,7 @@ class Session:
             # Without a scheduler, the crash came before this loop saw the end of its recording.
             self._backtrack(progress)
             if self._monitor is not None:
-                self._monitor.load_text(saved["fit"])
+                self._monitor.load(saved["fit"])
             return
         if self.scheduler is not None:
             self.scheduler.restore_teacher()
@@ -330,5 +327,5 @@ class Session:
                 cure="restore the folder, or start again in an empty one",
             )
         self._restorable.validate(saved["restore"])
-        (FitDetector if recording else DivergenceMonitor).validate_text(saved["fit"])
+        (FitDetector if recording else DivergenceMonitor).validate(saved["fit"])
         return progress

@@ -152,8 +152,7 @@ def trained(form, path, steps, record=4, codec="exact", optimizer="adam", schedu
     run = Sharded(form, optimizer)
     start = weights_of(run.generator)
     original = ScoreNetwork(run.teacher).fingerprint()
-    ahead = schedule.startswith("ramp")  # decoded in a thread, shard by shard
-    plan = {"record": record, "every": 2, "codec": codec, "schedule": schedule, "prefetch": ahead}
+    plan = {"record": record, "every": 2, "codec": codec, "schedule": schedule}
     handle = disback.attach(**run.roles(), path=path, **plan)
     seen = []
     for _ in range(steps):

@@ -11,7 +11,7 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.schedules import Auto, Target
+from disback_plugin.schedules import Auto, Schedule, Target
 
 
 def attached(run, folder, **options):
@@ -41,14 +41,14 @@ def test_auto_ends_the_recording_when_s_phi_is_fitted_and_backtracks_as_fast(tmp
     handle.path.verify()
 
 
-def test_auto_logs_one_line_on_its_decision(tmp_path, caplog):
+def test_the_logged_run_shows_the_length_that_auto_took(tmp_path, caplog):
     caplog.set_level("INFO", logger="disback_plugin")
     run = Run(seed=1)
     with attached(run, tmp_path) as handle:
         while handle.phase == "recording":
             run.step()
-    (line,) = [message for message in caplog.messages if message.startswith("auto: ")]
-    assert f"is fitted in {handle.path.manifest.updates_to_fit} updates" in line
+    (text,) = [message for message in caplog.messages if message.startswith("<disback backtracking: ")]
+    assert f"Auto(fitted={handle.path.manifest.updates_to_fit})" in text
 
 
 def test_another_schedule_records_to_the_end_and_notes_the_fit(tmp_path):
@@ -247,8 +247,10 @@ def test_a_standalone_recording_notes_the_fit(tmp_path):
     assert scheduler.timeline()[-1][0] == 3 * path.manifest.fitted
 
 
-class Mine:
+class Mine(Schedule):
     """A schedule of one's own that waits for the recording."""
+
+    until_fitted = True
 
     def __init__(self, updates=None):
         self.updates = updates
@@ -261,9 +263,6 @@ class Mine:
 
     def horizon(self, nodes):
         return self.updates or 0
-
-    def validate(self, nodes):
-        pass
 
     def settle(self, fitted):
         return Mine(2 * fitted)

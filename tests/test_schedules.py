@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from importlib.resources import files
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,8 @@ import disback_plugin as disback
 from disback_plugin.cli import parser
 from disback_plugin.commands.run import _recording_and_schedule
 from disback_plugin.errors import OptionError
-from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Target, WarmStart, parse, recipe, recipes, same
+from disback_plugin.schedule_base import validate_config
+from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Target, WarmStart, parse, recipe, recipes, tomllib
 
 counts = st.integers(1, 60)
 schedules = st.one_of(
@@ -125,6 +127,12 @@ def test_auto_takes_its_length_from_the_recording_once_and_no_other_schedule_doe
         assert schedule.settle(fitted) is schedule
 
 
+@pytest.mark.parametrize("wrong", [Ramp, None, [3], lambda updates, nodes: Target(0.0)])
+def test_an_object_that_is_no_schedule_is_refused(wrong):
+    with pytest.raises(OptionError, match=r"inherits from disback_plugin\.schedules\.Schedule"):
+        parse(wrong)
+
+
 # -- the paper's settings ---------------------------------------------------------------------------------------------
 
 # What the paper says of each node of index i, by the quotes that speak of steps.
@@ -134,24 +142,27 @@ STEPS = {
     "sdxl": lambda i: 1_000,
 }
 STATED = tuple(STEPS)
+SETTINGS = tomllib.loads(files("disback_plugin").joinpath("recipes.toml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_fits_the_path_of_its_own_recording_and_ends_at_the_teacher(name):
-    found = recipe(name)
-    schedule = parse(name)
-    schedule.validate(found.nodes)
-    assert len(found.budgets) == found.nodes - 1, "a budget for each node between s'_N and the teacher"
-    assert found.nodes * found.every == found.record
-    assert schedule(0, found.nodes).position == found.nodes - 1
-    assert schedule.horizon(found.nodes) == sum(found.budgets)
-    assert schedule(sum(found.budgets), found.nodes) == (0.0, 1.0)
+    found, schedule = recipe(name), parse(name)
+    nodes = found.record // found.every
+    schedule.validate(nodes)
+    assert len(found.budgets) == nodes - 1, "a budget for each node between s'_N and the teacher"
+    assert nodes * found.every == found.record
+    assert schedule(0, nodes).position == nodes - 1
+    assert schedule.horizon(nodes) == sum(found.budgets)
+    assert schedule(sum(found.budgets), nodes) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", STATED)
 def test_each_number_is_quoted_and_each_quoted_number_is_used(name):
     found = recipe(name)
-    quoted = {int(number.replace(",", "")) for quote in found.quotes for number in re.findall(r"\d[\d,]*", quote)}
+    quoted = {
+        int(number.replace(",", "")) for quote in SETTINGS[name]["quotes"] for number in re.findall(r"\d[\d,]*", quote)
+    }
     assert {found.record, found.every, *found.budgets} <= quoted
     assert quoted - {found.record, found.every, *found.budgets} <= {3}, "but the node that the paper divides at"
 
@@ -159,19 +170,20 @@ def test_each_number_is_quoted_and_each_quoted_number_is_used(name):
 @pytest.mark.parametrize("name", STATED)
 def test_the_budgets_are_those_that_the_paper_gives_to_the_nodes(name):
     found = recipe(name)
-    assert found.budgets == tuple(STEPS[name](i) for i in range(found.nodes - 1, 0, -1))
+    assert found.budgets == tuple(STEPS[name](i) for i in range(found.record // found.every - 1, 0, -1))
 
 
 def test_the_recipe_without_counts_in_the_paper_says_so():
-    found = recipe("lcm-lora")
-    assert (found.training, found.quotes) == ("not stated", ("200 iterations in most cases",))
-    assert "no count" in found.note
+    found = SETTINGS["lcm-lora"]
+    assert (found["training"], found["quotes"]) == ("not stated", ["200 iterations in most cases"])
+    assert "no count" in found["note"]
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_on_another_path_is_refused_with_its_own_recording_as_the_cure(name):
     found = recipe(name)
-    for nodes in (1, found.nodes - 1, found.nodes + 1):
+    last = found.record // found.every
+    for nodes in (1, last - 1, last + 1):
         with pytest.raises(OptionError, match=rf"record={found.record}, every={found.every}"):
             parse(name).validate(nodes)
 
@@ -184,7 +196,7 @@ def test_attach_takes_a_recipe_whole_and_refuses_its_name_under_another_recordin
     handle = disback.attach(**run.roles(), path=tmp_path / "path", **recipe("edm-64").options)
     run.steps(205)
     assert (handle.phase, handle.position) == ("backtracking", 3.0)
-    assert same(parse("edm-64"), handle.state_dict()["schedule"])
+    validate_config(parse("edm-64"), handle.state_dict()["schedule"])
     handle.detach()
     with pytest.raises(OptionError, match="schedule 'sdxl' for a path whose last node is 4"):
         disback.attach(**run.roles(), path=tmp_path / "path", **recipe("sdxl").options)  # reuses the path that is there

@@ -229,22 +229,10 @@ class ScoreNetwork:
         whole = {(weight.name, weight.tensor.shape): weight.meta.shape for weight in weights}
         layout = {name: TensorMeta(t.dtype, whole.get((name, t.shape), t.shape)) for name, t in state.items()}
         check_layout(layout, weights, self.role, "the state")
-        self.load_parts({weight.name: _part_of(state[weight.name], weight.part) for weight in weights})
-
-    def load_parts(self, state: Mapping[str, Tensor], *, non_blocking: bool = False) -> None:
-        """Write the parts that this rank holds of a state, whose layout fits, into the network.
-
-        Args:
-            state: The part of each tensor (`parts`), by canonical name.
-            non_blocking: Whether to return before copies from pinned memory to a GPU are done, as `Tensor.copy_` does.
-
-        Raises:
-            MismatchError: If tied weights have two values in `state`. Then nothing was written.
-        """
-        weights = self._weights()
-        own = self._untied(weights, lambda weight, first: torch.equal(state[weight.name], state[first]))
+        given = {weight.name: _part_of(state[weight.name], weight.part) for weight in weights}
+        own = self._untied(weights, lambda weight, first: torch.equal(given[weight.name], given[first]))
         with torch.no_grad():
-            torch._foreach_copy_([weight.local() for weight in own], [state[w.name] for w in own], non_blocking)
+            torch._foreach_copy_([weight.local() for weight in own], [given[w.name] for w in own])
         _increment_versions(own)
 
     def write(self, source: Source) -> str:

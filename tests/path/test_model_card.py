@@ -44,17 +44,14 @@ def test_a_notebook_shows_the_same_as_html(paths):
     assert [" ".join(row).split() for row in shown] == [line.split() for line in repr(paths[1]).splitlines()[1:]]
 
 
-def test_a_scheduler_shows_where_it_stands_and_what_comes(paths):
+def test_a_scheduler_shows_where_it_stands(paths):
     run = Run()
     scheduler = disback.TrajectoryScheduler(paths[0], run.teacher, run.fake_score, schedule="fixed:3")
     assert repr(scheduler).startswith("<TrajectoryScheduler not started: position 0 (N = 2, ")
     scheduler.start()
     scheduler.step()
-    first, *rows = repr(scheduler).splitlines()
-    assert "started: position 1 " in first
-    assert "Fixed(" in first
-    assert "1 generator updates>" in first
-    assert [row.split()[0] for row in rows] == ["recorded", "->", "generator"]
+    assert repr(scheduler).startswith("<TrajectoryScheduler backtracking: position 1 ")
+    assert repr(scheduler).endswith("Fixed(3), 1 generator updates>")
     plain = disback.TrajectoryScheduler(None, run.teacher)
     assert "no path" in repr(plain)
 

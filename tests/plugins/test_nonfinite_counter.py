@@ -50,7 +50,7 @@ def scheduler(listener):
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_wrapped_loss_reports_its_masked_samples_every_50_updates_and_at_the_end(listener, fuse):
     made = scheduler(listener)
-    loss = made.wrap(some_loss, fuse=fuse)
+    loss = made.wrap(kernels.fuse(some_loss) if fuse else some_loss)
     for update in range(120):
         loss(broken=update % 3)
         made.step()

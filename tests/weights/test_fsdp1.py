@@ -159,9 +159,7 @@ def trained(form, path, steps, optimizer="adam", schedule="fixed:2"):
     listed = lambda module: {name: tensor.tolist() for name, tensor in state(module).items()}  # noqa: E731
     start, roles = listed(run.generator), run.roles()
     original = roles["teacher"].fingerprint()
-    handle = disback.attach(
-        **roles, path=path, record=4, every=2, codec="exact", schedule=schedule, prefetch=schedule != "fixed:2"
-    )
+    handle = disback.attach(**roles, path=path, record=4, every=2, codec="exact", schedule=schedule)
     seen = []
     for _ in range(steps):
         run.step()
