@@ -256,11 +256,10 @@ class TrajectoryScheduler:
     def resume(self, progress: Progress) -> None:
         """Continue at `progress`: take over its counters and write the teacher from the path, whatever it holds."""
         self.progress.commit(progress)
+        self._move_to(self._target().position, rewrite=True)
         if self.started:
-            self._commit(progress.schedule_step, rewrite=True)
-        else:
-            self._move_to(0.0, rewrite=True)
-            self._notify()
+            self._commit(progress.schedule_step)
+        self._notify()
 
     def _target(self) -> Target:
         backtracking = self.progress.phase is Phase.BACKTRACKING
@@ -276,10 +275,10 @@ class TrajectoryScheduler:
         finally:
             self._commit(self.plan.next_step(step, leave))
 
-    def _commit(self, step: int, *, rewrite: bool = False) -> None:
+    def _commit(self, step: int) -> None:
         """Move the teacher to the target of a schedule step, and only then let `progress` say so."""
         position, previous = self.plan.target(step).position, self._target().position
-        self._move_to(position, rewrite=rewrite)
+        self._move_to(position)
         if position != previous:
             self.progress.node_since = self.generator_updates
         self.progress.schedule_step = step
@@ -312,7 +311,5 @@ class TrajectoryScheduler:
 
     def _validate(self) -> None:
         if not self.started:
-            raise StateError(
-                "a scheduler that has not started", expected="a started one", cure="call scheduler.start()"
-            )
+            raise StateError("a scheduler that has not started", expected="one that has", cure="call scheduler.start()")
         self._teacher.validate(self.generator_updates)
