@@ -67,9 +67,7 @@ class Session:
         OptionError: If `restore` holds an object that cannot be restored.
     """
 
-    def __init__(
-        self, given: Adapter, schedule: Schedule, *, plugins: PluginManager, restore: Restorable
-    ) -> None:
+    def __init__(self, given: Adapter, schedule: Schedule, *, plugins: PluginManager, restore: Restorable) -> None:
         self.teacher = ScoreNetwork.of(given.teacher, role="teacher")
         self.fake_score = ScoreNetwork.of(given.fake_score, role="fake score")
         self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
