@@ -165,9 +165,9 @@ def test_the_state_is_plain_scalars_and_restores_the_position(recorded):
         ({"schedule": to_config(Ramp(8))}, "another schedule"),
         ({"schedule": "Adaptive(fitted=None)"}, "disback-plugin 0.1.0, the last version that has Adaptive"),
         ({"generator_updates": "3"}, "expected a int"),
-        ({"generator_updates": -3}, "-3 updates"),
+        ({"generator_updates": -3}, "generator_updates=-3"),
         ({"version": 3}, "of version 3"),
-        ({"phase": "asleep"}, "phase 'asleep'"),
+        ({"phase": "asleep"}, "phase='asleep'"),
     ],
 )
 def test_a_state_of_another_run_is_refused_and_changes_nothing(recorded, change, message):
