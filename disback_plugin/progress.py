@@ -185,7 +185,8 @@ def timeline(
     recording = progress.phase is Phase.RECORDING and manifest is not None and not manifest.complete
     if manifest is not None:
         done = progress.recorded if recording else manifest.iterations
-        about = f"{done} of {manifest.iterations} fake-score updates, nodes s'_1 to s'_{manifest.last_node}"
+        total = f"{'' if stages else 'at most '}{manifest.iterations}"
+        about = f"{done} of {total} fake-score updates, nodes s'_1 to s'_{manifest.last_node}"
         rows.append(("->" if recording else "", "recording", about))
     started = [start for start, _ in stages if start <= progress.generator_updates and not recording]
     for start, (position, gradient) in stages:
