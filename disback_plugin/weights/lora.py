@@ -229,11 +229,9 @@ def _checked_layers(root: nn.Module, lora_adapter: str, role: str) -> list[tuple
     found = [(name, layer) for name, layer in layers if lora_adapter in layer.r]
     if not found:
         names = sorted({name for _, layer in layers for name in layer.r})
-        raise RoleError(
-            f"no LoRA adapter {lora_adapter!r} in {type(root).__name__}, which has {names}",
-            expected=f"the {role} there",
-            cure="add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher",
-        )
+        missing = f"no LoRA adapter {lora_adapter!r} in {type(root).__name__}, which has {names}"
+        cure = "add it with model.add_adapter(config, name) first; lora.add_teacher(model, like=name) adds a teacher"
+        raise RoleError(missing, expected=f"the {role} there", cure=cure)
     if problem := _problem(root, lora_adapter, [layer for _, layer in found]):
         found_there = f"{role}: LoRA adapter {lora_adapter!r} {problem[0]}"
         raise RoleError(found_there, expected="plain LoRA layers", cure=problem[1])

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.modules import WeightTable, check_layout, find, weights_checksum
-from disback_plugin.weights.sharding import FullState, Weight, local_tensor, read_part
-from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, fingerprint, host_tensor, pieces
+from disback_plugin.weights.sharding import FullState, Weight, local_tensor
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, fingerprint, host_tensor, masked, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class ScoreNetwork:
         given = {weight.name: _part_of(state[weight.name], weight.part) for weight in weights}
         own = self._untied(weights, lambda weight, first: torch.equal(given[weight.name], given[first]))
         with torch.no_grad():
-            torch._foreach_copy_([weight.local() for weight in own], [given[w.name] for w in own])
+            torch._foreach_copy_([weight.local() for weight in own], [given[weight.name] for weight in own])
         _increment_versions(own)
 
     def write(self, source: Source) -> str:
@@ -296,12 +296,27 @@ def _part_of(given: Tensor, part: Part) -> Tensor:
 
 
 def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Checksum, names: list[str]) -> None:
-    """Write the part that this rank holds of one tensor of a source into the live tensor."""
+    """Write the part that this rank holds of one tensor of a source into the live tensor.
+
+    Args:
+        weight: The weight.
+        source: The source to read from.
+        dtype: The dtype of the tensor there.
+        total: A checksum, to which all values are added before any cast.
+        names: The names under which they are added.
+    """
     local = weight.local()
-    direct = local.device.type == "cpu" and local.is_contiguous()
-    pinned = local.device.type == "cuda"
+    direct, pinned = local.device.type == "cpu" and local.is_contiguous(), local.device.type == "cuda"
     flat = local.detach().view(-1) if direct else host_tensor(local.numel(), dtype, pinned=pinned)
-    read_part(flat, weight.part, source, weight.name, dtype, total, names)
+    for cell in weight.part.cells():
+        piece = flat[cell.at]
+        decoded = cell.keep is None and piece.dtype == dtype
+        values = source.read(weight.name, cell.start, cell.stop, out=piece if decoded else None)
+        if not decoded:
+            piece.copy_(values if cell.keep is None else values[cell.keep])
+        counted = masked(values, cell)
+        for name in names:
+            total.add(name, counted)
     if not direct:
         local.copy_(flat.view(local.shape), non_blocking=pinned)
 

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from disback_plugin import distributed
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, masked
+from disback_plugin.weights.tensors import Part, TensorMeta
 
 
 class Weight:
@@ -225,35 +225,6 @@ def has_gradient(parameter: Tensor) -> bool:
         return parameter.grad is not None
     unit, _ = _place_of(parameter)
     return unit is not None and unit._handle.flat_param.grad is not None
-
-
-# -- read --------------------------------------------------------------------------------------------------------------
-
-
-def read_part(
-    flat: Tensor, part: Part, source: Source, name: str, dtype: torch.dtype, total: Checksum, names: Iterable[str]
-) -> None:
-    """Read a part of a tensor from a source into memory.
-
-    Args:
-        flat: Memory on the CPU, shape (elements of the part,), of any dtype.
-        part: The part to read.
-        source: The source to read from.
-        name: Name of the tensor there.
-        dtype: Its dtype there.
-        total: A checksum, to which all values are added before any cast.
-        names: The names under which they are added.
-    """
-    for cell in part.cells():
-        piece = flat[cell.at]
-        if cell.keep is None and piece.dtype == dtype:
-            values = source.read(name, cell.start, cell.stop, out=piece)
-        else:
-            values = source.read(name, cell.start, cell.stop)
-            piece.copy_(values if cell.keep is None else values[cell.keep])
-        counted = masked(values, cell)
-        for each in names:
-            total.add(each, counted)
 
 
 class FullState(Mapping[str, Tensor]):
