@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,8 @@ def attach(
 
     session, plan = distributed.on_every_rank(build, "have its roles")
     folder = None if path is None else Path(path).absolute()
-    settings = {"schedule": repr(session.schedule)} | ({"iterations": 0} if plan is None else asdict(plan))
+    settings = {"record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
+    settings |= {"schedule": repr(session.schedule)}
     resumes = state is not None
     distributed.agree({"path": str(folder), "resumes": resumes, **settings})
     if distributed.is_main_process():

@@ -20,9 +20,9 @@ def test_a_handle_shows_the_networks_their_roles_and_the_schedule(tmp_path):
         run.steps(3)
         shown = lines(handle)
         assert shown[0].startswith(f"<disback recording: position 0 (N = 3, {tmp_path}), Fixed(2, 3), 0 generator")
-        assert shown[1].startswith("teacher ")
+        assert shown[1].startswith("teacher Score, ")
         assert shown[1].endswith(" weights, torch.float32, cpu")
-        assert shown[2].startswith("fake score ")
+        assert shown[2].startswith("fake score Score, ")
         assert shown[2].endswith(" weights, torch.float32, cpu; Adam, learning rate 0.01")
         assert shown[3] == f"generator {weights} weights, torch.float32, cpu; Adam, learning rate 0.01"
         assert shown[4:] == [

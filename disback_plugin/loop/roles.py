@@ -126,11 +126,17 @@ def describe_roles(
     fake_score_optimizers: Sequence[Optimizer],
 ) -> dict[str, str]:
     """Return the size of each network and its optimizers, by role, for people."""
+    own, fake = ([tensor for _, tensor in network.named_tensors()] for network in (teacher, fake_score))
     return {
-        "teacher": _describe([tensor for _, tensor in teacher.named_tensors()], ()),
-        "fake score": _describe([tensor for _, tensor in fake_score.named_tensors()], fake_score_optimizers),
+        "teacher": f"{_class_of(teacher)}, {_describe(own, ())}",
+        "fake score": f"{_class_of(fake_score)}, {_describe(fake, fake_score_optimizers)}",
         "generator": _describe(parameters(generator_optimizers), generator_optimizers),
     }
+
+
+def _class_of(network: ScoreNetwork) -> str:
+    kinds = " + ".join(sorted({type(module).__name__ for module in network.modules().values()}))
+    return kinds if network.lora_adapter is None else f"LoRA {network.lora_adapter!r} on {kinds}"
 
 
 def _describe(tensors: Sequence[Tensor], optimizers: Sequence[Optimizer]) -> str:

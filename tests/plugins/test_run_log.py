@@ -45,8 +45,8 @@ def test_a_run_writes_what_it_is_beside_its_path(logged):
     assert (first["teacher"], first["generator"]) == (manifest.teacher.fingerprint, manifest.generator)
     assert first["settings"]["schedule"] == repr(disback.schedules.Ramp(4))
     assert (first["settings"]["record"], first["settings"]["codec"]) == (10, "int8")
-    assert first["networks"]["teacher"].startswith("Score, ")
-    assert first["optimizers"] == dict.fromkeys(("generator", "fake score"), "Adam, learning rate 0.01")
+    assert first["roles"]["teacher"].startswith("Score, ")
+    assert all(first["roles"][role].endswith("; Adam, learning rate 0.01") for role in ("generator", "fake score"))
     assert torch.__version__.startswith(first["versions"]["torch"].partition("+")[0])
 
 
