@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Hashable
 from types import FunctionType
@@ -39,8 +38,6 @@ ONE_BLOCK = 1 << 16
 # Elements of a batch from which compiling is worth its seconds on a CPU: a batch of latents, 4 x 4 x 64 x 64. Smaller
 # batches gain 20 to 100 microseconds a call, which repay the 10 to 20 s of a process's first compilation too late.
 WINS_ON_CPU = 1 << 16
-# Dynamo's name of an entry of a formula's `*inputs`.
-INPUT = re.compile(r"l_inputs_(\d+)_")
 
 
 def fuse(loss: Callable[P, R], *, compile: Mode = "auto") -> Callable[P, R]:
@@ -116,34 +113,17 @@ def _compile(formula: Formula, kind: Kind, inputs: tuple[Any, ...]) -> Formula:
     twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
     example = [_with_dynamic_batch(entry, len(inputs[0])) for entry in inputs]
     one_block = device.type == "cuda" and sample.numel() <= ONE_BLOCK
-    direct: list[Formula] = []
-    settings: dict[str, Any] = {"options": {"split_reductions": False}} if one_block else {}
-    settings |= {"backend": functools.partial(_inductor, direct)} if fully_compared else {}
-    compiled = torch.compile(twin, fullgraph=True, **settings)
+    options: dict[str, Any] = {"split_reductions": False} if one_block else {}
+    if fully_compared and hasattr(torch.compiler, "skip_all_guards_unsafe"):  # this torch has guard filters
+        options["guard_filter_fn"] = _keep_guards_on_the_batch
+    compiled: Formula = torch.compile(twin, fullgraph=True, options=options)
     compiled(*example)
-    return direct[-1] if direct else compiled
+    return compiled
 
 
-def _inductor(direct: list[Formula], graph: Any, examples: list[Any]) -> Any:
-    """Compile a graph with Inductor, and append a function of a formula's inputs that calls the result without dynamo.
-
-    Dynamo compares what `_kind` has compared already, and takes a tenth of the time of a batch of images on a CPU. Its
-    guards are needed only if Inductor adds a condition on the batch size: then nothing is appended.
-    """
-    sizes: list[Any] = [example for example in examples if isinstance(example, torch.SymInt)]
-    known = [len(size.node.shape_env.guards) for size in sizes]
-    made: Any = torch._dynamo.lookup_backend("inductor")(graph, examples)
-    call = getattr(made, "_torchdynamo_orig_callable", made)  # without the wrapper that hides it from dynamo
-    names = [INPUT.fullmatch(node.name) for node in graph.graph.nodes if node.op == "placeholder"]
-    places = [int(name[1]) if name else -1 for name in names]
-
-    def run(*inputs: Any) -> tuple[Tensor, ...]:
-        given = *inputs, len(inputs[0])
-        return tuple(call(*[given[place] for place in places]))
-
-    if places.count(-1) == len(sizes) and known == [len(size.node.shape_env.guards) for size in sizes]:
-        direct.append(run)
-    return made
+def _keep_guards_on_the_batch(guards: Any) -> list[bool]:
+    """Skip the guards on what `_kind` has compared already: on a CPU they take as long as the kernel of a latent."""
+    return [guard.guard_type in ("SHAPE_ENV", "DUPLICATE_INPUT") for guard in guards]
 
 
 def _with_mean_loss(formula: Formula) -> Formula:

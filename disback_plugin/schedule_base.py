@@ -74,7 +74,7 @@ class Schedule:
         raise NotImplementedError
 
     def horizon(self, nodes: int) -> int:
-        """Return the number of updates after which the target is Target(0, 1) for good."""
+        """Return the number of updates after which the target is Target(0, 1) for good, on a path to node `nodes`."""
         raise NotImplementedError
 
     def validate(self, nodes: int) -> None:

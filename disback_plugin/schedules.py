@@ -72,7 +72,7 @@ class Fixed(Schedule):
         return Target(float(max(nodes - 1 - passed, 0)))
 
     def horizon(self, nodes: int) -> int:
-        """Return the update at which the teacher leaves node 1."""
+        """Return the update at which the teacher leaves node 1 of a path whose last node is `nodes`."""
         return max(self._ends(nodes), default=0)
 
     def validate(self, nodes: int) -> None:
@@ -134,7 +134,7 @@ class Ramp(Schedule):
         return Target(left * nodes, 1 - left if self.amplitude else 1.0)
 
     def horizon(self, nodes: int) -> int:
-        """Return K; 0 without a path."""
+        """Return K; 0 without a path, where `nodes` is 0."""
         return self.updates if nodes else 0
 
 
@@ -171,7 +171,7 @@ class Auto(Schedule):
         return Target(position * nodes, 1 - shrunk)
 
     def horizon(self, nodes: int) -> int:
-        """Return 3F, after which the gradient is whole; 0 without a path."""
+        """Return 3F, after which the gradient is whole; 0 without a path, where `nodes` is 0."""
         return 3 * self.fitted if nodes and self.fitted is not None else 0
 
     def settle(self, fitted: int) -> Auto:
@@ -193,7 +193,7 @@ class WarmStart(Schedule):
         return Target(0.0)
 
     def horizon(self, nodes: int) -> int:
-        """Return 0."""
+        """Return 0, whatever `nodes` is."""
         return 0
 
 
@@ -226,7 +226,7 @@ class GradientRamp(Schedule):
         return Target(0.0, 1 - self.depth * max(1 - updates / self.updates, 0.0))
 
     def horizon(self, nodes: int) -> int:
-        """Return K."""
+        """Return K, whatever `nodes` is."""
         return self.updates
 
 

@@ -190,7 +190,7 @@ class DegradationPath(
         self._update(lambda: known)
 
     def write_teacher(self, teacher: Mapping[str, Tensor]) -> None:
-        """Write node 0 unless it is there; call `verify_teacher` with the same weights before."""
+        """Write node 0, the weights of `teacher`, unless it is there; call `verify_teacher` with them before."""
         if not self.manifest.teacher_missing:
             return
         state = FullState.of(teacher)

@@ -216,7 +216,8 @@ class PluginManager(pluggy.PluginManager):
     ) -> bool | None:
         """Return rank 0's first answer to `disback_should_advance`, on every rank; None if no plug-in answers.
 
-        Collective, if a plug-in has this hook. A plug-in that raises on one rank is left out on all.
+        Collective, if a plug-in has this hook. A plug-in that raises on one rank is left out on all. The arguments
+        `scheduler`, `position`, `updates_in_node` and `signal` are those of the hook.
         """
         hook = "disback_should_advance"
         if not self.listens(hook):
@@ -313,6 +314,10 @@ class PluginManager(pluggy.PluginManager):
 
 def find_adapter(trainer: object, name: str | None = None) -> Adapter:
     """Return the roles in a trainer as `PluginManager.find_adapter` does, with the installed adapters.
+
+    Args:
+        trainer: The live trainer.
+        name: The adapter to ask; None asks all.
 
     Example:
         >>> try:
