@@ -24,7 +24,7 @@ def test_auto_ends_the_recording_when_s_phi_is_fitted_and_backtracks_as_fast(tmp
     with attached(run, tmp_path) as handle:
         rounds = 0
         while handle.phase == "recording":
-            assert "of 60 fake-score updates" in repr(handle)
+            assert "of at most 60 fake-score updates" in repr(handle)
             run.step()
             rounds += 1
         manifest = handle.path.manifest

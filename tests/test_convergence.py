@@ -408,8 +408,8 @@ def loud(form, folder, who):
 @pytest.mark.parametrize(
     ("form", "who"),
     [
-        ("fsdp2", [0]),
         ("fsdp2", [1]),
+        pytest.param("fsdp2", [0], marks=pytest.mark.slow),
         *(pytest.param(form, [0, 1], marks=pytest.mark.slow) for form in ("fsdp2", "ddp")),
     ],
 )

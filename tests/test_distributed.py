@@ -71,6 +71,7 @@ def test_a_rank_with_other_facts_stops_all_ranks_with_one_error_that_names_it(nu
     assert second["same"]
 
 
+@pytest.mark.slow
 def test_no_rank_waits_longer_than_the_timeout(nursery, tmp_path):
     first, _ = returned(nursery.play(odd_one_out, 2, str(tmp_path), "no move", timeout=1))
     assert first["seconds"] < 8
@@ -165,6 +166,7 @@ def killed(nursery, folder, kills, luck):
     return moments
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_a_restart_goes_on(nursery, tmp_path):
     killed(nursery, tmp_path, 3, random.Random(0))
 

@@ -53,7 +53,7 @@ def train(folder, *, steps, kill_at=0):
     return subprocess.run([sys.executable, "-c", script, str(folder), str(steps), str(kill_at)], check=False).returncode
 
 
-@pytest.mark.parametrize("kill_at", [4, 8])  # while recording; on the ramp
+@pytest.mark.parametrize("kill_at", [pytest.param(4, marks=pytest.mark.slow), 8])  # while recording; on the ramp
 def test_a_killed_run_resumed_in_a_new_process_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kill_at):
     whole = Run()
     with disback.attach(**whole.roles(), path=tmp_path / "whole", record=5, every=2, schedule=Ramp(6)):
@@ -112,7 +112,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks_walk_together_and_rank_0_writes_the_path(tmp_path, slow):
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(here=str(HERE)))
@@ -143,6 +143,7 @@ SCRIPT = re.search(r"```py\n(.*?)```", GUIDE, flags=re.DOTALL).group(1)
 COMMANDS = re.findall(r"^((?:torchrun|accelerate launch) .* train\.py)$", GUIDE, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_launches_of_the_guide_run_as_they_are_written(tmp_path, command):
     (tmp_path / "train.py").write_text(SCRIPT)

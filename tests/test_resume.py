@@ -98,6 +98,7 @@ def killed_and_resumed(nursery, folder, kills, luck):
     return at
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_equals_the_uninterrupted_one_bit_for_bit(nursery, tmp_path):
     assert len(killed_and_resumed(nursery, tmp_path, 6, random.Random(0))) >= 2
 
@@ -146,6 +147,7 @@ def with_dcp(folder, first, last):
     return {"generator": weights_of(run.generator), "fake": weights_of(run.fake_score), "state": plain}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_sharded_run_resumes_from_a_distributed_checkpoint_bit_for_bit(nursery, tmp_path):
     ends = returned(nursery.play(with_dcp, 2, str(tmp_path), 0, 6))

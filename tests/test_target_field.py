@@ -153,6 +153,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, floa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
 def test_50000_images_take_100_megabytes_beside_themselves():
     run = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True)

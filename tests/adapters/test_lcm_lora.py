@@ -165,6 +165,7 @@ def test_without_recording_there_is_no_path(teachers, tmp_path):
     assert "without DisBack" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient_though_roles_are_switched_in_between(teachers, trained, tmp_path):
     checkpointed = train(options(teachers["sd15"], tmp_path, gradient_checkpointing=True))
     for name, weight in student_of(trained).items():

@@ -38,6 +38,7 @@ def plain(tmp_path_factory):
     return run(tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.slow
 def test_the_script_goes_through_both_stages_and_ends_on_its_teacher(plain, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     losses, networks = run(tmp_path / "a", path=tmp_path / "path", **PLAN)
@@ -56,6 +57,7 @@ def test_the_script_goes_through_both_stages_and_ends_on_its_teacher(plain, tmp_
     assert again[0] == losses[0]
 
 
+@pytest.mark.slow
 def test_without_recording_the_script_is_its_own_bit_for_bit(plain, tmp_path):
     losses, networks = run(tmp_path, record=0)
     assert losses == plain[0]

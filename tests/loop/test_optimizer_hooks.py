@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from worlds import Run, clone, difference
@@ -14,6 +14,7 @@ from disback_plugin.schedules import Fixed, Ramp
 from disback_plugin.weights.network import ScoreNetwork
 
 
+@settings(max_examples=25)
 @given(events=st.lists(st.sampled_from(["fake", "generator", "accumulate", "empty"]), max_size=25))
 def test_only_finished_updates_count(tmp_path_factory, events):
     run = Run()

@@ -79,8 +79,8 @@ REFUSED = {
     "a record that is a text": (lambda r: r.roles() | {"record": "4"}, OptionError, "two whole numbers >= 1"),
     "a record that is a flag": (lambda r: r.roles() | {"record": True}, OptionError, "two whole numbers >= 1"),
     "an empty path": (lambda r: r.roles() | {"path": ""}, OptionError, "no path="),
-    "a schedule's class": (lambda r: r.roles() | {"schedule": Ramp}, OptionError, "schedule=<class"),
-    "no schedule": (lambda r: r.roles() | {"schedule": None}, OptionError, "schedule=None"),
+    "a schedule's class": (lambda r: r.roles() | {"schedule": Ramp}, OptionError, "schedule <class"),
+    "no schedule": (lambda r: r.roles() | {"schedule": None}, OptionError, "schedule None"),
     "weights in one memory": (_assigned, RoleError, "share weights"),
     "a teacher that ties what the fake score does not": (
         _untied,

@@ -93,6 +93,7 @@ def killed(folder, kills, seed):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_recordings_killed_at_random_end_as_the_path_of_an_undisturbed_one(tmp_path):
     seen = killed(tmp_path, 12, seed=0)
     assert seen["kills"] == 12

@@ -52,6 +52,7 @@ def test_its_adapter_and_its_log_take_part_in_a_run_of_a_script_that_nobody_edit
     ]
 
 
+@pytest.mark.slow
 def test_its_refusal_is_one_line(site, tmp_path):
     options = ("run", "--adapter", "pairs", "--path", tmp_path / "path")
     done = disback_command(site, tmp_path, *options, TRAINERS / "pairs_train.py", tmp_path, "--shared")

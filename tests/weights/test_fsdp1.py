@@ -79,7 +79,11 @@ def path(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("ranks", "forms"),
-    [(2, ["nested", "root", "bf16", "kept", "root"]), (3, ["root"]), (4, ["replicas"])],
+    [
+        pytest.param(2, ["nested", "root", "bf16", "kept", "root"], marks=pytest.mark.slow),
+        (3, ["root"]),
+        (4, ["replicas"]),
+    ],
     ids=["forms", "three", "replicas"],
 )
 def test_a_move_writes_each_ranks_part_of_a_unit_without_communication(nursery, path, ranks, forms):
@@ -103,6 +107,7 @@ def recorded(form, folder):
     path.finish()
 
 
+@pytest.mark.slow
 def test_the_files_are_those_of_one_process_bit_for_bit(nursery, tmp_path):
     for ranks, form in ((1, "whole"), (2, "root"), (4, "replicas")):
         returned(nursery.play(recorded, ranks, form, str(tmp_path / form)))

@@ -133,7 +133,12 @@ FORMS = ["nested", "root", "kept", "bf16", "wrapped", "columns"]
 
 @pytest.mark.parametrize(
     ("ranks", "forms", "codecs"),
-    [(2, FORMS, ["int8"]), (2, ["nested"], CODECS), (3, ["nested"], CODECS), (4, ["replicas"], ["int8"])],
+    [
+        pytest.param(2, FORMS, ["int8"], marks=pytest.mark.slow),
+        (2, ["nested"], CODECS),
+        (3, ["nested"], CODECS),
+        (4, ["replicas"], ["int8"]),
+    ],
     ids=["forms", "codecs", "three", "replicas"],
 )
 def test_a_move_writes_each_ranks_shards_without_communication(nursery, paths, ranks, forms, codecs):
@@ -181,6 +186,7 @@ def test_the_files_are_the_same_bit_for_bit_however_many_processes_recorded_them
         assert odd == [], f"{form} on {ranks}"
 
 
+@pytest.mark.slow
 def test_a_path_of_one_number_of_processes_is_used_on_another(nursery, tmp_path):
     ends = {}
     for recorders in (4, 1):
@@ -195,6 +201,7 @@ def test_a_path_of_one_number_of_processes_is_used_on_another(nursery, tmp_path)
     assert max(distance(ends[4, 1], ends[4, ranks]) for ranks in (2, 3)) < 2e-4
 
 
+@pytest.mark.slow
 def test_every_optimizer_is_held_while_recording_and_takes_the_scaled_gradient_after(nursery, tmp_path):
     for optimizer in ("adamw", "adam-foreach", "sgd-momentum"):
         options = {"record": 2, "codec": "int8", "optimizer": optimizer, "schedule": "ramp:4"}
@@ -260,6 +267,7 @@ def digits(form, path, steps):
     return {"phase": phase, "teacher is itself": same}
 
 
+@pytest.mark.slow
 def test_digits_end_where_one_process_with_the_same_batch_ends(nursery, tmp_path):
     for ranks, form in ((1, "one"), (2, "ddp"), (2, "fsdp2")):
         seen = returned(nursery.play(digits, ranks, form, str(tmp_path / form), 16))
