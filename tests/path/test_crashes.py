@@ -88,16 +88,9 @@ print(json.dumps({"kills": kills, "recordings": finished, "different moments": l
 
 def killed(folder, kills, seed):
     command = [sys.executable, "-c", NURSERY, str(folder), str(kills), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
-
-
-@pytest.mark.slow
-def test_recordings_killed_at_random_end_as_the_path_of_an_undisturbed_one(tmp_path):
-    seen = killed(tmp_path, 12, seed=0)
-    assert seen["kills"] == 12
-    assert seen["different moments"] >= 3, "the kills came at too few moments to mean anything"
 
 
 @pytest.mark.slow
