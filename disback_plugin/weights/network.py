@@ -16,11 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.modules import WeightTable, check_layout, find, weights_checksum
 from disback_plugin.weights.sharding import FullState, Weight, local_tensor
-from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, fingerprint, host_tensor, masked, pieces
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +126,7 @@ class ScoreNetwork:
 
         All ranks of a sharded network must call: they send it to rank 0, tensor by tensor.
         """
-        state = self.full_state()
-        return distributed.on_main_process(lambda: fingerprint(state), state) if state.sharded else fingerprint(state)
+        return self.full_state().fingerprint()
 
     def checksum(self) -> str:
         """Return a digest of all values at the speed of memory, which every update changes (`checksum`).

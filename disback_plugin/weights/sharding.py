@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from disback_plugin import distributed
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.tensors import Part, TensorMeta
+from disback_plugin.weights.tensors import Part, TensorMeta, fingerprint
 
 
 class Weight:
@@ -289,6 +289,13 @@ class FullState(Mapping[str, Tensor]):
     def flat(self, name: str) -> Tensor:
         """Return a whole tensor on the CPU in row-major order, shape (elements,)."""
         return self[name].cpu().contiguous().view(-1)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all names, dtypes, shapes and values (`tensors.fingerprint`).
+
+        All ranks must call if the state is sharded: they send it to rank 0, tensor by tensor.
+        """
+        return distributed.on_main_process(lambda: fingerprint(self), self) if self.sharded else fingerprint(self)
 
     def overlapping(self) -> set[str]:
         """Return the names of different tensors in one memory, as a slice that is a buffer of its own.
