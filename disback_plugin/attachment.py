@@ -15,7 +15,7 @@ from disback_plugin import distributed
 from disback_plugin.errors import OptionError, PathError, PluginError
 from disback_plugin.handle import Handle
 from disback_plugin.loop.lr_schedulers import Restorable
-from disback_plugin.loop.optimizer_hooks import parameters
+from disback_plugin.loop.optimizers import parameters
 from disback_plugin.loop.roles import describe_roles, same_weights, warn_of_other_rate
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from disback_plugin import distributed
 from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.loop.lr_schedulers import restored
-from disback_plugin.loop.optimizer_hooks import after_updates
+from disback_plugin.loop.optimizers import after_updates
 from disback_plugin.loop.roles import check_networks
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording

@@ -17,7 +17,8 @@ from disback_plugin import distributed
 from disback_plugin.convergence import DivergenceMonitor, FitDetector
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
-from disback_plugin.loop.optimizer_hooks import OptimizerHooks, groups_of, unwrap
+from disback_plugin.loop.optimizer_hooks import OptimizerHooks
+from disback_plugin.loop.optimizers import groups_of, unwrap
 from disback_plugin.loop.roles import check_roles, describe_roles
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.hookspecs import Adapter

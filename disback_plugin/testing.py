@@ -34,7 +34,7 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
     from contextlib import nullcontext
 
     import disback_plugin as disback
-    from disback_plugin.loop.optimizer_hooks import parameters, unwrap
+    from disback_plugin.loop.optimizers import parameters, unwrap
     from disback_plugin.weights.tensors import checksum
 
     def parts(trainer: object) -> tuple[disback.ScoreNetwork, disback.ScoreNetwork, dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disback_plugin.errors import OptionError, StateError
-from disback_plugin.loop.optimizer_hooks import groups_of, innermost, set_in_group
+from disback_plugin.loop.optimizers import groups_of, innermost, set_in_group
 
 logger = logging.getLogger(__name__)
 

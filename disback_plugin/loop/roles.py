@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.loop.optimizer_hooks import groups_of, parameters
+from disback_plugin.loop.optimizers import groups_of, parameters
 from disback_plugin.path.manifest import Manifest
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, whole_shape
