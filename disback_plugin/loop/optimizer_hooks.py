@@ -12,17 +12,24 @@ and a step that a GradScaler skipped are none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakSet
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.errors import RoleError
+from disback_plugin.loop.optimizers import (
+    Args,
+    Kwargs,
+    call_with_gradients,
+    has_gradients,
+    hide_gradients,
+    scale_gradients,
+    scale_learning_rates,
+    skipped_by_scaler,
+)
 from disback_plugin.weights.network import ScoreNetwork
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 # Optimizers with hooks: two handles on one loop would both move the teacher.
 _HOOKED: WeakSet[Optimizer] = WeakSet()
