@@ -67,7 +67,7 @@ def attach(
         adapter: Name of the adapter to ask, an entry point of the group `disback.adapters`; None asks all.
         teacher: The teacher s_theta ("real score"): a module, plain, compiled or wrapped in DDP, or a `ScoreNetwork`.
         fake_score: s_phi, of the teacher's architecture. It is set to the teacher (new path), the last node so far
-            (unfinished path) or s'_N (finished path).
+            (unfinished path) or s'_N (finished path). Modules that the teacher lacks are left alone.
         generator_optimizer: All optimizers of the generator: one or several, plain or accelerate's.
         fake_score_optimizer: All optimizers of s_phi. They may step more, as a discriminator, but not the generator.
         path: Folder of the path; None only with record=0.

@@ -103,7 +103,7 @@ def record(
             cure="pass one of the two pairs",
         )
     if fake_score is not None and fake_step is not None:
-        network = ScoreNetwork.of(fake_score, role="fake score")
+        network = ScoreNetwork.of(fake_score, role="fake score", like=target)
         check_networks(target, network)
         opened = open_or_create(path, target, plan)
         recorder = Recorder(opened, network, Progress(), plugins=manager)

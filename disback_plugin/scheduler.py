@@ -83,7 +83,7 @@ class TrajectoryScheduler:
         self.path, self.schedule = path, parse(schedule)
         self.progress = Progress() if progress is None else progress
         network = ScoreNetwork.of(teacher, role="teacher")
-        self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score")
+        self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score", like=network)
         self._plugins = PluginManager.of(plugins)
         self._notified, self._suspended = Target(0.0), False  # what the plug-ins know; inside original_teacher
         self._masked: MaskedSamples | None = None

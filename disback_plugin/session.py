@@ -70,7 +70,7 @@ class Session:
 
     def __init__(self, given: Adapter, schedule: Schedule, *, plugins: PluginManager, restore: Restorable) -> None:
         self.teacher = ScoreNetwork.of(given.teacher, role="teacher")
-        self.fake_score = ScoreNetwork.of(given.fake_score, role="fake score")
+        self.fake_score = ScoreNetwork.of(given.fake_score, role="fake score", like=self.teacher)
         self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
         trained = unwrap(given.fake_score_optimizer, role="fake_score_optimizer")
         check_roles(self.teacher, self.fake_score, self.generator_optimizers, trained)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from disback_plugin.loop.optimizers import groups_of, parameters
 from disback_plugin.path.manifest import Manifest
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, whole_shape
+from disback_plugin.weights.tensors import memory_span, overlap
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +27,7 @@ def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
         MismatchError: If they differ in keys, shapes or dtype classes, or in what they tie.
         RoleError: If training one would write the other.
     """
-    shared = teacher.storages() & fake_score.storages()
-    if shared:
-        raise RoleError(
-            f"teacher and fake score that share weights ({len(shared)} tensors in the same memory)",
-            expected="two networks",
-            cure="make the fake score a copy.deepcopy of the teacher",
-        )
+    check_memory({"teacher": teacher.named_tensors(), "fake score": fake_score.named_tensors()})
     try:
         teacher.check_same_layout(fake_score)
     except MismatchError as error:
@@ -41,6 +37,31 @@ def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
             cure=f"{error.cure}; with another architecture, record with a copy of the teacher, "
             "disback.record(teacher, sample=..., loss=...), and use TrajectoryScheduler(path, teacher)",
         ) from None
+
+
+def check_memory(roles: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
+    """Raise RoleError if tensors of two roles overlap in memory, as after `load_state_dict(..., assign=True)`.
+
+    Networks may lie side by side in one buffer. No value is read.
+
+    Args:
+        roles: By role, names and tensors; those of one role may be tied.
+    """
+    local = [(role, name, local_tensor(tensor)) for role, tensors in roles.items() for name, tensor in tensors]
+    spans = [(str(t.device), *memory_span(t), role, name, t) for role, name, t in local if t.numel()]
+    furthest: dict[str, tuple[Any, ...]] = {}  # of each role, the tensor that reaches furthest so far
+    for span in sorted(spans, key=lambda span: span[:2]):
+        device, start, end, role, name, tensor = span
+        for where, _, stop, other, known, held in furthest.values():
+            if (where, start < stop) == (device, True) and role != other and overlap(tensor, held):
+                raise RoleError(
+                    f"{other} and {role} that share weights: {known} and {name} are in the same memory",
+                    expected="networks with memory of their own",
+                    cure="copy them: copy.deepcopy, or load_state_dict without assign=True, before the optimizers are "
+                    "built",
+                )
+        if role not in furthest or (device, end) > (furthest[role][0], furthest[role][2]):
+            furthest[role] = span
 
 
 def check_roles(
@@ -86,17 +107,24 @@ def check_roles(
             expected="the optimizer that trains it",
             cure="pass the very module that the optimizer was built from, or swap the two optimizers back",
         )
+    student = [(f"parameter {index}", tensor) for index, tensor in enumerate(parameters(generator_optimizers))]
+    check_memory({**{net.role: net.named_tensors() for net in (teacher, fake_score)}, "generator": student})
 
 
 def same_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> bool:
-    """Return whether all parameters are equal at the fake score's precision; each rank compares its shards."""
+    """Return whether all parameters are equal at the coarser of their precisions; each rank compares its shards."""
     originals = dict(teacher.named_tensors())
     pairs = (
         (local_tensor(tensor), local_tensor(originals[name]))
         for name, tensor in fake_score.named_tensors()
         if isinstance(tensor, nn.Parameter)  # a forward changes running statistics
     )
-    return all(own.shape != other.shape or torch.equal(own, other.to(own)) for own, other in pairs)
+    return all(own.shape != other.shape or _equal(own, other.to(own.device)) for own, other in pairs)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    coarser = b.dtype if torch.promote_types(a.dtype, b.dtype) == a.dtype else a.dtype
+    return torch.equal(a.to(coarser), b.to(coarser))
 
 
 def warn_of_other_rate(manifest: Manifest, fake_score: ScoreNetwork, optimizers: Sequence[Optimizer]) -> None:
@@ -127,9 +155,11 @@ def describe_roles(
 ) -> dict[str, str]:
     """Return the size of each network and its optimizers, by role, for people."""
     own, fake = ([tensor for _, tensor in network.named_tensors()] for network in (teacher, fake_score))
+    others = fake_score.others if fake_score.lora_adapter is None else []
+    beside = f"; {len(others)} tensors are left alone, as {others[0]}" if others else ""
     return {
         "teacher": f"{_class_of(teacher)}, {_describe(own, ())}",
-        "fake score": f"{_class_of(fake_score)}, {_describe(fake, fake_score_optimizers)}",
+        "fake score": f"{_class_of(fake_score)}, {_describe(fake, fake_score_optimizers)}{beside}",
         "generator": _describe(parameters(generator_optimizers), generator_optimizers),
     }
 

@@ -7,7 +7,8 @@ node is ever in memory as a whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,7 +188,8 @@ class InterpolatedSource:
 
     Args:
         node: Node i.
-        fraction: Position between nodes i - 1 and i, in (0, 1). Integers come from the nearer node.
+        fraction: Position between nodes i - 1 and i, in (0, 1). Integers, and the singular vectors of a spectral norm,
+            come from the nearer node.
     """
 
     def __init__(self, node: NodeSource, fraction: float) -> None:
@@ -202,20 +204,30 @@ class InterpolatedSource:
         """Return elements [start, stop) of a tensor, within one piece of it."""
         delta = self.node.deltas[-1]
         name = delta.aliases.get(name, name)
-        entry = delta.entries[name]
-        dtype = entry.layout.dtype
-        low = self._before.read(name, start, stop).to(dtype)
+        low = self._before.read(name, start, stop)
         high = delta.decode(name, low, start, memory="high")
-        if entry.code == "int8" and out is not None and out.dtype == torch.float32 == dtype:
+        if delta.entries[name].code == "int8" and out is not None and out.dtype == torch.float32 == low.dtype:
             return torch.lerp(low, high, self.fraction, out=out)
-        mixed = low if entry.code == "same" else _interpolate(low, high, self.fraction).to(dtype)
-        return mixed if out is None else out.copy_(mixed)
+        if not (high.is_floating_point() or high.is_complex()) or _is_singular_vector(name, delta.entries):
+            mixed = low if self.fraction < 0.5 else high
+        else:
+            mixed = low if low is high else _interpolate(low, high, self.fraction)
+        return mixed.to(high.dtype) if out is None else out.copy_(mixed)
+
+
+def _is_singular_vector(name: str, entries: Container[str]) -> bool:
+    """Return whether a tensor is one of the unit vectors that torch's spectral norm keeps, in either of its forms.
+
+    Example:
+        >>> _is_singular_vector("0.weight_u", {"0.weight_orig"}), _is_singular_vector("0.weight_v", {"0.weight_g"})
+        (True, False)
+    """
+    parametrized = re.search(r"(^|\.)parametrizations\.[^.]+\.\d+\._[uv]$", name) is not None
+    return parametrized or (name[-2:] in ("_u", "_v") and f"{name[:-2]}_orig" in entries)
 
 
 def _interpolate(low: Tensor, high: Tensor, fraction: float) -> Tensor:
-    if not (high.is_floating_point() or high.is_complex()):
-        return low if fraction < 0.5 else high
-    dtype = torch.promote_types(high.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(low.dtype, high.dtype), torch.float32)
     mixed = torch.lerp(low.to(dtype), high.to(dtype), fraction)
     # An attention mask's -inf stays: -inf minus -inf would be NaN.
     return torch.where(low == high, low.to(dtype), mixed)

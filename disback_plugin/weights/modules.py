@@ -6,7 +6,7 @@ of the plain module, so that a node recorded from one form fits every other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -110,6 +110,7 @@ class WeightTable:
         select: A function from the `named_modules` of a root to those whose own tensors are the weights, with their
             names; None for all.
         names: Further names that identify the network, for which the table has empty tensors.
+        only: The names of the weights that count; None for all.
 
     Attributes:
         weights: The table; tied tensors stand under each of their names.
@@ -125,6 +126,7 @@ class WeightTable:
         role: str,
         select: Callable[[Modules], Modules] | None = None,
         names: Iterable[str] = (),
+        only: Collection[str] | None = None,
     ) -> None:
         everything, selected = [], []
         for prefix, root in roots.items():
@@ -142,7 +144,7 @@ class WeightTable:
             self._slots += [(module._modules, name, child) for name, child in module._modules.items()]
         self.weights: list[Weight] = []
         for name, module in selected:
-            self._add(name, module, role)
+            self._add(name, module, role, only)
         self.weights += [Weight(name, torch.empty(0)) for name in names]
         # The shape of a tensor of FSDP1 is not that of the weight.
         self._shapes = [weight.tensor.shape for weight in self.weights]
@@ -167,7 +169,7 @@ class WeightTable:
         for reshard in self._resharders:
             reshard()
 
-    def _add(self, prefix: str, module: nn.Module, role: str) -> None:
+    def _add(self, prefix: str, module: nn.Module, role: str, only: Collection[str] | None) -> None:
         """Add a module's own parameters and persistent buffers."""
         kind = type(module)
         if kind.get_extra_state is not nn.Module.get_extra_state:
@@ -179,7 +181,7 @@ class WeightTable:
         for holder, name in slots:
             tensor = holder[name]
             self._slots.append((holder, name, tensor))
-            if tensor is not None:
+            if tensor is not None and (only is None or prefix + name in only):
                 self.weights.append(_validated(prefix + name, tensor, role))
 
 
@@ -227,17 +229,22 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def check_layout(given: Mapping[str, TensorMeta], weights: list[Weight], role: str, source: str) -> None:
+def check_layout(
+    given: Mapping[str, TensorMeta], weights: list[Weight], role: str, source: str, hint: str = ""
+) -> None:
     """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
     names = {weight.name for weight in weights}
     if names != given.keys():
-        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
+        odd = {"without": sorted(names - given.keys()), "with unknown": sorted(given.keys() - names)}
+        found = [f"{which} {len(keys)} keys {keys[:3]}" for which, keys in odd.items() if keys]
         raise MismatchError(
-            f"{source} without {len(missing)} keys {missing[:3]} and with {len(unknown)} unknown {unknown[:3]}",
+            f"{source} {' and '.join(found)}",
             expected=f"the {len(names)} keys of the {role}, no more and no less",
-            cure="use two networks of one architecture (added heads must not be in the role), or two LoRA adapters of "
-            "the same targets and scales (lora_alpha, use_rslora) on one base: lora.add_teacher(model, like=...), and "
-            "ScoreNetwork(model, lora_adapter=...) for both roles",
+            cure=hint
+            or "use two networks of one architecture, of which the fake score may have further modules (a part "
+            "is ScoreNetwork(module, prefix=...)), or two LoRA adapters of the same targets and scales (lora_alpha, "
+            "use_rslora) on one base: lora.add_teacher(model, like=...), and ScoreNetwork(model, lora_adapter=...) for "
+            "both roles",
         )
     for weight in weights:
         own, other = weight.meta, given[weight.name]

@@ -56,7 +56,7 @@ class ScoreNetwork:
         lora_adapter: str | None = None,
         role: str = "network",
     ) -> None:
-        self.role, self.lora_adapter = role, lora_adapter
+        self.role, self.lora_adapter, self.others = role, lora_adapter, list[str]()
         # A ModuleDict is a module first: its experts have the same names in any case.
         experts = module if isinstance(module, Mapping) and not isinstance(module, nn.Module) else None
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
@@ -78,13 +78,23 @@ class ScoreNetwork:
             raise RoleError(f"a {role} without weights ({kinds})", expected="a network with parameters", cure=cure)
 
     @classmethod
-    def of(cls, network: Network, *, role: str) -> ScoreNetwork:
-        """Return `network` as a ScoreNetwork that has the name `role` in errors."""
-        if isinstance(network, ScoreNetwork):
-            named = copy.copy(network)
-            named.role = role
-            return named
-        return cls(network, role=role)
+    def of(cls, network: Network, *, role: str, like: ScoreNetwork | None = None) -> ScoreNetwork:
+        """Return `network` as a ScoreNetwork that has the name `role` in errors.
+
+        Args:
+            network: The network.
+            role: The name.
+            like: The teacher. Weights that it lacks, as those of a discriminator's head, are then no part of the role:
+                nothing reads or writes them. None for all weights.
+        """
+        named = copy.copy(network) if isinstance(network, ScoreNetwork) else cls(network, role=role)
+        named.role = role
+        names = set() if like is None else {weight.name for weight in like._weights()}
+        named.others = [weight.name for weight in named._weights() if weight.name not in names] if names else []
+        if named.others and named.lora_adapter is None:
+            named._enumerate = partial(named._enumerate, only=names)
+            named._table = named._enumerate(role)
+        return named
 
     def _weights(self) -> list[Weight]:
         """Return the weights, after FSDP has freed what it gathered; enumerate them again if one was replaced."""
@@ -177,11 +187,6 @@ class ScoreNetwork:
         """Return the first live parameter, or the first buffer of a network without parameters."""
         return max(self._weights(), key=lambda weight: weight.is_parameter).tensor
 
-    def storages(self) -> set[int]:
-        """Return the addresses of the weights; FSDP1 keeps several networks side by side in one storage."""
-        held = [(weight.local(), weight.flattened) for weight in self._weights()]
-        return {(t if flattened else t.untyped_storage()).data_ptr() for t, flattened in held if t.numel()}
-
     def buffer_names(self) -> set[str]:
         """Return the canonical names of the persistent buffers: running statistics, filters, counters."""
         return {weight.name for weight in self._weights() if not weight.is_parameter}
@@ -199,7 +204,11 @@ class ScoreNetwork:
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes, dtype classes and ties."""
         own, others = self._weights(), other._weights()
-        check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role)
+        missing = ({weight.name for weight in own} - {weight.name for weight in others}) or {""}
+        # A wrapper that is not known adds a prefix to all names.
+        inner = [name.removesuffix(min(missing)) for name in other.others if name.endswith(f".{min(missing)}")]
+        hint = f"pass the module inside, ScoreNetwork(..., prefix={inner[0][:-1]!r})" if inner else ""
+        check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role, hint)
         ties = {weight.name: weight.tied_to for weight in others}
         for weight in own:
             if weight.tied_to is not None and ties[weight.name] != weight.tied_to:
@@ -233,13 +242,14 @@ class ScoreNetwork:
             torch._foreach_copy_([weight.local() for weight in own], [given[weight.name] for weight in own])
         _increment_versions(own)
 
-    def write(self, source: Source) -> str:
+    def write(self, source: Source, *, keep_finer: bool = False) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.
 
         Pieces are decoded directly into contiguous weights on the CPU, and elsewhere one tensor at a time on the host.
 
         Args:
             source: One tensor for each canonical name, no more, no less.
+            keep_finer: Whether values stay that equal the source's up to a cast to its dtype.
 
         Returns:
             The checksum of the values read, before any cast, over every name of the source; of the parts that this rank
@@ -263,7 +273,12 @@ class ScoreNetwork:
                 names[weight.tied_to].append(weight.name)
         with torch.no_grad():
             for weight in own:
-                _write_weight(weight, source, layout[weight.name].dtype, total, names[weight.name])
+                dtype, local = layout[weight.name].dtype, weight.local()
+                finer = keep_finer and dtype != torch.promote_types(dtype, local.dtype) == local.dtype
+                before = local.clone() if finer else None
+                _write_weight(weight, source, dtype, total, names[weight.name])
+                if before is not None:
+                    local.copy_(torch.where(before.to(dtype) == local.to(dtype), before, local))
         _increment_versions(own)
         return total.digest()
 

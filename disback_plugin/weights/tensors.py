@@ -151,6 +151,40 @@ def host_tensor(elements: int, dtype: torch.dtype, *, pinned: bool = False) -> T
         return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=pinned)
 
 
+def memory_span(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the end of its last element.
+
+    Example:
+        >>> start, end = memory_span(torch.zeros(3, 2)[:, 0])
+        >>> end - start
+        20
+    """
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors share an element of memory; no value is read.
+
+    Example:
+        >>> both = torch.zeros(2, 4)
+        >>> overlap(both[:, :2], both[:, 2:]), overlap(both[:, :2], both[0])
+        (False, True)
+    """
+    (start, end), (other, until) = memory_span(a), memory_span(b)
+    if start >= until or other >= end or (a.is_contiguous() and b.is_contiguous()):
+        return start < until and other < end
+    size, first = min(a.element_size(), b.element_size()), min(start, other)
+    touched = torch.zeros((max(end, until) - first) // size, dtype=torch.bool, device="cpu")
+    for at, tensor in ((start, a), (other, b)):
+        strides = [stride * tensor.element_size() // size for stride in tensor.stride()]
+        cells = touched.as_strided(tensor.shape, strides, (at - first) // size)
+        if cells.any():
+            return True
+        cells.fill_(True)
+    return False
+
+
 def pieces(elements: int) -> Iterator[tuple[int, int]]:
     """Yield start and stop of the pieces of a tensor; an empty tensor has one empty piece.
 
