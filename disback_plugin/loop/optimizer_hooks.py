@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.errors import RoleError
+from disback_plugin.loop.held_steps import initialize_for_checkpoint, is_initialization, keep_settings
 from disback_plugin.loop.optimizers import (
     Args,
     Kwargs,
     call_with_gradients,
     has_gradients,
     hide_gradients,
+    parameters,
     scale_gradients,
     scale_learning_rates,
     skipped_by_scaler,
@@ -73,6 +75,9 @@ class OptimizerHooks:
         self._generator, self._fake_score, self._network, self._listener = generator, fake_score, network, listener
         self._counters = dict.fromkeys(generator, UpdateCounter(len(generator), listener.after_generator_step))
         self._counters |= dict.fromkeys(fake_score, UpdateCounter(len(fake_score), listener.after_fake_score_step))
+        self._kept: dict[Optimizer, Callable[[], None]] = {}
+        self._held: set[Optimizer] = set()
+        self._initializing: set[Optimizer] = set()
         self._undo: dict[Optimizer, Callable[[], None]] = {}  # restores what a pre-hook changed for one step
         self._had_gradients: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
@@ -92,6 +97,7 @@ class OptimizerHooks:
         """Install the hooks."""
         for optimizer in self._generator:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_generator_step))
+            self._hooks.append(optimizer.register_state_dict_pre_hook(self._before_state_dict))
         for optimizer in self._fake_score:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_fake_score_step))
             # A trainer may save a checkpoint because a step raised.
@@ -110,6 +116,10 @@ class OptimizerHooks:
 
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._undo.pop(optimizer, None)  # the last step may have raised: its gradients are too old
+        self._undo_changes(optimizer)
+        if is_initialization(optimizer):
+            self._initializing.add(optimizer)
+            return None
         self._listener.before_step(optimizer)
         # Asked before an update may end here: these gradients were computed with the present teacher.
         factor = self._listener.gradient_factor()
@@ -119,6 +129,8 @@ class OptimizerHooks:
             self._had_gradients[optimizer] = factor is not None and has_gradients(optimizer)
             if factor is None:
                 self._undo[optimizer] = hide_gradients(optimizer)
+                self._held.add(optimizer)
+                self._kept[optimizer] = keep_settings(optimizer, parameters([optimizer]))
             elif factor != 1.0:
                 scale_gradients(optimizer, factor)
 
@@ -126,6 +138,9 @@ class OptimizerHooks:
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._undo_changes(optimizer)  # the last step may have raised
+        if is_initialization(optimizer):
+            self._initializing.add(optimizer)
+            return None
         self._listener.before_step(optimizer)
         self._counters[optimizer].before_step(optimizer)
         factor = self._listener.learning_rate_factor()
@@ -140,11 +155,20 @@ class OptimizerHooks:
 
     def _after_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         self._undo_changes(optimizer)
+        if optimizer in self._initializing:
+            self._initializing.discard(optimizer)
+            return
         updated = self._had_gradients.pop(optimizer, False) and not skipped_by_scaler(optimizer)
         self._counters[optimizer].after_step(optimizer, updated)
 
+    def _before_state_dict(self, optimizer: Optimizer) -> None:
+        self._undo_changes(optimizer)
+        if optimizer in self._held:
+            initialize_for_checkpoint(optimizer)
+
     def _undo_changes(self, optimizer: Optimizer) -> None:
-        self._undo.pop(optimizer, lambda: None)()
+        for changes in (self._undo, self._kept):
+            changes.pop(optimizer, lambda: None)()
 
 
 class UpdateCounter:
