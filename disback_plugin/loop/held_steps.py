@@ -52,8 +52,8 @@ def is_initialization(optimizer: Optimizer) -> bool:
 def initialize_for_checkpoint(optimizer: Optimizer) -> None:
     """Let torch initialise the state of an optimizer if torch's distributed checkpoint is about to read an empty one.
 
-    Torch does so itself unless there are gradients, which mean to it that steps were taken: here they were held. Without
-    a state the checkpoint could not be loaded, because loading initialises the optimizer.
+    Torch does so itself unless there are gradients, by which it concludes that steps were taken; here they were held.
+    Without a state the checkpoint could not be loaded, because loading initialises the optimizer.
     """
     frame = sys._getframe()
     while frame.f_back is not None and not optimizer.state:

@@ -75,9 +75,9 @@ class OptimizerHooks:
         self._generator, self._fake_score, self._network, self._listener = generator, fake_score, network, listener
         self._counters = dict.fromkeys(generator, UpdateCounter(len(generator), listener.after_generator_step))
         self._counters |= dict.fromkeys(fake_score, UpdateCounter(len(fake_score), listener.after_fake_score_step))
-        self._kept: dict[Optimizer, Callable[[], None]] = {}
-        self._held: set[Optimizer] = set()
-        self._initializing: set[Optimizer] = set()
+        self._kept: dict[Optimizer, Callable[[], None]] = {}  # restores what a held step has used up
+        self._held: set[Optimizer] = set()  # which have been held still
+        self._initializing: set[Optimizer] = set()  # whose present step only initialises their state
         self._undo: dict[Optimizer, Callable[[], None]] = {}  # restores what a pre-hook changed for one step
         self._had_gradients: dict[Optimizer, bool] = {}
         self._hooks: list[RemovableHandle] = []
@@ -117,8 +117,7 @@ class OptimizerHooks:
     def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._undo.pop(optimizer, None)  # the last step may have raised: its gradients are too old
         self._undo_changes(optimizer)
-        if is_initialization(optimizer):
-            self._initializing.add(optimizer)
+        if self._initializes(optimizer):
             return None
         self._listener.before_step(optimizer)
         # Asked before an update may end here: these gradients were computed with the present teacher.
@@ -138,8 +137,7 @@ class OptimizerHooks:
 
     def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._undo_changes(optimizer)  # the last step may have raised
-        if is_initialization(optimizer):
-            self._initializing.add(optimizer)
+        if self._initializes(optimizer):
             return None
         self._listener.before_step(optimizer)
         self._counters[optimizer].before_step(optimizer)
@@ -156,10 +154,14 @@ class OptimizerHooks:
     def _after_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         self._undo_changes(optimizer)
         if optimizer in self._initializing:
-            self._initializing.discard(optimizer)
             return
         updated = self._had_gradients.pop(optimizer, False) and not skipped_by_scaler(optimizer)
         self._counters[optimizer].after_step(optimizer, updated)
+
+    def _initializes(self, optimizer: Optimizer) -> bool:
+        found = is_initialization(optimizer)
+        (self._initializing.add if found else self._initializing.discard)(optimizer)
+        return found
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
         self._undo_changes(optimizer)
