@@ -88,7 +88,7 @@ class _GradientTest:
 
     def __init__(self, network: ScoreNetwork) -> None:
         weights = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
-        elements = [local_tensor(weight).numel() for weight in weights]
+        elements = [local_tensor(weight).numel() * (1 + weight.is_complex()) for weight in weights]
         self._stride = max(-(-sum(elements) // SAMPLE), 1)
         first = [-offset % self._stride for offset in accumulate(elements, initial=0)]
         # Parameter, its first element that is sampled, and the number of elements that are.
@@ -106,7 +106,9 @@ class _GradientTest:
             if weight.grad is None or weight.grad.layout is not torch.strided:
                 drawn.append(torch.zeros(count, device=weight.device))
             else:
-                drawn.append(local_tensor(weight.grad).reshape(-1)[first :: self._stride].float())
+                gradient = local_tensor(weight.grad)
+                reals = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+                drawn.append(reals.reshape(-1)[first :: self._stride].float())
         return torch.cat([part.to(drawn[0].device) for part in drawn]) if drawn else torch.zeros(0)
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ _WRAPPERS = {
     "DataParallel": ("torch", "module"),
     "CheckpointWrapper": ("torch", "_checkpoint_wrapped_module"),
     "FullyShardedDataParallel": ("torch", "_fsdp_wrapped_module"),
+    "_FabricModule": ("lightning", "_forward_module"),  # also in lightning_fabric
     "PeftModel": ("peft", "base_model"),
     "BaseTuner": ("peft", "model"),
 }
@@ -33,7 +34,7 @@ Modules = list[tuple[str, nn.Module]]
 
 
 def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
-    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoint wrappers and a `PeftModel`.
+    """Return the module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoints, Fabric's and peft's wrappers.
 
     Args:
         module: The module, wrapped any number of times.
@@ -50,7 +51,7 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
     while True:
         for kind in type(module).__mro__:
             package, attribute = _WRAPPERS.get(kind.__name__, ("", ""))
-            if not package or kind.__module__.partition(".")[0] != package or (keep_peft and package == "peft"):
+            if not package or not kind.__module__.startswith(package) or (keep_peft and package == "peft"):
                 continue
             if attribute == "_fsdp_wrapped_module" and not module._use_orig_params:
                 found = f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without names"
@@ -223,8 +224,9 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
         return None
     narrow = tensor.is_floating_point() and tensor.element_size() < 2
     integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
-    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)
-    if tensor.is_quantized or integer_weight or narrow or not plain:
+    # A subclass with operations of its own packs its values; any other is dense.
+    packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if tensor.is_quantized or integer_weight or narrow or packed:
         return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
     return None
 

@@ -289,6 +289,10 @@ class ScoreNetwork:
             weights: All weights.
             equal: A function that says whether a tied weight and the one of its first name are equal in the state.
         """
+        if self.lora_adapter is not None:
+            from disback_plugin.weights import lora
+
+            lora.require_unmerged(self._roots.values(), self.role)
         for weight in weights:
             if weight.tied_to is not None and not equal(weight, weight.tied_to):
                 found = f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {self.role}"
