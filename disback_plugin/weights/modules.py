@@ -115,6 +115,7 @@ class WeightTable:
 
     Attributes:
         weights: The table; tied tensors stand under each of their names.
+        modules: The modules that hold parameters of their own.
 
     Raises:
         RoleError: If a tensor cannot be written in place, or a module keeps state that is no tensor.
@@ -146,6 +147,7 @@ class WeightTable:
         self.weights: list[Weight] = []
         for name, module in selected:
             self._add(name, module, role, only)
+        self.modules = [module for _, module in selected if module._parameters]
         self.weights += [Weight(name, torch.empty(0)) for name in names]
         # The shape of a tensor of FSDP1 is not that of the weight.
         self._shapes = [weight.tensor.shape for weight in self.weights]

@@ -116,6 +116,10 @@ class ScoreNetwork:
 
         return [parameter for root in self._roots.values() for _, parameter in lora.base_parameters(root)]
 
+    def weight_modules(self) -> list[nn.Module]:
+        """Return the modules that hold a weight of their own, which a forward of the network calls."""
+        return self._table.modules
+
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return canonical name and live tensor of each parameter and persistent buffer; tied ones under each name."""
         return [(weight.name, weight.tensor) for weight in self._weights()]
