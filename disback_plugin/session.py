@@ -144,8 +144,8 @@ class Session:
         elif self._student_alone and not trains:
             self._restorable.restore(self._to_restore)
             self._to_restore = ""
-        elif not self._to_restore:
-            self._to_restore = self._restorable.capture()
+        else:
+            self._to_restore = self._restorable.capture(self._to_restore, optimizer)
 
     def gradient_factor(self) -> float | None:
         """Return the factor on the generator's gradient; None while recording, which holds the generator still.
