@@ -9,13 +9,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin.convergence import EVERY, NOBODY, FitDetector, fitted_after
+from disback_plugin.convergence import EVERY, FitDetector, fitted_after
 from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
@@ -62,6 +62,8 @@ def open_or_create(
         PathError: If the folder holds something else, a path of another teacher, or an unfinished one of another
             recording or another initial generator.
     """
+    if not resumes:
+        distributed.on_every_rank(teacher.check_original, "find the teacher as it was")
     state = teacher.full_state()
 
     def prepare() -> DegradationPath:
@@ -207,15 +209,11 @@ class Recorder:
 
     # -- an update ----------------------------------------------------------------------------------------------------
 
-    def observe_gradients(self, idle: Set[int] = NOBODY) -> None:
-        """Observe the gradients of the coming update before the loop clears them; else `update` does.
-
-        Args:
-            idle: Ids of weights that take no part in it, as those of another expert.
-        """
+    def observe_gradients(self) -> None:
+        """Observe the gradients of the coming update before the loop clears them; else `update` does."""
         known = self.path.manifest
         if not self.gradients_seen and known.fitted is None and known.ended is None:
-            self.fit.observe(idle)
+            self.fit.observe()
         self.gradients_seen = True
 
     def update(self, loss: object = None) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import distributed
 from disback_plugin.errors import PathError, StateError
+from disback_plugin.loop.roles import networks_of
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.nonfinite_counter import MaskedSamples
@@ -82,8 +83,9 @@ class TrajectoryScheduler:
             path = DegradationPath.from_pretrained(path)
         self.path, self.schedule = path, parse(schedule)
         self.progress = Progress() if progress is None else progress
-        network = ScoreNetwork.of(teacher, role="teacher")
-        self._fake_score = None if fake_score is None else ScoreNetwork.of(fake_score, role="fake score", like=network)
+        network, self._fake_score = ScoreNetwork.of(teacher, role="teacher"), None
+        if fake_score is not None:
+            network, self._fake_score = networks_of(network, fake_score)
         self._plugins = PluginManager.of(plugins)
         self._notified, self._suspended = Target(0.0), False  # what the plug-ins know; inside original_teacher
         self._masked: MaskedSamples | None = None
@@ -94,6 +96,7 @@ class TrajectoryScheduler:
             if self._fake_score is not None:
                 network.check_same_layout(self._fake_score)
             path.verify_teacher(network.full_state())
+            network.check_original()
         self.plan = Plan.on_path(self.schedule, None if path is None else path.manifest)
         self._teacher = TeacherWriter(network, path)
 

@@ -64,7 +64,7 @@ class TeacherWriter:
             self._warn_if_rounded_away(self._path)
 
     def _warn_if_rounded_away(self, path: DegradationPath) -> None:
-        rounding = self.network.rounding(path.source(len(path) - 1)) / path.nodes[-1].delta_norm
+        rounding = self.network.relative_rounding(path.source(len(path) - 1), path.nodes[-1].delta_norm)
         if rounding > 0.5:
             logger.warning(
                 "the teacher's dtype rounds node %d by %.1f times its distance to the node before: keep the teacher in "

@@ -13,11 +13,34 @@ from torch.optim import Optimizer
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.loop.optimizers import groups_of, parameters
 from disback_plugin.path.manifest import Manifest
-from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.network import Network, ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, whole_shape
 from disback_plugin.weights.tensors import memory_span, overlap
 
 logger = logging.getLogger(__name__)
+
+
+def networks_of(
+    teacher: Network, fake_score: Network, trained: Iterable[Tensor] | None = None
+) -> tuple[ScoreNetwork, ScoreNetwork]:
+    """Return teacher and fake score as they share nodes: a LoRA adapter of the fake score is found by itself.
+
+    Args:
+        teacher: The teacher.
+        fake_score: The fake score.
+        trained: The parameters that the fake score's optimizers step; None for those that require gradients.
+    """
+    target = ScoreNetwork.of(teacher, role="teacher")
+    if target.lora_adapter is None and type(target) is ScoreNetwork:
+        roots = fake_score.modules() if isinstance(fake_score, ScoreNetwork) else fake_score
+        parts = roots.values() if isinstance(roots, Mapping) else [roots]
+        if any(hasattr(each, "lora_A") for part in parts if isinstance(part, nn.Module) for each in part.modules()):
+            from disback_plugin.weights import lora_teachers
+
+            name = lora_teachers.trained_adapter(fake_score, None if trained is None else set(map(id, trained)))
+            if name is not None:
+                return lora_teachers.pair(target, fake_score, name)
+    return target, ScoreNetwork.of(fake_score, role="fake score", like=target)
 
 
 def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
@@ -27,7 +50,8 @@ def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
         MismatchError: If they differ in keys, shapes or dtype classes, or in what they tie.
         RoleError: If training one would write the other.
     """
-    check_memory({"teacher": teacher.named_tensors(), "fake score": fake_score.named_tensors()})
+    base = [("its base", parameter) for parameter in fake_score.base_parameters()]
+    check_memory({"teacher": teacher.named_tensors(), "fake score": [*fake_score.named_tensors(), *base]})
     try:
         teacher.check_same_layout(fake_score)
     except MismatchError as error:
@@ -84,22 +108,14 @@ def check_roles(
             cure="use Adam, AdamW or SGD for the generator",
         )
     teachers, fakes = ({id(tensor): name for name, tensor in net.named_tensors()} for net in (teacher, fake_score))
-    # One optimizer may step both networks: what it steps beside the fake score is the generator's.
-    joint = [each for each in generator_optimizers if each in fake_score_optimizers]
-    everything, trained = (set(map(id, parameters(own))) for own in (generator_optimizers, fake_score_optimizers))
-    generators, critics = (
-        set(map(id, parameters(each for each in own if each not in joint)))
-        for own in (generator_optimizers, fake_score_optimizers)
-    )
+    generators, trained = (set(map(id, parameters(own))) for own in (generator_optimizers, fake_score_optimizers))
     base = {id(p) for net in (teacher, fake_score) for p in net.base_parameters() if p.requires_grad}
-    # A frozen teacher in an optimizer that was built from the whole model never has a gradient.
-    trainable = {id(tensor) for _, tensor in teacher.named_tensors() if tensor.requires_grad}
     wrong = [
-        (base & (everything | trained), "an optimizer that steps the adapters' base model"),
-        (trainable & everything, "a generator_optimizer that steps the teacher"),
-        (trainable & trained, "a fake_score_optimizer that steps the teacher"),
+        (base & (generators | trained), "an optimizer that steps the adapters' base model"),
+        (generators & teachers.keys(), "a generator_optimizer that steps the teacher"),
+        (trained & teachers.keys(), "a fake_score_optimizer that steps the teacher"),
         (generators & fakes.keys(), "a generator_optimizer that steps the fake score"),
-        (generators & trained | critics & everything, "one optimizer's parameters in the other optimizer too"),
+        (generators & trained, "one optimizer's parameters in the other optimizer too"),
     ]
     for shared, found in wrong:
         if shared:
@@ -109,16 +125,14 @@ def check_roles(
                 expected="each optimizer to step its own network only, and none the teacher",
                 cure="pass each role its own network and optimizer",
             )
-    student = [p for p in parameters(generator_optimizers) if id(p) not in fakes.keys() | teachers.keys()]
-    for missing, found in (
-        (not trained & fakes.keys(), "a fake_score_optimizer that steps nothing of the fake score"),
-        (not student, "a generator_optimizer that steps no generator"),
-    ):
-        if missing:
-            cure = "pass the very module that the optimizer was built from, or swap the two optimizers back"
-            raise RoleError(found, expected="the optimizer that trains it", cure=cure)
-    held = {net.role: net.named_tensors() for net in (teacher, fake_score)}
-    check_memory(held | {"generator": [(f"parameter {index}", tensor) for index, tensor in enumerate(student)]})
+    if not trained & fakes.keys():
+        raise RoleError(
+            "a fake_score_optimizer that steps nothing of the fake score",
+            expected="the optimizer that trains it",
+            cure="pass the very module that the optimizer was built from, or swap the two optimizers back",
+        )
+    student = [(f"parameter {index}", tensor) for index, tensor in enumerate(parameters(generator_optimizers))]
+    check_memory({**{net.role: net.named_tensors() for net in (teacher, fake_score)}, "generator": student})
 
 
 def same_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> bool:

@@ -15,22 +15,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.modules import Modules, named_modules, unwrap
-from disback_plugin.weights.tensors import Checksum
+from disback_plugin.weights.modules import Modules, named_modules, unwrap, weights_checksum
+from disback_plugin.weights.sharding import Weight
 
 __all__ = ["add_teacher", "base_checksum", "use_adapter"]
 
 # The matrices of an adapter. Whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
-MATRICES = ("lora_A", "lora_B")
+MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
@@ -62,7 +63,7 @@ def add_teacher(model: nn.Module, *, like: str, name: str = "teacher") -> None:
     import peft
 
     root: Any = unwrap(model, keep_peft=True)
-    _checked_layers(root, like, "fake score")
+    adapter_layers(root, like, "fake score")
     if name in root.peft_config:
         found = f"an adapter {name!r} that is there already"
         raise RoleError(found, expected="a new name", cure="pass another name=, or use it")
@@ -113,7 +114,7 @@ def use_adapter(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
     before = _activity(root)
     wanted = [] if lora_adapter is None else [lora_adapter]
     if wanted and not any(lora_adapter in getattr(layer, "r", ()) for layer, _, _ in before):
-        _checked_layers(root, wanted[0], "network")  # raises the error that lists the adapters
+        adapter_layers(root, wanted[0], "network")  # raises the error that lists the adapters
     try:
         _set_activity([(layer, wanted or names, not wanted) for layer, names, _ in before])
         if active_adapters(root) != wanted:
@@ -124,24 +125,22 @@ def use_adapter(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
         _set_activity(before)
 
 
-def base_checksum(model: nn.Module) -> str:
-    """Return the checksum of all parameters that belong to no adapter, under the names they have without adapters.
+def base_checksum(model: nn.Module, only: Container[str] | None = None) -> str:
+    """Return the checksum of the parameters that belong to no adapter, under the names they have without adapters.
 
     Args:
-        model: A network, with or without adapters.
+        model: A network, with or without adapters. If it is sharded, all ranks must call.
+        only: The names of the parameters that count; None for all.
 
     Example:
         >>> base_checksum(nn.Linear(2, 2)) == base_checksum(nn.Linear(2, 2))
         False
     """
-    total = Checksum()
-    for name, parameter in base_parameters(model):
-        if parameter.is_meta or hasattr(parameter, "to_local") or hasattr(parameter, "_fsdp_flattened"):
-            found = f"{name} of the base, which is sharded or on the meta device"
-            cure = "wrap the network in DDP, or not at all, and load its weights first"
-            raise RoleError(found, expected="a base that is whole on each process, as it is frozen", cure=cure)
-        total.add(name, parameter)
-    return total.digest()
+    weights = [Weight.of(name, parameter) for name, parameter in base_parameters(model) if only is None or name in only]
+    if any(weight.tensor.is_meta for weight in weights):
+        found = f"{weights[0].name} of the base, which is on the meta device"
+        raise RoleError(found, expected="a base that has values", cure="load the network's weights first")
+    return weights_checksum(weights)
 
 
 # -- the layers of peft ------------------------------------------------------------------------------------------------
@@ -164,7 +163,10 @@ def adapter_modules(modules: Modules, lora_adapter: str) -> Modules:
     for name, layer in named_layers(modules):
         for matrix in MATRICES:
             if lora_adapter in getattr(layer, matrix, ()):
-                found += named_modules(getattr(layer, matrix)[lora_adapter], f"{name}{matrix}.")
+                held = getattr(layer, matrix)[lora_adapter]
+                if isinstance(held, nn.Parameter):  # of an embedding
+                    held = nn.ParameterDict({"weight": held})
+                found += named_modules(held, f"{name}{matrix}.")
     return found
 
 
@@ -213,26 +215,23 @@ def _set_activity(activity: list[tuple[Any, Any, bool]]) -> None:
 # -- which adapters can be a role --------------------------------------------------------------------------------------
 
 
-def identity(root: nn.Module, lora_adapter: str, role: str) -> str:
+def identity(root: nn.Module, lora_adapter: str, role: str, only: Container[str] | None = None) -> str:
     """Return a digest of the base's weights and of the adapter's scale in each of its layers.
+
+    Args:
+        root: The network. If it is sharded, all ranks must call.
+        lora_adapter: The adapter's name.
+        role: The name of the network in errors.
+        only: The names of the base's weights that count; None for all.
 
     Raises:
         RoleError: If there is no such adapter, or if its matrices are not all that changes; the cure says more.
     """
-    scales = [(name, layer.scaling[lora_adapter]) for name, layer in _checked_layers(root, lora_adapter, role)]
-    return sha256(repr((base_checksum(root), scales)).encode()).hexdigest()[:32]
+    scales = [(name, layer.scaling[lora_adapter]) for name, layer in adapter_layers(root, lora_adapter, role)]
+    return sha256(repr((base_checksum(root, only), scales)).encode()).hexdigest()[:32]
 
 
-def require_unmerged(roots: Iterable[nn.Module], role: str) -> None:
-    """Raise RoleError if adapters are merged into the base: `unmerge_adapter` would subtract what was written since."""
-    if any(layer.merged for root in roots for layer in _layers(root)):
-        found = f"adapters that were merged into the base of the {role} since attach()"
-        raise RoleError(
-            found, expected="a base without them", cure="call unmerge_adapter() before the next optimizer step"
-        )
-
-
-def _checked_layers(root: nn.Module, lora_adapter: str, role: str) -> list[tuple[str, Any]]:
+def adapter_layers(root: nn.Module, lora_adapter: str, role: str) -> list[tuple[str, Any]]:
     """Return the layers of an adapter; raise RoleError if it is missing or more than its matrices."""
     layers = [(n, layer) for n, layer in named_layers(named_modules(root)) if MATRICES[0] in layer.adapter_layer_names]
     found = [(name, layer) for name, layer in layers if lora_adapter in layer.r]
@@ -256,8 +255,9 @@ def _problem(root: nn.Module, lora_adapter: str, found: list[Any]) -> tuple[str,
     if any(layer.merged for layer in found):
         return "on a base that holds merged adapters", "call unmerge_adapter() on it first"
     if odd:
-        return f"with {', '.join(odd)}", "omit use_dora= and other variants of LoRA, and target no embeddings"
-    for name, config in getattr(root, "peft_config", {}).items():  # all adapters share the base
+        return f"with {', '.join(odd)}", "omit use_dora= and other variants of LoRA"
+    configs = [vars(module).get("peft_config", {}) for module in root.modules()]
+    for name, config in chain.from_iterable(each.items() for each in configs):  # all adapters share the base
         beside = "" if name == lora_adapter else f"beside {name!r}, which is "
         if getattr(config, "bias", "none") != "none":
             return f"{beside}with bias={config.bias!r}, which trains the base", 'use LoraConfig(bias="none")'

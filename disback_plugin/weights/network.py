@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -64,18 +64,24 @@ class ScoreNetwork:
         self._roots = {name: holders[-1] for name, holders in found.items()}
         around = [holder for holders in found.values() for holder in holders[:-1]]
         self._enumerate = partial(WeightTable, self._roots, around)
-        if lora_adapter is not None:
-            from disback_plugin.weights import lora
-
-            select = partial(lora.adapter_modules, lora_adapter=lora_adapter)
-            # A node recorded on one base fits no other.
-            names = [f"{name}on base {lora.identity(root, lora_adapter, role)}" for name, root in self._roots.items()]
-            self._enumerate = partial(self._enumerate, select=select, names=names)
-        self._table = self._enumerate(role)
+        self._table = self._enumerate(role) if lora_adapter is None else self.select_adapter(lora_adapter)
         if not self._table.weights:
             kinds = ", ".join(type(root).__name__ for root in self._roots.values())
             cure = "pass the module that holds the weights"
             raise RoleError(f"a {role} without weights ({kinds})", expected="a network with parameters", cure=cure)
+
+    def select_adapter(self, lora_adapter: str, only: Collection[str] | None = None) -> WeightTable:
+        """Make the weights those of a LoRA adapter; `only` names the weights that identify its base."""
+        from disback_plugin.weights import lora
+
+        names = []  # a node recorded on one base fits no other
+        for prefix, root in self._roots.items():
+            own = only and {name.removeprefix(prefix) for name in only if name.startswith(prefix)}
+            names.append(f"{prefix}on base {lora.identity(root, lora_adapter, self.role, own)}")
+        select = partial(lora.adapter_modules, lora_adapter=lora_adapter)
+        self.lora_adapter, self._enumerate = lora_adapter, partial(self._enumerate, select=select, names=names)
+        self._table = self._enumerate(self.role)
+        return self._table
 
     @classmethod
     def of(cls, network: Network, *, role: str, like: ScoreNetwork | None = None) -> ScoreNetwork:
@@ -115,10 +121,6 @@ class ScoreNetwork:
         from disback_plugin.weights import lora
 
         return [parameter for root in self._roots.values() for _, parameter in lora.base_parameters(root)]
-
-    def weight_modules(self) -> list[nn.Module]:
-        """Return the modules that hold a weight of their own, which a forward of the network calls."""
-        return self._table.modules
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return canonical name and live tensor of each parameter and persistent buffer; tied ones under each name."""
@@ -176,8 +178,8 @@ class ScoreNetwork:
             return self.checksum() == text
         return weights_checksum(self._weights(), (int(shard[2]), int(shard[3]))) == shard[1]
 
-    def rounding(self, source: Source) -> float:
-        """Return |cast(theta) - theta|, Euclidean: what a write of a source into this network's dtypes rounds away."""
+    def relative_rounding(self, source: Source, distance: float) -> float:
+        """Return what a write of a source into this network's dtypes rounds away, Euclidean, over a distance."""
         layout, square = source.layout(), 0.0
         for weight in self._weights():
             own = weight.meta.dtype
@@ -185,7 +187,7 @@ class ScoreNetwork:
                 for start, stop in pieces(weight.meta.shape.numel()):
                     values = source.read(weight.name, start, stop)
                     square += float((values.to(own).double() - values.double()).square().sum())
-        return math.sqrt(square)
+        return math.sqrt(square) / distance
 
     def first_parameter(self) -> Tensor:
         """Return the first live parameter, or the first buffer of a network without parameters."""
@@ -204,6 +206,9 @@ class ScoreNetwork:
         """Return the part of each tensor that this rank holds, by canonical name; None if it holds all of each."""
         parts = {weight.name: weight.part for weight in self._weights()}
         return parts if any(part.stop is not None for part in parts.values()) else None
+
+    def check_original(self) -> None:
+        """Raise MismatchError if the weights are known not to be node 0: a path compares those of a whole network."""
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes, dtype classes and ties."""
@@ -244,7 +249,7 @@ class ScoreNetwork:
         own = self._untied(weights, lambda weight, first: torch.equal(given[weight.name], given[first]))
         with torch.no_grad():
             torch._foreach_copy_([weight.local() for weight in own], [given[weight.name] for weight in own])
-        _increment_versions(own)
+        increment_versions(own)
 
     def write(self, source: Source, *, keep_finer: bool = False) -> str:
         """Write a source into the network, in place, piece by piece, cast once to the network's dtypes.
@@ -283,7 +288,7 @@ class ScoreNetwork:
                 _write_weight(weight, source, dtype, total, names[weight.name])
                 if before is not None:
                     local.copy_(torch.where(before.to(dtype) == local.to(dtype), before, local))
-        _increment_versions(own)
+        increment_versions(own)
         return total.digest()
 
     def _untied(self, weights: list[Weight], equal: Callable[[Weight, str], bool]) -> list[Weight]:
@@ -293,10 +298,6 @@ class ScoreNetwork:
             weights: All weights.
             equal: A function that says whether a tied weight and the one of its first name are equal in the state.
         """
-        if self.lora_adapter is not None:
-            from disback_plugin.weights import lora
-
-            lora.require_unmerged(self._roots.values(), self.role)
         for weight in weights:
             if weight.tied_to is not None and not equal(weight, weight.tied_to):
                 found = f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {self.role}"
@@ -342,7 +343,7 @@ def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Che
         local.copy_(flat.view(local.shape), non_blocking=pinned)
 
 
-def _increment_versions(weights: list[Weight]) -> None:
+def increment_versions(weights: list[Weight]) -> None:
     """Increment the version counters of sharded weights: a DTensor's does not follow a write into its local memory."""
     sharded = [weight.tensor for weight in weights if weight.sharded]
     if sharded:

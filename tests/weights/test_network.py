@@ -175,8 +175,8 @@ def test_a_write_from_a_source_between_forward_and_backward_is_noticed_by_autogr
 def test_rounding_measures_what_a_half_precision_network_loses():
     net, state = nn.Linear(8, 8).bfloat16(), {"weight": torch.randn(8, 8), "bias": torch.randn(8)}
     lost = torch.cat([(t.bfloat16().double() - t.double()).reshape(-1) for t in state.values()])
-    assert ScoreNetwork(net).rounding(NodeSource(state, ())) == pytest.approx(lost.norm().item())
-    assert ScoreNetwork(nn.Linear(8, 8)).rounding(NodeSource(state, ())) == 0
+    assert ScoreNetwork(net).relative_rounding(NodeSource(state, ()), 1.0) == pytest.approx(lost.norm().item())
+    assert ScoreNetwork(nn.Linear(8, 8)).relative_rounding(NodeSource(state, ()), 1.0) == 0
 
 
 def test_the_fingerprint_depends_on_content_only():
