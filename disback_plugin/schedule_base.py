@@ -205,7 +205,8 @@ def to_config(schedule: Schedule, *, omit: Collection[str] = ()) -> str:
         '{"arguments": {"amplitude": true, "start": 0.9, "updates": 7}, "name": "Ramp", "version": 1}'
     """
     config = {"name": type(schedule).__name__, "arguments": _arguments(schedule, omit), "version": schedule.version}
-    return json.dumps(config, sort_keys=True, default=repr)
+    # The numbers of numpy and torch are equal by value.
+    return json.dumps(config, sort_keys=True, default=lambda value: getattr(value, "tolist", value.__repr__)())
 
 
 def validate_config(schedule: Schedule, text: str) -> None:
@@ -224,12 +225,19 @@ def validate_config(schedule: Schedule, text: str) -> None:
     unnamed = [name for name in _arguments(schedule) if not re.search(rf'\b{name}(": |=)', text)]
     omit = [name for name in unnamed if getattr(kind, name, ...) == getattr(schedule, name, None)]  # the default
     named = ", ".join(f"{name}={value!r}" for name, value in _arguments(schedule, omit).items())
-    if text in (repr(schedule), to_config(schedule, omit=omit), f"{kind.__qualname__}({named})"):
+    plain = [_without_numpy(each) for each in (repr(schedule), f"{kind.__qualname__}({named})")]
+    if _without_numpy(text) in (*plain, json.loads(to_config(schedule, omit=omit))):
         return
     cure = "attach with the schedule that the state was saved under, in a version that knows its arguments"
     if text.startswith("Adaptive("):
         cure = "finish the run with disback-plugin 0.1.0, the last version that has Adaptive"
     raise StateError(f"a state of another schedule ({text:.200})", expected=f"{schedule!r:.100}", cure=cure)
+
+
+def _without_numpy(text: str) -> Any:
+    """Return the content of a saved text, numbers by value: earlier versions saved numpy's as "np.int64(30)"."""
+    plain = re.sub(r'"?\b(?:np\.\w+|tensor)\(([^()]*)\)"?', r"\1", text)
+    return json.loads(plain) if plain.startswith("{") else plain
 
 
 def _arguments(schedule: Schedule, omit: Collection[str] = ()) -> dict[str, Any]:

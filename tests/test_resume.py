@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -177,6 +179,50 @@ def test_any_number_of_processes_recognises_the_weights_of_a_saved_moment(nurser
             assert all(seen["bears"]), seen
             # A shard that does not hold what was changed cannot tell.
             assert len(seen["bears"]) == 0 or not all(seen["bears now"]), seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("moment", [3, 6])
+def test_a_checkpoint_that_rounds_the_fake_score_is_recognised_and_named(tmp_path, caplog, dtype, moment):
+    first, second = Run(), Run()
+    options = {"path": tmp_path, "record": 4, "every": 2, "schedule": "ramp:4"}
+    handle = disback.attach(**first.roles(), **options)
+    first.steps(moment)
+    saved, state, position = first.checkpoint(), handle.state_dict(), handle.position
+    floating = {n: t.to(dtype) if t.is_floating_point() else t for n, t in saved["fake_score"].items()}
+    second.load(saved | {"fake_score": floating})
+    with disback.attach(**second.roles(), **options, state=state) as handle:
+        assert handle.position == position
+        second.steps(6)
+        assert handle.phase == "done"
+    assert "rounded to half precision" in caplog.text
+
+
+def test_another_checkpoint_is_refused_rounded_or_not(tmp_path):
+    first, second = Run(), Run()
+    options = {"path": tmp_path, "record": 4, "every": 2, "schedule": "ramp:4"}
+    handle = disback.attach(**first.roles(), **options)
+    first.steps(3)
+    state = handle.state_dict()
+    first.steps(1)
+    second.load(first.checkpoint())
+    second.fake_score.bfloat16().float()
+    with pytest.raises(StateError, match="not those of the saved moment"):
+        disback.attach(**second.roles(), **options, state=state)
+
+
+@pytest.mark.parametrize("own", [Ramp(np.int64(4)), Ramp(np.float64(4.0)), Ramp(4)])
+@pytest.mark.parametrize("saved", ["4", '"np.int64(4)"', "4.0"])
+def test_a_schedule_is_known_by_the_values_of_its_numbers(tmp_path, own, saved):
+    first, second = Run(), Run()
+    handle = disback.attach(**first.roles(), path=tmp_path, record=2, every=1, schedule=Ramp(4))
+    first.steps(4)
+    state = handle.state_dict()
+    state["schedule"] = state["schedule"].replace('"updates": 4', f'"updates": {saved}')
+    second.load(first.checkpoint())
+    with disback.attach(**second.roles(), path=tmp_path, record=2, every=1, schedule=own, state=state) as handle:
+        second.step()
+        assert json.loads(json.dumps(handle.state_dict()))["generator_updates"] == 3
 
 
 # -- other ways to keep a state ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of the plain module, so that a node recorded from one form fits every other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from typing import Any
@@ -257,9 +258,11 @@ def check_layout(
             )
 
 
-def _count(total: Checksum, weight: Weight, chunk: tuple[int, int] | None) -> None:
+def _count(total: Checksum, weight: Weight, chunk: tuple[int, int] | None, rounded: torch.dtype | None = None) -> None:
     """Add what this rank holds of a weight to a checksum; with `chunk`, only what lies in that chunk of a parameter."""
     part, local, shape = weight.part, weight.local(), weight.meta.shape
+    if rounded is not None and local.is_floating_point() and local.element_size() > rounded.itemsize:
+        local = local.to(rounded).to(local)
     rows = Part.chunk(shape, *chunk) if chunk is not None and weight.is_parameter and shape else None
     if part.stop is None and rows is None:
         total.add(weight.name, local)
@@ -275,17 +278,24 @@ def _count(total: Checksum, weight: Weight, chunk: tuple[int, int] | None) -> No
         total.add(weight.name, values)
 
 
-def weights_checksum(weights: Iterable[Weight], chunk: tuple[int, int] | None = None, *, alone: bool = False) -> str:
+def weights_checksum(
+    weights: Iterable[Weight],
+    chunk: tuple[int, int] | None = None,
+    *,
+    alone: bool = False,
+    rounded: torch.dtype | None = None,
+) -> str:
     """Return the checksum of weights; the ranks that share them add up their sums, 512 bytes a tensor.
 
     Args:
         weights: The weights. All ranks that share them have to call, unless `alone`.
         chunk: An index and a number of chunks, into which dimension 0 of each parameter is cut: only those rows count.
         alone: Whether only what this rank holds counts.
+        rounded: A dtype to which the weights are rounded, in their own; None for the weights as they are.
     """
     total, groups = Checksum(), dict[Any, list[Weight]]()
     for weight in weights:
-        _count(total, weight, chunk)
+        _count(total, weight, chunk, rounded)
         if weight.group is not None and not alone:
             groups.setdefault(weight.group, []).append(weight)
     for group, members in groups.items():
@@ -293,3 +303,30 @@ def weights_checksum(weights: Iterable[Weight], chunk: tuple[int, int] | None = 
         torch.distributed.all_reduce(sums, group=group)
         total.sums |= dict(zip((weight.name for weight in members), sums.cpu(), strict=True))
     return total.digest()
+
+
+def mark(weights: Iterable[Weight]) -> str:
+    """Return a text that identifies weights, computed without communication.
+
+    It is their checksum, or that of this rank's shards, followed by those after rounding to bfloat16 and to float16, as
+    a checkpoint may hold them. It is empty if other ranks could not find the same shards.
+    """
+    weights = list(weights)
+    chunks = {weight.chunk for weight in weights if weight.group is not None}
+    if len(chunks) > 1 or any(chunk is None or chunk[2] for chunk in chunks):
+        return ""
+    chunk = next(iter(chunks), None)
+    kinds = (None, torch.bfloat16, torch.float16)
+    sums = [weights_checksum(weights, chunk and chunk[:2], alone=True, rounded=kind) for kind in kinds]
+    text = " or ".join(dict.fromkeys(sums))
+    return text if chunk is None else f"{text} of shard {chunk[0]} of {chunk[1]}"
+
+
+def match(weights: Iterable[Weight], text: str) -> str:
+    """Return how weights match a `mark`, on any number of ranks: "exact", "rounded", "unknown", or "" if not."""
+    if not text:
+        return "unknown"
+    shard = re.fullmatch(r"(.*) of shard (\d+) of ([1-9]\d*)", text)
+    exact, *rounded = (shard[1] if shard else text).split(" or ")
+    own = weights_checksum(weights, (int(shard[2]), int(shard[3])) if shard else None)
+    return "exact" if own == exact else "rounded" if own in rounded else ""

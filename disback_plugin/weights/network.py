@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.modules import WeightTable, check_layout, find, weights_checksum
+from disback_plugin.weights.modules import WeightTable, check_layout, find, mark, match, weights_checksum
 from disback_plugin.weights.sharding import FullState, Weight, local_tensor
 from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
 
@@ -152,31 +151,23 @@ class ScoreNetwork:
         return weights_checksum(self._weights())
 
     def local_checksum(self) -> str:
-        """Return a text that identifies the present weights, computed without communication.
-
-        It is the `checksum`, or that of this rank's shards, or empty if other ranks could not find the same shards.
-        """
-        weights = self._weights()
-        chunks = {weight.chunk for weight in weights if weight.group is not None}
-        if not chunks:
-            return weights_checksum(weights)
-        chunk = chunks.pop()
-        if chunks or chunk is None or chunk[2] != 0:
-            return ""
-        return f"{weights_checksum(weights, chunk[:2], alone=True)} of shard {chunk[0]} of {chunk[1]}"
+        """Return a text that identifies the present weights, computed without communication (`modules.mark`)."""
+        return mark(self._weights())
 
     def matches_checksum(self, text: str) -> bool:
         """Return whether the weights are those from which `local_checksum` computed `text`, on any number of ranks.
 
-        All ranks must call. For an empty text the answer is True, with a warning.
+        All ranks must call. For an empty text, and for weights that were rounded since, the answer is True, with a
+        warning.
         """
-        if not text:
+        found = match(self._weights(), text)
+        if found == "unknown":
             logger.warning("it cannot be told whether the %s holds the weights of the saved moment", self.role)
-            return True
-        shard = re.fullmatch(r"(\w+) of shard (\d+) of ([1-9]\d*)", text)
-        if shard is None:
-            return self.checksum() == text
-        return weights_checksum(self._weights(), (int(shard[2]), int(shard[3]))) == shard[1]
+        elif found == "rounded":
+            logger.warning(
+                "the %s holds the weights of the saved moment rounded to half precision, as a checkpoint may", self.role
+            )
+        return bool(found)
 
     def relative_rounding(self, source: Source, distance: float) -> float:
         """Return what a write of a source into this network's dtypes rounds away, Euclidean, over a distance."""
