@@ -13,8 +13,9 @@ from convergence_methods import LAST, LONGEST, Method, Regime
 from convergence_worlds import P_STD, State, World, denoising, seeded
 from torch import Tensor
 
-from disback_plugin.convergence import EVERY, SAMPLE, fitted_after
+from disback_plugin.convergence import EVERY, fitted_after
 from disback_plugin.recorder import FEWEST_ITERATIONS, LEARNING_RATE_FACTOR
+from disback_plugin.weights.sampling import SAMPLE
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]
 

@@ -89,7 +89,9 @@ def attach(
             with `state_dict` and `load_state_dict` of plain numbers, as the ramp of an average; or several:
             ("schedulers", ramp). () restores nothing: warm-ups are then over before the generator moves.
         log: File of the run's log, which `disback report` reads and `Handle.log` adds to; lines are appended. None:
-            beside the path, as "PATH.log.jsonl", and none without a path. `plugins=("no:run_log",)` disables it.
+            beside the path, as "PATH.log.jsonl", and none without a path. `plugins=("no:run_log",)` disables it. With
+            record=0, a file is also how to ask whether the fake score follows the student: its gradients' agreement is
+            logged, and a run that stalls or diverges is warned of, as while backtracking.
 
     Returns:
         The handle; as a context manager it detaches at the end of its block.
@@ -148,8 +150,12 @@ def attach(
             validate_form(state)
         manager = PluginManager.of(plugins)
         found = _find_roles(trainer, adapter, given, manager)
-        session = Session(found, parse(schedule), plugins=manager, restore=restore)
-        return session, _plan_recording(path, record, every, codec, keep_teacher)
+        plan = _plan_recording(path, record, every, codec, keep_teacher)
+        moves, monitors = plan is not None, log is not None
+        session = Session(
+            found, parse(schedule), plugins=manager, restore=restore, moves_teacher=moves, monitors=monitors
+        )
+        return session, plan
 
     session, plan = distributed.on_every_rank(build, "have its roles")
     folder = None if path is None else Path(path).absolute()
@@ -177,7 +183,7 @@ def attach(
         )
     if session.scheduler is not None:
         logger.info("%r", session)
-    session.hooks.install()
+    session.install()
     return Handle(session)
 
 

@@ -21,20 +21,17 @@ from __future__ import annotations
 import base64
 import math
 from array import array
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Sequence, Set
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from disback_plugin import distributed
 from disback_plugin.errors import StateError
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import local_tensor
+from disback_plugin.weights.sampling import WeightSample
 
-# Elements of a gradient that are kept for the next comparison: a cosine is then right to about 0.02.
-SAMPLE = 4096
 # Updates between two decisions, which alone read numbers from the device.
 EVERY = 5
 # Gradients with a mean cosine below this do not agree.
@@ -43,6 +40,7 @@ AGREEMENT = 0.1
 STALLED, GROWTH = 0.6, 30.0
 # A window is this part of backtracking, at most so many updates; the first one has EVERY updates.
 WINDOWS, LONGEST = 12, 50
+NOBODY: frozenset[int] = frozenset()
 # Signs of a run that goes wrong, with their bits in a state; bit 1 was another sign in version 1.
 BITS = {"stalled": 2, "diverged": 4}
 
@@ -87,40 +85,25 @@ class _GradientTest:
     """
 
     def __init__(self, network: ScoreNetwork) -> None:
-        weights = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
-        elements = [local_tensor(weight).numel() for weight in weights]
-        self._stride = max(-(-sum(elements) // SAMPLE), 1)
-        first = [-offset % self._stride for offset in accumulate(elements, initial=0)]
-        # Parameter, its first element that is sampled, and the number of elements that are.
-        self._parts = [
-            (weight, start, -(-(count - start) // self._stride))
-            for weight, start, count in zip(weights, first, elements, strict=False)
-            if start < count
-        ]
+        self._sample = WeightSample(network)
         self._last: Tensor | None = None
 
-    def _draw(self) -> Tensor:
-        """Return every k-th element of the present gradients; a missing or sparse gradient counts as zero."""
-        drawn = []
-        for weight, first, count in self._parts:
-            if weight.grad is None or weight.grad.layout is not torch.strided:
-                drawn.append(torch.zeros(count, device=weight.device))
-            else:
-                drawn.append(local_tensor(weight.grad).reshape(-1)[first :: self._stride].float())
-        return torch.cat([part.to(drawn[0].device) for part in drawn]) if drawn else torch.zeros(0)
-
     @torch.no_grad()
-    def _compare(self) -> tuple[Tensor, Tensor]:
+    def _compare(self, idle: Set[int]) -> tuple[Tensor, Tensor]:
         """Draw a sample and return it with its cosine to the last one; nothing is read from the device.
 
+        Weights that took no part in the update, as those of an idle expert, keep their last gradient and do not count.
         The cosine is NaN where one of the two is zero, as after `zero_grad`, or there is no comparable sample before:
         on another number of ranks a rank has other shards.
         """
-        last, sample = self._last, self._draw()
-        self._last = sample
+        last, (sample, taking_part) = self._last, self._sample.gradients(idle)
         if last is None or len(last) != len(sample):
             last = torch.zeros_like(sample)
         last = last.to(sample)
+        self._last = sample
+        if taking_part is not None:
+            self._last = torch.where(taking_part > 0, sample, last)
+            last = last * taking_part
         return sample, torch.where(sample.any() & last.any(), cosine_similarity(sample, last, dim=0), math.nan)
 
     def _numbers(self) -> list[float]:
@@ -187,10 +170,14 @@ class FitDetector(_GradientTest):
         self._known: list[float] = []
         self._pending: list[Tensor] = []
 
-    def observe(self) -> None:
-        """Compare the gradients of an update with those of the update before; reads nothing from the device."""
+    def observe(self, idle: Set[int] = NOBODY) -> None:
+        """Compare the gradients of an update with those of the update before; reads nothing from the device.
+
+        Args:
+            idle: Ids of weights that took no part in it, as those of another expert.
+        """
         is_first = self._last is None
-        _, cosine = self._compare()
+        _, cosine = self._compare(idle)
         if not is_first:
             self._pending.append(cosine)
 
@@ -225,6 +212,7 @@ class DivergenceMonitor(_GradientTest):
     Attributes:
         signs: "stalled" once gradients agreed in two windows in a row, and "diverged" once they have grown thirtyfold
             or are not finite.
+        agreement: Mean cosine of the gradients in the last window that was read; None if there was none.
         updates_left: Updates that the present window still needs, the same on all ranks; at 0 `new_signs` reads it.
 
     Example:
@@ -242,6 +230,7 @@ class DivergenceMonitor(_GradientTest):
     def __init__(self, network: ScoreNetwork, horizon: int) -> None:
         super().__init__(network)
         self._later = min(max(horizon // WINDOWS, EVERY), LONGEST)
+        self.agreement: float | None = None
         self._set_numbers(self._numbers_in([]))
 
     def _set_numbers(self, numbers: list[float]) -> None:
@@ -256,8 +245,12 @@ class DivergenceMonitor(_GradientTest):
     def _window(self) -> int:
         return self._later if self._first else EVERY
 
-    def observe(self) -> None:
-        """Sample the gradients of an update; of a long window only those of the last updates."""
+    def observe(self, idle: Set[int] = NOBODY) -> None:
+        """Sample the gradients of an update; of a long window only those of the last updates.
+
+        Args:
+            idle: Ids of weights that took no part in it, as those of another expert.
+        """
         if self.updates_left <= 0:  # nobody asked for the signs: generator updates may be rare
             self.updates_left, self._sums = self._window, None
         self.updates_left -= 1
@@ -265,7 +258,7 @@ class DivergenceMonitor(_GradientTest):
             return
         if self.updates_left == EVERY:
             self._last = None  # not the sample of the update before
-        sample, cosine = self._compare()
+        sample, cosine = self._compare(idle)
         norm = sample.square().sum()
         new = torch.stack([cosine.nan_to_num(), cosine.isfinite().to(norm), norm])
         self._sums = new if self._sums is None else self._sums.to(new) + new
@@ -279,7 +272,8 @@ class DivergenceMonitor(_GradientTest):
             return []
         cosines, number, squares = distributed.on_main_process(self._read)
         norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
-        self._agreed = self._agreed + 1 if number and cosines / number > STALLED else 0
+        self.agreement = cosines / number if number else None
+        self._agreed = self._agreed + 1 if (self.agreement or 0.0) > STALLED else 0
         found = {"stalled": self._agreed > 1, "diverged": norm == math.inf or 0 < GROWTH * self._first < norm}
         new = [sign for sign, shown in found.items() if shown and sign not in self.signs]
         self.signs.update(new)

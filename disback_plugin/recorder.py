@@ -9,13 +9,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin.convergence import EVERY, FitDetector, fitted_after
+from disback_plugin.convergence import EVERY, NOBODY, FitDetector, fitted_after
 from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
@@ -209,11 +209,15 @@ class Recorder:
 
     # -- an update ----------------------------------------------------------------------------------------------------
 
-    def observe_gradients(self) -> None:
-        """Observe the gradients of the coming update before the loop clears them; else `update` does."""
+    def observe_gradients(self, idle: Set[int] = NOBODY) -> None:
+        """Observe the gradients of the coming update before the loop clears them; else `update` does.
+
+        Args:
+            idle: Ids of weights that take no part in it, as those of another expert.
+        """
         known = self.path.manifest
         if not self.gradients_seen and known.fitted is None and known.ended is None:
-            self.fit.observe()
+            self.fit.observe(idle)
         self.gradients_seen = True
 
     def update(self, loss: object = None) -> None:

@@ -113,9 +113,11 @@ def record(
             with restored(tensor for _, tensor in network.named_tensors()):
                 _fit(recorder, fake_step)
         return opened
+    finished = DegradationPath.exists(path) and DegradationPath(path).complete
+    # The copy is made before anything is written.
+    copied = None if finished or sample is None or loss is None else _TrainedCopy(target, sample, loss, learning_rate)
     opened = open_or_create(path, target, plan)
-    if not opened.complete and sample is not None and loss is not None:
-        copied = _TrainedCopy(target, sample, loss, learning_rate)
+    if not opened.complete and copied is not None:
         recorder = Recorder(opened, copied.network, Progress(), training=copied.state, plugins=manager)
         saved = opened.training_state()
         if saved is None:
@@ -214,7 +216,15 @@ class _TrainedCopy:
                 expected="one module that can be copied",
                 cure="use fake_score and fake_step, or record before sharding, or each expert on its own",
             )
-        self._module, self._sample, self._loss = copy.deepcopy(module).requires_grad_(True), sample, loss
+        # What a hook computes before each forward, as that of weight_norm, cannot be copied with its graph.
+        values = [value for each in module.modules() for value in vars(each).values()]
+        computed = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
+        try:
+            self._module = copy.deepcopy(module, computed).requires_grad_(True)
+        except Exception as error:
+            found = f"a teacher that cannot be copied ({type(error).__name__}: {error})"
+            raise OptionError(found, expected="one that can", cure="use fake_score and fake_step") from error
+        self._sample, self._loss = sample, loss
         self._optimizer = torch.optim.Adam(self._module.parameters(), lr=learning_rate)
         self.network = ScoreNetwork(self._module, role="recorded copy")
 

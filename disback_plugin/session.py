@@ -17,9 +17,10 @@ from disback_plugin import distributed
 from disback_plugin.convergence import DivergenceMonitor, FitDetector
 from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
-from disback_plugin.loop.optimizer_hooks import OptimizerHooks
+from disback_plugin.loop.optimizer_hooks import OptimizerHooks, UpdateCounter
 from disback_plugin.loop.optimizers import groups_of, parameters, unwrap
 from disback_plugin.loop.roles import check_roles, describe_roles, networks_of
+from disback_plugin.loop.watches import ForwardWatch, UnseenUpdates, WrittenWeights
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
@@ -33,14 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Signs of a run that goes wrong (`convergence`), and the warnings.
-SIGNS = {
-    "stalled": "the fake score does not follow the student, its gradients at updates in a row agree: give it a higher "
-    "learning rate or more updates per generator update, unless its rate is still warming up",
-    "diverged": "the fake score's gradients have grown thirtyfold or are not finite: the student runs away from it; "
-    "lower the generator's learning rate",
-}
-
 
 class Session:
     """One run on the networks and optimizers of a trainer.
@@ -50,6 +43,8 @@ class Session:
         schedule: As in `attach`, resolved.
         plugins: As in `attach`.
         restore: As in `attach`.
+        moves_teacher: Whether there is, or will be, a path.
+        monitors: Whether to say if s_phi follows the student although there is no path.
 
     Attributes:
         progress: The phase and the counters, which the recorder and the scheduler share.
@@ -67,7 +62,16 @@ class Session:
         OptionError: If `restore` holds an object that cannot be restored.
     """
 
-    def __init__(self, given: Adapter, schedule: Schedule, *, plugins: PluginManager, restore: Restorable) -> None:
+    def __init__(
+        self,
+        given: Adapter,
+        schedule: Schedule,
+        *,
+        plugins: PluginManager,
+        restore: Restorable,
+        moves_teacher: bool = True,
+        monitors: bool = False,
+    ) -> None:
         self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
         trained = unwrap(given.fake_score_optimizer, role="fake_score_optimizer")
         self.teacher, self.fake_score = networks_of(given.teacher, given.fake_score, parameters(trained))
@@ -75,7 +79,7 @@ class Session:
         weights = [tensor for _, tensor in self.fake_score.named_tensors()]
         self.fake_score_optimizers = [optimizer for optimizer in trained if groups_of(optimizer, weights)]
         self.roles = self.teacher, self.fake_score, self.generator_optimizers, self.fake_score_optimizers
-        self.schedule, self.plugins = schedule, plugins
+        self.schedule, self.plugins, self.monitors = schedule, plugins, monitors
         self.progress = Progress()
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
@@ -85,9 +89,19 @@ class Session:
         self.warning = ""
         self._monitor: DivergenceMonitor | None = None  # while backtracking
         self._generator_steps = 0
+        self._student_alone = False  # the fake score has not stepped yet, and the generator has
         self._restorable = RestorableObjects(restore, (*self.generator_optimizers, *self.fake_score_optimizers))
         self._to_restore = ""  # the objects' states before the recording, until they are restored
-        self.hooks = OptimizerHooks(self.generator_optimizers, self.fake_score_optimizers, self.fake_score, self)
+        self.hooks = OptimizerHooks(
+            self.generator_optimizers,
+            self.fake_score_optimizers,
+            self.fake_score,
+            self,
+            self.teacher if moves_teacher else None,
+        )
+        self._written = WrittenWeights(self.fake_score, self.fake_score_optimizers)
+        self._unseen: list[UnseenUpdates] = []
+        self._forwards: ForwardWatch | None = None  # until it is known whether the teacher runs
 
     @property
     def position(self) -> float:
@@ -119,28 +133,45 @@ class Session:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Capture the learning-rate schedulers before recording advances them, and restore them afterwards."""
+        trains = optimizer in self.fake_score_optimizers
+        if trains and self._written.left:
+            self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
-            self._to_restore = self._restorable.restore(self._to_restore, optimizer)
-        elif not self._to_restore:
-            self._to_restore = self._restorable.capture()
+            if self._to_restore:
+                self._to_restore = self._restorable.restore(self._to_restore, optimizer)
+        elif self._student_alone and not trains:
+            self._restorable.restore(self._to_restore)
+            self._to_restore = ""
+        else:
+            self._to_restore = self._restorable.capture(self._to_restore, optimizer)
 
     def gradient_factor(self) -> float | None:
-        """Return the factor on the generator's gradient; None while recording, which holds the generator still."""
-        return None if self.scheduler is None else self.scheduler.gradient_factor
+        """Return the factor on the generator's gradient; None while recording, which holds the generator still.
+
+        A student that trains before the fake score does, as in a warm-up of its own, is not held still. Its first step
+        is all the same: in most loops the generator steps first, and s_phi in the same iteration.
+        """
+        if self.scheduler is None:
+            return 1.0 if self._student_alone else None
+        return self.scheduler.gradient_factor
 
     def learning_rate_factor(self) -> int:
         """Return the factor on the learning rate of s_phi."""
         return 1 if self.recorder is None else self.recorder.learning_rate_factor
 
-    def after_fake_score_step(self, updated: bool) -> None:
+    def after_fake_score_step(self, updated: bool, idle: set[int]) -> None:
         """Count an update of s_phi, which may make a node."""
         if not updated:
             return
+        if self._written.left:
+            self._written.after_update()
+        self._student_alone = False
         self.progress.fake_score_updates += 1
         if self.recorder is not None:
+            self.recorder.observe_gradients(idle)
             self.recorder.update()
         elif self._monitor is not None:
-            self._monitor.observe()
+            self._monitor.observe(idle)
 
     def after_generator_step(self, updated: bool) -> None:
         """Move the teacher after a generator update, or begin backtracking after the last node."""
@@ -148,36 +179,57 @@ class Session:
         if self.warning:
             logger.warning("%s", self.warning)
             self.warning = ""
-        if self.path is not None and not self.progress.fake_score_updates and self._generator_steps > PATIENCE:
-            raise TrainingError(
-                f"{self._generator_steps} generator steps and none of the fake score",
-                expected="a loop that trains both",
-                cure="pass the optimizer that the loop steps for the fake score, and check the trainer's update ratio",
-            )
         if self.scheduler is not None:
             if updated:
                 self.scheduler.step(self.signal)
                 self._read_monitor(self.scheduler)
+                updates = self.progress.generator_updates
+                if self._forwards is not None and self._forwards.check(updates=updates, position=self.position):
+                    self._forwards = None
         elif self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
             distributed.on_every_rank(self._restore_teacher, "read node 0")
             self._backtrack()
             logger.info("%r", self)
+        elif not self.progress.fake_score_updates and not self.progress.recorded:
+            self._student_alone = True
+            if self._generator_steps == PATIENCE:
+                logger.warning(
+                    "%d generator steps and none of the fake score: the student trains alone, with the original "
+                    "teacher, and recording begins with the fake score's first step. If the loop does train the fake "
+                    "score, pass the network and the optimizer that it uses",
+                    PATIENCE,
+                )
+
+    def _report_unseen(self, counter: UpdateCounter) -> None:
+        """Raise while recording, and else restore the teacher with a warning: updates of a network are not seen.
+
+        Raises:
+            TrainingError: While recording.
+        """
+        kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in counter.optimizers}))
+        found = f"weights of the {counter.name} that change although no step() of its optimizer ({kinds}) is called"
+        if self.progress.phase is Phase.RECORDING:
+            raise TrainingError(
+                found,
+                expected="updates by torch.optim.Optimizer.step(), which DisBack holds still and counts",
+                cure=f"pass the optimizer that the loop steps as {counter.name}_optimizer",
+            )
+        if self.position and counter is self.hooks.generator:
+            self._restore_teacher()
+            logger.warning("found %s: backtracking ends here, and the teacher is s'_0 again", found)
 
     def _read_monitor(self, scheduler: TrajectoryScheduler) -> None:
-        """Read a finished window of s_phi's gradients; warn once of each sign, and perhaps end backtracking."""
-        if scheduler.done:
+        """Read a finished window of s_phi's gradients, and perhaps end backtracking."""
+        if scheduler.done and self.path is not None:
             self._monitor = None
         if self._monitor is None or self._monitor.updates_left > 0:
             return
-        signs = self._monitor.new_signs()
-        ends = "diverged" in self._monitor.signs and self.schedule.until_fitted
-        for sign in signs if distributed.is_main_process() else ():
-            ending = "; the teacher is s'_0 for good" if sign == "diverged" and ends else ""
-            update = self.progress.generator_updates
-            logger.warning("update %d, position %g: %s%s", update, scheduler.position, SIGNS[sign], ending)
-            self.plugins.call("disback_log", values={f"disback/{sign}": 1.0}, step=update)
-        if ends:
+        from disback_plugin.monitor import report
+
+        ends = self.path is not None and self.schedule.until_fitted
+        update = self.progress.generator_updates
+        if report(self._monitor, self.plugins, update=update, position=scheduler.position, ends=ends):
             scheduler.end_backtracking()
             self._monitor = None
 
@@ -194,7 +246,15 @@ class Session:
         elif path is None or path.complete:
             self._backtrack()
         else:
-            self._record(path).start()
+            with self._written.writing():
+                self._record(path).start()
+
+    def install(self) -> None:
+        """Install the hooks and the watches."""
+        self.hooks.install()
+        if self.path is not None:
+            counters = self.hooks.generator, self.hooks.fake_score
+            self._unseen = [UnseenUpdates(counter, self._report_unseen) for counter in counters]
 
     def _record(self, path: DegradationPath) -> Recorder:
         rates = [group.get("lr") for each in self.fake_score_optimizers for group in each.param_groups]
@@ -224,13 +284,17 @@ class Session:
         )
         try:
             if saved is None:
-                scheduler.start()
+                with self._written.writing():
+                    scheduler.start()
             else:
                 scheduler.resume(saved)
         finally:
             if scheduler.started:  # even if a plug-in raised when it was called
                 self.scheduler, self.recorder = scheduler, None
-                monitored = not scheduler.done and scheduler.plan.nodes
+                moving = not scheduler.done and scheduler.plan.nodes
+                if moving:
+                    self._forwards = self._forwards or ForwardWatch(self.teacher)
+                monitored = moving or (self.path is None and self.monitors)
                 self._monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
 
     def _restore_teacher(self) -> None:
@@ -250,6 +314,8 @@ class Session:
         if not self.progress.fake_score_updates and not self._generator_steps:
             logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
         self.hooks.remove()
+        for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
+            watch.remove()
         self._to_restore = self._restorable.restore(self._to_restore)
         self._restore_teacher()
 
@@ -287,6 +353,7 @@ class Session:
         if self.log is not None and self.hooks.installed:
             self.log.resume(update=progress.generator_updates, recording=progress.recorded if recording else None)
         self.warning, self._to_restore = "", saved["restore"]
+        self._written.left = 0
         if self.scheduler is None:
             distributed.on_every_rank(self._restore_teacher, "read node 0")
         if self.path is None or not recording:

@@ -60,7 +60,7 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
     done = f"{saved}" if path.complete else f"{saved} of at most {about['iterations']}"
     print(f"{done} iterations, {fitted}; teacher {about['teacher']}\n")
     cells = [["-" if row[key] is None else form(row[key]) for key, (_, form) in COLUMNS.items()] for row in rows]
-    print(aligned([[name for name, _ in COLUMNS.values()], *cells], right=[1, 2, 3, 5, 6, 7], indent=""))
+    print(aligned([[name for name, _ in COLUMNS.values()], *cells], right=[1, 2, 3, 5, 6], indent=""))
 
 
 # Name of each column, and how a value of it is written.
@@ -72,7 +72,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "codec": ("codec", str),
     "weight_error": ("error in weights", "{:.2%}".format),
     "distance": ("|theta_i - theta_0|", "{:.4g}".format),
-    "cosine": ("cosine to the chord", "{:.3f}".format),
     "sha256": ("sha256", lambda digest: digest[:12] or "-"),
 }
 
@@ -85,8 +84,8 @@ def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
 
     Returns:
         For each node: "ratio", the size of the network in float32 over that of the file; "distance",
-        |theta_i - theta_0| over all floating tensors; "cosine", between theta_i - theta_0 and the chord
-        theta_N - theta_0; and entries of the manifest. None where the path does not hold its teacher.
+        |theta_i - theta_0| over all floating and complex tensors; and entries of the manifest. None where the path does
+        not hold its teacher.
 
     Raises:
         PathError: If the path is broken.
@@ -102,19 +101,19 @@ def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
         [0.0, 5.0]
     """
     path.verify()
-    unknown: tuple[int, list[Any], list[Any]] = (0, [None] * len(path), [None] * len(path))
-    elements, distances, cosines = _shape(path) if path.manifest.recording.keep_teacher else unknown
+    unknown: tuple[int, list[Any]] = 0, [None] * len(path)
+    elements, distances = _distances(path) if path.manifest.recording.keep_teacher else unknown
     rows = []
     for index, entry in enumerate(path.manifest.entries):
         row = {"iteration": 0, "codec": "teacher", "weight_error": 0.0} | vars(entry)
-        row |= {"node": index, "distance": distances[index], "cosine": cosines[index]}
+        row |= {"node": index, "distance": distances[index]}
         row["ratio"] = 4 * elements / entry.bytes if elements and entry.bytes else None
         rows.append({key: row[key] for key in COLUMNS})
     return rows
 
 
-def _shape(path: DegradationPath) -> tuple[int, list[float], list[float | None]]:
-    """Return the number of weights, and each node's distance to the teacher and cosine to the chord."""
+def _distances(path: DegradationPath) -> tuple[int, list[float]]:
+    """Return the number of weights, and each node's distance to the teacher."""
     import torch
     from tqdm.auto import tqdm
 
@@ -124,16 +123,11 @@ def _shape(path: DegradationPath) -> tuple[int, list[float], list[float | None]]
     last = path.source(len(path) - 1)
     assert isinstance(last, NodeSource)
     own = {name: meta for name, meta in last.layout().items() if name not in last.aliases}
-    squares, products = torch.zeros(2, len(path), dtype=torch.float64)
+    squares = torch.zeros(len(path), dtype=torch.float64)
     for name, meta in tqdm(own.items(), desc="inspecting", disable=None):
-        if meta.dtype.is_floating_point:
-            for start, stop in pieces(meta.shape.numel()):
-                values = torch.stack([v.to(torch.float64, copy=True) for v in last.trace(name, start, stop)])
-                # Equal elements are at distance 0, be they infinite as in an attention mask.
-                d = torch.where(values == values[0], 0.0, values - values[0])
-                squares += d.square().sum(1)
-                products += d @ d[-1]
-    distances = squares.sqrt()
-    cosines = (products / (distances * distances[-1])).tolist()
-    elements = sum(meta.shape.numel() for meta in own.values())
-    return elements, distances.tolist(), [None if cosine != cosine else cosine for cosine in cosines]
+        wide = torch.complex128 if meta.dtype.is_complex else torch.float64
+        for start, stop in pieces(meta.shape.numel()) if meta.dtype.is_floating_point or meta.dtype.is_complex else ():
+            values = torch.stack([value.to(wide, copy=True) for value in last.trace(name, start, stop)])
+            # Equal elements are at distance 0, be they infinite as in an attention mask.
+            squares += torch.where(values == values[0], 0.0, values - values[0]).abs().square().sum(1)
+    return sum(meta.shape.numel() for meta in own.values()), squares.sqrt().tolist()

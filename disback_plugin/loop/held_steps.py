@@ -59,7 +59,7 @@ def initialize_for_checkpoint(optimizer: Optimizer) -> None:
     while frame.f_back is not None and not optimizer.state:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            show = hide_gradients(optimizer)
+            show = hide_gradients(parameters([optimizer]))
             frame.f_globals["_init_optim_state"](optimizer)
             show()
             return

@@ -24,7 +24,9 @@ from disback_plugin.loop.optimizers import groups_of, innermost, set_in_group
 logger = logging.getLogger(__name__)
 
 # Settings of a parameter group that schedulers write.
-SCHEDULED = ("lr", "momentum", "betas")
+SCHEDULED = ("lr", "momentum", "betas", "weight_decay")
+# Name, in a saved text, of the settings of an optimizer's groups.
+SETTINGS = "settings of optimizer"
 
 
 @runtime_checkable
@@ -58,7 +60,7 @@ class RestorableObjects:
         >>> sgd = torch.optim.SGD([torch.ones(1)], lr=1.0)
         >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
         >>> objects = RestorableObjects("schedulers", [sgd])
-        >>> saved = objects.capture()
+        >>> saved = objects.capture("", sgd)
         >>> for _ in range(3):
         ...     sgd.step()
         ...     warmup.step()
@@ -74,6 +76,7 @@ class RestorableObjects:
         given = [*restore] if isinstance(restore, Sequence) and not isinstance(restore, str) else [restore]
         objects = [item for item in given if not (isinstance(item, str) and item == "schedulers")]
         self._searches, self._optimizers = len(objects) < len(given), optimizers
+        self._captured: set[int] = set()  # indices of the optimizers whose states a text has
         self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
         wrong = [item for item in objects if all(item is not own for own in self._objects)]
         if wrong:
@@ -83,45 +86,66 @@ class RestorableObjects:
                 cure='omit restore=, pass () for nothing, or ("schedulers", ramp) for more',
             )
 
-    def capture(self) -> str:
-        """Return the present states as JSON, by the names of the objects."""
-        states = {}
-        for name, found in self._found().items():
-            stateful, index = found[0]
-            state = _to_json(stateful.state_dict())
-            if state is None or len(found) > 1:
+    def capture(self, text: str, optimizer: Optimizer) -> str:
+        """Add the present states that belong to an optimizer to a text, unless it has them: JSON, by objects' names."""
+        if not text:
+            self._captured.clear()
+        owner = self._index_of(optimizer)
+        if owner is None or owner in self._captured:
+            return text
+        self._captured.add(owner)
+        states = json.loads(text or "{}")
+        if any(saved["owner"] == owner for saved in states.values()):
+            return text  # of a process before this one
+        found = {name: own for name, own in self._found().items() if (own[0][1] or 0) == owner}
+        lost = False
+        for name, own in found.items():
+            state = _to_json(own[0][0].state_dict())
+            if state is None or len(own) > 1:
                 reason = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
                 logger.warning("%s is advanced by the recording and not restored: %s", name, reason)
-                continue
-            groups = [] if index is None else self._optimizers[index].param_groups
-            settings = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
-            plain = json.loads(_to_json(settings) or "[]")
-            states[name] = {"owner": index or 0, "state": json.loads(state), "groups": plain}
-        if states:
-            logger.info("to be restored after the recording: %s", ", ".join(states))
+                lost = True
+            else:
+                states[name] = {"owner": owner, "state": json.loads(state)}
+        if (self._searches and not lost) or any(name in states for name in found):
+            settings = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
+            states[f"{SETTINGS} {owner}"] = {"owner": owner, "groups": json.loads(_to_json(settings) or "[]")}
+        if found:
+            logger.info("to be restored after the recording: %s", ", ".join(found.keys() & states.keys()))
         return json.dumps(states)
 
     def restore(self, text: str, optimizer: Optimizer | None = None) -> str:
         """Restore the states in a text that belong to one optimizer, or, with None, all; return the text of the rest.
 
-        A scheduler that the trainer has dropped meanwhile is skipped.
+        A scheduler that the trainer has dropped meanwhile is skipped. If the settings of a group have changed and no
+        scheduler of it is known, a warning says so.
         """
         states = json.loads(text or "{}")
         due = [name for name, saved in states.items() if optimizer in (None, self._optimizers[saved["owner"]])]
         present = self._found() if due else {}
-        for name in due:
+        for name in sorted(due, key=lambda name: name.startswith(SETTINGS)):  # groups after the schedulers
             saved = states.pop(name)
             for stateful, _ in present.get(name, ()):
                 stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
-                groups = self._optimizers[saved["owner"]].param_groups
-                for group, settings in zip(groups, saved["groups"], strict=False):
-                    for setting, value in settings.items():
-                        set_in_group(group, setting, _merged(group[setting], value))
+            changed = False
+            for group, settings in zip(
+                self._optimizers[saved["owner"]].param_groups, saved.get("groups", ()), strict=False
+            ):
+                for setting, value in settings.items():
+                    changed |= _to_json(group[setting]) != _to_json(value)
+                    set_in_group(group, setting, _merged(group[setting], value))
+            if changed and all(index != saved["owner"] for own in present.values() for _, index in own):
+                logger.warning(
+                    "the learning rate, or another setting, of %s was changed by no LRScheduler during the recording. "
+                    "It is restored once, but what the loop counts itself goes on, and a warm-up may be over. If an "
+                    'object counts, pass restore=("schedulers", that object)',
+                    type(self._optimizers[saved["owner"]]).__name__,
+                )
         return json.dumps(states) if due else text
 
     def validate(self, text: str) -> None:
         """Raise StateError unless each object that a text restores exists here, once."""
-        wanted = json.loads(text or "{}").keys()
+        wanted = {name for name in json.loads(text or "{}") if not name.startswith(SETTINGS)}
         here = {name for name, found in self._found().items() if len(found) == 1} if wanted else set()
         if not wanted <= here:
             raise StateError(
@@ -137,29 +161,41 @@ class RestorableObjects:
         """
         found: dict[str, list[tuple[Stateful, int | None]]] = {}
         for scheduler in self._schedulers() if self._searches else ():
-            index = self._index(scheduler)
+            index = self._index_of(scheduler.optimizer)
             found.setdefault(f"{type(scheduler).__name__} of optimizer {index}", []).append((scheduler, index))
         for position, item in enumerate(self._objects):
-            owner = self._index(getattr(item, "scheduler", item))  # accelerate wraps schedulers
+            inner = getattr(item, "scheduler", item)  # accelerate wraps schedulers
+            owner = self._index_of(getattr(inner, "optimizer", None))
             found[f"{type(item).__name__} at restore[{position}]"] = [(item, owner)]
         return found
 
     def _schedulers(self) -> list[LRScheduler]:
         """Return the schedulers of the optimizers; of a scheduler that drives others, only itself."""
         given = {id(inner) for item in self._objects for inner in (item, getattr(item, "scheduler", None))}
-        schedulers = [
+        schedulers = self._search(given)
+        patched = [hasattr(each.step, "_wrapped_by_lr_sched") for each in self._optimizers]
+        if gc.get_freeze_count() and sum(patched) > len({id(each.optimizer) for each in schedulers}):
+            gc.unfreeze()  # the search does not see frozen objects
+            gc.collect()  # what dies later, while it is frozen again, stays for ever
+            try:
+                schedulers = self._search(given)
+            finally:
+                gc.freeze()
+        driven = {id(inner) for item in schedulers for inner in getattr(item, "_schedulers", ())}
+        return [item for item in schedulers if id(item) not in driven]
+
+    def _search(self, given: set[int]) -> list[LRScheduler]:
+        return [
             item
             for item in gc.get_objects()  # an optimizer does not know its schedulers
             if issubclass(type(item), LRScheduler)  # isinstance would also accept a proxy
             and id(item) not in given
-            and self._index(item) is not None
+            and self._index_of(getattr(item, "optimizer", None)) is not None
         ]
-        driven = {id(inner) for item in schedulers for inner in getattr(item, "_schedulers", ())}
-        return [item for item in schedulers if id(item) not in driven]
 
-    def _index(self, scheduler: object) -> int | None:
-        optimizer = innermost(getattr(scheduler, "optimizer", None))
-        return next((index for index, own in enumerate(self._optimizers) if own is optimizer), None)
+    def _index_of(self, optimizer: object) -> int | None:
+        inner = innermost(optimizer)
+        return next((index for index, own in enumerate(self._optimizers) if own is inner), None)
 
 
 @contextmanager
@@ -183,7 +219,7 @@ def restored(weights: Iterable[Tensor]) -> Iterator[None]:
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if optimizer not in saved and groups_of(optimizer, own):
             objects = RestorableObjects("schedulers", [optimizer])
-            saved[optimizer] = objects, objects.capture()
+            saved[optimizer] = objects, objects.capture("", optimizer)
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:

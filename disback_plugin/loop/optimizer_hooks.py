@@ -1,24 +1,30 @@
 """Hooks on a loop's optimizers, through which DisBack takes part in a loop that nobody edits.
 
-generator's optimizers    pre-hook    hide all gradients, so that the step changes nothing, or scale them
-                          post-hook   count the update; no autograd graph is pending here
-fake score's optimizers   pre-hook    scale the learning rate for this step, while recording
-                          post-hook   restore the learning rate and count the update
+generator's weights    pre-hook    hide their gradients, so that the step changes nothing, or scale them
+                       post-hook   count the update; no autograd graph is pending here
+fake score's weights   pre-hook    scale the learning rate for this step, while recording
+                       post-hook   restore the learning rate and count the update
 
 An *update* is a step that changed weights. A backward without a step (gradient accumulation), a step without gradients
-and a step that a GradScaler skipped are none.
+and a step that a GradScaler skipped are none. Weights decide, not optimizers: one optimizer may step both networks, and
+an optimizer that is made later for the same weights is hooked before its first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-from weakref import WeakSet
+import logging
+from collections.abc import Callable, MutableMapping, Set
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
-from disback_plugin.errors import RoleError
+from disback_plugin.errors import RoleError, TrainingError
 from disback_plugin.loop.held_steps import initialize_for_checkpoint, is_initialization, keep_settings
 from disback_plugin.loop.optimizers import (
     Args,
@@ -33,8 +39,10 @@ from disback_plugin.loop.optimizers import (
 )
 from disback_plugin.weights.network import ScoreNetwork
 
-# Optimizers with hooks: two handles on one loop would both move the teacher.
-_HOOKED: WeakSet[Optimizer] = WeakSet()
+logger = logging.getLogger(__name__)
+
+# Optimizers and teachers with a handle: two handles on one loop would both move the teacher.
+_IN_USE: MutableMapping[Any, None] = WeakIdKeyDictionary()
 
 
 class StepListener(Protocol):
@@ -50,42 +58,56 @@ class StepListener(Protocol):
         """Return the factor on the fake score's learning rate in its next step."""
 
     def after_generator_step(self, updated: bool) -> None:
-        """Handle a finished step of the generator, with whether it changed a weight."""
+        """Handle a finished update of the generator, with whether it changed a weight."""
 
-    def after_fake_score_step(self, updated: bool) -> None:
-        """Handle a finished step of s_phi, with whether it changed a weight."""
+    def after_fake_score_step(self, updated: bool, idle: set[int]) -> None:
+        """Handle a finished update of s_phi, with whether it changed a weight, and the ids of those left out."""
 
 
 class OptimizerHooks:
     """Hooks on all optimizers of a loop.
 
     Args:
-        generator: Optimizers of the generator.
-        fake_score: Optimizers of s_phi.
+        generator: Optimizers of the generator. Those that step its weights later are added to this list.
+        fake_score: Optimizers of s_phi, likewise. An optimizer may be in both lists: what it steps beside s_phi is then
+            the generator's.
         network: s_phi. Groups of other weights keep their own learning rate.
         listener: The object that the hooks ask and notify.
+        teacher: The teacher, if it will be moved: no other handle may move it.
 
     Raises:
-        RoleError: If one of the optimizers has hooks of another handle.
+        RoleError: If one of the optimizers, or the teacher, belongs to another handle.
     """
 
     def __init__(
-        self, generator: list[Optimizer], fake_score: list[Optimizer], network: ScoreNetwork, listener: StepListener
+        self,
+        generator: list[Optimizer],
+        fake_score: list[Optimizer],
+        network: ScoreNetwork,
+        listener: StepListener,
+        teacher: ScoreNetwork | None = None,
     ) -> None:
-        self._generator, self._fake_score, self._network, self._listener = generator, fake_score, network, listener
-        self._counters = dict.fromkeys(generator, UpdateCounter(len(generator), listener.after_generator_step))
-        self._counters |= dict.fromkeys(fake_score, UpdateCounter(len(fake_score), listener.after_fake_score_step))
+        fakes = {id(tensor) for _, tensor in network.named_tensors()}
+        self._listener = listener
+        after_step = listener.after_generator_step
+        self.generator = UpdateCounter("generator", generator, lambda updated, idle: after_step(updated), but=fakes)
+        self.fake_score = UpdateCounter("fake_score", fake_score, listener.after_fake_score_step, only=fakes)
+        self._roles = self.fake_score, self.generator
+        self._hidden: dict[Optimizer, Callable[[], None]] = {}  # gives hidden gradients back after one step
+        self._rates: dict[Optimizer, Callable[[], None]] = {}  # restores learning rates after one step
         self._kept: dict[Optimizer, Callable[[], None]] = {}  # restores what a held step has used up
         self._held: set[Optimizer] = set()  # which have been held still
         self._initializing: set[Optimizer] = set()  # whose present step only initialises their state
-        self._undo: dict[Optimizer, Callable[[], None]] = {}  # restores what a pre-hook changed for one step
-        self._had_gradients: dict[Optimizer, bool] = {}
-        self._hooks: list[RemovableHandle] = []
-        if not _HOOKED.isdisjoint(self._counters):
+        self._running: set[Optimizer] = set()
+        self._known: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # number of groups that were looked at
+        self._hooks: dict[Optimizer | None, list[RemovableHandle]] = {}
+        self._claimed = [*generator, *fake_score, *([] if teacher is None else [teacher.first_parameter()])]
+        if any(each in _IN_USE for each in self._claimed):
             raise RoleError(
-                "an optimizer that a handle is attached to already",
-                expected="one handle a loop",
-                cure="call detach() of the other handle first, or leave its with block",
+                "an optimizer, or a teacher, that a handle is attached to already",
+                expected="one handle a loop, and a teacher for each",
+                cure="call detach() of the other handle first, or leave its with block; give a second student a "
+                "copy.deepcopy of the teacher",
             )
 
     @property
@@ -95,68 +117,97 @@ class OptimizerHooks:
 
     def install(self) -> None:
         """Install the hooks."""
-        for optimizer in self._generator:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_generator_step))
-            self._hooks.append(optimizer.register_state_dict_pre_hook(self._before_state_dict))
-        for optimizer in self._fake_score:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_fake_score_step))
-            # A trainer may save a checkpoint because a step raised.
-            self._hooks.append(optimizer.register_state_dict_pre_hook(self._undo_changes))
-        self._hooks += [optimizer.register_step_post_hook(self._after_step) for optimizer in self._counters]
-        _HOOKED.update(self._counters)
+        self._hooks[None] = [register_optimizer_step_pre_hook(self._before_any_step)]
+        for optimizer in dict.fromkeys(self.generator.optimizers + self.fake_score.optimizers):
+            self._hook(optimizer)
+        for each in self._claimed:
+            _IN_USE[each] = None
 
     def remove(self) -> None:
         """Remove the hooks; gradients and learning rates are the trainer's again, even after a step that raised."""
-        for hook in self._hooks:
-            hook.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
         self._hooks.clear()
-        for optimizer in self._counters:
+        for optimizer in {*self._hidden, *self._kept, *self._rates}:
             self._undo_changes(optimizer)
-        _HOOKED.difference_update(self._counters)
+        for each in self._claimed:
+            _IN_USE.pop(each, None)
 
-    def _before_generator_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        self._undo.pop(optimizer, None)  # the last step may have raised: its gradients are too old
+    def _hook(self, optimizer: Optimizer) -> None:
+        self._known[optimizer] = len(optimizer.param_groups)
+        self._hooks[optimizer] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            # A trainer may save a checkpoint because a step raised.
+            optimizer.register_state_dict_pre_hook(self._before_state_dict),
+        ]
+
+    def _before_any_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+        """Hook an optimizer that is new and steps weights of a role; it replaces those whose weights it steps, too."""
+        groups = len(optimizer.param_groups)
+        # An optimizer inside another one that is stepping now is the other one's own business.
+        if optimizer in self._hooks or self._known.get(optimizer) == groups or self._running:
+            return
+        self._known[optimizer] = groups
+        roles = [role for role in self._roles if role.steps(optimizer)]
+        if not roles:
+            return
+        kind = type(optimizer).__name__
+        if torch._C._current_graph_task_id() >= 0:
+            raise TrainingError(
+                f"{kind} that steps weights inside a backward",
+                expected="optimizers that step when the backward is over: no other moment is safe for the teacher",
+                cure="switch the fused or per-parameter backward of the trainer off, for generator and fake score",
+            )
+        for role in roles:
+            for old in role.replace(optimizer):
+                for hook in self._hooks.pop(old, ()):
+                    hook.remove()
+                self._known.pop(old, None)
+        logger.info("a new %s steps weights that DisBack knows: it is followed from here on", kind)
+        self._hook(optimizer)
+
+    def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        self._hidden.pop(optimizer, None)  # the last step may have raised: its gradients are too old
         self._undo_changes(optimizer)
         if self._initializes(optimizer):
             return None
+        self._running.add(optimizer)
         self._listener.before_step(optimizer)
-        # Asked before an update may end here: these gradients were computed with the present teacher.
-        factor = self._listener.gradient_factor()
-        self._counters[optimizer].before_step(optimizer)
+        factor: float | None = 1.0
+        if optimizer in self.generator.optimizers:
+            # Asked before an update may end here: these gradients were computed with the present teacher.
+            factor = self._listener.gradient_factor()
+        roles = [role for role in self._roles if optimizer in role.optimizers]
+        for role in roles:
+            role.before_step(optimizer)
+        if self.fake_score in roles and (rate := self._listener.learning_rate_factor()) != 1:
+            self._rates[optimizer] = scale_learning_rates(optimizer, self.fake_score.weights(optimizer), rate)
 
         def change_gradients() -> None:
-            self._had_gradients[optimizer] = factor is not None and has_gradients(optimizer)
-            if factor is None:
-                self._undo[optimizer] = hide_gradients(optimizer)
-                self._held.add(optimizer)
-                self._kept[optimizer] = keep_settings(optimizer, parameters([optimizer]))
-            elif factor != 1.0:
-                scale_gradients(optimizer, factor)
+            for role in roles:
+                weights = role.weights(optimizer)
+                held = role is self.generator and factor is None
+                role.had_gradients[optimizer] = not held and has_gradients(weights)
+                if held:
+                    self._hidden[optimizer] = hide_gradients(weights)
+                    self._held.add(optimizer)
+                    self._kept[optimizer] = keep_settings(optimizer, weights)
+                elif role is self.generator and factor not in (None, 1.0):
+                    scale_gradients(weights, factor)
 
         return call_with_gradients(args, kwargs, change_gradients)
 
-    def _before_fake_score_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        self._undo_changes(optimizer)  # the last step may have raised
-        if self._initializes(optimizer):
-            return None
-        self._listener.before_step(optimizer)
-        self._counters[optimizer].before_step(optimizer)
-        factor = self._listener.learning_rate_factor()
-        if factor != 1:
-            weights = (tensor for _, tensor in self._network.named_tensors())
-            self._undo[optimizer] = scale_learning_rates(optimizer, weights, factor)
-
-        def observe_gradients() -> None:
-            self._had_gradients[optimizer] = has_gradients(optimizer)
-
-        return call_with_gradients(args, kwargs, observe_gradients)
-
     def _after_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
+        self._running.clear()
         self._undo_changes(optimizer)
         if optimizer in self._initializing:
             return
-        updated = self._had_gradients.pop(optimizer, False) and not skipped_by_scaler(optimizer)
-        self._counters[optimizer].after_step(optimizer, updated)
+        skipped = skipped_by_scaler(optimizer)
+        for role in self._roles:  # s_phi first: its update may be the last of the recording
+            if optimizer in role.optimizers:
+                role.after_step(optimizer, role.had_gradients.pop(optimizer, False) and not skipped)
 
     def _initializes(self, optimizer: Optimizer) -> bool:
         found = is_initialization(optimizer)
@@ -169,23 +220,62 @@ class OptimizerHooks:
             initialize_for_checkpoint(optimizer)
 
     def _undo_changes(self, optimizer: Optimizer) -> None:
-        for changes in (self._undo, self._kept):
+        for changes in (self._hidden, self._kept, self._rates):
             changes.pop(optimizer, lambda: None)()
 
 
 class UpdateCounter:
-    """Combines the steps of several optimizers that share a network, in any order, into one update.
+    """Combines the steps of one or several optimizers of a network into updates.
 
-    An update ends when all of them have stepped, or when one is about to step for a second time.
+    An update ends once every optimizer with new gradients has stepped, or when one is about to step for a second time.
+    So Muon and AdamW that share a network make one update, and of two experts, of which an iteration trains one, each
+    makes its own, although old gradients may lie in the other.
 
     Args:
-        count: Number of optimizers.
-        at_end: Called at the end, with whether a weight was updated.
+        name: Name of the network, "generator" or "fake_score".
+        optimizers: The optimizers.
+        at_end: Called at the end, with whether a weight was updated, and the ids of the weights of other optimizers.
+        only: Ids of the network's weights, if they are known.
+        but: Ids of weights that the optimizers may step beside the network's.
+
+    Attributes:
+        total: Number of their steps so far.
     """
 
-    def __init__(self, count: int, at_end: Callable[[bool], None]) -> None:
-        self._count, self._at_end = count, at_end
+    def __init__(
+        self,
+        name: str,
+        optimizers: list[Optimizer],
+        at_end: Callable[[bool, set[int]], None],
+        *,
+        only: Set[int] = frozenset(),
+        but: Set[int] = frozenset(),
+    ) -> None:
+        self.name, self.optimizers, self._at_end, self.total = name, optimizers, at_end, 0
+        self._listed, self._inside = only or but, bool(only)
+        self.had_gradients: dict[Optimizer, bool] = {}  # of the optimizer that is stepping
+        self._ids = {id(p) for optimizer in optimizers for p in self.weights(optimizer)}
         self._stepped: dict[Optimizer, bool] = {}
+        self._last: dict[Optimizer, tuple[ref[Tensor], int]] = {}  # a gradient of its last step, and its version
+
+    def weights(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return the weights of this network that an optimizer steps."""
+        return [p for p in parameters([optimizer]) if (id(p) in self._listed) is self._inside]
+
+    def steps(self, optimizer: Optimizer) -> bool:
+        """Return whether an optimizer steps a weight of this network."""
+        return not self._ids.isdisjoint(map(id, parameters([optimizer])))
+
+    def replace(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Add an optimizer, and remove those of which it steps all weights; return them."""
+        own = set(map(id, self.weights(optimizer)))
+        old = [each for each in self.optimizers if own.issuperset(map(id, self.weights(each)))]
+        for each in old:
+            self.optimizers.remove(each)
+            self._stepped.pop(each, None)
+        self.optimizers.append(optimizer)
+        self._ids |= own
+        return old
 
     def before_step(self, optimizer: Optimizer) -> None:
         """End the present update if this optimizer has already stepped in it."""
@@ -194,11 +284,27 @@ class UpdateCounter:
 
     def after_step(self, optimizer: Optimizer, updated: bool) -> None:
         """Count a step, with whether it updated weights."""
-        self._stepped[optimizer] = updated
-        if len(self._stepped) == self._count:
-            self._end()
+        self._stepped[optimizer], self.total = updated, self.total + 1
+        if len(self.optimizers) > 1:
+            gradient = next((p.grad for p in self.weights(optimizer) if p.grad is not None), None)
+            if gradient is not None:
+                self._last[optimizer] = ref(gradient), gradient._version
+            if any(self._has_new_gradients(each) for each in self.optimizers if each not in self._stepped):
+                return
+        self._end()
+
+    def _has_new_gradients(self, optimizer: Optimizer) -> bool:
+        weights = self.weights(optimizer)
+        gradient = next((p.grad for p in weights if p.grad is not None), None)
+        if gradient is None:
+            return has_gradients(weights)  # those of other ranks, perhaps
+        last, version = self._last.get(optimizer, (lambda: None, 0))
+        return gradient is not last() or gradient._version != version
 
     def _end(self) -> None:
+        idle = {
+            id(p) for optimizer in self.optimizers if optimizer not in self._stepped for p in self.weights(optimizer)
+        }
         updated = any(self._stepped.values())
         self._stepped.clear()
-        self._at_end(updated)
+        self._at_end(updated, idle)

@@ -34,7 +34,7 @@ def after_updates(weights: Iterable[Tensor], action: Callable[[], None]) -> Iter
     own = [*weights]
 
     def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if groups_of(optimizer, own) and has_gradients(optimizer) and not skipped_by_scaler(optimizer):
+        if groups_of(optimizer, own) and has_gradients(parameters([optimizer])) and not skipped_by_scaler(optimizer):
             action()
 
     hook = register_optimizer_step_post_hook(after_step)
@@ -71,18 +71,18 @@ def call_with_gradients(args: Args, kwargs: Kwargs, action: Callable[[], None]) 
     return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
 
 
-def has_gradients(optimizer: Optimizer) -> bool:
-    """Return whether a step would change a weight, on this or another rank. Stops at the first gradient found."""
-    return any(map(has_gradient, parameters([optimizer])))
+def has_gradients(weights: Iterable[Tensor]) -> bool:
+    """Return whether a step would change one of these weights, on this or another rank. Stops at the first gradient."""
+    return any(map(has_gradient, weights))
 
 
-def hide_gradients(optimizer: Optimizer) -> Callable[[], None]:
-    """Set every gradient to None, so that a step changes neither weights nor optimizer state.
+def hide_gradients(weights: Iterable[Tensor]) -> Callable[[], None]:
+    """Set the gradients of weights to None, so that a step changes neither them nor their optimizer state.
 
     Returns:
         A function that gives the gradients back, for the trainer's logs and its own zero_grad().
     """
-    hidden = [(p, p.grad) for p in parameters([optimizer]) if p.grad is not None]
+    hidden = [(p, p.grad) for p in weights if p.grad is not None]
     for p, _ in hidden:
         p.grad = None
 
@@ -94,9 +94,9 @@ def hide_gradients(optimizer: Optimizer) -> Callable[[], None]:
     return show
 
 
-def scale_gradients(optimizer: Optimizer, factor: float) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    gradients = [p.grad for p in parameters([optimizer]) if p.grad is not None]
+def scale_gradients(weights: Iterable[Tensor], factor: float) -> None:
+    """Multiply the gradients of weights by `factor`, in place."""
+    gradients = [p.grad for p in weights if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
 

@@ -108,14 +108,22 @@ def check_roles(
             cure="use Adam, AdamW or SGD for the generator",
         )
     teachers, fakes = ({id(tensor): name for name, tensor in net.named_tensors()} for net in (teacher, fake_score))
-    generators, trained = (set(map(id, parameters(own))) for own in (generator_optimizers, fake_score_optimizers))
+    # One optimizer may step both networks: what it steps beside the fake score is the generator's.
+    joint = [each for each in generator_optimizers if each in fake_score_optimizers]
+    everything, trained = (set(map(id, parameters(own))) for own in (generator_optimizers, fake_score_optimizers))
+    generators, critics = (
+        set(map(id, parameters(each for each in own if each not in joint)))
+        for own in (generator_optimizers, fake_score_optimizers)
+    )
     base = {id(p) for net in (teacher, fake_score) for p in net.base_parameters() if p.requires_grad}
+    # A frozen teacher in an optimizer that was built from the whole model never has a gradient.
+    trainable = {id(tensor) for _, tensor in teacher.named_tensors() if tensor.requires_grad}
     wrong = [
-        (base & (generators | trained), "an optimizer that steps the adapters' base model"),
-        (generators & teachers.keys(), "a generator_optimizer that steps the teacher"),
-        (trained & teachers.keys(), "a fake_score_optimizer that steps the teacher"),
+        (base & (everything | trained), "an optimizer that steps the adapters' base model"),
+        (trainable & everything, "a generator_optimizer that steps the teacher"),
+        (trainable & trained, "a fake_score_optimizer that steps the teacher"),
         (generators & fakes.keys(), "a generator_optimizer that steps the fake score"),
-        (generators & trained, "one optimizer's parameters in the other optimizer too"),
+        (generators & trained | critics & everything, "one optimizer's parameters in the other optimizer too"),
     ]
     for shared, found in wrong:
         if shared:
@@ -125,14 +133,16 @@ def check_roles(
                 expected="each optimizer to step its own network only, and none the teacher",
                 cure="pass each role its own network and optimizer",
             )
-    if not trained & fakes.keys():
-        raise RoleError(
-            "a fake_score_optimizer that steps nothing of the fake score",
-            expected="the optimizer that trains it",
-            cure="pass the very module that the optimizer was built from, or swap the two optimizers back",
-        )
-    student = [(f"parameter {index}", tensor) for index, tensor in enumerate(parameters(generator_optimizers))]
-    check_memory({**{net.role: net.named_tensors() for net in (teacher, fake_score)}, "generator": student})
+    student = [p for p in parameters(generator_optimizers) if id(p) not in fakes.keys() | teachers.keys()]
+    for missing, found in (
+        (not trained & fakes.keys(), "a fake_score_optimizer that steps nothing of the fake score"),
+        (not student, "a generator_optimizer that steps no generator"),
+    ):
+        if missing:
+            cure = "pass the very module that the optimizer was built from, or swap the two optimizers back"
+            raise RoleError(found, expected="the optimizer that trains it", cure=cure)
+    held = {net.role: net.named_tensors() for net in (teacher, fake_score)}
+    check_memory(held | {"generator": [(f"parameter {index}", tensor) for index, tensor in enumerate(student)]})
 
 
 def same_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> bool:

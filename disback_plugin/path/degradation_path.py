@@ -94,7 +94,7 @@ class DegradationPath(
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
             for name in state.own():
-                if state.layout[name].dtype.is_floating_point and state[name].isnan().any():
+                if state[name].isnan().any():
                     raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
             manifest = Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator)
             new.extend(parent for parent in (root, *root.parents) if not parent.exists())
@@ -163,10 +163,13 @@ class DegradationPath(
         found = whole.fingerprint()
         expected = self.manifest.teacher.fingerprint
         if found != expected:
+            why = whole.read(self.difference)
             raise PathError(
-                f"another teacher (fingerprint {found[:12]}...)",
+                f"another teacher (fingerprint {found[:12]}...{why})",
                 expected=f"the one that {self.folder} was recorded from ({expected[:12]}...)",
-                cure="load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
+                cure="load its running statistics again, which a forward in training mode changes: call teacher.eval()"
+                if "buffers" in why
+                else "load the teacher's own weights before attaching (a trainer's checkpoint may hold another node), "
                 "or pass another path=",
             )
         if not self.manifest.recording.keep_teacher and self._teacher is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
-from disback_plugin.path.codecs import Delta
+from disback_plugin.path.codecs import Delta, equal_bits
 from disback_plugin.path.delta import InterpolatedSource, NodeSource
 from disback_plugin.path.files import damaged
 from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Teacher
@@ -148,6 +148,20 @@ class PathReader:
         return self._checksums(parts)
 
     # -- verify -------------------------------------------------------------------------------------------------------
+
+    def difference(self, state: FullState) -> str:
+        """Return in words how weights differ from node 0; "" if the path does not hold it."""
+        if not self.manifest.teacher.sha256:
+            return ""
+        known, own = self._node(0).teacher, state.layout
+        if names := sorted(known.keys() ^ own.keys()):
+            return f", {len(names)} names that only one of them has, as {names[0]}"
+        metas = {name: TensorMeta(tensor.dtype, tensor.shape) for name, tensor in known.items()}
+        odd = sorted(name for name in known if metas[name] != own[name])
+        if odd:
+            return f", {odd[0]} of {own[odd[0]].dtype} and {tuple(own[odd[0]].shape)} instead of {known[odd[0]].dtype}"
+        odd = sorted(name for name in state.own() if not equal_bits(state.flat(name), known[name].view(-1)))
+        return f", other {'buffers' if state.buffers.issuperset(odd) else 'weights'} {odd[:3]}"
 
     def verify_checksum(self, index: int, found: str, expected: str | None = None) -> None:
         """Raise PathError unless decoded weights have the checksum of node `index`, or that of a part of it."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain
@@ -229,6 +229,15 @@ def identity(root: nn.Module, lora_adapter: str, role: str, only: Container[str]
     """
     scales = [(name, layer.scaling[lora_adapter]) for name, layer in adapter_layers(root, lora_adapter, role)]
     return sha256(repr((base_checksum(root, only), scales)).encode()).hexdigest()[:32]
+
+
+def require_unmerged(roots: Iterable[nn.Module], role: str) -> None:
+    """Raise RoleError if adapters are merged into the base: `unmerge_adapter` would subtract what was written since."""
+    if any(layer.merged for root in roots for layer in _layers(root)):
+        found = f"adapters that were merged into the base of the {role} since attach()"
+        raise RoleError(
+            found, expected="a base without them", cure="call unmerge_adapter() before the next optimizer step"
+        )
 
 
 def adapter_layers(root: nn.Module, lora_adapter: str, role: str) -> list[tuple[str, Any]]:

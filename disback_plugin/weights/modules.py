@@ -26,6 +26,7 @@ _WRAPPERS = {
     "DataParallel": ("torch", "module"),
     "CheckpointWrapper": ("torch", "_checkpoint_wrapped_module"),
     "FullyShardedDataParallel": ("torch", "_fsdp_wrapped_module"),
+    "_FabricModule": ("lightning", "_forward_module"),  # also in lightning_fabric
     "PeftModel": ("peft", "base_model"),
     "BaseTuner": ("peft", "model"),
 }
@@ -34,7 +35,7 @@ Modules = list[tuple[str, nn.Module]]
 
 
 def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
-    """Return the plain module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoint wrappers and a `PeftModel`.
+    """Return the module inside DDP, FSDP1, DataParallel, `torch.compile`, checkpoints, Fabric's and peft's wrappers.
 
     Args:
         module: The module, wrapped any number of times.
@@ -51,7 +52,7 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
     while True:
         for kind in type(module).__mro__:
             package, attribute = _WRAPPERS.get(kind.__name__, ("", ""))
-            if not package or kind.__module__.partition(".")[0] != package or (keep_peft and package == "peft"):
+            if not package or not kind.__module__.startswith(package) or (keep_peft and package == "peft"):
                 continue
             if attribute == "_fsdp_wrapped_module" and not module._use_orig_params:
                 found = f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without names"
@@ -115,6 +116,7 @@ class WeightTable:
 
     Attributes:
         weights: The table; tied tensors stand under each of their names.
+        modules: The modules that hold parameters of their own.
 
     Raises:
         RoleError: If a tensor cannot be written in place, or a module keeps state that is no tensor.
@@ -146,6 +148,7 @@ class WeightTable:
         self.weights: list[Weight] = []
         for name, module in selected:
             self._add(name, module, role, only)
+        self.modules = [module for _, module in selected if module._parameters]
         self.weights += [Weight(name, torch.empty(0)) for name in names]
         # The shape of a tensor of FSDP1 is not that of the weight.
         self._shapes = [weight.tensor.shape for weight in self.weights]
@@ -224,8 +227,9 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
         return None
     narrow = tensor.is_floating_point() and tensor.element_size() < 2
     integer_weight = isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex())
-    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, nn.Buffer)
-    if tensor.is_quantized or integer_weight or narrow or not plain:
+    # A subclass with operations of its own packs its values; any other is dense.
+    packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if tensor.is_quantized or integer_weight or narrow or packed:
         return f"is quantised ({type(tensor).__name__}, {tensor.dtype})", "load the network in bf16, fp16 or fp32"
     return None
 

@@ -121,6 +121,10 @@ class ScoreNetwork:
 
         return [parameter for root in self._roots.values() for _, parameter in lora.base_parameters(root)]
 
+    def weight_modules(self) -> list[nn.Module]:
+        """Return the modules that hold a weight of their own, which a forward of the network calls."""
+        return self._table.modules
+
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return canonical name and live tensor of each parameter and persistent buffer; tied ones under each name."""
         return [(weight.name, weight.tensor) for weight in self._weights()]
@@ -289,6 +293,10 @@ class ScoreNetwork:
             weights: All weights.
             equal: A function that says whether a tied weight and the one of its first name are equal in the state.
         """
+        if self.lora_adapter is not None:
+            from disback_plugin.weights import lora
+
+            lora.require_unmerged(self._roots.values(), self.role)
         for weight in weights:
             if weight.tied_to is not None and not equal(weight, weight.tied_to):
                 found = f"two values for the tied weights {weight.tied_to!r} and {weight.name!r} of the {self.role}"

@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from disback_plugin import distributed
 from disback_plugin.errors import RoleError
 from disback_plugin.weights.tensors import Part, TensorMeta, fingerprint
+
+T = TypeVar("T")
 
 
 class Weight:
@@ -239,6 +241,7 @@ class FullState(Mapping[str, Tensor]):
         layout: Dtype and shape of each tensor.
         aliases: {name: first name} of tensors that are tied to another.
         sharded: Whether some tensors are distributed over ranks.
+        buffers: Names of the tensors that are no parameters, where some are.
 
     Example:
         >>> w = torch.zeros(2)
@@ -252,6 +255,8 @@ class FullState(Mapping[str, Tensor]):
         self._weights = {weight.name: weight for weight in weights}
         self.layout: dict[str, TensorMeta] = {name: weight.meta for name, weight in self._weights.items()}
         self.sharded = any(weight.sharded for weight in self._weights.values())
+        buffers = {name for name, weight in self._weights.items() if not weight.is_parameter}
+        self.buffers = buffers if len(buffers) < len(self._weights) else set()
         self.aliases: dict[str, str] = {}
         first: dict[object, str] = {}
         for name, weight in self._weights.items():
@@ -295,7 +300,11 @@ class FullState(Mapping[str, Tensor]):
 
         All ranks must call if the state is sharded: they send it to rank 0, tensor by tensor.
         """
-        return distributed.on_main_process(lambda: fingerprint(self), self) if self.sharded else fingerprint(self)
+        return self.read(fingerprint)
+
+    def read(self, action: Callable[[FullState], T]) -> T:
+        """Return the result of a function that reads this state: on rank 0 for all, if the state is sharded."""
+        return distributed.on_main_process(lambda: action(self), self) if self.sharded else action(self)
 
     def overlapping(self) -> set[str]:
         """Return the names of different tensors in one memory, as a slice that is a buffer of its own.

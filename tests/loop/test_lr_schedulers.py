@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -225,3 +226,78 @@ def test_a_state_that_restores_schedulers_which_do_not_exist_is_refused(tmp_path
     with pytest.raises(StateError, match="LambdaLR of optimizer 0"):
         disback.attach(**bare.roles(), path=tmp_path, record=4, every=2, state=state)
     assert difference(bare.checkpoint(), before) == []
+
+
+def test_a_scheduler_is_found_although_garbage_collection_is_frozen(tmp_path):
+    run = Scheduled()
+    plain = Scheduled()
+    plain.steps(3)
+    gc.collect()
+    gc.freeze()
+    try:
+        with disback.attach(**run.roles(), path=tmp_path, record=5, every=5):
+            run.steps(8)
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+    assert run.rates[5:] == plain.rates
+
+
+def _timms(optimizer):
+    from timm.scheduler import CosineLRScheduler
+
+    scheduler = CosineLRScheduler(optimizer, 100, warmup_t=10, warmup_lr_init=1e-5, t_in_epochs=False)
+    return lambda update: scheduler.step_update(update + 1)
+
+
+def _by_hand(optimizer):
+    def write(update):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * min(1.0, (update + 2) / 10)
+
+    write(-1)
+    return write
+
+
+def _of_the_decay(optimizer):
+    return lambda update: optimizer.param_groups[0].update(weight_decay=0.1 * (update + 1))
+
+
+@pytest.mark.parametrize("make", [_timms, _by_hand, _of_the_decay])
+def test_a_setting_that_no_scheduler_of_torchs_has_changed_is_restored_once_and_named(tmp_path, caplog, make):
+    run, seen = Run(), []
+    after_update = make(run.optimizer_g)
+    first = {**run.optimizer_g.param_groups[0]}
+    run.optimizer_g.register_step_post_hook(lambda o, *_: seen.append({**o.param_groups[0]}))
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2):
+        for update in range(6):
+            run.step()
+            after_update(update)
+    assert [seen[4][key] for key in ("lr", "weight_decay")] == [first[key] for key in ("lr", "weight_decay")]
+    assert caplog.text.count("another setting, of Adam was changed by no LRScheduler") == 1
+
+
+def test_an_object_of_another_library_that_counts_is_restored_if_it_is_passed(tmp_path, caplog):
+    class WarmUp:  # as DeepSpeed's WarmupLR, which is no LRScheduler
+        def __init__(self, optimizer):
+            self.optimizer, self.count = optimizer, -1
+            self.step()
+
+        def step(self):
+            self.count += 1
+            self.optimizer.param_groups[0]["lr"] = 1e-3 * (self.count + 1)
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    run = Run()
+    warmup = WarmUp(run.optimizer_g)
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2, restore=("schedulers", warmup)):
+        for _ in range(6):
+            run.step()
+            warmup.step()
+    assert run.optimizer_g.param_groups[0]["lr"] == pytest.approx(3e-3)
+    assert "by no LRScheduler" not in caplog.text

@@ -19,8 +19,7 @@ def _swap_optimizers(run):
 
 
 def _one_optimizer(run):
-    both = torch.optim.Adam([*run.generator.parameters(), *run.fake_score.parameters()])
-    return run.roles() | {"generator_optimizer": both, "fake_score_optimizer": both}
+    return run.roles() | {"generator_optimizer": run.optimizer_f}
 
 
 def _greedy(run):
@@ -59,10 +58,14 @@ REFUSED = {
     "no optimizers": (lambda r: r.roles() | {"fake_score_optimizer": []}, RoleError, "an empty sequence"),
     "one network in two roles": (lambda r: r.roles() | {"fake_score": r.teacher}, RoleError, "share weights"),
     "optimizers swapped": (_swap_optimizers, RoleError, "generator_optimizer that steps the fake score"),
-    "one optimizer for both": (_one_optimizer, RoleError, "generator_optimizer that steps the fake score"),
+    "one optimizer of the fake score for both": (
+        _one_optimizer,
+        RoleError,
+        "generator_optimizer that steps no generator",
+    ),
     "an optimizer of two networks": (_greedy, RoleError, "one optimizer's parameters in the other"),
     "an optimizer of the teacher": (
-        lambda r: r.roles() | {"fake_score_optimizer": torch.optim.Adam(r.teacher.parameters())},
+        lambda r: r.roles() | {"fake_score_optimizer": torch.optim.Adam(r.teacher.requires_grad_(True).parameters())},
         RoleError,
         "fake_score_optimizer that steps the teacher",
     ),
@@ -129,13 +132,16 @@ def test_record_0_beside_a_recorded_path_is_ambiguous(tmp_path):
         disback.attach(**run.roles(), path=tmp_path, record=0)
 
 
-def test_a_loop_that_never_updates_the_fake_score_is_refused(tmp_path):
+def test_a_loop_that_never_updates_the_fake_score_trains_its_student_and_is_warned_of_once(tmp_path, caplog):
     run = Run()
-    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2):
-        for _ in range(100):
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2) as handle:
+        run.generator_step()
+        before = clone(dict(run.generator.state_dict()))
+        for _ in range(150):
             run.generator_step()
-        with pytest.raises(TrainingError, match="101 generator steps and none of the fake score"):
-            run.generator_step()
+        assert difference(dict(run.generator.state_dict()), before) != []
+        assert (handle.phase, handle.generator_updates) == ("recording", 0)
+    assert [r.levelname for r in caplog.records if "none of the fake score" in r.message] == ["WARNING"]
 
 
 @pytest.mark.parametrize("how", ["positional", "keyword", "idle"])

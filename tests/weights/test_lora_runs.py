@@ -13,7 +13,7 @@ from worlds import clone, difference
 
 import disback_plugin as disback
 from disback_plugin import lora
-from disback_plugin.errors import MismatchError, PathError
+from disback_plugin.errors import MismatchError, PathError, RoleError
 from disback_plugin.weights.network import ScoreNetwork
 
 # -- both stages ------------------------------------------------------------------------------------------------------
@@ -154,3 +154,43 @@ def test_ranks_with_one_base_each_move_together_and_a_base_sharded_by_fsdp_is_th
     first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
     assert first == second
     assert (first[0], len(set(first[3:]))) == ("done", 1)
+
+
+# -- adapters that are merged while attached ---------------------------------------------------------------------------
+
+
+def layers(run):
+    return [module for module in run.model.modules() if hasattr(module, "merged_adapters")]
+
+
+@pytest.mark.parametrize("name", ["student", "fake", "teacher"])
+def test_a_move_while_an_adapter_is_merged_is_refused_with_its_own_cause(tmp_path, name):
+    run = LoraRun(shared=name == "student")
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule="ramp:4") as handle:
+        run.steps(4)
+        assert handle.phase == "backtracking"
+        teacher = run.adapter("teacher")
+        before = clone(teacher.state_dict())
+        for layer in layers(run):
+            layer.merge(adapter_names=[name])
+        with pytest.raises(RoleError, match=r"merged into the base .*unmerge_adapter\(\)"):
+            run.optimizer_g.step()
+        assert difference(clone(teacher.state_dict()), before) == []
+        for layer in layers(run):
+            layer.unmerge()
+
+
+def test_an_adapter_may_be_merged_and_unmerged_between_two_updates(tmp_path):
+    run = LoraRun(shared=True)
+    teacher = run.adapter("teacher")  # unmerging rounds the base, which another role would notice
+    node_0 = clone(teacher.state_dict())
+    with disback.attach(**run.roles(), path=tmp_path, record=4, every=2, schedule="ramp:4") as handle:
+        for _ in range(9):
+            run.step()
+            for layer in layers(run):
+                layer.merge(adapter_names=["student"])
+            handle.state_dict()  # a checkpoint of the merged student
+            for layer in layers(run):
+                layer.unmerge()
+        assert handle.phase == "done"
+    assert difference(clone(teacher.state_dict()), node_0) == []

@@ -1,0 +1,173 @@
+"""Notice what goes wrong without an error: updates that no hook sees, rewritten weights, a teacher that nobody runs.
+
+None of it costs a device sync in a loop that runs: version counters are compared on the host, and weights are compared
+only in the first updates after DisBack has written them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from disback_plugin.errors import StateError
+from disback_plugin.loop.optimizer_hooks import UpdateCounter
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sampling import WeightSample
+
+logger = logging.getLogger(__name__)
+
+# Backwards in a row before which weights changed although no optimizer that is hooked stepped them.
+UNSEEN = 3
+# Updates of s_phi after a write in which its weights are compared.
+COMPARED = 3
+# Generator updates in which the teacher should have run.
+TEACHER_UPDATES = 3
+
+
+class UnseenUpdates:
+    """Notices weights that change from backward to backward although no hooked optimizer steps them.
+
+    Optimizers that are none of torch's, an update by another method than `step()`, and copies of the weights that are
+    trained in their place have no hooks. A backward that reaches one of the weights compares its version counter.
+
+    Args:
+        counter: The counter of the network's updates.
+        report: Called once, at the end of a backward, with the counter.
+    """
+
+    def __init__(self, counter: UpdateCounter, report: Callable[[UpdateCounter], None]) -> None:
+        self._counter, self._report = counter, report
+        self._changes, self._version, self._steps = 0, -1, counter.total
+        self._hook: RemovableHandle | None = None
+        for weight in (p for optimizer in counter.optimizers for p in counter.weights(optimizer)):
+            if weight.requires_grad and weight.is_leaf and weight.numel() and not hasattr(weight, "to_local"):
+                self._version = weight._version
+                self._hook = weight.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
+                break
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _after_backward(self, weight: Tensor) -> None:
+        if weight._version == self._version:
+            return
+        self._changes = self._changes + 1 if self._counter.total == self._steps else 0
+        self._version, self._steps = weight._version, self._counter.total
+        if self._changes == UNSEEN:
+            self.remove()
+            # The teacher must not be written while a backward may still read it.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._report, self._counter))
+
+
+class ForwardWatch:
+    """Notices whether a network runs with its own weights: forward hooks, removed by the first such call.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: ScoreNetwork) -> None:
+        # functional_call runs a module with other tensors; FSDP swaps them, too.
+        own = None if network.sharded else {id(tensor) for _, tensor in network.named_tensors()}
+        self._own = own
+        self._hooks = [module.register_forward_pre_hook(self._remember) for module in network.weight_modules()]
+        self.seen = not self._hooks
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def check(self, *, updates: int, position: float) -> bool:
+        """Return whether the answer is known, after some generator updates; warn if the network has not run by then."""
+        if not self.seen and updates < TEACHER_UPDATES:
+            return False
+        self.remove()
+        if not self.seen:
+            logger.warning(
+                "the teacher was moved to position %g, and no forward of it was seen in %d generator updates: the loop "
+                "seems to evaluate another copy (a cast or stacked one, an exported graph), which DisBack cannot move. "
+                "Pass the very module that the loop runs as the teacher",
+                *(position, updates),
+            )
+        return True
+
+    def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._own is None or any(id(tensor) in self._own for tensor in module._parameters.values()):
+            self.seen = True
+            self.remove()
+
+
+class WrittenWeights:
+    """Compares s_phi with what DisBack wrote into it, in the first updates after a write.
+
+    Args:
+        network: s_phi.
+        optimizers: Its optimizers. Copies of the weights that they keep, in another precision, are written too.
+
+    Attributes:
+        left: Updates in which the weights are still compared.
+    """
+
+    def __init__(self, network: ScoreNetwork, optimizers: list[Optimizer]) -> None:
+        self._network, self._optimizers = network, optimizers
+        self._sample: WeightSample | None = None
+        self.left = 0
+        self._earlier = self._written = self._last = torch.zeros(0)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Surround a write of s_phi."""
+        self._sample = WeightSample(self._network)
+        from disback_plugin.loop.master_weights import master_copies
+
+        earlier = self._sample.weights()
+        copies = [*master_copies(self._network, self._optimizers)]
+        yield
+        written = self._sample.weights()
+        if torch.equal(earlier, written):
+            return
+        with torch.no_grad():
+            for copy, weight in copies:
+                copy.copy_(weight)
+        self._earlier, self._written, self._last, self.left = earlier, written, written, COMPARED
+
+    def before_update(self) -> None:
+        """Compare the weights before a step of s_phi's optimizers."""
+        if not self.left or self._sample is None:
+            return
+        if not torch.equal(self._sample.weights(), self._last):
+            logger.warning(
+                "the fake score was changed between two steps of its optimizer, after DisBack had written it: by a "
+                "checkpoint that was loaded, or by a moving average as in IDA. What is recorded, or the start of "
+                "backtracking, contains that. If a run goes on, load its state: handle.load_state_dict(state)"
+            )
+            self.left = 0
+
+    def after_update(self) -> None:
+        """Compare the weights after a step.
+
+        Raises:
+            StateError: If the step has put back what was there before the write.
+        """
+        if not self.left or self._sample is None:
+            return
+        self.left -= 1
+        self._last = now = self._sample.weights()
+        if (now - self._earlier).norm() < 0.1 * (self._written - self._earlier).norm():
+            raise StateError(
+                "a fake score that its optimizer has put back to the weights from before DisBack wrote it",
+                expected="an optimizer that steps the live weights; this one keeps copies, which were not found",
+                cure="attach before the optimizer's first step, or let it make its master copies anew",
+            )
