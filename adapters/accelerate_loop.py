@@ -4,8 +4,10 @@
 
 The user names two variables, the teacher and the fake score: local or global ones, or attributes (`self.critic`,
 `model.real_unet`) where the networks are used. A role that is not named is the variable of the role's own name. The
-optimizers follow: each prepared optimizer that steps the fake score's parameters is the fake score's, and if one other
-is left, it is the generator's. If several are left, `--role generator_optimizer=NAME` selects one.
+optimizers follow from what they step: each prepared optimizer that steps the fake score's parameters is the fake
+score's. Of the others, as of a discriminator, the generator's is the only one, or the one that steps a prepared network
+of the teacher's class, whole or by LoRA layers. Else `--role generator_optimizer=NAME` selects it. What the others step
+is left alone.
 
 `prepare` wraps networks in DDP and optimizers in `AcceleratedOptimizer`; a script may call it several times, and call
 `prepare_model` and `prepare_optimizer` directly (`accelerate/accelerator.py`). DisBack attaches at the first forward
@@ -18,10 +20,13 @@ In a script of your own, `attach(trainer, adapter="accelerate_loop")` takes any 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from disback_plugin import Adapter, ScoreNetwork, Watch, hookimpl
 from disback_plugin.errors import RoleError
+
+logger = logging.getLogger(f"disback_plugin.{__name__}")
 
 ROLES = ("teacher", "fake_score")
 
@@ -50,22 +55,24 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     if not all(hasattr(trainer, role) for role in ROLES) or (prepared is None and not hasattr(accelerator, "prepare")):
         return None
     if prepared is None:
-        prepared = accelerator._optimizers  # accelerate has no public name for the prepared optimizers
+        prepared = [*accelerator._models, *accelerator._optimizers]  # accelerate has no public names for them
     if trainer.teacher is trainer.fake_score:
         raise RoleError(
             f"one {type(trainer.teacher).__name__} as both teacher and fake score",
             expected="two networks: s_phi is trained, and nodes are written into the teacher, which would change both",
             cure="make the fake score a copy.deepcopy of the teacher, and train that copy",
         )
-    stepped = {id(tensor) for _, tensor in ScoreNetwork.of(trainer.fake_score, role="fake score").named_tensors()}
+    teacher, fake_score = (ScoreNetwork.of(getattr(trainer, role), role=role.replace("_", " ")) for role in ROLES)
+    stepped = {id(tensor) for _, tensor in fake_score.named_tensors()}
     optimizers = [each for each in prepared if hasattr(each, "param_groups")]
     of_fake_score = [each for each in optimizers if stepped & _parameters(each)]
     others = [each for each in optimizers if each not in of_fake_score]
     fake_score_optimizer = getattr(trainer, "fake_score_optimizer", None) or _at_least_one(of_fake_score)
     return Adapter(
-        teacher=trainer.teacher,
-        fake_score=trainer.fake_score,
-        generator_optimizer=getattr(trainer, "generator_optimizer", None) or _exactly_one(others),
+        teacher=teacher,
+        fake_score=fake_score,
+        generator_optimizer=getattr(trainer, "generator_optimizer", None)
+        or _of_generator(others, prepared, (teacher, fake_score)),
         fake_score_optimizer=fake_score_optimizer,
     )
 
@@ -85,11 +92,28 @@ def _at_least_one(optimizers: list[Any]) -> list[Any]:
     return optimizers
 
 
-def _exactly_one(optimizers: list[Any]) -> Any:
-    if len(optimizers) != 1:
+def _of_generator(optimizers: list[Any], prepared: list[Any], others: tuple[ScoreNetwork, ...]) -> Any:
+    """Return the only optimizer, or the only one that steps a third network of the teacher's class."""
+    students = optimizers
+    if len(optimizers) > 1:
+        known = {id(module) for network in others for module in network.modules().values()}
+        kinds = {type(module) for network in others for module in network.modules().values()}
+        kinds = {kind for kind in kinds if kind.__module__.partition(".")[0] != "torch"}  # containers tell nothing
+        inside = [module for each in prepared if hasattr(each, "modules") for module in each.modules()]
+        networks = [module for module in inside if type(module) in kinds and id(module) not in known]
+        weights = {id(parameter) for network in networks for parameter in network.parameters()}
+        students = [each for each in optimizers if weights & _parameters(each)]
+    if len(students) != 1:
         raise RoleError(
-            f"{len(optimizers)} prepared optimizers beside the fake score's",
+            f"{len(optimizers)} prepared optimizers beside the fake score's, {len(students)} of them for a network of "
+            "the teacher's class",
             expected="one, the generator's",
             cure="name the generator's with --role generator_optimizer=VARIABLE",
         )
-    return optimizers[0]
+    for other in (each for each in optimizers if each is not students[0]):
+        logger.info(
+            "%s of %d other tensors is left alone. If it trains a discriminator on the teacher's features, these are "
+            "the active node's during backtracking",
+            *(type(getattr(other, "optimizer", other)).__name__, len(_parameters(other))),
+        )
+    return students[0]

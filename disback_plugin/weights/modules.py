@@ -137,7 +137,7 @@ class WeightTable:
             everything += modules
             selected += modules if select is None else select(modules)
         around: list[Any] = [*holders, *(module for _, module in everything)]
-        self._resharders: list[Callable[[], None]] = [module.reshard for module in around if _is_fsdp2(module)]
+        self._resharders: list[Callable[[], None]] = [module.reshard for module in around if is_fsdp2(module)]
         self._reshard()
         self._resharders += fsdp1_resharders([p for _, module in selected for p in module._parameters.values()])
         self._reshard()
@@ -189,7 +189,7 @@ class WeightTable:
                 self.weights.append(_validated(prefix + name, tensor, role))
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
+def is_fsdp2(module: nn.Module) -> bool:
     """Return whether FSDP2 manages a module, by name: to import torch.distributed.fsdp takes half a second."""
     return "FSDPModule" in [kind.__name__ for kind in type(module).__mro__]
 

@@ -43,9 +43,11 @@ def run(tmp_path, capsys):
     return run
 
 
-def test_two_names_are_enough_for_both_stages(run, tmp_path):
-    script = "accelerate_function.py"
-    code, errors = run(script, *ROLES[script], *PLAN)
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("accelerate_function.py", ()), ("accelerate_globals.py", ("--third",))]
+)
+def test_two_names_are_enough_for_both_stages(script, arguments, run, tmp_path):
+    code, errors = run(script, *ROLES[script], *PLAN, arguments=arguments)
     assert code == 0, errors
     assert "disback: ended: <disback done: position 0 (N = 3" in errors
     path = disback.DegradationPath(tmp_path / "path")
@@ -132,8 +134,6 @@ def test_a_sharded_run_resumes_from_the_scripts_own_shards(tmp_path):
         ("accelerate_globals.py", ("teacher=real_unet", "fake_score=accelerator"), (), "Accelerator as the fake score"),
         ("accelerate_globals.py", ("teacher=real_unet", "fake_score=real_unet"), (), "one Net as both teacher and"),
         ("accelerate_globals.py", ("teacher=fake_unet", "fake_score=real_unet"), (), "no prepared optimizer steps"),
-        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=fake_unet"), ("--third",),
-         "found 2 prepared optimizers beside the fake score's"),
         ("accelerate_globals.py", ("techer=real_unet",), (), "found --role techer=real_unet; expected one of teacher,"),
         ("accelerate_globals.py", ("teacher",), (), "found --role teacher="),
         ("accelerate_function.py", ("teacher=run.critics.real", "fake_score=run.critics.fake"), ("--unprepared",),
@@ -183,14 +183,48 @@ def test_the_kit_passes_the_adapter():
     check_adapter("accelerate_loop", make)
 
 
-def test_the_third_optimizer_is_no_question_once_the_generators_is_named(tmp_path):
+class Discriminator(nn.Module):
+    """A discriminator whose heads stand on the teacher's features, and which keeps the teacher as an attribute."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.backbone, self.head = teacher, nn.Linear(2, 1)
+
+
+@pytest.mark.parametrize("student", ["other", "class", "lora"])
+def test_of_three_optimizers_the_generators_steps_a_network_of_the_teachers_class(student, tmp_path, caplog):
     run = Run()
+    discriminator = Discriminator(run.teacher)
+    if student != "other":
+        run.generator = Score()
+    if student == "lora":
+        run.generator.requires_grad_(False)
+        run.generator.left.lora_A = nn.Linear(2, 1)
+    trained = [parameter for parameter in run.generator.parameters() if parameter.requires_grad]
+    run.optimizer_g = torch.optim.Adam(trained, lr=1e-2)
+    optimizer_d = torch.optim.SGD(discriminator.head.parameters(), lr=0.1)
     run.accelerator = prepared_run(run)
-    run.accelerator.prepare(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
-    with pytest.raises(RoleError, match="2 prepared optimizers beside"):
+    run.accelerator.prepare(discriminator, optimizer_d)
+    if student == "other":  # nothing tells it from the discriminator
+        with pytest.raises(RoleError, match="2 prepared optimizers beside the fake score's, 0 of them"):
+            disback.attach(run, adapter="accelerate_loop", path=tmp_path)
+        run.generator_optimizer = run.optimizer_g
+    caplog.set_level("INFO")
+    with disback.attach(run, adapter="accelerate_loop", path=tmp_path) as handle:
+        assert handle.phase == "recording"
+        assert run.optimizer_g.optimizer._optimizer_step_pre_hooks
+        assert not optimizer_d._optimizer_step_pre_hooks
+    assert ("the active node's during backtracking" in caplog.text) is (student != "other")
+
+
+def test_two_networks_of_the_teachers_class_beside_it_are_a_question(tmp_path):
+    run = Run()
+    run.generator, second = Score(), Score()
+    run.optimizer_g = torch.optim.Adam(run.generator.parameters(), lr=1e-2)
+    run.accelerator = prepared_run(run)
+    run.accelerator.prepare(second, torch.optim.SGD(second.parameters(), lr=0.1))
+    with pytest.raises(RoleError, match=r"2 of them for a network of the teacher's class.*--role generator_optimizer="):
         disback.attach(run, adapter="accelerate_loop", path=tmp_path)
-    run.generator_optimizer = run.optimizer_g
-    disback.attach(run, adapter="accelerate_loop", path=tmp_path).detach()
 
 
 def test_a_fake_score_of_another_architecture_is_refused_with_what_works(tmp_path):
