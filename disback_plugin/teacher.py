@@ -1,7 +1,7 @@
 """Positions of a path written into the trainer's own teacher, in place and checked.
 
 A move decodes the position piece by piece into the live weights; at a node the result is compared with the node's
-checksum. One weight is remembered to notice that someone else wrote the teacher.
+checksum. A few weights are remembered to notice that someone else wrote or replaced the teacher's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import time
 
 import torch
+from torch import Tensor
 
 from disback_plugin import distributed
 from disback_plugin.errors import StateError
@@ -54,7 +55,6 @@ class TeacherWriter:
         self.network, self.failed = network, False
         self._together = distributed.is_distributed()  # the process group exists by now: the networks are wrapped
         self._path = path if path is not None and len(path) > 1 else None
-        self._witness = network.first_parameter()
         self._remember(0.0, time.perf_counter())
         self._expected: list[str] | None = None
         if self._path is not None:
@@ -121,9 +121,12 @@ class TeacherWriter:
             path.verify_checksum(index, found, None if self._expected is None else self._expected[index])
 
     def _remember(self, position: float, began: float) -> None:
-        """Remember the position, the time that its write took, and the values of one weight."""
+        """Remember the position, the time that its write took, and some of the weights."""
         self.position, self.swap_ms = position, 1e3 * (time.perf_counter() - began)
-        self._version, self._value = self._witness._version, local_tensor(self._witness).detach().clone()
+        if self._path is not None:
+            self._slots = self.network.witnesses()
+            self._versions = [tensor._version for _, _, tensor in self._slots]
+            self._values = [_first_values(tensor).clone() for _, _, tensor in self._slots]
 
     def distance(self, start: float, end: float) -> float:
         """Return the length of the path between two positions in [0, N], in weight space."""
@@ -143,13 +146,27 @@ class TeacherWriter:
         if self.failed:
             cure = "correct the cause of that error, and resume from the last saved state: load_state_dict(state)"
             raise StateError("a scheduler whose last move failed", expected="a teacher in place", cure=cure)
-        # The version costs nothing. The values are compared only if it changed: a DDP broadcast writes equal values.
-        if self._path is None or self._witness._version == self._version:
+        if self._path is None:
             return
-        if not torch.equal(local_tensor(self._witness).detach(), self._value):
+        # Versions cost nothing. Values are compared only if one changed: a DDP broadcast writes equal values.
+        found = [tensor._version for _, _, tensor in self._slots]
+        replaced = [name for holder, name, tensor in self._slots if holder.get(name) is not tensor]
+        if found == self._versions and not replaced:
+            return
+        if replaced:  # by others, or by FSDP, which puts its own back
+            self._slots = self.network.witnesses()
+        values = [_first_values(tensor) for _, _, tensor in self._slots]
+        pairs = [*zip(values, self._values, strict=True)]
+        if not all(now.shape == then.shape and torch.equal(now, then.to(now)) for now, then in pairs):
             raise StateError(
-                f"a teacher that somebody else has written since update {updates}",
+                f"a teacher that somebody else has {'replaced' if replaced else 'written'} since update {updates}",
                 expected=f"the weights of position {self.position:g}",
-                cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it",
+                cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it; a "
+                "forward that writes its own weights, as a renormalisation, cannot be moved",
             )
-        self._version = self._witness._version
+        self._versions = [tensor._version for _, _, tensor in self._slots]
+
+
+def _first_values(tensor: Tensor) -> Tensor:
+    """Return the first elements of a weight that this rank holds."""
+    return local_tensor(tensor).detach().reshape(-1)[:1024]

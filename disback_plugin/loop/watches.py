@@ -6,7 +6,9 @@ only in the first updates after DisBack has written them.
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from disback_plugin.errors import StateError
 from disback_plugin.loop.optimizer_hooks import UpdateCounter
+from disback_plugin.weights.modules import freezes
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sampling import WeightSample
 
@@ -78,9 +81,13 @@ class ForwardWatch:
 
     def __init__(self, network: ScoreNetwork) -> None:
         # functional_call runs a module with other tensors; FSDP swaps them, too.
-        own = None if network.sharded else {id(tensor) for _, tensor in network.named_tensors()}
-        self._own = own
-        self._hooks = [module.register_forward_pre_hook(self._remember) for module in network.weight_modules()]
+        self._own = None if network.sharded else {id(tensor) for _, tensor in network.named_tensors()}
+        modules = network.weight_modules()
+        if any(map(_is_compiled, network.modules().values())):
+            modules = []  # a graph would run without the hooks, or record them
+            if freezes():
+                logger.warning("a compiled teacher has its weights as constants (freezing), and cannot be moved")
+        self._hooks = [module.register_forward_pre_hook(self._remember) for module in modules]
         self.seen = not self._hooks
 
     def remove(self) -> None:
@@ -171,3 +178,13 @@ class WrittenWeights:
                 expected="an optimizer that steps the live weights; this one keeps copies, which were not found",
                 cure="attach before the optimizer's first step, or let it make its master copies anew",
             )
+
+
+def _is_compiled(root: nn.Module) -> bool:
+    """Return whether `torch.compile` has wrapped a network, or a part of it, or compiled it in place."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    inside = (m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in root.modules())
+    return any(inside) or any(
+        isinstance(holder, dict) and holder.get("_orig_mod") is root for holder in gc.get_referrers(root)
+    )

@@ -7,6 +7,7 @@ of the plain module, so that a node recorded from one form fits every other.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from typing import Any
@@ -42,7 +43,7 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
         keep_peft: Whether to stop at a `PeftModel`, which calls the network past its hooks.
 
     Raises:
-        RoleError: If FSDP1 wraps it with `use_orig_params=False`.
+        RoleError: If FSDP1 wraps it with `use_orig_params=False`, or inductor compiles it with `freezing`.
 
     Example:
         >>> plain = nn.Linear(1, 1)
@@ -58,10 +59,21 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
                 found = f"{kind.__name__} with use_orig_params=False, which keeps several weights in one, without names"
                 cure = "wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or use fully_shard"
                 raise RoleError(found, expected="weights that have names", cure=cure)
+            if attribute == "_orig_mod" and freezes(getattr(module.dynamo_ctx, "compiler_config", None)):
+                cure = "compile it without freezing"
+                raise RoleError(
+                    f"{kind.__name__} whose graph has weights as constants", expected="live ones", cure=cure
+                )
             module = getattr(module, attribute)
             break
         else:
             return module
+
+
+def freezes(config: Mapping[str, Any] | None = None) -> bool:
+    """Return whether inductor makes the weights of an inference graph constants, by its options or for every graph."""
+    everywhere = getattr(sys.modules.get("torch._inductor.config"), "freezing", False)
+    return bool(everywhere or (config or {}).get("freezing"))
 
 
 def find(root: object, prefix: str, role: str) -> list[nn.Module]:
@@ -142,9 +154,9 @@ class WeightTable:
         self._resharders += fsdp1_resharders([p for _, module in selected for p in module._parameters.values()])
         self._reshard()
         # The slot of each object: the dictionary of its module, its name there, and the object.
-        self._slots: list[tuple[Mapping[str, Any], str, Any]] = []
+        self.slots: list[tuple[Mapping[str, Any], str, Any]] = []
         for _, module in everything:
-            self._slots += [(module._modules, name, child) for name, child in module._modules.items()]
+            self.slots += [(module._modules, name, child) for name, child in module._modules.items()]
         self.weights: list[Weight] = []
         for name, module in selected:
             self._add(name, module, role, only)
@@ -160,7 +172,7 @@ class WeightTable:
     def is_current(self) -> bool:
         """Let FSDP free what it has gathered and keeps; return whether the live tensors are those of the table."""
         self._reshard()
-        for slots, name, known in self._slots:
+        for slots, name, known in self.slots:
             if slots.get(name) is not known:
                 return False
         for weight, shape in zip(self.weights, self._shapes, strict=True):
@@ -184,7 +196,7 @@ class WeightTable:
         slots += [(module._buffers, name) for name in module._buffers if name not in module._non_persistent_buffers_set]
         for holder, name in slots:
             tensor = holder[name]
-            self._slots.append((holder, name, tensor))
+            self.slots.append((holder, name, tensor))
             if tensor is not None and (only is None or prefix + name in only):
                 self.weights.append(_validated(prefix + name, tensor, role))
 

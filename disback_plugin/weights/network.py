@@ -188,6 +188,13 @@ class ScoreNetwork:
         """Return the first live parameter, or the first buffer of a network without parameters."""
         return max(self._weights(), key=lambda weight: weight.is_parameter).tensor
 
+    def witnesses(self, count: int = 8) -> list[tuple[Mapping[str, object], str, Tensor]]:
+        """Return some live parameters, from the first to the last, with the dictionary and the name that hold each."""
+        self._weights()
+        slots = [slot for slot in self._table.slots if isinstance(slot[2], nn.Parameter)]
+        slots = slots or [slot for slot in self._table.slots if isinstance(slot[2], Tensor)]
+        return slots[:: -(-len(slots) // count)] if slots else []
+
     def buffer_names(self) -> set[str]:
         """Return the canonical names of the persistent buffers: running statistics, filters, counters."""
         return {weight.name for weight in self._weights() if not weight.is_parameter}
