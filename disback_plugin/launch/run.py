@@ -36,6 +36,7 @@ from disback_plugin.attachment import attach
 from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.handle import Handle
 from disback_plugin.launch import Watch, call_after_import, replace
+from disback_plugin.loop.held_steps import is_initialization
 from disback_plugin.path import files
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
@@ -160,6 +161,8 @@ class ScriptRunner:
 
     def _refuse_early_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise, before the first step of any optimizer, the reason why DisBack is not attached yet."""
+        if is_initialization(optimizer):  # a checkpoint is being loaded
+            return
         if self._failure is not None:
             raise self._failure
         first, calls = self._watches[0], " or ".join(watch.call for watch in self._watches)

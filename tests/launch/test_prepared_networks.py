@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -123,6 +124,41 @@ def test_a_sharded_run_resumes_from_the_scripts_own_shards(tmp_path):
     ]
     assert saved[0] > 0
     assert list(map(int, found)) == [0, saved[0]]
+
+
+@pytest.mark.slow
+def test_accelerates_own_fsdp2_resumes_in_both_stages_and_ends_alike(tmp_path):
+    command = (
+        "-m",
+        *TORCHRUN,
+        "-m",
+        "disback_plugin.launch",
+        "--adapter",
+        "accelerate_loop",
+        "--role",
+        "fake_score=critic",
+    )
+    options = ("--record", 4, "--every", 2, "--schedule", "fixed:3", TRAINERS / "fsdp2_accelerate.py", "--rounds")
+
+    def run(folder, *arguments):
+        code, errors = python(*command, "--path", folder, *options, *arguments, cwd=tmp_path)
+        assert code == 0, errors
+        return re.search(r"attached to [^\n]*<disback (\w+)[^\n]*?(\d+) generator updates, (\d+) fake-score", errors)
+
+    run("parts", 3)
+    for name in ("parts", "parts.states.jsonl"):
+        copied = shutil.copytree if (tmp_path / name).is_dir() else shutil.copy
+        copied(tmp_path / name, tmp_path / name.replace("parts", "other"))
+    assert run("parts", 6, "--resume", "state-3").groups() == ("recording", "0", "3")
+    assert run("parts", 9, "--resume", "state-6").groups() == ("backtracking", "2", "6")
+    assert run("other", 9, "--resume", "state-3").groups() == ("recording", "0", "3")
+    ends = [torch.load(tmp_path / f"end-9-state-{start}.pt") for start in (6, 3)]
+    for one, other in zip(*ends, strict=True):
+        assert all(map(torch.equal, one, other))
+    path = disback.DegradationPath(tmp_path / "parts")
+    names = ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert all(torch.equal(tensor, path[0][name]) for name, tensor in zip(names, ends[0][0], strict=True))
+    assert [node.iteration for node in path.nodes] == [2, 4]
 
 
 @pytest.mark.parametrize(
