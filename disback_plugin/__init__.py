@@ -38,15 +38,17 @@ _MODULES = {
     "TrajectoryScheduler": "scheduler", "Watch": "launch", "attach": "attachment", "hookimpl": "plugins.hookspecs",
     "lora": "weights.lora", "record": "recording",
 }
+# Names that version 0.1.0 had here.
+_MOVED = dict.fromkeys(("MaskedSamples", "OriginalFeatures", "RunLog", "Trackers"), "plugins")
 # fmt: on
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return import_module("importlib.metadata").version("disback-plugin")
-    if name not in __all__:
+    if name not in __all__ and name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    module = import_module(f"{__name__}.{(_MODULES | _MOVED).get(name, name)}")
     globals()[name] = value = getattr(module, name, module)
     return value
 

@@ -167,9 +167,11 @@ def attach(
         session.log = session.plugins.add_run_log(log, folder)
     try:
         session.begin(None if plan is None or folder is None else _open(session, folder, plan, resumes=resumes), state)
-    except PluginError:  # of a plug-in that was called when backtracking began
-        if session.scheduler is not None:
+    except BaseException as error:
+        if session.scheduler is not None and isinstance(error, PluginError):  # called when backtracking began
             session.scheduler.restore_teacher()
+        if session.path is not None:
+            session.path.lock.release()
         raise
     if session.log is not None:
         session.log.begin(
@@ -246,7 +248,7 @@ def _warn(session: Session, path: DegradationPath) -> None:
         )
     if path.complete and session.schedule.until_fitted:
         warn_of_other_rate(path.manifest, session.fake_score, session.fake_score_optimizers)
-    if path.complete and session.log is not None and session.log.file.is_file():
+    if path.complete and session.log is not None and os.path.isfile(session.log.file):
         from disback_plugin.plugins.log_reader import read
 
         with suppress(PathError):  # the file is no log

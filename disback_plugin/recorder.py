@@ -71,16 +71,19 @@ def open_or_create(
             validate(recording.nodes)
             return DegradationPath.create(folder, state, recording, generator=generator)
         path = DegradationPath(folder)
-        if not (resumes and path.manifest.recording.keep_teacher):
-            path.verify_teacher(state)
-        if not resumes:
-            _compare_recordings(path, recording, generator, validate)
-            path.write_teacher(state)
-        path.remove_leftovers()
-        path.verify()
-        # A crash may have come between the last node and the mark of completion.
-        if not path.complete and len(path) - 1 == path.manifest.last_node:
-            path.finish()
+        with path.lock:
+            if not path.complete:
+                path.lock.acquire(resumes=resumes)
+            if not (resumes and path.manifest.recording.keep_teacher):
+                path.verify_teacher(state)
+            if not resumes:
+                _compare_recordings(path, recording, generator, validate)
+                path.write_teacher(state)
+            path.remove_leftovers()
+            path.verify()
+            # A crash may have come between the last node and the mark of completion.
+            if not path.complete and len(path) - 1 == path.manifest.last_node:
+                path.finish()
         return path
 
     # Only rank 0 reads and writes the folder: the others must not see it half written.

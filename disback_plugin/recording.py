@@ -106,18 +106,21 @@ def record(
         target, network = networks_of(target, fake_score)
         check_networks(target, network)
         opened = open_or_create(path, target, plan)
-        recorder = Recorder(opened, network, Progress(), plugins=manager)
-        recorder.start()
-        if not opened.complete:
-            _begin_log(recorder, manager, log, asdict(plan))
-            with restored(tensor for _, tensor in network.named_tensors()):
-                _fit(recorder, fake_step)
+        with opened.lock:
+            recorder = Recorder(opened, network, Progress(), plugins=manager)
+            recorder.start()
+            if not opened.complete:
+                _begin_log(recorder, manager, log, asdict(plan))
+                with restored(tensor for _, tensor in network.named_tensors()):
+                    _fit(recorder, fake_step)
         return opened
     finished = DegradationPath.exists(path) and DegradationPath(path).complete
     # The copy is made before anything is written.
     copied = None if finished or sample is None or loss is None else _TrainedCopy(target, sample, loss, learning_rate)
     opened = open_or_create(path, target, plan)
-    if not opened.complete and copied is not None:
+    if opened.complete or copied is None:
+        return opened
+    with opened.lock:
         recorder = Recorder(opened, copied.network, Progress(), training=copied.state, plugins=manager)
         saved = opened.training_state()
         if saved is None:

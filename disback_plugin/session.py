@@ -317,6 +317,8 @@ class Session:
         for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
             watch.remove()
         self._to_restore = self._restorable.restore(self._to_restore)
+        if self.path is not None:
+            self.path.lock.release()
         self._restore_teacher()
 
     # -- resume -------------------------------------------------------------------------------------------------------

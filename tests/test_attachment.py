@@ -185,6 +185,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, moment
     first.steps(moment)
     saved, state = first.checkpoint(), handle.state_dict()
     first.steps(3)  # lost work: more nodes may be on disk than the checkpoint knows
+    handle.path.lock.release()  # as the end of a process does
 
     second = Run()
     resumed = disback.attach(**second.roles(), path=tmp_path / "split", **options)

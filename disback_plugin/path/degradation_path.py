@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +96,26 @@ class DegradationPath(
                 if state[name].isnan().any():
                     raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
             manifest = Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator)
-            new.extend(parent for parent in (root, *root.parents) if not parent.exists())
             with files.writing(root):
+                new.extend(parent for parent in (root, *root.parents) if not parent.exists())
                 root.mkdir(parents=True, exist_ok=True)
-                manifest.write(root)  # before the first big file: a folder that a crash leaves is recognized as a path
             return manifest
 
         path = cls(root, distributed.on_main_process(begin, state))
         path._teacher = kept
-        try:
-            path.write_teacher(state)
-        except PathError:  # on rank 0
-            with suppress(OSError):
-                for file in (CONFIG, path.manifest.teacher.file):
-                    (root / file).unlink(missing_ok=True)
-                for parent in new:
-                    parent.rmdir()
-            raise
+        distributed.on_main_process(path.lock.acquire)
+        with path.lock:
+            try:
+                path.update_manifest()  # before the first big file: what a crash leaves is recognized as a path
+                path.write_teacher(state)
+            except PathError:  # on rank 0
+                path.lock.release()
+                with suppress(OSError):
+                    for file in (CONFIG, path.manifest.teacher.file):
+                        (root / file).unlink(missing_ok=True)
+                    for parent in new:
+                        parent.rmdir()
+                raise
         return path
 
     @classmethod
@@ -127,7 +129,7 @@ class DegradationPath(
         Raises:
             PathError: If there is no such folder or repository, or it holds no path.
         """
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             return cls(path)
         try:
             folder = snapshot_download(str(path), allow_patterns=[CONFIG, "README.md", "*.safetensors"], **hub)
@@ -143,9 +145,9 @@ class DegradationPath(
     def exists(cls, folder: str | os.PathLike[str]) -> bool:
         """Return whether the folder holds a path, finished or not; raise PathError if it holds something else."""
         root = Path(folder)
-        if (root / CONFIG).is_file():
+        if os.path.isfile(root / CONFIG):  # no error of a name that is too long
             return True
-        held = [str(root)] if root.is_file() else files.visible(root) if root.is_dir() else []
+        held = [str(root)] if os.path.isfile(root) else files.visible(root) if os.path.isdir(root) else []
         if held:
             raise PathError(
                 f"{root} without a {CONFIG} but with {held[:3]}",
@@ -181,6 +183,7 @@ class DegradationPath(
         """Write files on rank 0, then the manifest with the fields that `write` returns, which all ranks receive."""
 
         def written() -> Manifest:
+            self.lock.acquire()
             with files.writing(self.folder):
                 manifest = replace(self.manifest, format=FORMAT, **write())
                 manifest.write(self.folder)
@@ -199,11 +202,9 @@ class DegradationPath(
         state = FullState.of(teacher)
 
         def write() -> dict[str, Any]:
-            overlapping, keep = state.overlapping(), self._keep(state)
-            tensors: dict[str, Tensor] = {}
-            for name in state.own():
-                tensor = keep(state[name].cpu().contiguous())
-                tensors[name] = tensor.clone() if name in overlapping else tensor
+            overlapping = state.overlapping()
+            tensors = {name: state[name].cpu().contiguous() for name in state.own()}
+            tensors |= {name: tensors[name].clone() for name in overlapping}
             file, metadata = self.folder / self.manifest.teacher.file, json.dumps(state.aliases, sort_keys=True)
             entry = replace(self.manifest.teacher, **files.write_tensors(file, tensors, metadata=metadata))
             self._verified[entry.file] = self._stamp(entry)
@@ -243,7 +244,7 @@ class DegradationPath(
 
         def write() -> dict[str, Any]:
             codec = known.recording.codec
-            made = encode(codec, whole, self._node(index - 1), exactly=exactly, keep=self._keep(whole))
+            made = encode(codec, whole, self._node(index - 1), exactly=exactly)
             file, metadata = self.folder / files.node_file(index), made.delta.metadata()
             listed = files.write_tensors(file, made.delta.parts, metadata=metadata)
             if training is not None:
@@ -280,6 +281,7 @@ class DegradationPath(
             return {"complete": True}
 
         self._update(write)
+        self.lock.release()
 
     def remove_nodes_after(self, iteration: int) -> None:
         """Remove the nodes after `iteration`, to record them again from a training state saved there."""
@@ -297,12 +299,8 @@ class DegradationPath(
     def _remove_unlisted(self, *kept: str) -> None:
         listed = {*kept, *(entry.file for entry in self.manifest.entries)}
         for file in list(self.folder.iterdir()):
-            if files.is_leftover(file.name) or (files.is_path_file(file.name) and file.name not in listed):
+            if files.is_leftover(file) or (files.is_path_file(file.name) and file.name not in listed):
                 file.unlink()
-
-    def _keep(self, state: FullState) -> Callable[[Tensor], Tensor]:
-        """Return a function that keeps a tensor until its file is written: on disk if the network is sharded."""
-        return partial(files.spool, folder=self.folder) if state.sharded else lambda tensor: tensor
 
     # -- share and show -----------------------------------------------------------------------------------------------
 

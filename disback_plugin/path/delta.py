@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,6 @@ def encode(
     previous: NodeSource,
     *,
     exactly: Collection[str] = (),
-    keep: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Encoded:
     """Encode a network's weights as the node after `previous`, one tensor at a time.
 
@@ -55,7 +54,6 @@ def encode(
         previous: Node i - 1.
         exactly: Names of tensors that are stored whole under "int8" too: running statistics, whose signs matter. So are
             tensors that overlap others in memory, and those that would not be finite once decoded.
-        keep: Called with each tensor to be stored; returns where it is kept until the file is written.
 
     Raises:
         TrainingError: If the weights are not finite, or equal those of `previous`.
@@ -77,7 +75,7 @@ def encode(
         entries[name] = Entry(code, TensorMeta(value.dtype, state.layout[name].shape))
         if code == "plain":
             made = {"": (value.clone() if name in overlapping else value).view(state.layout[name].shape)}
-        parts |= {name + part: keep(tensor) for part, tensor in made.items()}
+        parts |= {name + part: tensor for part, tensor in made.items()}
         for each in names[name]:
             recorded.add(each, value)
             checksum.add(each, decoded)

@@ -1,31 +1,39 @@
-"""Atomic files: safetensors and JSON are written under a temporary name, flushed to disk and renamed."""
+"""Atomic files: safetensors and JSON are written under a temporary name, flushed to disk and renamed.
+
+What a mounted folder does not know (modes, flushing a folder, renaming over a file, mapping, locks) is done without and
+said once: without a rename a file is copied, and the complete temporary file is read where the copy was torn.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from disback_plugin.errors import COPY_AGAIN, PathError
 
+logger = logging.getLogger(__name__)
+
 LARGEST_JSON = 1 << 26
 # The key of our text in a safetensors file's metadata.
 METADATA = "disback"
-# Smaller tensors, in bytes, stay in memory.
-SMALL = 1 << 16
+# The errors of a file system that does not know an operation.
+UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EEXIST}
+UNKNOWN |= {errno.EXDEV, errno.ENOLCK, errno.EBADF}
 
 
 def damaged(found: str, expected: str) -> PathError:
@@ -63,19 +71,23 @@ def is_path_file(name: str) -> bool:
     return re.fullmatch(r"teacher\.safetensors|(node|training)-\d{3,}\.safetensors", name) is not None
 
 
-def is_leftover(name: str) -> bool:
-    """Return whether a name is that of a temporary file, of this module or of safetensors.
+def is_leftover(file: Path) -> bool:
+    """Return whether a crash left a temporary file of this module, or one that safetensors wrote for it.
 
     Example:
-        >>> is_leftover(".config.json.tmp"), is_leftover(".tmpfUgSsb"), is_leftover("config.json")
-        (True, True, False)
+        >>> is_leftover(Path(".config.json.tmp")), is_leftover(Path(".thesis.tex.tmp"))
+        (True, False)
     """
-    return re.fullmatch(r"\..+\.tmp|\.tmp\w{6}", name) is not None
+    if re.fullmatch(r"\.tmp\w{6}", file.name) and file.is_file():
+        with file.open("rb") as stream:
+            return f'{{"__metadata__":{{"{METADATA}"'.encode() in stream.read(64)
+    own = re.fullmatch(r"\.(.+)\.tmp", file.name)
+    return own is not None and (own[1] in ("config.json", "README.md") or is_path_file(own[1]))
 
 
 def visible(folder: Path) -> list[str]:
-    """Return the sorted names in a folder, without the temporary files that a crash left."""
-    return sorted(entry.name for entry in folder.iterdir() if not is_leftover(entry.name))
+    """Return the sorted names in a folder that are not hidden, as are temporary files that a crash left."""
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def stamp(file: Path) -> tuple[int, int, int] | None:
@@ -106,10 +118,17 @@ def map_tensors(file: Path, *, size: int) -> tuple[dict[str, Tensor], str]:
     """
     require_size(file, size)
     try:
-        with safe_open(file, framework="pt", device="cpu") as handle:
-            tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            return tensors, (handle.metadata() or {})[METADATA]
-    except (SafetensorError, KeyError, ValueError, OverflowError) as error:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as handle:
+                tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                return tensors, (handle.metadata() or {})[METADATA]
+        except (OSError, RuntimeError, SafetensorError):  # it may only be the map, or a name that is not in UTF-8
+            content = file.read_bytes()
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            mapped = load(content), header["__metadata__"][METADATA]
+            say_once(file.parent, "map files: they are read into memory")
+            return mapped
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, OSError) as error:
         what = f"{file} that cannot be read ({type(error).__name__}: {error})"
         raise damaged(what, "a safetensors file of a path") from error
 
@@ -124,11 +143,20 @@ def digest(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON object.
+    """Return a JSON object; that of a complete temporary file, where a crash tore a file that could not be renamed.
 
     Raises:
         PathError: If the file is missing or holds no JSON object.
     """
+    try:
+        return _read_json(file)
+    except PathError:
+        with suppress(PathError):
+            return _read_json(_temporary(file))
+        raise
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = stamp(file)
         if found is None or found[1] > LARGEST_JSON:
@@ -173,24 +201,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: str) -
     return {"file": file.name, "sha256": digest(file), "bytes": file.stat().st_size}
 
 
-def spool(tensor: Tensor, folder: Path) -> Tensor:
-    """Copy a tensor into a mapped file that has no name any more, so that the copy takes no memory.
-
-    Args:
-        tensor: On the CPU and contiguous.
-        folder: On the disk that has room for it.
-
-    Example:
-        >>> spool(torch.arange(3), Path(tempfile.gettempdir()))
-        tensor([0, 1, 2])
-    """
-    if tensor.nbytes < SMALL:
-        return tensor
-    with tempfile.NamedTemporaryFile(prefix=".", suffix=".tmp", dir=folder) as file:
-        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return mapped.view(tensor.shape).copy_(tensor)
-
-
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically."""
     _replace(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -202,7 +212,7 @@ def copy(source: Path, file: Path) -> None:
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = _temporary(file)
     try:
         # An older file of that name goes first: nothing is written through a link.
         temporary.unlink(missing_ok=True)
@@ -210,16 +220,51 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         # safetensors makes its files private; a path is as readable as any other file of the user.
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(file)
+        with _if_known(file.parent, "change the mode of files"):
+            temporary.chmod(mode)
+        _flush(temporary)
+        try:
+            temporary.replace(file)
+        except OSError as error:
+            if error.errno not in UNKNOWN or not temporary.exists():
+                raise
+            shutil.copyfile(temporary, file)
+            _flush(file)
+            say_once(file.parent, "rename files: they are copied")
     finally:
         temporary.unlink(missing_ok=True)
     # The rename itself must survive a power cut. Folders cannot be opened on Windows.
     if os.name == "posix":
-        folder = os.open(file.parent, os.O_RDONLY)
+        _flush(file.parent)
+
+
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name[:50]}.tmp")  # a long name could not become longer
+
+
+def _flush(file: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    is_folder = file.is_dir()
+    with _if_known(file if is_folder else file.parent, f"flush {'folders' if is_folder else 'files'} to the disk"):
+        descriptor = os.open(file, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
+
+
+@contextmanager
+def _if_known(folder: Path, what: str) -> Iterator[None]:
+    """Go on without an operation that the file system does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
+        say_once(folder, what)
+
+
+@cache
+def say_once(folder: Path, what: str) -> None:
+    """Warn, once, that a folder cannot do something."""
+    logger.warning("%s is in a file system that cannot %s", folder, what)

@@ -18,6 +18,7 @@ from disback_plugin.path import files
 from disback_plugin.path.codecs import Delta, equal_bits
 from disback_plugin.path.delta import InterpolatedSource, NodeSource
 from disback_plugin.path.files import damaged
+from disback_plugin.path.lock import FolderLock
 from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Teacher
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import (
@@ -46,11 +47,13 @@ class PathReader:
     Attributes:
         folder: The folder, absolute.
         manifest: The content of `config.json`.
+        lock: Keeps other runs from recording into the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         self.folder = Path(folder).absolute()  # a run may change its directory
         self.manifest = Manifest.read(self.folder) if manifest is None else manifest
+        self.lock = FolderLock(self.folder)
         self._teacher: dict[str, Tensor] | None = None  # of a path that does not hold node 0
         self._opened: dict[str, tuple[Stamp, Any]] = {}
         self._verified: dict[str, Stamp] = {}
@@ -174,7 +177,8 @@ class PathReader:
         """Read every file, decode every node, and compare both with what was recorded.
 
         Raises:
-            PathError: If a file is missing, changed or foreign, or holds no node.
+            PathError: If a file is missing or changed, or holds no node. Files that the manifest does not list are not
+                read.
         """
         manifest, stamps = self.manifest, self._stamps(len(self) - 1)
         for entry in manifest.entries:
@@ -186,12 +190,6 @@ class PathReader:
         decodable = self._teacher is not None or manifest.teacher.sha256 != ""
         if decodable:
             self._verify_values()
-        unlisted = {name for name in files.visible(self.folder) if name[0] != "."} - {CONFIG, "README.md", *stamps}
-        # A recording that was broken off may have left files, which its resumption removes.
-        foreign = sorted(name for name in unlisted if manifest.complete or not files.is_path_file(name))
-        if foreign:
-            found = f"{foreign[:3]} in {self.folder}"
-            raise PathError(found, expected=f"only the files that {CONFIG} lists", cure="move it elsewhere")
         self._verified = stamps if decodable else {}
 
     def _verify_values(self) -> None:

@@ -184,14 +184,14 @@ def find(run: Path) -> list[Path]:
     Raises:
         PathError: If there is none.
     """
-    if run.is_file():
+    if os.path.isfile(run):  # no error of a name that is too long
         return [run]
     beside = RunLog.beside(run).file
-    if beside.is_file():
+    if os.path.isfile(beside):
         return [beside]
     neighbours = sorted(run.absolute().parent.glob(f"*{SUFFIX}"))
     inside = sorted(run.glob(f"*{SUFFIX}")) or [file for file in neighbours if _is_log_of(file, run)]
-    if not run.is_dir() or not inside:
+    if not os.path.isdir(run) or not inside:
         raise _no_log(f"no log of a run at {run}")
     return inside
 

@@ -252,8 +252,9 @@ def check_layout(
     """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
     names = {weight.name for weight in weights}
     if names != given.keys():
-        odd = {"without": sorted(names - given.keys()), "with unknown": sorted(given.keys() - names)}
-        found = [f"{which} {len(keys)} keys {keys[:3]}" for which, keys in odd.items() if keys]
+        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
+        found = [f"without {len(missing)} keys {missing[:3]}"] * bool(missing)
+        found += [f"with {len(unknown)} unknown {unknown[:3]}"] * bool(unknown)
         raise MismatchError(
             f"{source} {' and '.join(found)}",
             expected=f"the {len(names)} keys of the {role}, no more and no less",

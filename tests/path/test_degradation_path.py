@@ -210,8 +210,6 @@ DAMAGE = {
     "an iteration out of turn": lambda f: _edit_node(f, iteration=15),
     "an index out of turn": lambda f: _edit_node(f, index=3),
     "a norm that is none": lambda f: _edit_node(f, delta_norm="x"),
-    "a foreign file": lambda f: (f / "evil.pkl").write_bytes(b""),
-    "a node too many": lambda f: (f / "node-003.safetensors").write_bytes(b""),
     "another teacher": lambda f: save_file({"w": torch.zeros(1)}, f / "teacher.safetensors"),
 }
 

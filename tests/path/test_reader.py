@@ -202,8 +202,6 @@ DAMAGE = {
     "a part missing": lambda f: rewrite(f, 1, lambda parts: parts.pop("inner.0.weight|q")),
     "a part of another dtype": lambda f: rewrite(f, 1, lambda p: p.update({"inner.0.weight|q": torch.zeros(24)})),
     "steps changed, admitted": lambda f: rewrite(f, 1, lambda parts: parts["inner.0.weight|q"].fill_(1)),
-    "a foreign file": lambda f: (f / "node.pt").write_bytes(b"\x80\x02."),
-    "a foreign folder": lambda f: (f / "more").mkdir(),
 }  # fmt: skip
 
 

@@ -146,3 +146,67 @@ def test_without_a_listener_the_numbers_are_in_the_log(tmp_path, caplog):
     told = [record.getMessage() for record in caplog.records if "disback/position" in record.getMessage()]
     assert len(told) == 2
     assert told[1].startswith("update 2: {'disback/position': 0.0")
+
+
+class InOrder(Memory):
+    """Ignores values of an earlier step than the last, as Weights & Biases does, and keeps one row a step."""
+
+    name = "wandb"
+
+    def __init__(self):
+        super().__init__()
+        self.run, self.metrics, self.step, self.dropped = self, [], 0, []
+
+    def define_metric(self, name, step_metric):
+        self.metrics.append((name, step_metric))
+
+    def log(self, values, step=None, **kwargs):
+        at = self.step if step is None else step
+        if at < self.step:
+            self.dropped.append((step, values))
+            return
+        self.rows.append((at, dict(values)))
+        self.step = at + (step is None)
+
+
+LOOPS = {
+    "every iteration": lambda tracker, iteration: tracker.log({"loss": 1.0}, step=iteration),
+    "without a step": lambda tracker, iteration: tracker.log({"loss": 1.0}),
+    "now and then, in a unit of its own": lambda tracker, i: i % 10 or tracker.log({"loss": 1.0}, step=i // 10),
+    "never": lambda tracker, iteration: None,
+}
+
+
+@pytest.mark.parametrize("report", LOOPS.values(), ids=LOOPS)
+def test_a_tracker_that_wants_steps_in_order_loses_neither_our_reports_nor_the_loops(tmp_path, report):
+    tracker, run = InOrder(), Run()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("run")
+    options = {"path": tmp_path / "path", "record": 10, "every": 5, "schedule": "ramp:5"}
+    with disback.attach(**run.roles(), **options, plugins=(disback.Trackers(accelerator),)) as handle:
+        for iteration in range(1, 41):
+            run.step()
+            report(accelerator.trackers[0], iteration)
+        assert handle.phase == "done"
+    assert tracker.dropped == []
+    moves = [row["disback/generator_updates"] for _, row in tracker.rows if "disback/position" in row]
+    assert moves == [0, 1, 2, 3, 4, 5]
+    assert tracker.metrics == [("disback/*", "disback/generator_updates")]
+
+
+def test_a_tracker_that_takes_any_step_gets_generator_updates(tmp_path):
+    memory = Memory()
+    accelerator = Accelerator(cpu=True, log_with=memory)
+    accelerator.init_trackers("run")
+    log = memory.log
+    walk(tmp_path, Trackers(accelerator))
+    assert memory.log == log, "nothing is put around it"
+    assert [step for step, row in memory.rows if "disback/position" in row] == [0, 2]
+
+
+def test_the_names_of_the_first_version_are_still_found():
+    assert disback.Trackers is Trackers
+    assert disback.RunLog is not None
+    assert disback.OriginalFeatures is not None
+    assert disback.MaskedSamples is not None
+    assert "Trackers" not in dir(disback)
