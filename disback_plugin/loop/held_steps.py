@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from weakref import WeakSet
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from disback_plugin.loop.optimizers import hide_gradients, parameters, set_in_group
-from disback_plugin.weights.sharding import local_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +30,23 @@ def is_initialization(optimizer: Optimizer) -> bool:
 
     `torch.distributed.checkpoint.state_dict` takes such a step, with learning rates of 0 and gradients of 0, when it
     reads or loads the state of an optimizer that has none (`_init_optim_state`). It is neither held still nor counted.
-    Gradients are read only if all rates are 0, and a rate only if it is on the CPU: usual steps never wait for a
-    device.
+    Rates and gradients of 0 alone say nothing: a warm-up from 0 begins so where s_phi is still the teacher. Nothing is
+    read from a device.
 
     Example:
-        >>> weight = torch.ones(1)
-        >>> adam, weight.grad = torch.optim.Adam([weight], lr=0.1), torch.zeros(1)
-        >>> is_initialization(adam)
+        >>> from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+        >>> net = torch.nn.Linear(1, 1)
+        >>> adam = torch.optim.Adam(net.parameters(), lr=0.1)
+        >>> _ = adam.register_step_pre_hook(lambda *_: print(is_initialization(adam)))
+        >>> adam.step()
         False
-        >>> adam.param_groups[0]["lr"] = 0.0
-        >>> is_initialization(adam)
+        >>> _ = get_optimizer_state_dict(net, adam)
         True
     """
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    if optimizer.state or any(rate is None or (isinstance(rate, Tensor) and not rate.is_cpu) or rate for rate in rates):
+    rates = (group.get("lr") for group in optimizer.param_groups)
+    if optimizer.state or any(rate for rate in rates if not isinstance(rate, Tensor)):
         return False
-    gradients = [p.grad for p in parameters([optimizer]) if p.grad is not None]
-    return bool(gradients) and not any(local_tensor(gradient).abs().sum() for gradient in gradients)
+    return any(True for _ in _checkpoint_frames())
 
 
 def initialize_for_checkpoint(optimizer: Optimizer) -> None:
@@ -55,14 +55,20 @@ def initialize_for_checkpoint(optimizer: Optimizer) -> None:
     Torch does so itself unless there are gradients, by which it concludes that steps were taken; here they were held.
     Without a state the checkpoint could not be loaded, because loading initialises the optimizer.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None and not optimizer.state:
-        frame = frame.f_back
+    for frame in () if optimizer.state else _checkpoint_frames():
+        show = hide_gradients(parameters([optimizer]))
+        frame.f_globals["_init_optim_state"](optimizer)
+        show()
+        return
+
+
+def _checkpoint_frames() -> Iterator[FrameType]:
+    """Yield the callers that are functions of torch's distributed checkpoint."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
         if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            show = hide_gradients(parameters([optimizer]))
-            frame.f_globals["_init_optim_state"](optimizer)
-            show()
-            return
+            yield frame
+        frame = frame.f_back
 
 
 def keep_settings(optimizer: Optimizer, weights: Iterable[Tensor]) -> Callable[[], None]:
