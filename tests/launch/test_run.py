@@ -23,6 +23,7 @@ SCRIPTS = [
     ("diff_instruct", "di_train.py", "--outdir"),
     ("dmd2", "train_edm.py", "--output_path"),
     ("dmd2", "train_sd.py", "--output_path"),
+    ("lightx2v", "lightx2v_dmd.py", "--output_dir"),
 ]
 
 
@@ -156,6 +157,27 @@ def test_dmd2s_checkpoint_holds_the_teacher_itself_and_not_the_active_node(run, 
     assert code == 0, errors
     assert "attached to tianweiy/DMD2" in errors
     assert "backtracking: position 2 (N = 3" in errors, "the run resumes where the checkpoint was"
+
+
+@pytest.mark.parametrize("moment", [2, 5])
+def test_lightx2v_resumes_in_either_stage_and_ends_alike(run, tmp_path, moment):
+    script, whole = "lightx2v_dmd.py", tmp_path / "whole"
+    code, errors = run("lightx2v", script, *PLAN, out="whole", arguments=("--save_at", moment))
+    assert code == 0, errors
+    (tmp_path / "path").rename(tmp_path / "other")
+    code, errors = run("lightx2v", script, *PLAN, arguments=("--iterations", moment, "--save_at", moment))
+    assert code == 0, errors
+    saved = tmp_path / "out" / "checkpoint.pt"
+    code, errors = run("lightx2v", script, *PLAN, out="rest", arguments=("--resume", saved))
+    assert code == 0, errors
+    assert f"{2 * moment} fake-score updates>" in errors, "it goes on where the checkpoint was"
+    assert difference(networks(tmp_path / "rest"), networks(whole)) == []
+
+
+def test_lightx2vs_mixing_of_the_student_into_the_fake_score_is_named(run):
+    code, errors = run("lightx2v", "lightx2v_dmd.py", *PLAN, arguments=("--ida",))
+    assert code == 0, errors
+    assert errors.count("training.dmd.ida mixes the student into the fake score") == 1
 
 
 def test_an_interrupted_run_says_how_to_resume_and_resumes(run, tmp_path):
