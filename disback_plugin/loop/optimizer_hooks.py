@@ -13,7 +13,7 @@ an optimizer that is made later for the same weights is hooked before its first 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, MutableMapping, Set
+from collections.abc import Callable, Iterator, MutableMapping, Set
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -187,15 +187,14 @@ class OptimizerHooks:
 
         def change_gradients() -> None:
             for role in roles:
-                weights = role.weights(optimizer)
                 held = role is self.generator and factor is None
-                role.had_gradients[optimizer] = not held and has_gradients(weights)
+                role.had_gradients[optimizer] = not held and has_gradients(role.weights(optimizer))
                 if held:
-                    self._hidden[optimizer] = hide_gradients(weights)
+                    self._hidden[optimizer] = hide_gradients(role.weights(optimizer))
                     self._held.add(optimizer)
-                    self._kept[optimizer] = keep_settings(optimizer, weights)
+                    self._kept[optimizer] = keep_settings(optimizer, role.weights(optimizer))
                 elif role is self.generator and factor not in (None, 1.0):
-                    scale_gradients(weights, factor)
+                    scale_gradients(role.weights(optimizer), factor)
 
         return call_with_gradients(args, kwargs, change_gradients)
 
@@ -258,9 +257,12 @@ class UpdateCounter:
         self._stepped: dict[Optimizer, bool] = {}
         self._last: dict[Optimizer, tuple[ref[Tensor], int]] = {}  # a gradient of its last step, and its version
 
-    def weights(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return the weights of this network that an optimizer steps."""
-        return [p for p in parameters([optimizer]) if (id(p) in self._listed) is self._inside]
+    def weights(self, optimizer: Optimizer) -> Iterator[Tensor]:
+        """Yield the weights of this network that an optimizer steps."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if (id(p) in self._listed) is self._inside:
+                    yield p
 
     def steps(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer steps a weight of this network."""
@@ -294,10 +296,9 @@ class UpdateCounter:
         self._end()
 
     def _has_new_gradients(self, optimizer: Optimizer) -> bool:
-        weights = self.weights(optimizer)
-        gradient = next((p.grad for p in weights if p.grad is not None), None)
+        gradient = next((p.grad for p in self.weights(optimizer) if p.grad is not None), None)
         if gradient is None:
-            return has_gradients(weights)  # those of other ranks, perhaps
+            return has_gradients(self.weights(optimizer))  # those of other ranks, perhaps
         last, version = self._last.get(optimizer, (lambda: None, 0))
         return gradient is not last() or gradient._version != version
 

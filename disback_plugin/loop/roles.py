@@ -133,7 +133,8 @@ def check_roles(
                 expected="each optimizer to step its own network only, and none the teacher",
                 cure="pass each role its own network and optimizer",
             )
-    student = [p for p in parameters(generator_optimizers) if id(p) not in fakes.keys() | teachers.keys()]
+    known = fakes.keys() | teachers.keys()
+    student = [p for p in parameters(generator_optimizers) if id(p) not in known]
     for missing, found in (
         (not trained & fakes.keys(), "a fake_score_optimizer that steps nothing of the fake score"),
         (not student, "a generator_optimizer that steps no generator"),
