@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import distributed
@@ -224,9 +225,10 @@ class TrajectoryScheduler:
     def restore_teacher(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever the teacher holds now, and leave it there for good."""
         self._teacher.restore_teacher()
-        if self.started and not self.done:
+        early = self.started and not self.done
+        if early:
             self.progress.phase, self.progress.node_since = Phase.DONE, self.generator_updates
-        self._notify()
+        self._notify({"disback/detached": 1.0} if early else {})
         if self._masked is not None:
             self._masked.steps = self.progress.generator_updates
             self._masked.report()
@@ -292,13 +294,18 @@ class TrajectoryScheduler:
         if not self._suspended and (rewrite or position != self.position):
             self._teacher.move_to(position, updates=self.generator_updates)
 
-    def _notify(self) -> None:
-        """Call the plug-ins if the position or the gradient's factor changed."""
+    def _notify(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Call the plug-ins, with more values, if the position or the gradient's factor changed."""
         now, previous = Target(self.position, self.gradient_factor), self._notified
         if self._suspended or now == previous:
             return
         self._notified, position, updates = now, now.position, self.generator_updates
-        values = {"disback/position": position, "disback/node": ceil(position), "disback/gradient": now.gradient}
+        values = {
+            "disback/position": position,
+            "disback/node": ceil(position),
+            "disback/gradient": now.gradient,
+            **more,
+        }
         moved = position != previous.position
         if moved:
             swapped = {"position": position, "previous": previous.position, "update": updates}

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from disback_adapters.lcm_lora.prompts import prompts_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -225,29 +226,6 @@ def load(options: Options, device: torch.device) -> tuple[Any, Denoiser, Embeddi
         Embeddings.write(folder, pipeline, found, prompts, pixels)
         pipeline.register_modules(**text)
     return pipeline, found, Embeddings(folder, len(prompts)), pixels
-
-
-def prompts_of(source: str | Sequence[str]) -> list[str]:
-    """Return prompts from a list, or from a text file with one prompt a line.
-
-    Raises:
-        OptionError: If there is no such file, or no prompt in it.
-
-    Example:
-        >>> prompts_of(["a red cube", ""])
-        ['a red cube']
-    """
-    if isinstance(source, str):
-        file = Path(source)
-        lines: Sequence[str] = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
-    else:
-        lines = source
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise OptionError(
-            f"no prompt in {source!r}", expected="a text file, one prompt a line", cure="correct the name"
-        )
-    return found
 
 
 class Embeddings:

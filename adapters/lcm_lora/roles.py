@@ -13,11 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from disback_adapters.lcm_lora.pipelines import Denoiser
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from torch import Tensor
 from transformers import HfArgumentParser
@@ -101,6 +104,13 @@ class Options:
         _ = self.recording
         if self.student == "full" and self.student_lora is not None:
             raise OptionError("--student full and --student_lora", expected="one of them", cure="omit one")
+        if self.push_to_hub:
+            name = self.hub_id or Path(self.output).name
+            try:
+                validate_repo_id(name)
+            except HFValidationError as error:
+                cure = "pass --hub_id USER/NAME"
+                raise OptionError(f"the hub name {name!r}", expected="letters, digits, - _ .", cure=cure) from error
 
     @property
     def recording(self) -> dict[str, Any]:

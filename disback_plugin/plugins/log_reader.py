@@ -57,10 +57,17 @@ class History:
         """
         found: dict[str, dict[int, float | None]] = {}
         for line in self.lines:
-            for name, value in line.items() if ("recording" in line) == recording else ():
+            shown = ("recording" in line) == recording and not _is_end(line)
+            for name, value in line.items() if shown else ():
                 if name not in RESERVED and (value is None or type(value) in (int, float)):
                     found.setdefault(name, {})[_moment(line)[1]] = value
         return {name: sorted(points.items()) for name, points in found.items()}
+
+    @property
+    def detached(self) -> int | None:
+        """Generator updates at which the run was detached while backtracking; None if it was not, or went on."""
+        moves = [line for line in self.lines if "position" in line]
+        return moves[-1]["update"] if moves and _is_end(moves[-1]) else None
 
     def pictures(self) -> dict[str, list[tuple[int, Path]]]:
         """Return the files of the pictures by name, with the generator updates of each."""
@@ -113,6 +120,11 @@ def last_run(lines: Iterable[Line]) -> History:
     begun = [line for line in runs[-1] if "begin" in line]
     others = [line for line in runs[-1] if "begin" not in line]
     return History(begun=begun, lines=sorted(others, key=_moment))  # stable: of one moment the last stays the last
+
+
+def _is_end(line: Line) -> bool:
+    """Return whether a line was written as detaching restored the teacher, which is no part of the run's course."""
+    return "detached" in line and "position" in line
 
 
 def _last_begin(run: Sequence[Line]) -> Line:

@@ -35,14 +35,19 @@ def page(runs: Sequence[History]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     sections: dict[str, list[tuple[Panel, str]]] = {}
+    facts = [_facts(run) for run in runs]
     for i, panel in enumerate(panels(runs)):
-        sections.setdefault(panel.section, []).append((panel, svg(panel, f"p{i}")))
+        if panel.has_course:
+            sections.setdefault(panel.section, []).append((panel, svg(panel, f"p{i}")))
+        for run, known in enumerate(() if panel.has_course else facts):
+            known[f"{panel.title}, {panel.y}" if panel.y else panel.title] = panel.single(run)
     times = sorted(str(line["time"])[:16].replace("T", " ") for run in runs for line in run.lines if "time" in line)
     return environment.get_template("page.html.j2").render(
         runs=runs,
         dashes=DASHES,
         dates=f"{times[0]} to {times[-1]} UTC" if times else "",
-        facts=[_facts(run) for run in runs],
+        facts=facts,
+        sentences=[summary(run) for run in runs],
         comparison=compare(runs),
         sections=sections,
         measured=MEASURED,
@@ -50,6 +55,32 @@ def page(runs: Sequence[History]) -> str:
         processes=[list(_processes(run)) for run in runs],
         resumes=[[_when(line) for line in run.lines if "resume" in line] for run in runs],
     )
+
+
+def summary(run: History) -> str:
+    """Return in one sentence what happened in a run: what was recorded, and how far the teacher moved back.
+
+    Example:
+        >>> from disback_plugin.plugins.log_reader import last_run
+        >>> summary(last_run([{"update": 0, "position": 2.0}, {"update": 9, "position": 0.5}]))
+        'The teacher moved back from node 2 to position 0.5 by generator update 9.'
+    """
+    completed, nodes, parts = run.completed(), len(run.nodes()), []
+    if completed is not None:
+        fit = f"fitted after {completed['fitted']}" if completed.get("fitted") else "not seen to be fitted"
+        parts.append(f"{nodes} node{'s' * (nodes != 1)} were recorded in {completed['iterations']} iterations ({fit})")
+    elif run.recorded:
+        parts.append(f"the recording came to iteration {run.recorded} and {nodes} node{'s' * (nodes != 1)}")
+    moves = [(update, position) for update, position in run.curves().get("position", []) if position is not None]
+    if moves:
+        (_, first), (update, last) = moves[0], moves[-1]
+        where = "itself" if last == 0 else f"position {last:g}"
+        when = f"generator update {update}" if run.detached is None else f"update {run.detached}, where it was detached"
+        parts.append(f"the teacher moved back from node {first:g} to {where} by {when}")
+    if not parts or run.updates > (moves[-1][0] if moves else 0):
+        parts.append(f"the log ends at generator update {run.updates}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _facts(run: History) -> dict[str, float | None]:

@@ -40,7 +40,7 @@ NODE_PANELS = (
     ("codec error in the weights", "weight_error", "Over the step from the node before.", 100.0, "%"),
 )
 # All names of DisBack's own numbers (see the hook `disback_log`). Other numbers are the loop's.
-OWN_NUMBERS = {*OWN_PANELS, "node", "delta_norm", "agreement", "path_bytes", "node_seconds"}
+OWN_NUMBERS = {*OWN_PANELS, "node", "delta_norm", "agreement", "path_bytes", "node_seconds", "detached"}
 COSINES = (
     "The cosine between each gradient of s_phi and the one before. While s_phi is far from the student's score they "
     "agree; s_phi is fitted, at the vertical line, when the mean of the last quarter is below the horizontal one."
@@ -89,10 +89,14 @@ class Panel:
     marks: tuple[tuple[int, int], ...] = ()
 
     @property
-    def logarithmic(self) -> bool:
-        """Whether the loop's values span so much that a logarithmic axis shows more."""
-        values = [y for series in self.series for _, y in series.points if y is not None]
-        return self.section == MEASURED and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+    def has_course(self) -> bool:
+        """Whether a curve has more than one point; else a line of a table shows as much."""
+        return any(sum(y is not None for _, y in series.points) > 1 for series in self.series)
+
+    def single(self, run: int) -> float | None:
+        """Return the only value of a run; of a sign, the updates at which it was seen."""
+        known = [point for series in self.series if series.run == run for point in series.points]
+        return known[-1][0 if self.title in ("stalled", "diverged") else 1] if known else None
 
     def rows(self) -> list[tuple[int, list[float | None]]]:
         """Return the points as a table: each x with the value of every series."""
@@ -101,7 +105,7 @@ class Panel:
 
 
 def panels(runs: Sequence[History]) -> list[Panel]:
-    """Return all panels of some runs, those of one section next to each other.
+    """Return all panels of some runs, those of one section next to each other. One without a course is no figure.
 
     Example:
         >>> from disback_plugin.plugins.log_reader import last_run
@@ -271,13 +275,6 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.axhline(panel.level, color=INK, linewidth=0.8, linestyle=":")
     for run, at in panel.marks:
         axes.axvline(at, color=RUNS[run % len(RUNS)], linewidth=1, linestyle="--")
-    if panel.logarithmic:
-        from matplotlib.ticker import LogLocator
-
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
     axes.set(xlabel=panel.x, ylabel=panel.y)
     axes.grid(visible=True, axis="y", color=INK, alpha=0.15, linewidth=0.6)
     axes.margins(x=0.02)

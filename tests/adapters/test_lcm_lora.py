@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from disback_adapters.lcm_lora import pipelines, training
-from disback_adapters.lcm_lora.pipelines import Embeddings, prompts_of
+from disback_adapters.lcm_lora.pipelines import Embeddings
 from disback_adapters.lcm_lora.roles import Options, read
 from disback_adapters.lcm_lora.training import Trainer
 from safetensors.torch import load_file
@@ -293,14 +293,6 @@ def test_rows_come_from_their_files_however_many_there_are(teachers, trained, tm
     assert len(list((tmp_path / "b" / "embeddings").rglob("0*.safetensors"))) == 2
     for index in range(3):
         torch.testing.assert_close(parts.rows([index]), whole[index])
-
-
-def test_prompts_come_from_a_file_or_a_list(tmp_path):
-    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
-    assert prompts_of(str(tmp_path / "prompts.txt")) == prompts_of(["one", "two"]) == ["one", "two"]
-    for wrong in ([" "], "someone/prompts"):
-        with pytest.raises(OptionError, match="no prompt in"):
-            prompts_of(wrong)
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------

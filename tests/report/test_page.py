@@ -20,8 +20,9 @@ import disback_plugin as disback
 from disback_plugin import cli
 from disback_plugin.plugins.log_reader import last_run, read
 from disback_plugin.plugins.run_log import RunLog
-from disback_plugin.report import page
+from disback_plugin.report import page, summary
 from disback_plugin.report.figures import OWN_NUMBERS, compare, crossing, panels, svg
+from disback_plugin.schedules import GradientRamp
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -117,11 +118,11 @@ def test_the_page_is_well_formed_and_asks_nothing_of_a_network(two):
 
 
 def test_each_curve_has_one_figure_and_one_table_with_the_numbers_of_the_log(two):
-    drawn = panels(two)
+    drawn = [panel for panel in panels(two) if panel.has_course]
     figures = Page(page(two)).figures
     assert [figure["svg"] for figure in figures] == [1] * len(drawn)
     titles = {figure["title"].partition(", ")[0] for figure in figures}
-    wanted = {"distance", "position", "gradient factor", "swap time", "masked samples", "gradient agreement", "loss"}
+    wanted = {"distance", "position", "gradient factor", "swap time", "gradient agreement", "loss"}
     assert wanted | {"codec error in the weights", "step to a node"} == titles
     for panel, figure in zip(drawn, figures, strict=True):
         for column, series in enumerate(panel.series, start=1):
@@ -200,7 +201,7 @@ LINES = st.lists(
 @given(st.lists(LINES, min_size=1, max_size=3))
 def test_any_log_makes_a_well_formed_page(runs):
     histories = [last_run(lines) for lines in runs]
-    assert len(Page(page(histories)).figures) == len(panels(histories))
+    assert len(Page(page(histories)).figures) == sum(panel.has_course for panel in panels(histories))
 
 
 def test_a_figure_takes_its_colours_from_the_page(two):
@@ -256,7 +257,7 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, w
         out = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, check=True)
     inner, needed, figures = map(int, re.search(r'data-seen="(\d+) (\d+) (\d+)"', out.stdout).groups())
     assert needed <= inner <= width
-    assert figures == len(panels(two))
+    assert figures == sum(panel.has_course for panel in panels(two))
     assert "CONSOLE" not in out.stderr
 
 
@@ -272,6 +273,74 @@ def test_a_second_process_shows_only_what_differs_and_where_it_went_on(tmp_path)
     assert text.count("settings: rate") == 2
     assert text.count("versions: torch") == 1
     assert "A state was loaded at generator update 3." in text
+
+
+def test_a_single_value_is_a_line_of_the_table_and_no_figure(two, tmp_path):
+    assert "masked samples" not in {figure["title"] for figure in Page(page(two)).figures}
+    assert re.search(r"masked samples</th><td>.*3.*</td><td>.*3.*</td>", page(two))
+    log = RunLog(tmp_path / "x.log.jsonl")
+    log.begin("attach")
+    node = {"index": 1, "iteration": 10, "bytes": 700, "delta_norm": 0.25, "weight_error": 0.004}
+    log._write({"update": 0, "recording": 10, "recorded": node})
+    log.log({"agreement": 0.5}, 0, recording=2)
+    log.log({"stalled": 1.0}, 30)
+    text = page([read(log.file)])
+    assert Page(text).figures == []
+    for line in (
+        r"step to a node</th><td>.*0\.25",
+        r"stalled</th><td>.*30",
+        r"codec error in the weights, %</th><td>.*0\.4",
+    ):
+        assert re.search(line, text), line
+
+
+@pytest.mark.parametrize("schedule", ["ramp:20", GradientRamp(50)])
+def test_a_detached_runs_restoration_is_not_drawn_as_a_move(tmp_path, schedule):
+    run, recorded = Run(), isinstance(schedule, str)
+    plan = {"path": tmp_path / "path", "record": 4, "every": 2} if recorded else {"record": 0}
+    with disback.attach(**run.roles(), **plan, schedule=schedule, log=tmp_path / "x.log.jsonl"):
+        run.steps(4 + 5)
+    history = read(tmp_path / "x.log.jsonl")
+    curves = history.curves()
+    assert curves["gradient"][-1][1] < 1, "the factor of the last update"
+    assert "detached" not in {panel.title for panel in panels([history])}
+    if recorded:
+        assert curves["position"][-1][1] > 0
+        assert history.detached == 6
+        assert "where it was detached" in page([history])
+
+
+def test_a_run_that_went_on_after_it_was_detached_is_not_called_detached(tmp_path):
+    run, plan = Run(), {"path": tmp_path / "path", "record": 4, "every": 2, "schedule": "ramp:10"}
+    with disback.attach(**run.roles(), **plan) as handle:
+        run.steps(8)
+        state = handle.state_dict()
+    with disback.attach(**run.roles(), **plan, state=state):
+        run.steps(8)
+    history = read(tmp_path / "path.log.jsonl")
+    assert history.detached is None
+    assert [y for _, y in history.curves()["position"]][-1] == 0
+
+
+SENTENCES = {
+    "recording": ("the recording came to iteration 3 and 1 node", 3, "auto"),
+    "on the way": ("2 nodes were recorded in 4 iterations", 7, "ramp:10"),
+    "done": ("to itself by generator update 4; the log ends at generator update 6", 10, "ramp:4"),
+}
+
+
+@pytest.mark.parametrize(("text", "steps", "schedule"), SENTENCES.values(), ids=SENTENCES)
+def test_the_page_begins_with_a_sentence_on_what_happened(tmp_path, text, steps, schedule):
+    run = Run()
+    handle = disback.attach(**run.roles(), path=tmp_path / "path", record=4, every=2, schedule=schedule)
+    for _ in range(steps):
+        run.step()
+        handle.log({"distance": 1.0})
+    history = read(tmp_path / "path.log.jsonl")
+    handle.detach()
+    assert text.lower() in summary(history).lower()
+    first_screen = page([history]).partition("In short")[2].partition("<table")[0]
+    assert summary(history) in first_screen
 
 
 def test_pictures_are_shown_though_no_number_was_logged(tmp_path):
