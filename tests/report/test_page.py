@@ -306,7 +306,7 @@ def test_a_detached_runs_restoration_is_not_drawn_as_a_move(tmp_path, schedule):
     assert "detached" not in {panel.title for panel in panels([history])}
     if recorded:
         assert curves["position"][-1][1] > 0
-        assert history.detached == 6
+        assert history.detached == 5
         assert "where it was detached" in page([history])
 
 
