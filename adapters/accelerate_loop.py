@@ -48,7 +48,7 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     """Return the roles of an object with `teacher`, `fake_score`, and `accelerator` or `prepared`; else None.
 
     Raises:
-        RoleError: If teacher and fake score are one network, or the optimizers cannot be told apart.
+        RoleError: If teacher and fake score are one network without LoRA, or the optimizers cannot be told apart.
     """
     prepared = getattr(trainer, "prepared", None)
     accelerator = getattr(trainer, "accelerator", None)
@@ -56,11 +56,12 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         return None
     if prepared is None:
         prepared = [*accelerator._models, *accelerator._optimizers]  # accelerate has no public names for them
-    if trainer.teacher is trainer.fake_score:
+    # With a LoRA of peft, the network with its adapters switched off may be the teacher.
+    if trainer.teacher is trainer.fake_score and not any(hasattr(each, "lora_A") for each in trainer.teacher.modules()):
         raise RoleError(
             f"one {type(trainer.teacher).__name__} as both teacher and fake score",
             expected="two networks: s_phi is trained, and nodes are written into the teacher, which would change both",
-            cure="make the fake score a copy.deepcopy of the teacher, and train that copy",
+            cure="make the fake score a copy.deepcopy of the teacher, and train that copy, or a LoRA of peft on it",
         )
     teacher, fake_score = (ScoreNetwork.of(getattr(trainer, role), role=role.replace("_", " ")) for role in ROLES)
     stepped = {id(tensor) for _, tensor in fake_score.named_tensors()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disback_plugin import distributed
@@ -42,6 +44,8 @@ def attach(
     fake_score: Network | None = None,
     generator_optimizer: Optimizers | None = None,
     fake_score_optimizer: Optimizers | None = None,
+    sample: Callable[[], Tensor] | None = None,
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     path: str | os.PathLike[str] | None = None,
     record: int = Recording.iterations,
     every: int = Recording.every,
@@ -66,10 +70,16 @@ def attach(
         trainer: A live trainer that an installed adapter understands; else pass the four roles.
         adapter: Name of the adapter to ask, an entry point of the group `disback.adapters`; None asks all.
         teacher: The teacher s_theta ("real score"): a module, plain, compiled or wrapped in DDP, or a `ScoreNetwork`.
-        fake_score: s_phi, of the teacher's architecture. It is set to the teacher (new path), the last node so far
-            (unfinished path) or s'_N (finished path). Modules that the teacher lacks are left alone.
+            The fake score's own network, if that is the base of its LoRA: then it is the teacher with adapters off.
+        fake_score: s_phi, of the teacher's architecture, or a LoRA of peft on an equal base. It is set to the teacher
+            (new path), the last node so far (unfinished path) or s'_N (finished path). Modules that the teacher lacks
+            are left alone.
         generator_optimizer: All optimizers of the generator: one or several, plain or accelerate's.
         fake_score_optimizer: All optimizers of s_phi. They may step more, as a discriminator, but not the generator.
+        sample: Returns samples x_0 of the student, shape (B, ...), without gradient. Needed, with `loss`, where teacher
+            and fake score differ in architecture: a LoRA beside the teacher is fitted to x_0, once in each fake-score
+            update, while these warm the fake score up. On a finished path only the fake score is warmed up.
+        loss: Takes the teacher and x_0 and returns the denoising loss, shape ().
         path: Folder of the path; None only with record=0.
         record: Recording iterations, in fake-score updates, >= 0; 200 in the paper. The default schedule ends recording
             as soon as s_phi is fitted, and doubles its learning rate until then. 0 changes nothing in a run, bit for
@@ -150,12 +160,14 @@ def attach(
             validate_form(state)
         manager = PluginManager.of(plugins)
         found = _find_roles(trainer, adapter, given, manager)
+        found = replace(found, sample=sample or found.sample, loss=loss or found.loss)
         plan = _plan_recording(path, record, every, codec, keep_teacher)
-        moves, monitors = plan is not None, log is not None
-        session = Session(
-            found, parse(schedule), plugins=manager, restore=restore, moves_teacher=moves, monitors=monitors
-        )
-        return session, plan
+        options: dict[str, Any] = {
+            "restore": restore,
+            "folder": None if plan is None else path,
+            "monitors": log is not None,
+        }
+        return Session(found, parse(schedule), plugins=manager, **options), plan
 
     session, plan = distributed.on_every_rank(build, "have its roles")
     folder = None if path is None else Path(path).absolute()
@@ -234,6 +246,8 @@ def _open(session: Session, folder: Path, plan: Recording, *, resumes: bool) -> 
 
 def _warn(session: Session, path: DegradationPath) -> None:
     """Warn if a run without a state seems to be a resumed one, or the path's learning rate differs. Collective."""
+    if session.separate:
+        return
     known = {checksum for node in path.nodes for checksum in (node.checksum, node.recorded)}
     # A LoRA adapter begins at random, without effect.
     expected = session.fake_score.lora_adapter is not None or (known and session.fake_score.checksum() in known)

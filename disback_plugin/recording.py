@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +26,7 @@ from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import Progress
 from disback_plugin.recorder import PATIENCE, Recorder, open_or_create
+from disback_plugin.teacher_fit import Fit, Loss, Sample, private_random_stream
 from disback_plugin.weights.network import Network, ScoreNetwork
 
 
@@ -40,8 +40,8 @@ def record(
     every: int = Recording.every,
     codec: str = Recording.codec,
     keep_teacher: bool = Recording.keep_teacher,
-    sample: Callable[[], Tensor] | None = None,
-    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    sample: Sample | None = None,
+    loss: Loss | None = None,
     learning_rate: float = 1e-5,
     seed: int = 0,
     plugins: PluginManager | Sequence[object] = (),
@@ -116,7 +116,7 @@ def record(
         return opened
     finished = DegradationPath.exists(path) and DegradationPath(path).complete
     # The copy is made before anything is written.
-    copied = None if finished or sample is None or loss is None else _TrainedCopy(target, sample, loss, learning_rate)
+    copied = None if finished or sample is None or loss is None else _fit_of_copy(target, sample, loss, learning_rate)
     opened = open_or_create(path, target, plan)
     if opened.complete or copied is None:
         return opened
@@ -177,93 +177,23 @@ def _one_update(recorder: Recorder, fake_step: Callable[[], object]) -> object:
     )
 
 
-@contextmanager
-def private_random_stream(seed: int) -> Iterator[None]:
-    """Seed the global random streams inside, and restore their states at the end.
-
-    Example:
-        >>> before = torch.get_rng_state()
-        >>> with private_random_stream(0):
-        ...     x = torch.randn(1)
-        >>> torch.equal(torch.get_rng_state(), before)
-        True
-    """
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if started else []):
-        # Not torch.manual_seed: before the first use of CUDA its seed is remembered, and would stay.
-        torch.default_generator.manual_seed(seed)
-        if started:
-            torch.cuda.manual_seed_all(seed)
-        yield
-
-
-class _TrainedCopy:
-    """A copy of the teacher that Adam fits to samples, with a state from which a recording resumes bit for bit.
-
-    Raises:
-        OptionError: If the teacher cannot be copied.
-    """
-
-    def __init__(
-        self,
-        teacher: ScoreNetwork,
-        sample: Callable[[], Tensor],
-        loss: Callable[[nn.Module, Tensor], Tensor],
-        learning_rate: float,
-    ) -> None:
-        module, *others = teacher.modules().values()
-        kind = "that is a LoRA adapter" if teacher.lora_adapter else "that is sharded" if teacher.sharded else ""
-        if kind or others:
-            raise OptionError(
-                f"a teacher {kind or 'of several experts'}, with sample and loss, which train a copy of it",
-                expected="one module that can be copied",
-                cure="use fake_score and fake_step, or record before sharding, or each expert on its own",
-            )
-        # What a hook computes before each forward, as that of weight_norm, cannot be copied with its graph.
-        values = [value for each in module.modules() for value in vars(each).values()]
-        computed = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
-        try:
-            self._module = copy.deepcopy(module, computed).requires_grad_(True)
-        except Exception as error:
-            found = f"a teacher that cannot be copied ({type(error).__name__}: {error})"
-            raise OptionError(found, expected="one that can", cure="use fake_score and fake_step") from error
-        self._sample, self._loss = sample, loss
-        self._optimizer = torch.optim.Adam(self._module.parameters(), lr=learning_rate)
-        self.network = ScoreNetwork(self._module, role="recorded copy")
-
-    def step(self) -> Tensor:
-        """Do one update and return the loss."""
-        self._optimizer.zero_grad()
-        loss = self._loss(self._module, self._sample())
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        return loss
-
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of the weights, all buffers, Adam's moments and the random streams, on the CPU."""
-        tensors = {f"weights|{name}": tensor for name, tensor in self.network.state_dict().items()}
-        # A state dict holds only the persistent buffers.
-        tensors |= {f"buffers|{name}": buffer for name, buffer in self._module.named_buffers()}
-        for index, entries in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer|{index}|{key}": tensor for key, tensor in entries.items()}
-        tensors["random|cpu"] = torch.get_rng_state()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            tensors |= {f"random|cuda|{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-    def load_state(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from a `state`; raises MismatchError before any write if the weights do not fit."""
-        weights = {name.partition("|")[2]: t for name, t in saved.items() if name.startswith("weights|")}
-        self.network.load_state_dict(weights)
-        with torch.no_grad():
-            for name, buffer in self._module.named_buffers():
-                buffer.copy_(saved[f"buffers|{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in saved.items():
-            if name.startswith("optimizer|"):
-                _, index, key = name.split("|")
-                moments.setdefault(int(index), {})[key] = tensor.clone()
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
-        torch.set_rng_state(saved["random|cpu"])
-        for device, name in enumerate(name for name in saved if name.startswith("random|cuda|")):
-            torch.cuda.set_rng_state(saved[name], device)
+def _fit_of_copy(teacher: ScoreNetwork, sample: Sample, loss: Loss, learning_rate: float) -> Fit:
+    """Return the fit of a copy of the teacher; raises OptionError if the teacher cannot be copied."""
+    module, *others = teacher.modules().values()
+    kind = "that is a LoRA adapter" if teacher.lora_adapter else "that is sharded" if teacher.sharded else ""
+    if kind or others:
+        raise OptionError(
+            f"a teacher {kind or 'of several experts'}, with sample and loss, which train a copy of it",
+            expected="one module that can be copied",
+            cure="use fake_score and fake_step, or record before sharding, or each expert on its own",
+        )
+    # What a hook computes before each forward, as that of weight_norm, cannot be copied with its graph.
+    values = [value for each in module.modules() for value in vars(each).values()]
+    computed = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
+    try:
+        copied = copy.deepcopy(module, computed).requires_grad_(True)
+    except Exception as error:
+        found = f"a teacher that cannot be copied ({type(error).__name__}: {error})"
+        raise OptionError(found, expected="one that can", cure="use fake_score and fake_step") from error
+    network = ScoreNetwork(copied, role="recorded copy")
+    return Fit(network, copied, sample, loss, learning_rate, dict(copied.named_buffers()))

@@ -8,6 +8,7 @@ then on each generator update goes to the scheduler.
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from disback_plugin.errors import StateError, TrainingError
 from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
 from disback_plugin.loop.optimizer_hooks import OptimizerHooks, UpdateCounter
 from disback_plugin.loop.optimizers import groups_of, parameters, unwrap
-from disback_plugin.loop.roles import check_roles, describe_roles, networks_of
+from disback_plugin.loop.roles import check_roles, describe_roles, find_networks
 from disback_plugin.loop.watches import ForwardWatch, UnseenUpdates, WrittenWeights
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.hookspecs import Adapter
@@ -43,7 +44,7 @@ class Session:
         schedule: As in `attach`, resolved.
         plugins: As in `attach`.
         restore: As in `attach`.
-        moves_teacher: Whether there is, or will be, a path.
+        folder: Folder of the path; None for none.
         monitors: Whether to say if s_phi follows the student although there is no path.
 
     Attributes:
@@ -52,6 +53,7 @@ class Session:
         recorder: The recorder while recording, else None.
         scheduler: The scheduler after recording, else None.
         log: The run's log on the main process, unless there is none.
+        separate: Whether teacher and fake score differ in architecture, so that nodes are the teacher's alone.
         roles: Teacher, fake score and the optimizers of generator and fake score.
         signal: The value that `disback_should_advance` is given.
         warning: A text to be logged at the first generator step, unless a state is loaded before.
@@ -69,12 +71,14 @@ class Session:
         *,
         plugins: PluginManager,
         restore: Restorable,
-        moves_teacher: bool = True,
+        folder: str | os.PathLike[str] | None = None,
         monitors: bool = False,
     ) -> None:
         self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
         trained = unwrap(given.fake_score_optimizer, role="fake_score_optimizer")
-        self.teacher, self.fake_score = networks_of(given.teacher, given.fake_score, parameters(trained))
+        self._samples = given.sample, given.loss
+        found = find_networks(given.teacher, given.fake_score, parameters(trained), folder, sampled=given.sample)
+        self.teacher, self.fake_score, self.separate = found
         check_roles(self.teacher, self.fake_score, self.generator_optimizers, trained)
         weights = [tensor for _, tensor in self.fake_score.named_tensors()]
         self.fake_score_optimizers = [optimizer for optimizer in trained if groups_of(optimizer, weights)]
@@ -97,7 +101,7 @@ class Session:
             self.fake_score_optimizers,
             self.fake_score,
             self,
-            self.teacher if moves_teacher else None,
+            None if folder is None else self.teacher,
         )
         self._written = WrittenWeights(self.fake_score, self.fake_score_optimizers)
         self._unseen: list[UnseenUpdates] = []
@@ -243,7 +247,7 @@ class Session:
         self.path = path
         if state is not None:
             self.load(state)
-        elif path is None or path.complete:
+        elif path is None or (path.complete and not self.separate):
             self._backtrack()
         else:
             with self._written.writing():
@@ -252,6 +256,7 @@ class Session:
     def install(self) -> None:
         """Install the hooks and the watches."""
         self.hooks.install()
+        self.teacher.install()
         if self.path is not None:
             counters = self.hooks.generator, self.hooks.fake_score
             self._unseen = [UnseenUpdates(counter, self._report_unseen) for counter in counters]
@@ -261,6 +266,13 @@ class Session:
         scales = all(rate.numel() == 1 if isinstance(rate, Tensor) else rate is not None for rate in rates)
         until = self.schedule.until_fitted
         self.scheduler = self._monitor = None
+        if self.separate:
+            from disback_plugin.teacher_fit import TeacherRecorder
+
+            self.recorder = TeacherRecorder(
+                path, self.teacher, self.progress, *self._samples, until_fitted=until, plugins=self.plugins
+            )
+            return self.recorder
         self.recorder = Recorder(
             path, self.fake_score, self.progress, until_fitted=until, scales_rate=scales, plugins=self.plugins
         )
@@ -271,7 +283,7 @@ class Session:
         from disback_plugin.scheduler import TrajectoryScheduler
 
         # What was just recorded is s'_N, unless s_phi was updated since: the decoded node would differ from it.
-        is_last_node = saved is not None or (self.recorder is not None and not self.recorder.went_on)
+        is_last_node = self.separate or saved is not None or (self.recorder is not None and not self.recorder.went_on)
         fake_score = None if is_last_node else self.fake_score
         (saved or self.progress).recorded = 0 if self.path is None else self.path.manifest.iterations
         scheduler = self.scheduler or TrajectoryScheduler(
@@ -319,6 +331,7 @@ class Session:
         self._to_restore = self._restorable.restore(self._to_restore)
         if self.path is not None:
             self.path.lock.release()
+        self.teacher.remove()
         self._restore_teacher()
 
     # -- resume -------------------------------------------------------------------------------------------------------

@@ -106,3 +106,29 @@ class LoraRun(Run):
         if isinstance(self.generator, nn.Module):
             self.generator.load_state_dict(checkpoint["generator"])
         self.stream.set_state(checkpoint["stream"])
+
+
+class Kinds(nn.Module):
+    """Every kind of layer, one of them transposed as in GPT-2, and a head that the teacher may lack."""
+
+    def __init__(self, head=False):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.words, self.conv, self.image = (
+            nn.Embedding(7, 4),
+            nn.Conv1d(4, 4, 1),
+            nn.Conv2d(4, 6, (3, 1), padding=(1, 0)),
+        )
+        self.out, self.gpt = nn.Linear(6, 4, bias=False), Conv1D(5, 4)
+        if head:
+            self.head = nn.Linear(2, 2)
+
+    def forward(self, index):
+        x = self.conv(self.words(index).transpose(1, 2))
+        return self.gpt(self.out(self.image(x.unsqueeze(-1)).squeeze(-1).transpose(1, 2)))
+
+
+def bits(state):
+    state = dict(state.state_dict()) if isinstance(state, nn.Module) else state
+    return {name: tensor.contiguous().view(torch.uint8).tolist() for name, tensor in state.items()}

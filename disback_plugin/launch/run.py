@@ -37,6 +37,8 @@ from disback_plugin.errors import DisbackError, OptionError, RoleError
 from disback_plugin.handle import Handle
 from disback_plugin.launch import Watch, call_after_import, replace
 from disback_plugin.loop.held_steps import is_initialization
+from disback_plugin.loop.optimizers import parameters, unwrap
+from disback_plugin.loop.roles import find_networks
 from disback_plugin.path import files
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
@@ -176,16 +178,19 @@ class ScriptRunner:
     def _attach(self, watch: Watch, find_trainer: Callable[[], object]) -> None:
         try:
             roles = self._plugins.find_adapter(find_trainer(), self._adapter)
-            teacher = ScoreNetwork.of(roles.teacher, role="teacher")
-            fake_score = ScoreNetwork.of(roles.fake_score, role="fake score")
+            path = None if self._options.get("record") == 0 else self._path
+            trained = parameters(unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"))
+            networks = roles.teacher, roles.fake_score
+            teacher, fake_score, _ = find_networks(*networks, trained, path, sampled=roles.sample)
             if self._prepared.have_run((teacher, fake_score)):
                 raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
-            path = None if self._options.get("record") == 0 else self._path
             handle = attach(
                 teacher=teacher,
                 fake_score=fake_score,
                 generator_optimizer=roles.generator_optimizer,
                 fake_score_optimizer=roles.fake_score_optimizer,
+                sample=roles.sample,
+                loss=roles.loss,
                 path=path,
                 state=None if path is None else self._saved_state(fake_score),
                 plugins=self._plugins,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch.optim import Optimizer
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.loop.optimizers import groups_of, parameters
-from disback_plugin.path.manifest import Manifest
+from disback_plugin.path.manifest import CONFIG, Manifest
+from disback_plugin.weights.modules import roots_of
 from disback_plugin.weights.network import Network, ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, whole_shape
 from disback_plugin.weights.tensors import memory_span, overlap
@@ -30,17 +33,57 @@ def networks_of(
         fake_score: The fake score.
         trained: The parameters that the fake score's optimizers step; None for those that require gradients.
     """
-    target = ScoreNetwork.of(teacher, role="teacher")
-    if target.lora_adapter is None and type(target) is ScoreNetwork:
-        roots = fake_score.modules() if isinstance(fake_score, ScoreNetwork) else fake_score
-        parts = roots.values() if isinstance(roots, Mapping) else [roots]
-        if any(hasattr(each, "lora_A") for part in parts if isinstance(part, nn.Module) for each in part.modules()):
-            from disback_plugin.weights import lora_teachers
+    known = isinstance(teacher, ScoreNetwork) and (
+        teacher.lora_adapter is not None or type(teacher) is not ScoreNetwork
+    )
+    if not known and any(hasattr(each, "lora_A") for root in roots_of(fake_score) for each in root.modules()):
+        from disback_plugin.weights import lora_teachers
 
-            name = lora_teachers.trained_adapter(fake_score, None if trained is None else set(map(id, trained)))
-            if name is not None:
-                return lora_teachers.pair(target, fake_score, name)
+        name = lora_teachers.trained_adapter(fake_score, None if trained is None else set(map(id, trained)))
+        if name is not None:
+            return lora_teachers.pair(teacher, fake_score, name, live=trained is not None)
+    target = ScoreNetwork.of(teacher, role="teacher")
     return target, ScoreNetwork.of(fake_score, role="fake score", like=target)
+
+
+def find_networks(
+    teacher: Network,
+    fake_score: Network,
+    trained: Iterable[Tensor],
+    folder: str | os.PathLike[str] | None,
+    *,
+    sampled: object,
+) -> tuple[ScoreNetwork, ScoreNetwork, bool]:
+    """Return teacher and fake score, and whether nodes are the teacher's alone, because the two differ in architecture.
+
+    Args:
+        teacher: The teacher.
+        fake_score: The fake score.
+        trained: The parameters that the fake score's optimizers step.
+        folder: Folder of the path; None for none.
+        sampled: Whether the teacher can be fitted to samples.
+    """
+    try:
+        pair = networks_of(teacher, fake_score, trained)
+        check_networks(*pair)
+        return (*pair, False)
+    except MismatchError as error:
+        recorded = Manifest.read(Path(folder)) if folder is not None and (Path(folder) / CONFIG).is_file() else None
+        if folder is None or not (sampled or (recorded and recorded.complete)):
+            raise
+        if not sampled:
+            logger.warning("nodes are of the teacher alone, and the fake score is only warmed up: %s", error)
+    from disback_plugin.weights import added_lora
+
+    whole, fake = ScoreNetwork.of(teacher, role="teacher"), ScoreNetwork.of(fake_score, role="fake score")
+    check_memory({"teacher": whole.named_tensors(), "fake score": fake.named_tensors()})
+    if whole.lora_adapter is not None:
+        return whole, fake, True
+    added_lora.check_not_compiled(teacher)
+    added = added_lora.beside(whole)
+    # A finished path may hold whole nodes, of a copy of the teacher.
+    is_whole = recorded is not None and recorded.teacher.fingerprint != added.fingerprint()
+    return whole if is_whole else added, fake, True
 
 
 def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
@@ -58,8 +101,8 @@ def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
         raise MismatchError(
             error.found,
             expected=f"{error.expected}, because s_phi starts as the teacher and becomes its nodes",
-            cure=f"{error.cure}; with another architecture, record with a copy of the teacher, "
-            "disback.record(teacher, sample=..., loss=...), and use TrajectoryScheduler(path, teacher)",
+            cure=f"{error.cure}; if the architectures differ, pass sample= and loss= too, as disback.record has them, "
+            "or a path that disback.record(teacher, sample=..., loss=...) has finished",
         ) from None
 
 
@@ -94,13 +137,11 @@ def check_roles(
     generator_optimizers: list[Optimizer],
     fake_score_optimizers: list[Optimizer],
 ) -> None:
-    """Raise unless teacher and fake score are two networks of one layout and each optimizer steps its own network only.
+    """Raise unless each optimizer steps its own network only.
 
     Raises:
-        MismatchError: If the networks differ in keys, shapes or dtype classes.
-        RoleError: If they share weights, or an optimizer steps the wrong network or two of them.
+        RoleError: If an optimizer steps the wrong network or two of them, or if the student shares weights with one.
     """
-    check_networks(teacher, fake_score)
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in generator_optimizers):
         raise RoleError(
             "LBFGS as generator_optimizer, which evaluates its closure many times a step",

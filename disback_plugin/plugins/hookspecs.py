@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from disback_plugin.path.degradation_path import DegradationPath
@@ -51,6 +51,9 @@ class Adapter:
         fake_score_optimizer: The optimizer of the fake score, or several.
         plugins: Functions without arguments, each of which makes a plug-in for this run, by the plug-in's name;
             "no:NAME" blocks one.
+        sample: A function that returns samples x_0 of the student, as `record` takes it. It is called only if teacher
+            and fake score have different architectures.
+        loss: A function of a network and x_0 that returns the denoising loss, likewise.
 
     Example:
         >>> from types import SimpleNamespace
@@ -68,6 +71,8 @@ class Adapter:
     generator_optimizer: Optimizer | Sequence[Optimizer]
     fake_score_optimizer: Optimizer | Sequence[Optimizer]
     plugins: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    sample: Callable[[], Tensor] | None = None
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 class Specs:

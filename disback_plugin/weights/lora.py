@@ -14,6 +14,8 @@ This module needs the extra `lora`. Layers of peft are recognised by their attri
 from __future__ import annotations
 
 import copy
+import math
+import re
 import warnings
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disback_plugin.errors import RoleError
 from disback_plugin.weights.modules import Modules, named_modules, unwrap, weights_checksum
@@ -141,6 +143,21 @@ def base_checksum(model: nn.Module, only: Container[str] | None = None) -> str:
         found = f"{weights[0].name} of the base, which is on the meta device"
         raise RoleError(found, expected="a base that has values", cure="load the network's weights first")
     return weights_checksum(weights)
+
+
+def neutral_state(weights: list[Weight]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter that changes nothing: B is 0, and A is the same in every process.
+
+    Args:
+        weights: The weights of an adapter of the same layers and rank.
+    """
+    stream, state = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for weight in weights:
+        name, shape = weight.name, weight.meta.shape
+        state[name] = torch.zeros(shape, dtype=weight.meta.dtype, device="cpu")
+        if re.search(r"(^|\.)lora_(A|embedding_B)\.", name):  # peft draws from the same range
+            state[name].uniform_(-1, 1, generator=stream).div_(math.sqrt(shape[1:].numel()))
+    return state
 
 
 # -- the layers of peft ------------------------------------------------------------------------------------------------

@@ -8,9 +8,8 @@ A position between two nodes interpolates A and B, as `lora` says, so that a pat
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +17,16 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError, StateError
 from disback_plugin.weights import lora
-from disback_plugin.weights.modules import check_layout, named_modules, weights_checksum
-from disback_plugin.weights.network import ScoreNetwork, increment_versions
-from disback_plugin.weights.sharding import FullState, Weight
+from disback_plugin.weights.modules import check_layout, named_modules, roots_of, weights_checksum
+from disback_plugin.weights.network import ScoreNetwork
+from disback_plugin.weights.sharding import FullState, Weight, increment_versions
 from disback_plugin.weights.tensors import Checksum, Source, pieces
 
 # Layers whose adapter is W + s B A, or its transpose. FSDP2 makes subclasses; layers of quantised bases are others.
 KINDS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
 
 
-def trained_adapter(
-    network: ScoreNetwork | nn.Module | Mapping[str, nn.Module], trained: set[int] | None
-) -> str | None:
+def trained_adapter(network: Any, trained: set[int] | None) -> str | None:
     """Return the name of the LoRA adapter of a fake score that is trained; None if there is none.
 
     Args:
@@ -41,9 +38,7 @@ def trained_adapter(
     """
     if isinstance(network, ScoreNetwork) and network.lora_adapter is not None:
         return network.lora_adapter
-    parts = network.modules() if isinstance(network, ScoreNetwork) else network
-    roots = parts.values() if isinstance(parts, Mapping) else [parts]
-    modules = [each for root in roots if isinstance(root, nn.Module) for each in named_modules(root)]
+    modules = [each for root in roots_of(network) for each in named_modules(root)]
     layers = [layer for _, layer in lora.named_layers(modules) if lora.MATRICES[0] in layer.adapter_layer_names]
     found = sorted(
         name
@@ -60,20 +55,37 @@ def trained_adapter(
     return found[0] if found else None
 
 
-def pair(teacher: ScoreNetwork, fake_score: Any, lora_adapter: str) -> tuple[ScoreNetwork, ScoreNetwork]:
-    """Return a whole teacher, and the fake score, which is a LoRA adapter on an equal base, as they share nodes.
+def pair(teacher: Any, fake_score: Any, lora_adapter: str, *, live: bool) -> tuple[ScoreNetwork, ScoreNetwork]:
+    """Return a teacher, and the fake score, which is a LoRA adapter on an equal base, as they share nodes.
 
     Args:
-        teacher: The whole teacher.
+        teacher: The teacher: a network of its own, or the fake score's network with its adapters switched off.
         fake_score: The fake score.
         lora_adapter: The name of its adapter.
+        live: Whether the caller installs hooks, and removes them.
+
+    Raises:
+        RoleError: If both are one network and the caller installs no hooks, or the network is compiled.
     """
-    known = isinstance(fake_score, ScoreNetwork)
-    adapter = copy.copy(fake_score) if known else ScoreNetwork(fake_score, lora_adapter=lora_adapter, role="fake score")
-    adapter.role = "fake score"
+    if isinstance(fake_score, ScoreNetwork):
+        adapter = ScoreNetwork.of(fake_score, role="fake score")
+    else:
+        adapter = ScoreNetwork(fake_score, lora_adapter=lora_adapter, role="fake score")
+    if adapter.lora_adapter is None:
+        adapter.select_adapter(lora_adapter)
+    if set(map(id, roots_of(teacher))) == set(map(id, roots_of(fake_score))):
+        from disback_plugin.weights import added_lora
+
+        if not live:
+            found = "one network as teacher and fake score, whose forwards have to change"
+            cure = "use attach(), or give the teacher an adapter of its own: lora.add_teacher(model, like=...)"
+            raise RoleError(found, expected="attach(), which installs and removes hooks", cure=cure)
+        added_lora.check_not_compiled(teacher)
+        return added_lora.switched_off(adapter), adapter
+    whole = ScoreNetwork.of(teacher, role="teacher")
     # The base may have further modules, as a discriminator's head, which training changes.
-    adapter.select_adapter(lora_adapter, {name for name, _ in teacher.named_tensors()})
-    return MergedTeacher(teacher, adapter), adapter
+    adapter.select_adapter(lora_adapter, {name for name, _ in whole.named_tensors()})
+    return MergedTeacher(whole, adapter), adapter
 
 
 class Merge(NamedTuple):
@@ -131,13 +143,7 @@ class MergedTeacher(ScoreNetwork):
 
     def full_state(self) -> FullState:
         """Return node 0: an adapter that changes nothing, the same in every run on this base."""
-        stream, state = torch.Generator().manual_seed(0), dict[str, Tensor]()
-        for weight in self._adapter._weights():
-            name, shape = weight.name, weight.meta.shape
-            state[name] = torch.zeros(shape, dtype=weight.meta.dtype)
-            if ".lora_A." in name or ".lora_embedding_B." in name:  # peft draws from the same range
-                state[name].uniform_(-1, 1, generator=stream).div_(math.sqrt(shape[1:].numel()))
-        return FullState(state)
+        return FullState(lora.neutral_state(self._adapter._weights()))
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` is an adapter of the same layers, rank and scale on an equal base."""

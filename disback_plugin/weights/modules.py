@@ -101,6 +101,13 @@ def find(root: object, prefix: str, role: str) -> list[nn.Module]:
     return modules
 
 
+def roots_of(network: Any) -> list[nn.Module]:
+    """Return the plain modules of a network as users pass it: a module, several by name, or a `ScoreNetwork`."""
+    parts = network if isinstance(network, (nn.Module, Mapping)) else getattr(network, "modules", dict)()
+    each = parts.values() if isinstance(parts, Mapping) and not isinstance(parts, nn.Module) else [parts]
+    return [unwrap(root) for root in each if isinstance(root, nn.Module)]
+
+
 def named_modules(module: nn.Module, prefix: str = "") -> Modules:
     """Return the canonical name, with a dot at its end, and the unwrapped form of a module and of all inside it."""
     found, waiting = [], [(prefix, module)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.modules import WeightTable, check_layout, find, mark, match, weights_checksum
-from disback_plugin.weights.sharding import FullState, Weight, local_tensor
+from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of
 from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class ScoreNetwork:
             raise RoleError(f"a {role} without weights ({kinds})", expected="a network with parameters", cure=cure)
 
     def select_adapter(self, lora_adapter: str, only: Collection[str] | None = None) -> WeightTable:
-        """Make the weights those of a LoRA adapter; `only` names the weights that identify its base."""
+        """Make the weights those of `lora_adapter` and return their table; `only` names what identifies the base."""
         from disback_plugin.weights import lora
 
         names = []  # a node recorded on one base fits no other
@@ -189,7 +189,7 @@ class ScoreNetwork:
         return max(self._weights(), key=lambda weight: weight.is_parameter).tensor
 
     def witnesses(self, count: int = 8) -> list[tuple[Mapping[str, object], str, Tensor]]:
-        """Return some live parameters, from the first to the last, with the dictionary and the name that hold each."""
+        """Return `count` live parameters, from the first to the last, with what holds each, and its name there."""
         self._weights()
         slots = [slot for slot in self._table.slots if isinstance(slot[2], nn.Parameter)]
         slots = slots or [slot for slot in self._table.slots if isinstance(slot[2], Tensor)]
@@ -211,6 +211,12 @@ class ScoreNetwork:
 
     def check_original(self) -> None:
         """Raise MismatchError if the weights are known not to be node 0: a path compares those of a whole network."""
+
+    def install(self) -> None:
+        """Begin to take part in forwards, where the weights are not those that a forward uses by itself."""
+
+    def remove(self) -> None:
+        """End what `install` began."""
 
     def check_same_layout(self, other: ScoreNetwork) -> None:
         """Raise MismatchError unless `other` has the same keys, shapes, dtype classes and ties."""
@@ -247,7 +253,7 @@ class ScoreNetwork:
         whole = {(weight.name, weight.tensor.shape): weight.meta.shape for weight in weights}
         layout = {name: TensorMeta(t.dtype, whole.get((name, t.shape), t.shape)) for name, t in state.items()}
         check_layout(layout, weights, self.role, "the state")
-        given = {weight.name: _part_of(state[weight.name], weight.part) for weight in weights}
+        given = {weight.name: part_of(state[weight.name], weight.part) for weight in weights}
         own = self._untied(weights, lambda weight, first: torch.equal(given[weight.name], given[first]))
         with torch.no_grad():
             torch._foreach_copy_([weight.local() for weight in own], [given[weight.name] for weight in own])
@@ -315,14 +321,6 @@ class ScoreNetwork:
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
 
 
-def _part_of(given: Tensor, part: Part) -> Tensor:
-    """Return the part that this rank holds of a tensor, which is whole or sharded as the network is."""
-    local = local_tensor(given)
-    if local.numel() == part.elements:
-        return local.reshape(part.local_shape)
-    return given.reshape(part.shape).narrow(part.dim, part.start, part.local_shape[part.dim])
-
-
 def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Checksum, names: list[str]) -> None:
     """Write the part that this rank holds of one tensor of a source into the live tensor.
 
@@ -347,10 +345,3 @@ def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Che
             total.add(name, counted)
     if not direct:
         local.copy_(flat.view(local.shape), non_blocking=pinned)
-
-
-def increment_versions(weights: list[Weight]) -> None:
-    """Increment the version counters of sharded weights: a DTensor's does not follow a write into its local memory."""
-    sharded = [weight.tensor for weight in weights if weight.sharded]
-    if sharded:
-        torch.autograd.graph.increment_version(sharded)

@@ -211,6 +211,21 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local
 
 
+def part_of(given: Tensor, part: Part) -> Tensor:
+    """Return the part that this rank holds of a tensor, which is whole or sharded as the network is."""
+    local = local_tensor(given)
+    if local.numel() == part.elements:
+        return local.reshape(part.local_shape)
+    return given.reshape(part.shape).narrow(part.dim, part.start, part.local_shape[part.dim])
+
+
+def increment_versions(weights: Iterable[Weight]) -> None:
+    """Increment the version counters of sharded weights: a DTensor's does not follow a write into its local memory."""
+    sharded = [weight.tensor for weight in weights if weight.sharded]
+    if sharded:
+        torch.autograd.graph.increment_version(sharded)
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Return the shape of a tensor, or the whole shape of a parameter that FSDP1 has flattened.
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from lora_worlds import Eps, Under, config, inject
+from lora_worlds import Eps, Kinds, Under, bits, config, inject
 from peft import LoraConfig, get_peft_model
 from ranks import returned
 from torch import nn
@@ -106,11 +106,6 @@ def where(run):
     return [(p.data_ptr(), id(p), p.dtype) for p in run.teacher.parameters()]
 
 
-def bits(state):
-    state = dict(state.state_dict()) if isinstance(state, nn.Module) else state
-    return {name: tensor.contiguous().view(torch.uint8).tolist() for name, tensor in state.items()}
-
-
 def test_the_fake_score_and_the_student_may_share_the_base(tmp_path):
     run = WholeTeacherRun(shared=True)
     base = {n: p.clone() for n, p in run.network.named_parameters() if "lora" not in n}
@@ -142,27 +137,6 @@ def test_a_run_resumes_bit_for_bit_in_both_stages_with_a_path_for_every_adapter_
         assert handle.phase == "backtracking"
     with pytest.raises(PathError, match="another teacher"):
         disback.attach(**WholeTeacherRun(base_seed=1).roles(), path=tmp_path / "3", **PLAN)
-
-
-class Kinds(nn.Module):
-    """Every kind of layer, one of them transposed as in GPT-2, and a head that the teacher may lack."""
-
-    def __init__(self, head=False):
-        super().__init__()
-        from transformers.pytorch_utils import Conv1D
-
-        self.words, self.conv, self.image = (
-            nn.Embedding(7, 4),
-            nn.Conv1d(4, 4, 1),
-            nn.Conv2d(4, 6, (3, 1), padding=(1, 0)),
-        )
-        self.out, self.gpt = nn.Linear(6, 4, bias=False), Conv1D(5, 4)
-        if head:
-            self.head = nn.Linear(2, 2)
-
-    def forward(self, index):
-        x = self.conv(self.words(index).transpose(1, 2))
-        return self.gpt(self.out(self.image(x.unsqueeze(-1)).squeeze(-1).transpose(1, 2)))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")

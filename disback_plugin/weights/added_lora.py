@@ -1,0 +1,197 @@
+"""A teacher that is a network with a LoRA beside it: forward hooks add s B A x to the outputs of its layers.
+
+The network itself is neither written nor changed: its weights, names, state dict and flags stay, and after `remove` no
+hook is left. While the teacher is node 0, nothing is added. There are two such teachers:
+
+* the fake score's network with its adapters switched off (`switched_off`), where peft computes the base alone, as in
+  `with model.disable_adapter():`;
+* a network of another size than the fake score (`beside`), to which a recording fits the LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.nn.utils import skip_init
+
+from disback_plugin.errors import RoleError
+from disback_plugin.weights import lora
+from disback_plugin.weights.modules import Modules, WeightTable, named_modules
+from disback_plugin.weights.network import Network, ScoreNetwork
+from disback_plugin.weights.sharding import local_tensor
+from disback_plugin.weights.tensors import Source
+
+# Rank of the LoRA of a teacher of another size than the fake score; its scale is 1.
+RANK = 32
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class AddedLora(ScoreNetwork):
+    """The LoRA beside a network, as the teacher's weights.
+
+    Args:
+        network: The network, of which nothing is written.
+        layers: The LoRA on each layer, by the layer's name with a dot.
+        identity: Names that identify the network, for a path.
+    """
+
+    def __init__(self, network: ScoreNetwork, layers: Mapping[str, LoraLayer], identity: list[str]) -> None:
+        vars(self).update(vars(network))
+        self.role, self.lora_adapter, self._layers = "teacher", "teacher", layers
+        self._matrices = list(chain.from_iterable(layer.matrices(name) for name, layer in layers.items()))
+        select = lambda modules: self._matrices  # noqa: E731
+        self._enumerate = partial(WeightTable, {"": nn.Module()}, [], select=select, names=identity)
+        self._table = self._enumerate(self.role)
+        self._set_trainable(False)
+        self._switch, self._hooks = {"active": False}, list[Any]()  # shared by the copies that ScoreNetwork.of makes
+        self.load_state_dict(lora.neutral_state(self._weights()))
+        self._node_0 = self.checksum()
+
+    def write(self, source: Source, *, keep_finer: bool = False) -> str:
+        """Write a source into the LoRA, in place; from then on it is added, unless it is node 0's."""
+        found = super().write(source, keep_finer=keep_finer)
+        self._switch["active"] = found != self._node_0
+        return found
+
+    def install(self) -> None:
+        """Install the hooks."""
+        for layer in self._layers.values():
+            hook = partial(layer.add, self._switch)
+            self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @contextmanager
+    def training(self) -> Iterator[nn.Module]:
+        """Yield the network, whose LoRA is trainable and added inside; outside, nothing is added until a `write`."""
+        modes = [(module, module.training) for root in self._roots.values() for module in root.modules()]
+        self._switch["active"] = True
+        self._set_trainable(True)
+        try:
+            for module, _ in modes:
+                module.training = False  # its running statistics stay
+            yield next(iter(self._roots.values()))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._set_trainable(False)
+            self._switch["active"] = False
+
+    def _set_trainable(self, value: bool) -> None:
+        for _, module in self._matrices:
+            module.requires_grad_(value)
+
+
+class LoraLayer:
+    """A LoRA on one layer.
+
+    Args:
+        module: The layer, perhaps peft's around another.
+        rank: r.
+        scale: s.
+        like: A tensor of the dtype and on the device of A and B.
+        bias: Whether B has a bias.
+    """
+
+    def __init__(self, module: Any, rank: int, scale: float, like: Tensor, *, bias: bool = False) -> None:
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        make = partial(skip_init, device=local_tensor(like).device, dtype=like.dtype)  # draws no random numbers
+        self.module, self.scale, self._infix = module, scale, ""
+        self._down: Any = nn.Module()
+        self._up: Any = nn.Module()
+        kind = next((each for each in CONVOLUTIONS if isinstance(base, each)), None)
+        if isinstance(base, nn.Embedding):
+            self._infix = "embedding_"
+            for matrix, shape in ((self._down, (rank, base.num_embeddings)), (self._up, (base.embedding_dim, rank))):
+                matrix.weight = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=local_tensor(like).device))
+        elif kind is not None:
+            geometry = base.kernel_size, base.stride, base.padding, base.dilation
+            self._down = make(kind, base.in_channels, rank, *geometry, bias=False, padding_mode=base.padding_mode)
+            self._up = make(kind, rank, base.out_channels, 1, bias=bias)
+        else:
+            self._down = make(nn.Linear, module.in_features, rank, bias=False)
+            self._up = make(nn.Linear, rank, module.out_features, bias=bias)
+
+    def matrices(self, name: str) -> Modules:
+        """Return the modules of A and B under the names that peft has for those of a layer `name`."""
+        return [(f"{name}lora_{self._infix}{matrix}.", each) for matrix, each in (("A", self._down), ("B", self._up))]
+
+    def add(self, switch: Mapping[str, bool], module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Return the layer's output with s B A x, in the output's dtype, if the switch is on: a forward hook."""
+        if not switch["active"] or not getattr(module, "disable_adapters", True):
+            return None
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        for matrix in (self._down, self._up):
+            if matrix.weight.device != x.device:  # the network has been moved
+                matrix.to(x.device)
+        if self._infix:
+            added = embedding(x, self._down.weight.T) @ self._up.weight.T
+        else:
+            added = self._up(self._down(x.to(self._down.weight.dtype)))
+        result: Tensor = (output + added * self.scale).to(output.dtype)
+        return result
+
+
+def switched_off(adapter: ScoreNetwork) -> AddedLora:
+    """Return the teacher that is the fake score's network with all adapters switched off.
+
+    Args:
+        adapter: The fake score, a LoRA adapter.
+    """
+    layers, name = dict[str, LoraLayer](), str(adapter.lora_adapter)
+    for prefix, root in adapter.modules().items():
+        for at, layer in lora.adapter_layers(root, name, "fake score"):
+            embeds = name in layer.lora_embedding_A
+            like = layer.lora_embedding_A[name] if embeds else layer.lora_A[name].weight
+            bias = not embeds and layer.lora_B[name].bias is not None
+            layers[f"{prefix}{at}"] = LoraLayer(layer, layer.r[name], layer.scaling[name], like, bias=bias)
+    return AddedLora(adapter, layers, [name for name, tensor in adapter.named_tensors() if "on base " in name])
+
+
+def beside(teacher: ScoreNetwork) -> AddedLora:
+    """Return a whole teacher as one whose nodes are adapters on all its linear and ungrouped convolution layers.
+
+    Args:
+        teacher: The teacher.
+    """
+    layers, identity = dict[str, LoraLayer](), []
+    for prefix, root in teacher.modules().items():
+        identity.append(f"{prefix}on base {lora.base_checksum(root)}")
+        for name, module in named_modules(root, prefix):
+            # Attention of torch.nn reads the weights of such a layer, and does not call it.
+            read = type(module).__name__ == "NonDynamicallyQuantizableLinear"
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and getattr(module, "groups", 1) == 1 and not read:
+                like = torch.empty(0, device=local_tensor(module.weight).device)
+                layers[name] = LoraLayer(module, RANK, 1.0, like)
+    if not layers:
+        found = "a teacher of another architecture than the fake score, without linear or convolution layers"
+        cure = "record with a copy of the teacher: disback.record(teacher, sample=..., loss=...)"
+        raise RoleError(found, expected="layers that a LoRA can be added to", cure=cure)
+    return AddedLora(teacher, layers, identity)
+
+
+def check_not_compiled(network: Network) -> None:
+    """Raise RoleError if a network is compiled: its graph would not see the hooks.
+
+    Args:
+        network: The network, as it was passed.
+    """
+    parts = network.modules() if isinstance(network, ScoreNetwork) else network
+    for root in parts.values() if isinstance(parts, Mapping) else [parts]:
+        for module in root.modules():
+            if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+                raise RoleError(
+                    "a compiled teacher to whose layers a LoRA is added",
+                    expected="a teacher whose forwards call hooks",
+                    cure="compile it after attach(), or not at all",
+                )
