@@ -101,6 +101,23 @@ def test_a_run_resumes_from_the_scripts_own_checkpoint(run, tmp_path):
     assert difference(networks(tmp_path / "rest"), networks(tmp_path / "whole")) == []
 
 
+@pytest.mark.parametrize("stop", [3, 9])
+def test_the_teacher_may_be_the_fake_score_with_its_lora_switched_off_and_the_run_resumes(stop, run, tmp_path):
+    roles = ("--role", "teacher=teacher_lora", "--role", "fake_score=teacher_lora", *PLAN)
+    script = "accelerate_switched_off.py"
+    code, errors = run(script, *roles, arguments=("--save_at", str(stop)))
+    assert code == 0, errors
+    assert "disback: ended: <disback done: position 0 (N = 3" in errors
+    checkpoint = tmp_path / "out" / f"checkpoint-{stop}"
+    code, errors = run(script, *roles, out="again", arguments=("--load", str(checkpoint)))
+    assert (code, "saved" in errors, "done: position 0" in errors) == (0, False, True), errors
+    ends = [torch.load(tmp_path / out / "networks.pt") for out in ("out", "again")]
+    losses = [json.loads((tmp_path / out / "losses.json").read_text()) for out in ("out", "again")]
+    assert losses[1] == losses[0][2 * stop :]
+    assert difference(*({"g": g, "f": f} for g, f in ends)) == []
+    assert set(ends[0][1]) == {n for n in ends[0][1] if ".disback" not in n}
+
+
 @pytest.mark.slow
 def test_a_sharded_run_resumes_from_the_scripts_own_shards(tmp_path):
     command = (
