@@ -141,7 +141,7 @@ class Session:
         if trains and self._written.left:
             self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
-            if self._to_restore:
+            if self._to_restore not in ("", "{}"):
                 self._to_restore = self._restorable.restore(self._to_restore, optimizer)
         elif self._student_alone and not trains:
             self._restorable.restore(self._to_restore)

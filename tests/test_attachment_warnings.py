@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
-from worlds import Run
+from worlds import Run, clone, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import StateError
 from disback_plugin.path.manifest import Recording
+from disback_plugin.plugins.log_reader import read
 from disback_plugin.schedules import Auto
 
 PLAN = {"record": 3, "every": 3, "schedule": "ramp:4"}
@@ -167,3 +169,26 @@ def test_attach_and_record_have_the_defaults_of_recording():
         first = "record" if "record" in given else "iterations"
         chosen = [given[name].default for name in (first, "every", "codec", "keep_teacher")]
         assert Recording(*chosen) == Recording()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_without_a_path_a_log_asks_whether_the_fake_score_follows_the_student(tmp_path, asked, caplog):
+    log = tmp_path / "baseline.log.jsonl"
+
+    def train(attached):
+        run = Run(seed=1)
+        options = {"record": 0, "log": log if asked else None}
+        with disback.attach(**run.roles(), **options) if attached else nullcontext():
+            for _ in range(120):
+                for weight in run.fake_score.parameters():
+                    weight.grad = torch.ones_like(weight)  # its gradients always agree
+                run.optimizer_f.step()
+                run.generator_step()
+        return clone(dict(run.generator.state_dict()))
+
+    assert difference(train(attached=True), train(attached=False)) == []
+    assert any("does not follow the student" in message for message in caplog.messages) is asked
+    if asked:
+        curves = read(log).curves()
+        assert curves["agreement"][-1][1] == pytest.approx(1.0)
+        assert [value for _, value in curves["stalled"]] == [1.0]

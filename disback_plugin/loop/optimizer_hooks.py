@@ -209,7 +209,7 @@ class OptimizerHooks:
                 role.after_step(optimizer, role.had_gradients.pop(optimizer, False) and not skipped)
 
     def _initializes(self, optimizer: Optimizer) -> bool:
-        found = is_initialization(optimizer)
+        found = not optimizer.state and is_initialization(optimizer)
         (self._initializing.add if found else self._initializing.discard)(optimizer)
         return found
 

@@ -23,7 +23,6 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin._text_table import aligned, html_table
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.path import files
 from disback_plugin.path.delta import encode
@@ -336,9 +335,13 @@ class DegradationPath(
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
 
     def __repr__(self) -> str:
+        from disback_plugin._text_table import aligned
+
         return f"{self}\n{aligned(node_table(self.manifest))}"
 
     def _repr_html_(self) -> str:
+        from disback_plugin._text_table import html_table
+
         return html_table(str(self), node_table(self.manifest))
 
 

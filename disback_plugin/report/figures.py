@@ -27,11 +27,16 @@ UPDATES, ITERATIONS = "generator updates", "recording iterations"
 # Panels of the numbers that DisBack logs while backtracking: title, explanation, unit, look, and the value by which
 # nothing has happened.
 POSITION = "Position of the teacher on the path: N is the network fitted to the initial student, 0 the teacher itself."
+FOLLOWS = (
+    "Mean cosine between gradients of the fake score in a row, in each window: near 0 it follows the student; above "
+    "0.6, twice in a row, it does not."
+)
 OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
     "position": ("position", POSITION, "", "steps", 0),
     "gradient": ("gradient factor", "Factor on the generator's gradient; 1 is the trainer's own.", "", "steps", 1),
     "swap_ms": ("swap time", "Time of the host for each move of the teacher.", "ms", "points", None),
     "masked_samples": ("masked samples", "Samples without a gradient, because they were not finite.", "", "points", 0),
+    "agreement": ("agreement of s_phi's gradients", FOLLOWS, "", "points", None),
     "stalled": ("stalled", "A point: the fake score no longer followed the student.", "", "points", 0),
     "diverged": ("diverged", "A point: the student ran away from the fake score.", "", "points", 0),
 }
@@ -40,7 +45,7 @@ NODE_PANELS = (
     ("codec error in the weights", "weight_error", "Over the step from the node before.", 100.0, "%"),
 )
 # All names of DisBack's own numbers (see the hook `disback_log`). Other numbers are the loop's.
-OWN_NUMBERS = {*OWN_PANELS, "node", "delta_norm", "agreement", "path_bytes", "node_seconds", "detached"}
+OWN_NUMBERS = {*OWN_PANELS, "node", "delta_norm", "path_bytes", "node_seconds", "detached"}
 COSINES = (
     "The cosine between each gradient of s_phi and the one before. While s_phi is far from the student's score they "
     "agree; s_phi is fitted, at the vertical line, when the mean of the last quarter is below the horizontal one."
