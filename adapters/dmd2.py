@@ -14,7 +14,10 @@ Properties of these trainers that matter here:
   so `requires_grad` does not tell the teacher from the fake score. No optimizer holds the teacher's parameters.
 * Both learning-rate schedulers advance at every step (`main/train_sd.py:383`). A recording would use up most of their
   500 steps of warm-up, so `attach` resets them after it.
-* The teacher is part of the trainer's own checkpoint (`accelerator.save_state`). Under `disback run` it is s'_0 there.
+* The teacher is part of the trainer's own checkpoint: of `accelerator.save_state`, or with `--fsdp` of a full state
+  dict without optimizers (`main/train_sd.py:281-292`). Under `disback run` it is s'_0 there.
+* Its FSDP configurations have `fsdp_use_orig_params: false` (`fsdp_configs/fsdp_1node_debug.yaml:15`,
+  `main/sdxl/create_sdxl_fsdp_configs.py:21`), which is refused: set it to true there.
 * `--use_fp16` keeps the SD teacher in bfloat16, which may round the differences between nodes away; a warning says so.
 * With a discriminator (`gan_classifier`, `main/edm/train_edm.py:281`, `cls_on_clean_image`, `main/train_sd.py:400`)
   the adversarial loss trains s_phi during the recording as well, unlike Eq. 7; a warning says so. The nodes still end
@@ -43,9 +46,9 @@ WATCH = tuple(
         call,
         frame="train_one_step",
         take="self",
-        needs=("model.guidance_model", *OPTIMIZERS),
+        needs=("model.guidance_model.fake_unet", *OPTIMIZERS),
         knows="tianweiy/DMD2 at 8d8fa55 (March 2025) and its fork SYZhang0805/DisBack at d015b5e",
-        saves=("accelerate.accelerator:Accelerator.save_state",),
+        saves=("__main__:Trainer.save",),
     )
     for call in (
         "main.edm.edm_unified_model:EDMUniModel.forward",
@@ -74,14 +77,22 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     guidance = getattr(getattr(trainer, "model", None), "guidance_model", None)
     if guidance is None or not all(hasattr(trainer, name) for name in OPTIMIZERS):
         return None
-    inner = getattr(guidance, "module", guidance)
-    if not hasattr(inner, "real_unet"):
+    if getattr(getattr(trainer, "args", None), "gan_alone", False):
         raise RoleError(
-            "a DMD2 trainer without model.guidance_model.real_unet, as with --gan_alone",
-            expected="a teacher",
+            "a DMD2 trainer without a teacher, as --gan_alone makes it",
+            expected="model.guidance_model.real_unet",
             cure="train without --gan_alone, which has no score distillation that DisBack could help",
         )
-    if any(".lora_" in name for name, _ in inner.fake_unet.named_parameters()):
+    if any(getattr(parameter, "_is_flat_param", False) for parameter in guidance.parameters()):
+        raise RoleError(
+            "DMD2's FSDP configuration with fsdp_use_orig_params: false, which makes one tensor of several weights",
+            expected="fsdp_use_orig_params: true",
+            cure="change that line of accelerate's --config_file: fsdp_configs/fsdp_1node_debug.yaml, or the file that "
+            "main/sdxl/create_sdxl_fsdp_configs.py wrote",
+        )
+    teacher = ScoreNetwork(guidance, prefix="real_unet", role="teacher")
+    fake_score = ScoreNetwork(guidance, prefix="fake_unet", role="fake score")
+    if any(".lora_" in name for name, _ in fake_score.named_tensors()):
         raise RoleError(
             "a fake score that is LoRA layers on frozen weights",
             expected="one of the teacher's own layers, since s_phi starts as s'_N and s'_N becomes the first target",
@@ -95,8 +106,8 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         )
     tracked = bool(getattr(getattr(trainer, "accelerator", None), "trackers", None))
     return Adapter(
-        teacher=ScoreNetwork(guidance, prefix="real_unet", role="teacher"),
-        fake_score=ScoreNetwork(guidance, prefix="fake_unet", role="fake score"),
+        teacher=teacher,
+        fake_score=fake_score,
         generator_optimizer=trainer.optimizer_generator,
         fake_score_optimizer=trainer.optimizer_guidance,
         plugins={"trackers": lambda: Trackers(trainer.accelerator, step=lambda: int(trainer.step))} if tracked else {},

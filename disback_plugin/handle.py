@@ -109,12 +109,15 @@ class Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        self._session.detach(failed=isinstance(error, Exception))
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain scalars, to be saved beside the trainer's checkpoint."""
+        """Return the state as plain scalars, to be saved beside the trainer's checkpoint.
+
+        All ranks of sharded networks must call, because what FSDP has gathered is freed.
+        """
         return self._session.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -49,6 +49,9 @@ def open_or_create(
 ) -> DegradationPath:
     """Return the path in a folder: a finished one of this teacher, its unfinished one, or a new one. Collective.
 
+    If the teacher holds another node of a finished path, as in a checkpoint that was written during backtracking, node
+    0 is written into it.
+
     Args:
         folder: A folder that holds a path, is empty, or does not exist.
         teacher: The teacher s_theta.
@@ -66,16 +69,28 @@ def open_or_create(
         distributed.on_every_rank(teacher.check_original, "find the teacher as it was")
     state = teacher.full_state()
 
-    def prepare() -> DegradationPath:
+    def verify(path: DegradationPath) -> int | None:
+        """Return the node that the teacher holds instead of node 0, if the path holds node 0; else None."""
+        kept = path.manifest.recording.keep_teacher
+        try:
+            if not (resumes and kept):
+                path.verify_teacher(state)
+        except PathError:
+            node = path.node_held(state) if path.complete and kept else None
+            if node is None:
+                raise
+            return node
+        return None
+
+    def prepare() -> tuple[DegradationPath, int | None]:
         if not (resumes or DegradationPath.exists(folder)):
             validate(recording.nodes)
-            return DegradationPath.create(folder, state, recording, generator=generator)
+            return DegradationPath.create(folder, state, recording, generator=generator), None
         path = DegradationPath(folder)
         with path.lock:
             if not path.complete:
                 path.lock.acquire(resumes=resumes)
-            if not (resumes and path.manifest.recording.keep_teacher):
-                path.verify_teacher(state)
+            node = verify(path)
             if not resumes:
                 _compare_recordings(path, recording, generator, validate)
                 path.write_teacher(state)
@@ -84,20 +99,24 @@ def open_or_create(
             # A crash may have come between the last node and the mark of completion.
             if not path.complete and len(path) - 1 == path.manifest.last_node:
                 path.finish()
-        return path
+        return path, node
 
     # Only rank 0 reads and writes the folder: the others must not see it half written.
-    path = distributed.on_main_process(prepare, state)
+    path, node = distributed.on_main_process(prepare, state)
 
     def read_last_node() -> None:
         # Rank 0 has compared the teacher already, and the other ranks' shards of it.
-        compared = state.sharded or distributed.is_main_process()
-        if not (compared or (resumes and path.manifest.recording.keep_teacher)):
-            path.verify_teacher(state)
+        if not (state.sharded or distributed.is_main_process()):
+            verify(path)
         path.source(len(path) - 1)
 
     # Each rank decodes nodes for itself: all find the files and the same teacher, or all raise.
     distributed.on_every_rank(read_last_node, "find the path and the same teacher")
+    if node is not None:
+        logger.warning(
+            "the teacher held node %d of %s, as a checkpoint of a run on it may: it is set to node 0", node, path
+        )
+        distributed.on_every_rank(lambda: teacher.write(path.teacher_source()), "read node 0")
     return path
 
 

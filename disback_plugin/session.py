@@ -315,15 +315,18 @@ class Session:
         elif self.path is not None:
             self.teacher.write(self.path.teacher_source())
 
-    def detach(self) -> None:
+    def detach(self, *, failed: bool = False) -> None:
         """Remove every hook, and restore the teacher and the learning-rate schedulers. A second call does nothing.
+
+        Args:
+            failed: Whether the loop raised, which may be before its first step.
 
         Raises:
             PathError: If node 0 cannot be read any more. The hooks are removed all the same.
         """
         if not self.hooks.installed:
             return
-        if not self.progress.fake_score_updates and not self._generator_steps:
+        if not failed and not self.progress.fake_score_updates and not self._generator_steps:
             logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
         self.hooks.remove()
         for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):

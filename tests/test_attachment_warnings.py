@@ -11,7 +11,7 @@ from torch import nn
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
-from disback_plugin.errors import StateError
+from disback_plugin.errors import PathError, StateError
 from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.log_reader import read
 from disback_plugin.schedules import Auto
@@ -47,6 +47,34 @@ def test_a_run_that_continues_without_its_state_is_warned_how_far_the_earlier_on
     (message,) = warnings_in(caplog)
     assert "came to generator update 2 at least, and here one begins" in message
     assert "handle.load_state_dict(state)" in message
+
+
+@pytest.mark.parametrize("node", [0, 1, 2, 3])
+def test_a_teacher_from_a_checkpoint_of_backtracking_is_recognised_and_set_back(node, tmp_path, caplog):
+    plan = {"path": tmp_path / "path", "record": 3, "every": 1, "schedule": "ramp:4"}
+    with disback.attach(**(run := Run()).roles(), **plan) as handle:
+        run.steps(4)
+        path = handle.path
+    again = Run()
+    again.teacher.load_state_dict(path[node])
+    caplog.clear()
+    with disback.attach(**again.roles(), **plan):
+        again.steps(1)
+    held = [message for message in warnings_in(caplog) if "the teacher held node" in message]
+    assert len(held) == (node > 0)
+    assert all(f"held node {node} of" in message for message in held)
+    assert all(torch.equal(value, path[0][name]) for name, value in again.teacher.state_dict().items())
+
+
+def test_a_teacher_that_no_node_equals_or_of_an_unfinished_path_is_another(tmp_path):
+    plan = {"path": tmp_path / "path", "record": 4, "every": 1}
+    with disback.attach(**(run := Run()).roles(), **plan) as handle:
+        run.steps(2)
+        first = handle.path[1]
+    again = Run()
+    again.teacher.load_state_dict(first)
+    with pytest.raises(PathError, match="another teacher"):
+        disback.attach(**again.roles(), **plan)
 
 
 def test_a_trained_fake_score_is_not_overwritten_without_a_warning(tmp_path, caplog):

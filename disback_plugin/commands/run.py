@@ -1,4 +1,4 @@
-"""Run a trainer's script with DisBack, without editing it.
+r"""Run a trainer's script with DisBack, without editing it.
 
 Run a Python script, and attach DisBack to the trainer in it, whose files are not edited. Under torchrun and accelerate
 launch use `-m disback_plugin.launch` with the same arguments.
@@ -6,6 +6,8 @@ launch use `-m disback_plugin.launch` with the same arguments.
 Example:
   disback run --adapter sid --path runs/path sid_train.py --outdir runs ...
   disback run --adapter accelerate_loop --role teacher=real_unet --role fake_score=fake_unet train.py ...
+  disback run --role teacher=self.real --role fake_score=self.fake --role generator_optimizer=self.opt_g \
+              --role fake_score_optimizer=self.opt_f --saves trainer.loop:Trainer.save train.py ...
   torchrun --nproc_per_node=8 -m disback_plugin.launch --adapter dmd2 --path runs/path main/edm/train_edm.py ...
 """
 
@@ -18,7 +20,20 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `disback run`."""
     add = parser.add_argument
-    add("--adapter", required=True, metavar="NAME", help="adapter of the trainer: see `disback plugins`")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--adapter",
+        default="",
+        metavar="NAME",
+        help="adapter of the trainer: see `disback plugins`; without one, --role names the roles in any script",
+    )
+    where.add_argument(
+        "--watch",
+        default="",
+        metavar="MODULE:NAME",
+        help="without adapter: attach at the first call of this function, as trainer.loop:Trainer.train; by default at "
+        "the first forward with gradients",
+    )
     add("--path", default="disback-path", metavar="DIR", help="folder of the path (%(default)s)")
     add("--record", type=int, metavar="K", help="recording iterations (200)")
     add("--every", type=int, metavar="K", help="recording iterations between two nodes (50)")
@@ -31,8 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ROLE=VARIABLE",
-        help="with accelerate_loop: the script's variable, as teacher=unet_teacher, fake_score=self.critic, or one of "
-        "the optimizers, generator_optimizer=opt; by default the variable of the role's name",
+        help="without adapter, or with accelerate_loop: the script's variable, as teacher=unet_teacher, "
+        "fake_score=self.critic, generator_optimizer=opts.0; by default the variable of the role's name",
+    )
+    add(
+        "--saves",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="function that saves the trainer's checkpoint, as trainer.loop:Trainer.save or __main__:save",
+    )
+    add(
+        "--restore",
+        action="append",
+        default=[],
+        metavar="VARIABLE",
+        help="object, beside the learning-rate schedulers, that goes back to its beginning after the recording",
     )
     add("script", metavar="SCRIPT", help="Python file; it runs as __main__")
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
@@ -55,8 +84,11 @@ def run(options: argparse.Namespace) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if distributed.is_main_process() else logging.WARNING)
     try:
-        roles = dict(role.partition("=")[::2] for role in options.roles)
-        shared = {"plugins": options.plugins, "roles": roles, "codec": options.codec}
+        roles: dict[str, str] = {}
+        for role, _, variable in (each.partition("=") for each in options.roles):
+            roles[role] = f"{roles[role]},{variable}" if role in roles else variable
+        shared = {name: getattr(options, name) for name in ("plugins", "codec", "watch", "saves", "restore")}
+        shared["roles"] = roles
         ScriptRunner(options.adapter, options.path, **shared, **runner_options).run(options.script, options.arguments)
     finally:
         logger.removeHandler(handler)

@@ -1,25 +1,22 @@
 """`disback run`: attach DisBack to a trainer's script without editing it.
 
-`Watch` is the public class with which an adapter says where a trainer keeps its networks. This module finds the trainer
-inside a running script and wraps the script's functions when their modules are imported; `launch.run` runs the script.
-Importing this module loads no torch.
+`Watch` is the public class with which an adapter, or the command line, says where a trainer keeps its networks. This
+module finds the trainer inside a running script, `launch.imports` wraps the script's functions, and `launch.run` runs
+the script. Importing this module loads no torch.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import FrameType, ModuleType, SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
-from disback_plugin.errors import RoleError
+from disback_plugin.errors import OptionError, RoleError
+
+ROLES = ("teacher", "fake_score", "generator_optimizer", "fake_score_optimizer")
 
 
 @dataclass(frozen=True)
@@ -32,20 +29,21 @@ class Watch:
     trainer is read from the local variables of the innermost caller named `frame`, the adapter is asked for the roles,
     and the wrapper is removed.
 
-    With `prepares=True`, `call` is a library function that prepares networks and optimizers for scripts whose variable
-    names the adapter cannot know. Then DisBack attaches at the first forward with gradients of a prepared network, and
-    the trainer is a namespace of the roles, read from the variables that the user named, and of the list `prepared`.
+    Without `frame` the user names the variables of the roles, and the trainer is a namespace of the roles. Without
+    `call`, or with `prepares`, DisBack attaches at the first forward with gradients of a trainable network.
 
     Attributes:
-        call: "module:qualified.name" of a function of the trainer.
-        frame: Name of the function, up the stack, that holds the trainer; "<module>" for a script's top level; "" with
-            `prepares`.
+        call: "module:qualified.name" of a function of the trainer; "" for the first forward with gradients.
+        frame: Name of the function, up the stack, that holds the trainer; "<module>" for a script's top level; "" where
+            the user names the variables.
         knows: Upstream repository and version for which this was written, for error messages.
         take: Name of the local variable that is the trainer; "" for a namespace of all local variables.
-        needs: Dotted names of attributes that the trainer must have. With `prepares`, the roles that must be found; a
+        needs: Dotted names of attributes that the trainer must have. Without `frame`, the roles that must be found; a
             role that the user does not name is a variable of the role's own name.
         saves: Functions, named like `call`, that write the trainer's checkpoint. While they run, the teacher is s'_0.
-        prepares: Whether `call` prepares networks, and the user names the roles.
+            Their module may be "__main__", the script itself.
+        prepares: Whether `call` is a library function that prepares networks and optimizers for scripts whose variable
+            names the adapter cannot know. The trainer then also has the list `prepared` of what it returned.
 
     Example:
         >>> WATCH = Watch(
@@ -91,40 +89,54 @@ class Watch:
 
         Args:
             start: Frame at which the search up the stack begins.
-            variables: Dotted variable by role.
+            variables: Dotted variable by role; several with commas between them make a tuple.
 
         Raises:
             RoleError: If no caller has one of the variables.
         """
         callers = list(_callers(start))
         roles = SimpleNamespace()
-        for role, variable in ({name: name for name in self.needs} | {**variables}).items():
-            values = (_get(SimpleNamespace(**held), variable) for _, held in callers)
-            value = next((value for value in values if value is not MISSING), MISSING)
-            if value is MISSING:
-                raise _unknown_variable(role, variable, callers)
-            setattr(roles, role, value)
+        for role, names in ({name: name for name in self.needs} | {**variables}).items():
+            found = tuple(_find(role, name, callers) for name in names.split(","))
+            setattr(roles, role, found if len(found) > 1 else found[0])
         return roles
 
-    def mismatch(self, found: str) -> RoleError:
-        """Return the error for a trainer of another version; `found` says in words what is missing."""
+    def mismatch(self, found: str, *, fits: str = "") -> RoleError:
+        """Return the error for a trainer of another version.
+
+        Args:
+            found: What is missing, in words.
+            fits: Name of the adapter that knows the trainer, if there is one.
+        """
+        named = "correct --watch and --role, or omit --watch: DisBack then attaches at the first forward with gradients"
+        other = "use that version" if self.knows else named
         return RoleError(
             found,
-            expected=f"the names of {self.knows}, for which this adapter was written",
-            cure="use that version, or call disback.attach with the four roles in your script",
+            expected=f"the names of {self.knows}, for which this adapter was written"
+            if self.knows
+            else "the roles where the command says",
+            cure=f"use --adapter {fits}, which knows this trainer"
+            if fits
+            else f"{other}, or call disback.attach with the four roles in your script",
         )
 
 
-def _unknown_variable(role: str, variable: str, callers: Sequence[tuple[str, Mapping[str, object]]]) -> RoleError:
-    module = sys.modules["torch"].nn.Module  # the script has imported torch
-    found = []
+def _find(role: str, variable: str, callers: Sequence[tuple[str, Mapping[str, object]]]) -> object:
+    """Return a dotted variable of the innermost caller that has it."""
+    for _, held in callers:
+        value = _get(SimpleNamespace(**held), variable)
+        if value is not MISSING:
+            return value
+    torch, found = sys.modules["torch"], []  # the script has imported torch
+    optimizer = role.endswith("optimizer")
+    kind, what = (torch.optim.Optimizer, "an optimizer") if optimizer else (torch.nn.Module, "a network")
     for caller, variables in callers:
-        names = sorted(name for name, value in variables.items() if isinstance(value, module))
+        names = sorted(name for name, value in variables.items() if isinstance(value, kind))
         where = "the script" if caller == "<module>" else f"{caller}()"
         found += [f"{', '.join(names)} in {where}"] if names else []
-    return RoleError(
+    raise RoleError(
         f"no variable {variable!r} for the {role.replace('_', ' ')} where the networks are used",
-        expected=f"one of the script's own, each role a network of its own: {'; '.join(found) or 'there are none'}",
+        expected=f"one of the script's own, each role {what} of its own: {'; '.join(found) or 'there are none'}",
         cure=f"name it with --role {role}=VARIABLE. A script without fake score (consistency distillation as LCM, "
         "flash-diffusion, adversarial losses alone) has no score difference that DisBack could help",
     )
@@ -150,90 +162,59 @@ MISSING = object()
 
 
 def _get(trainer: object, dotted: str) -> Any:
-    """Return a dotted attribute; a name may be a key of a mapping, or an attribute of what DDP and the like wrap."""
+    """Return a dotted attribute; a name may be a key of a mapping, an index, or an attribute of what DDP wraps."""
     for name in dotted.split("."):
         if isinstance(trainer, Mapping) and name in trainer:
             trainer = trainer[name]
+        elif isinstance(trainer, Sequence) and name.isdecimal():
+            trainer = trainer[int(name)] if int(name) < len(trainer) else MISSING
         else:
             trainer = getattr(trainer, name, getattr(getattr(trainer, "module", None), name, MISSING))
     return trainer
 
 
-# -- hooks on functions and imports -----------------------------------------------------------------------------------
+# -- options of the command line ---------------------------------------------------------------------------------------
 
 
-def replace(
-    module: ModuleType, qualified: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> AbstractContextManager[Any]:
-    """Return a context manager inside which `make(function)` stands in for a module's function or method.
-
-    Raises:
-        AttributeError: If there is no such function.
-
-    Example:
-        >>> import colorsys
-        >>> with replace(colorsys, "rgb_to_hsv", lambda original: lambda *rgb: "wrapped"):
-        ...     colorsys.rgb_to_hsv(0, 0, 0)
-        'wrapped'
-        >>> colorsys.rgb_to_hsv(0, 0, 0)
-        (0.0, 0.0, 0)
-    """
-    from unittest.mock import patch  # slow to import, and only `disback run` needs it
-
-    *outer, name = qualified.split(".")
-    owner = functools.reduce(getattr, outer, module)
-    original = getattr(owner, name)
-    return patch.object(owner, name, functools.wraps(original)(make(original)))
+def watches_of(module: object, adapter: str) -> tuple[Watch, ...]:
+    """Return what an adapter's module watches for; raise RoleError if it has no `WATCH`."""
+    watch = getattr(module, "WATCH", ())
+    watches = (watch,) if isinstance(watch, Watch) else tuple(watch)
+    if not watches or not all(isinstance(each, Watch) for each in watches):
+        raise RoleError(
+            f"an adapter {adapter!r} that does not say where in a script the trainer is",
+            expected="a disback_plugin.Watch, or several, as WATCH in its module",
+            cure="call disback.attach(trainer, adapter=...) in the script instead",
+        )
+    return watches
 
 
-@contextmanager
-def call_after_import(names: Collection[str], callback: Callable[[ModuleType], object]) -> Iterator[None]:
-    """Call back inside the `with` block when a module has been imported, at once if it was imported before.
-
-    wrapt, the known library for this, cannot remove its hooks.
-
-    Args:
-        names: Names of the modules.
-        callback: A function of a module.
-
-    Example:
-        >>> _ = sys.modules.pop("colorsys", None)
-        >>> with call_after_import(["colorsys"], lambda module: print(module.__name__, "is imported")):
-        ...     import colorsys
-        colorsys is imported
-    """
-    finder = _Finder(names, callback)
-    sys.meta_path.insert(0, finder)
-    try:
-        for name in names:
-            if name in sys.modules:
-                callback(sys.modules[name])
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        importlib.invalidate_caches()
+def validated_watch(watch: str) -> str:
+    """Return `watch` if it names a function of a module that can be imported, or nothing; raise OptionError if not."""
+    module, _, name = watch.partition(":")
+    if watch and (not name or module in ("", "__main__")):
+        raise OptionError(
+            f"--watch {watch}",
+            expected="module:function or module:Class.method, of a module that the script imports",
+            cure="omit --watch: DisBack then attaches at the first forward with gradients of a network that is trained",
+        )
+    return watch
 
 
-class _Finder(MetaPathFinder):
-    """Find modules as the later finders do, and call back after their loader has run."""
-
-    def __init__(self, names: Collection[str], callback: Callable[[ModuleType], object]) -> None:
-        self._names, self._callback = names, callback
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name not in self._names:
-            return None
-        later = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in later)), None)
-        if spec is not None and spec.loader is not None and not isinstance(spec.loader, type):  # a class: of built-ins
-            loader, load = spec.loader, spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                del loader.exec_module  # from now on it is as if the loader alone had been used
-                load(module)
-                self._callback(module)
-
-            loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+def validated_roles(roles: Mapping[str, str], adapter: str, watches: Sequence[Watch]) -> dict[str, str]:
+    """Return the variables by role; raise OptionError unless the user may name them and they are names."""
+    if roles and all(watch.frame for watch in watches):
+        raise OptionError(
+            f"--role {next(iter(roles))} with --adapter {adapter}, which knows where the roles are",
+            expected="an adapter that lets you name them, as accelerate_loop",
+            cure="omit --role, or --adapter",
+        )
+    for role, variables in roles.items():
+        parts = [part for variable in variables.split(",") for part in variable.split(".")]
+        if role not in ROLES or not all(part.isidentifier() or part.isdecimal() for part in parts):
+            raise OptionError(
+                f"--role {role}={variables}",
+                expected=f"one of {', '.join(ROLES)}, and a variable of the script, perhaps with dots",
+                cure="write --role fake_score=fake_unet",
+            )
+    return dict(roles)

@@ -1,61 +1,64 @@
 """Run a trainer's script with DisBack, without editing the script.
 
-The script runs as `__main__` with its own arguments. When the script imports the module that the adapter's `Watch`
-names, one function of that module is wrapped. At the function's first call, before the first optimizer step, `attach`
-gets the trainer that the callers hold, and the wrapper is removed. Where the function only prepares networks
-(`Watch.prepares`), `attach` is called before the first forward with gradients of a prepared network, with the roles
-that the user named. An optimizer step before that stops the script.
+The script runs as `__main__` with its own arguments. When the script imports the module that a `Watch` names, one
+function of that module is wrapped. At the function's first call, before the first optimizer step, `attach` gets the
+trainer that the callers hold, and the wrapper is removed. Without such a function, `attach` is called before the first
+forward with gradients (`forwards`), with the roles that the user named. An optimizer step before that stops the script.
 
-While the trainer saves its checkpoint, the teacher is s'_0; afterwards the handle's state is appended to
-"PATH.states.jsonl". When a later run loads that checkpoint, its fake score has the weights of that moment, by which the
-state is found, and the run resumes there.
+While the trainer saves its checkpoint, the teacher is s'_0; afterwards the handle's state is kept (`states`). A later
+run that loads that checkpoint resumes there.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace as with_fields
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import FrameType, ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disback_plugin import distributed
 from disback_plugin.attachment import attach
-from disback_plugin.errors import DisbackError, OptionError, RoleError
+from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleError
 from disback_plugin.handle import Handle
-from disback_plugin.launch import Watch, call_after_import, replace
+from disback_plugin.launch import ROLES, Watch, validated_roles, validated_watch, watches_of
+from disback_plugin.launch.forwards import FirstForward
+from disback_plugin.launch.imports import call_after_import, replace
+from disback_plugin.launch.states import SavedStates
 from disback_plugin.loop.held_steps import is_initialization
 from disback_plugin.loop.optimizers import parameters, unwrap
-from disback_plugin.loop.roles import find_networks
-from disback_plugin.path import files
+from disback_plugin.loop.roles import find_networks, same_weights
+from disback_plugin.plugins.entry_points import ADAPTERS
+from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
 
 logger = logging.getLogger(__name__)
-
-ROLES = ("teacher", "fake_score", "generator_optimizer", "fake_score_optimizer")
 
 
 class ScriptRunner:
     """Run one script and attach DisBack to the trainer in it.
 
     Args:
-        adapter: Name of an installed adapter whose module has a `WATCH`.
+        adapter: Name of an installed adapter whose module has a `WATCH`; "" if the user names the roles.
         path: Folder of the degradation path.
         plugins: As in `attach`.
-        roles: Variables of the script by role, for an adapter that lets the user name them.
+        roles: Variables of the script by role, where the user names them.
+        watch: Without adapter: "module:qualified.name" of a function at whose first call to attach; "" for the first
+            forward with gradients.
+        saves: Further functions that write the trainer's checkpoint.
+        restore: Variables of the script whose objects are passed as `restore` to `attach`; none for its default.
         options: Further arguments of `attach`: record, every, codec, schedule.
 
     Attributes:
@@ -74,17 +77,28 @@ class ScriptRunner:
         *,
         plugins: Sequence[object] = (),
         roles: Mapping[str, str] | None = None,
+        watch: str = "",
+        saves: Sequence[str] = (),
+        restore: Sequence[str] = (),
         **options: Any,
     ) -> None:
         self.handle: Handle | None = None
         self._plugins = PluginManager.of(plugins)
-        self._adapter, self._path, self._options = adapter, Path(path), options
-        self._watches = _watches(self._plugins.load(adapter, f"--adapter {adapter}"), adapter)
-        self._roles = _validated_roles(roles or {}, adapter, self._watches)
-        self._states = self._path.with_name(f"{self._path.name}.states.jsonl")
-        self._prepared = PreparedNetworks(self._before_forward)
+        # Absolute: a script may change its working folder.
+        self._adapter, self._path, self._options = adapter, Path(path).absolute(), options
+        if adapter:
+            watches = watches_of(self._plugins.load(adapter, f"--adapter {adapter}"), adapter)
+        else:
+            watches = (Watch(validated_watch(watch), frame="", knows="", needs=ROLES),)
+        self._watches = tuple(with_fields(each, saves=(*each.saves, *saves)) for each in watches)
+        self._roles, self._restore = validated_roles(roles or {}, adapter, self._watches), restore
+        self._states = SavedStates(self._path)
+        self._forwards: FirstForward | None = None
+        self._generator: ScoreNetwork | None = None
         self._until_attached, self._until_exit = ExitStack(), ExitStack()
         self._failure: DisbackError | None = None
+        self._missing = ""  # functions that an imported module does not have
+        self._saving = False
 
     def run(self, script: str | os.PathLike[str], arguments: Sequence[str] = ()) -> None:
         """Run a script as `__main__`. Afterwards the teacher is s'_0 and no hook, wrapper or argument is left.
@@ -109,8 +123,12 @@ class ScriptRunner:
         with self._until_exit, self._until_attached:
             try:
                 self._until_attached.callback(register_optimizer_step_pre_hook(self._refuse_early_step).remove)
-                self._until_attached.callback(self._prepared.close)
-                modules = {call.partition(":")[0] for call in calls}
+                prepares = any(watch.prepares for watch in self._watches)
+                if prepares or not all(watch.call for watch in self._watches):
+                    self._forwards = FirstForward(self._before_forward, prepared_only=prepares)
+                    self._until_attached.callback(self._forwards.close)
+                # The script is `__main__` while it runs; its functions exist once it has begun to train (`_attach`).
+                modules = {call.partition(":")[0] for call in calls} - {"", "__main__"}
                 self._until_exit.enter_context(call_after_import(modules, self._wrap_functions))
                 with _as_main(script, arguments):
                     runpy.run_path(os.fspath(script), run_name="__main__")
@@ -130,11 +148,12 @@ class ScriptRunner:
                 try:
                     self._until_attached.enter_context(replace(module, name, partial(self._attach_at_call, watch)))
                 except AttributeError as error:
-                    self._failure = watch.mismatch(f"no {name} in {module.__name__} ({error})")
-                    raise self._failure from None
-        for name in {
-            save.removeprefix(here) for watch in self._watches for save in watch.saves if save.startswith(here)
-        }:
+                    self._missing += f" ({error})"
+        self._wrap_saves(module, self._watches)
+
+    def _wrap_saves(self, module: ModuleType, watches: Sequence[Watch]) -> None:
+        here = f"{module.__name__}:"
+        for name in {save.removeprefix(here) for watch in watches for save in watch.saves if save.startswith(here)}:
             try:
                 self._until_exit.enter_context(replace(module, name, self._save_state_too))
             except AttributeError:
@@ -145,21 +164,22 @@ class ScriptRunner:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.handle is None and not watch.prepares:
-                self._attach(watch, lambda: watch.find_trainer(inspect.currentframe()))
+                self._attach(watch, inspect.currentframe())
             result = original(*args, **kwargs)
-            if self.handle is None and watch.prepares:
-                self._prepared.add(result)
+            if self.handle is None and self._forwards is not None:
+                self._forwards.add(result)
             return result
 
         return call
 
     def _before_forward(self) -> None:
-        watch = next(watch for watch in self._watches if watch.prepares)
+        watch = next(watch for watch in self._watches if watch.prepares or not watch.call)
+        frame = inspect.currentframe()
         try:
-            roles = watch.find_roles(inspect.currentframe(), self._roles)
+            watch.find_roles(frame, self._roles)
         except RoleError:
             return  # perhaps some are yet to be made; if not, the first optimizer step raises this error
-        self._attach(watch, lambda: SimpleNamespace(**vars(roles), prepared=self._prepared.objects))
+        self._attach(watch, frame)
 
     def _refuse_early_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise, before the first step of any optimizer, the reason why DisBack is not attached yet."""
@@ -167,23 +187,42 @@ class ScriptRunner:
             return
         if self._failure is not None:
             raise self._failure
-        first, calls = self._watches[0], " or ".join(watch.call for watch in self._watches)
+        first, frame = self._watches[0], inspect.currentframe()
+        calls, fits = " or ".join(watch.call for watch in self._watches if watch.call), self._fitting_adapter(frame)
         step = f"a first step of {type(optimizer).__name__} before"
-        if not self._prepared.objects:
+        if calls and not (self._forwards is not None and self._forwards.prepared):
             frames = " or ".join(dict.fromkeys(watch.frame for watch in self._watches))
-            raise first.mismatch(f"{step} any call of {calls}" + f" below {frames}()" * bool(frames))
-        first.find_roles(inspect.currentframe(), self._roles)  # raises, and names the role that is missing
-        raise first.mismatch(f"{step} any forward of what {calls} returned, where all roles can be seen")
+            below = f" below {frames}()" * bool(frames)
+            raise first.mismatch(f"{step} any call of {calls}{below}{self._missing}", fits=fits)
+        if not fits:
+            first.find_roles(frame, self._roles)  # raises, and names the role that is missing
+        where = f"what {calls} returned" if calls else "a network that is trained"
+        raise first.mismatch(f"{step} any forward of {where}, where all roles can be seen", fits=fits)
 
-    def _attach(self, watch: Watch, find_trainer: Callable[[], object]) -> None:
+    def _fitting_adapter(self, frame: FrameType | None) -> str:
+        """Return the name of another adapter whose trainer is among the callers of a frame, or ""."""
+        for plugin in self._plugins.list_plugins(load=True):
+            others = plugin.group == ADAPTERS and plugin.name != self._adapter
+            module = self._plugins.get_plugin(plugin.name) if others else None
+            with suppress(RoleError):
+                for watch in watches_of(module, plugin.name):
+                    if watch.frame and watch.call.partition(":")[0] in sys.modules:
+                        watch.find_trainer(frame)
+                        return plugin.name
+        return ""
+
+    def _attach(self, watch: Watch, frame: FrameType | None) -> None:
         try:
-            roles = self._plugins.find_adapter(find_trainer(), self._adapter)
+            roles = self._find_roles(watch, frame)
             path = None if self._options.get("record") == 0 else self._path
             trained = parameters(unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"))
             networks = roles.teacher, roles.fake_score
             teacher, fake_score, _ = find_networks(*networks, trained, path, sampled=roles.sample)
-            if self._prepared.have_run((teacher, fake_score)):
+            if self._forwards is not None and self._forwards.have_run((teacher, fake_score)):
                 raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
+            generator = _generator_of(roles.generator_optimizer)
+            state, restored = (None, True) if path is None else self._states.find(fake_score, generator)
+            copies = not restored and same_weights(teacher, fake_score)
             handle = attach(
                 teacher=teacher,
                 fake_score=fake_score,
@@ -192,142 +231,99 @@ class ScriptRunner:
                 sample=roles.sample,
                 loss=roles.loss,
                 path=path,
-                state=None if path is None else self._saved_state(fake_score),
+                state=state,
                 plugins=self._plugins,
                 **self._options,
+                **self._find_restorable(watch, frame),
             )
         except DisbackError as error:
             self._failure = error  # a script that catches the error is stopped at its first optimizer step
             raise
-        self.handle = self._until_exit.enter_context(handle)
-        logger.info("attached to %s: %r", watch.knows, handle)
+        self.handle, self._generator = self._until_exit.enter_context(handle), generator
+        if copies:  # as in the trainer's own resume
+            fake_score.load_state_dict(teacher.state_dict())
+        if not restored and distributed.is_main_process():
+            ending = "begins again as a copy of the teacher's active node" if copies else "is left as it is"
+            logger.warning(
+                "the trainer has restored the generator of update %d, but not the fake score of that moment: s_phi %s",
+                handle.generator_updates,
+                ending,
+            )
+        logger.info("attached to %s: %r", watch.knows or "the script", handle)
+        self._wrap_saves(sys.modules["__main__"], [watch])
         self._until_attached.close()
+
+    def _find_roles(self, watch: Watch, frame: FrameType | None) -> Adapter:
+        """Return the roles, from the adapter or as the user named them."""
+        trainer = watch.find_trainer(frame) if watch.frame else watch.find_roles(frame, self._roles)
+        if watch.prepares and self._forwards is not None:
+            trainer.prepared = self._forwards.prepared  # type: ignore[attr-defined]
+        if not self._adapter:
+            return Adapter(**vars(trainer))
+        try:
+            return self._plugins.find_adapter(trainer, self._adapter)
+        except PluginError as error:
+            if isinstance(error.__cause__, AttributeError):
+                raise watch.mismatch(f"a trainer of other names ({error.__cause__})") from error
+            raise
+
+    def _find_restorable(self, watch: Watch, frame: FrameType | None) -> dict[str, Any]:
+        if not self._restore:
+            return {}
+        found = Watch("", frame="", knows="").find_roles(frame, {name: name for name in self._restore})
+        return {"restore": ("schedulers", *vars(found).values())}
 
     # -- from then on -------------------------------------------------------------------------------------------------
 
     def _save_state_too(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a wrapper of a function that saves checkpoints: it appends the handle's state, on rank 0."""
+        """Return a wrapper of a function that saves checkpoints: it keeps the handle's state, on rank 0."""
 
         def save(*args: Any, **kwargs: Any) -> Any:
             handle = self.handle
-            if handle is None or handle.path is None:
+            if handle is None or handle.path is None or self._saving:  # one that saves may call another
                 return original(*args, **kwargs)
-            with handle.original_teacher():
-                result = original(*args, **kwargs)
+            self._saving = True
+            try:
+                with handle.original_teacher():
+                    result = original(*args, **kwargs)
+            finally:
+                self._saving = False
+            # On every rank that saves: what FSDP has gathered is freed first, on all of them or on none.
+            marks = {"generator": "" if self._generator is None else self._generator.local_checksum()}
+            state = handle.state_dict() | marks
             if distributed.is_main_process():
-                earlier = self._states.read_text() if self._states.exists() else ""
-                files.write_text(self._states, f"{earlier}{json.dumps(handle.state_dict())}\n")
+                self._states.append(state)
                 logger.info("saved the state at %d updates with the trainer's checkpoint", handle.generator_updates)
             return result
 
         return save
 
-    def _saved_state(self, fake_score: ScoreNetwork) -> dict[str, Any] | None:
-        """Return the last state that was saved when the fake score had its present weights, or None. Collective."""
-        lines = distributed.on_main_process(
-            lambda: self._states.read_text().splitlines() if self._states.exists() else []
-        )
-        states = map(json.loads, reversed(lines))
-        return next((s for s in states if s["fake_score"] and fake_score.matches_checksum(s["fake_score"])), None)
-
     def _log_end(self, error: BaseException | None) -> None:
-        """Log where the run ended, and how to resume it if the script failed."""
+        """Log where the run ended, and how to resume it if the script failed or has trained nothing."""
         handle = self.handle
         if handle is None:
             if not isinstance(error, DisbackError):
                 logger.warning("the script ended before a training step: nothing was attached")
             return
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
-        if failed and handle.path is not None:
+        kept = (
+            "" if handle.path is None else f"The path in {handle.path.folder} is kept: the same command goes on with it"
+        )
+        if failed and kept:
             stopped = f"{handle.phase}, after {handle.generator_updates} generator updates"
-            kept = f"The path in {handle.path.folder} is kept: the same command goes on with it"
             logger.warning("stopped while %s. %s, or from the trainer's checkpoint if it loads one", stopped, kept)
+        elif handle.phase == "recording" and distributed.is_main_process():
+            logger.warning("the script ended during the recording: the generator was never trained. %s", kept)
         logger.info("ended: %r", handle)
 
 
-class PreparedNetworks:
-    """Collect the objects that a script prepares; call back before each forward with gradients of a network in them.
-
-    Before the first such forward nothing of a training step has been computed. A validation, which some scripts run on
-    one rank only, records no gradients and does not count.
-
-    Args:
-        before_forward: Called before such a forward, until `close`.
-
-    Attributes:
-        objects: Networks, optimizers and whatever else was prepared, each once.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(1, 1))
-        >>> prepared = PreparedNetworks(lambda: print("about to run"))
-        >>> prepared.add((net, net))
-        >>> prepared.objects == [net]
-        True
-        >>> with torch.no_grad():
-        ...     _ = net(torch.ones(1, 1))
-        >>> prepared.close()
-    """
-
-    def __init__(self, before_forward: Callable[[], None]) -> None:
-        self.objects: list[object] = []
-        self._before_forward = before_forward
-        self._hooks = ExitStack()
-        self._hooked: set[nn.Module] = set()
-        self._ran: set[int] = set()
-
-    def add(self, result: object) -> None:
-        """Add what a call has prepared: one object, or several in a tuple or list."""
-        for each in result if isinstance(result, (tuple, list)) else (result,):
-            if not any(each is known for known in self.objects):
-                self.objects.append(each)
-            if isinstance(each, nn.Module):
-                # All modules inside too: a script may call a method of the network, or a part of it.
-                for module in set(each.modules()) - self._hooked:
-                    self._hooked.add(module)
-                    self._hooks.callback(module.register_forward_pre_hook(self._about_to_run).remove)
-
-    def close(self) -> None:
-        """Remove every hook; a second call changes nothing."""
-        self._hooks.close()
-        self._hooked.clear()
-
-    def have_run(self, networks: Iterable[ScoreNetwork]) -> bool:
-        """Return whether a forward with gradients of one of these networks has been seen."""
-        return any(id(tensor) in self._ran for network in networks for _, tensor in network.named_tensors())
-
-    def _about_to_run(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and module in self._hooked:
-            self._before_forward()
-            self._ran.update(id(parameter) for parameter in module.parameters(recurse=False))
-
-
-def _watches(module: object, adapter: str) -> tuple[Watch, ...]:
-    watch = getattr(module, "WATCH", ())
-    watches = (watch,) if isinstance(watch, Watch) else tuple(watch)
-    if not watches or not all(isinstance(each, Watch) for each in watches):
-        raise RoleError(
-            f"an adapter {adapter!r} that does not say where in a script the trainer is",
-            expected="a disback_plugin.Watch, or several, as WATCH in its module",
-            cure="call disback.attach(trainer, adapter=...) in the script instead",
-        )
-    return watches
-
-
-def _validated_roles(roles: Mapping[str, str], adapter: str, watches: Sequence[Watch]) -> dict[str, str]:
-    if roles and not any(watch.prepares for watch in watches):
-        raise OptionError(
-            f"--role {next(iter(roles))} with --adapter {adapter}, which knows where the roles are",
-            expected="an adapter that lets you name them, as accelerate_loop",
-            cure="omit --role",
-        )
-    for role, variable in roles.items():
-        if role not in ROLES or not all(part.isidentifier() for part in variable.split(".")):
-            raise OptionError(
-                f"--role {role}={variable}",
-                expected=f"one of {', '.join(ROLES)}, and a variable of the script, perhaps with dots",
-                cure="write --role fake_score=fake_unet",
-            )
-    return dict(roles)
+def _generator_of(optimizers: Any) -> ScoreNetwork | None:
+    """Return the parameters of the generator as a network, or None if some are of a kind that no role may have."""
+    stepped = parameters(unwrap(optimizers, role="generator_optimizer"))
+    try:
+        return ScoreNetwork(nn.ParameterList(stepped), role="generator")
+    except RoleError:
+        return None
 
 
 @contextmanager

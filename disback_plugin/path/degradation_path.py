@@ -176,6 +176,11 @@ class DegradationPath(
         if not self.manifest.recording.keep_teacher and self._teacher is None:
             self._teacher = copy_of(whole)
 
+    def node_held(self, state: Mapping[str, Tensor]) -> int | None:
+        """Return the index of the node whose weights are those of `state`, or None. All ranks must call if sharded."""
+        held = checksum(FullState.of(state))
+        return next((node.index for node in self.nodes if node.checksum == held), None)
+
     # -- write --------------------------------------------------------------------------------------------------------
 
     def _update(self, write: Callable[[], dict[str, Any]], state: FullState | None = None) -> None:

@@ -307,9 +307,11 @@ class PluginManager(pluggy.PluginManager):
             raise PluginError(
                 f"the plug-in {plugin} broken ({plugin.reason})",
                 expected="a plug-in that works",
-                cure="correct it" + (f", or block it with no:{name}" if plugin.distribution else ", or omit it"),
+                cure="correct it" + (f", or block it: {_blocking(name)}" if plugin.distribution else ", or omit it"),
             ) from error
-        logger.warning("the plug-in %s is broken and left out (%s); block it with no:%s", plugin, plugin.reason, name)
+        logger.warning(
+            "the plug-in %s is broken and left out (%s); block it: %s", plugin, plugin.reason, _blocking(name)
+        )
 
 
 def find_adapter(trainer: object, name: str | None = None) -> Adapter:
@@ -327,6 +329,10 @@ def find_adapter(trainer: object, name: str | None = None) -> Adapter:
         RoleError
     """
     return PluginManager().find_adapter(trainer, name)
+
+
+def _blocking(name: str) -> str:
+    return f'disback -p no:{name} ..., or plugins=("no:{name}",)'
 
 
 def _is_set(variable: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.sharding import Weight, fsdp1_resharders
 from disback_plugin.weights.tensors import Checksum, Part, TensorMeta, dtype_class
@@ -332,25 +333,36 @@ def weights_checksum(
 def mark(weights: Iterable[Weight]) -> str:
     """Return a text that identifies weights, computed without communication.
 
-    It is their checksum, or that of this rank's shards, followed by those after rounding to bfloat16 and to float16, as
-    a checkpoint may hold them. It is empty if other ranks could not find the same shards.
+    It is their checksum, or that of this rank's part, followed by those after rounding to bfloat16 and to float16, as a
+    checkpoint may hold them. It is empty if other ranks could not find the same part.
     """
     weights = list(weights)
     chunks = {weight.chunk for weight in weights if weight.group is not None}
-    if len(chunks) > 1 or any(chunk is None or chunk[2] for chunk in chunks):
+    flat = chunks == {None}  # FSDP1: this number of ranks can find the same part
+    if not flat and (len(chunks) > 1 or any(chunk is None or chunk[2] for chunk in chunks)):
         return ""
     chunk = next(iter(chunks), None)
     kinds = (None, torch.bfloat16, torch.float16)
     sums = [weights_checksum(weights, chunk and chunk[:2], alone=True, rounded=kind) for kind in kinds]
-    text = " or ".join(dict.fromkeys(sums))
-    return text if chunk is None else f"{text} of shard {chunk[0]} of {chunk[1]}"
+    part = f" of shard {chunk[0]} of {chunk[1]}" if chunk is not None else ""
+    part = f" of rank {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}" if flat else part
+    return " or ".join(dict.fromkeys(sums)) + part
 
 
-def match(weights: Iterable[Weight], text: str) -> str:
-    """Return how weights match a `mark`, on any number of ranks: "exact", "rounded", "unknown", or "" if not."""
-    if not text:
-        return "unknown"
-    shard = re.fullmatch(r"(.*) of shard (\d+) of ([1-9]\d*)", text)
-    exact, *rounded = (shard[1] if shard else text).split(" or ")
-    own = weights_checksum(weights, (int(shard[2]), int(shard[3])) if shard else None)
-    return "exact" if own == exact else "rounded" if own in rounded else ""
+def checksums_in(text: str) -> list[str]:
+    """Return the checksums in a `mark`, the exact one first."""
+    return text.partition(" of ")[0].split(" or ")
+
+
+def checksum_like(weights: Iterable[Weight], text: str) -> str:
+    """Return the checksum of what the `mark` was computed from, on any number of ranks; "" if it cannot be told."""
+    weights, (_, _, part) = list(weights), text.partition(" of ")
+    place = re.fullmatch(r"(shard|rank) (\d+) of ([1-9]\d*)", part)
+    if place is None:
+        return weights_checksum(weights) if text else ""
+    index, number = int(place[2]), int(place[3])
+    if place[1] == "shard":
+        return weights_checksum(weights, (index, number))
+    flat = any(weight.flattened and weight.sharded for weight in weights)
+    own = distributed.gather(weights_checksum(weights, alone=True) if flat else "")
+    return own[index] if len(own) == number else ""

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.modules import WeightTable, check_layout, find, mark, match, weights_checksum
+from disback_plugin.weights.modules import (
+    WeightTable,
+    check_layout,
+    checksum_like,
+    checksums_in,
+    find,
+    mark,
+    weights_checksum,
+)
 from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of
 from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
 
@@ -158,20 +166,27 @@ class ScoreNetwork:
         """Return a text that identifies the present weights, computed without communication (`modules.mark`)."""
         return mark(self._weights())
 
+    def checksum_like(self, text: str) -> str:
+        """Return the checksum of what `text`, a `local_checksum`, was computed from; "" if it cannot be told.
+
+        All ranks must call.
+        """
+        return checksum_like(self._weights(), text)
+
     def matches_checksum(self, text: str) -> bool:
         """Return whether the weights are those from which `local_checksum` computed `text`, on any number of ranks.
 
-        All ranks must call. For an empty text, and for weights that were rounded since, the answer is True, with a
-        warning.
+        All ranks must call. For weights that were rounded since, and where it cannot be told, as of an empty text or
+        after FSDP1 on another number of ranks, the answer is True, with a warning.
         """
-        found = match(self._weights(), text)
-        if found == "unknown":
+        present, (exact, *rounded) = self.checksum_like(text), checksums_in(text)
+        if not present:
             logger.warning("it cannot be told whether the %s holds the weights of the saved moment", self.role)
-        elif found == "rounded":
+        elif present in rounded and present != exact:
             logger.warning(
                 "the %s holds the weights of the saved moment rounded to half precision, as a checkpoint may", self.role
             )
-        return bool(found)
+        return present in ("", exact, *rounded)
 
     def relative_rounding(self, source: Source, distance: float) -> float:
         """Return what a write of a source into this network's dtypes rounds away, Euclidean, over a distance."""

@@ -273,6 +273,39 @@ def test_the_kit_passes_the_adapters_of_local_variables(adapter):
 
 
 @pytest.fixture
+def self_forcing(monkeypatch):
+    """The class of Self-Forcing's trainer."""
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    from trainer.distillation import Trainer
+
+    yield Trainer
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("trainer", "networks")]:
+        del sys.modules[name]
+
+
+def test_the_kit_passes_self_forcings_trainer(self_forcing):
+    def make():
+        trainer = self_forcing(SimpleNamespace(generator_ckpt=None))
+
+        def step():
+            for optimizer in (trainer.critic_optimizer, trainer.generator_optimizer):
+                optimizer.zero_grad()
+                trainer.fwdbwd_one_step(optimizer is trainer.generator_optimizer)
+                optimizer.step()
+
+        return trainer, step
+
+    check_adapter("self_forcing", make)
+
+
+def test_dmd2s_flat_parameters_are_refused_with_the_line_to_change(edm, tmp_path):
+    trainer = edm()
+    next(trainer.model.guidance_model.parameters())._is_flat_param = True
+    with pytest.raises(RoleError, match=r"fsdp_use_orig_params: true.*fsdp_1node_debug.yaml"):
+        disback.attach(trainer, adapter="dmd2", path=tmp_path)
+
+
+@pytest.fixture
 def edm(monkeypatch):
     """A maker of DMD2's trainers."""
     monkeypatch.syspath_prepend(str(TRAINERS))
@@ -312,7 +345,7 @@ DMD2 = {"train_edm": {"gan_alone": False}, "train_sd": {"step": 0, "use_fp16": F
 def test_the_kit_passes_dmd2s_trainers(script, monkeypatch):
     monkeypatch.syspath_prepend(str(TRAINERS))
     module = importlib.import_module(script)
-    arguments = SimpleNamespace(checkpoint_path=None, **DMD2[script])
+    arguments = SimpleNamespace(checkpoint_path=None, ckpt_only_path=None, **DMD2[script])
 
     def make():
         more = () if script == "train_edm" else (module.SDUniModel,)

@@ -16,7 +16,8 @@ from worlds import Run, Score, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.launch.run import PreparedNetworks, ScriptRunner
+from disback_plugin.launch.forwards import FirstForward
+from disback_plugin.launch.run import ScriptRunner
 from disback_plugin.testing import check_adapter
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -291,19 +292,33 @@ def test_a_fake_score_of_another_architecture_is_refused_with_what_works(tmp_pat
 
 def test_only_a_forward_that_records_gradients_is_the_moment_and_nothing_stays():
     net, seen = nn.Sequential(Score(), nn.Identity()), []
-    prepared = PreparedNetworks(lambda: seen.append("now"))
-    prepared.add((net, "a scheduler"))
-    prepared.add(net)
-    assert prepared.objects == [net, "a scheduler"]
+    forwards = FirstForward(lambda: seen.append("now"), prepared_only=True)
+    net[0](torch.zeros(2, 2), torch.ones(2, 1))
+    assert seen == [], "not prepared yet"
+    forwards.add((net, "a scheduler"))
+    forwards.add(net)
+    assert forwards.prepared == [net, "a scheduler"]
     with torch.no_grad():
         net[0](torch.zeros(2, 2), torch.ones(2, 1))
     assert seen == []
-    assert not prepared.have_run([ScoreNetwork(net)])
     net[0](torch.zeros(2, 2), torch.ones(2, 1))  # not the root: what is inside counts
     assert seen
-    assert prepared.have_run([ScoreNetwork(net)])
-    prepared.close()
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    forwards.close()
+    count = len(seen)
+    net[0](torch.zeros(2, 2), torch.ones(2, 1))
+    assert len(seen) == count
+
+
+def test_a_frozen_network_may_run_before_but_is_remembered():
+    frozen, trained, seen = nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1), []
+    forwards = FirstForward(lambda: seen.append("now"))
+    frozen(torch.ones(1, 1))
+    assert seen == []
+    assert forwards.have_run([ScoreNetwork(frozen)])
+    assert not forwards.have_run([ScoreNetwork(trained)])
+    trained(torch.ones(1, 1))
+    assert seen == ["now"]
+    forwards.close()
 
 
 UNSUITED = {

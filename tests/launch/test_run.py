@@ -180,6 +180,25 @@ def test_lightx2vs_mixing_of_the_student_into_the_fake_score_is_named(run):
     assert errors.count("training.dmd.ida mixes the student into the fake score") == 1
 
 
+@pytest.mark.parametrize(("step", "phase"), [(4, "recording"), (12, "backtracking")])
+def test_dmd2s_checkpoint_of_weights_alone_resumes_and_holds_the_teacher_itself(step, phase, run, tmp_path):
+    options = (*PLAN, "--schedule", "fixed:9,9")
+    code, errors = run("dmd2", "train_sd.py", *options, arguments=("--fsdp", "--save_at", step))
+    assert code == 0, errors
+    folder = tmp_path / "out" / f"checkpoint_{step:06d}"
+    saved, path = torch.load(folder / "pytorch_model_1.bin"), disback.DegradationPath(tmp_path / "path")
+    teacher = {name.removeprefix("real_unet."): t for name, t in saved.items() if name.startswith("real_unet.")}
+    assert difference(teacher, path[0]) == []
+    (state,) = [json.loads(line) for line in (tmp_path / "path.states.jsonl").read_text().splitlines()]
+    assert state["phase"] == phase
+    code, errors = run("dmd2", "train_sd.py", *options, out="again", arguments=("--ckpt_only_path", folder))
+    assert code == 0, errors
+    position = {"recording": "position 0", "backtracking": "position 2"}[phase]
+    assert f"attached to tianweiy/DMD2 at 8d8fa55 (March 2025) and its fork SYZhang0805/DisBack at d015b5e: <disback "\
+        f"{phase}: {position} (N = 3" in errors  # fmt: skip
+    assert f"{state['generator_updates']} generator updates, {state['fake_score_updates']} fake-score" in errors
+
+
 def test_an_interrupted_run_says_how_to_resume_and_resumes(run, tmp_path):
     code, errors = run("dmd2", "train_edm.py", *PLAN, arguments=("--interrupt_at", "4"))
     assert code == 130
@@ -206,6 +225,10 @@ def test_a_trainer_of_another_shape_is_stopped_before_its_first_step(run, tmp_pa
     ("adapter", "script", "arguments", "message"),
     [
         ("sid", "train_edm.py", (), "first step of AdamW before any call of training.sid_loss:SID_EDMLoss.__call__"),
+        ("sid", "train_edm.py", (), "use --adapter dmd2, which knows this trainer"),
+        ("dmd2", "forcing_train.py", ("--logdir", "."), "use --adapter self_forcing, which knows this trainer"),
+        ("dmd2", "train_edm.py", ("--renamed", "fake_unet"), "no model.guidance_model.fake_unet in self of train_one_"),
+        ("dmd2", "train_edm.py", ("--renamed", "real_unet"), "no 'real_unet' of prefix 'real_unet' in EDMGuidance"),
         ("dmd2", "train_edm.py", ("--gan_alone",), "--gan_alone"),
         ("sids", "sid_train.py", (), "disback: found --adapter sids; expected one of"),
         ("sid", "no_such.py", (), "disback: found no file"),

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -59,6 +60,11 @@ class Trainer:
         self.args, self.step, self.losses = args, args.step, []
         self.accelerator = Accelerator(cpu=True)
         self.model = kind(args.use_fp16)
+        if args.ckpt_only_path is not None:  # :93-101
+            folder = Path(args.ckpt_only_path)
+            self.model.feedforward_model.load_state_dict(torch.load(folder / "pytorch_model.bin"))
+            self.model.guidance_model.load_state_dict(torch.load(folder / "pytorch_model_1.bin"))
+            self.step = int(folder.name.split("_")[-1])
         self.optimizer_generator = torch.optim.AdamW(  # :191-202
             [param for param in self.model.feedforward_model.parameters() if param.requires_grad], lr=1e-2
         )
@@ -109,6 +115,15 @@ class Trainer:
         self.scheduler_guidance.step()
         self.losses += [loss.item() for loss in (losses | later).values()]
 
+    def save(self):  # :271
+        folder = Path(self.args.output_path) / f"checkpoint_{self.step:06d}"
+        if not self.args.fsdp:
+            self.accelerator.save_state(folder)
+            return
+        folder.mkdir()  # :289-293, the networks alone
+        torch.save(self.model.feedforward_model.state_dict(), folder / "pytorch_model.bin")
+        torch.save(self.model.guidance_model.state_dict(), folder / "pytorch_model_1.bin")
+
     def before_step(self, index): ...
 
     def train(self):
@@ -116,7 +131,7 @@ class Trainer:
             self.before_step(index)
             self.train_one_step()
             if self.step == self.args.save_at:
-                self.accelerator.save_state(f"{self.args.output_path}/checkpoint_{self.step:06d}")
+                self.save()
             self.accelerator.wait_for_everyone()
             self.step += 1
 
@@ -129,6 +144,8 @@ def parse_args(**more):
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--save_at", type=int, default=-1)
     parser.add_argument("--checkpoint_path")
+    parser.add_argument("--ckpt_only_path")
+    parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--use_fp16", action="store_true")
     for name, kind in more.items():
         parser.add_argument(f"--{name}", type=kind, required=True)

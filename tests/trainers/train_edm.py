@@ -16,6 +16,9 @@ class Trainer:
         self.model = EDMUniModel()
         if args.gan_alone:  # main/sd_guidance.py:69-70
             del self.model.guidance_model.real_unet
+        if getattr(args, "renamed", None):  # a later version
+            guidance = self.model.guidance_model
+            guidance.add_module("scores", guidance._modules.pop(args.renamed))
         self.optimizer_guidance = torch.optim.AdamW(
             [param for param in self.model.guidance_model.parameters() if param.requires_grad], lr=1e-2
         )
@@ -49,11 +52,14 @@ class Trainer:
         self.optimizer_guidance.zero_grad()
         self.losses.append(loss.item())
 
+    def save(self):  # :165
+        self.accelerator.save_state(f"{self.args.output_path}/checkpoint_{self.step:06d}")
+
     def train(self):
         for _ in range(self.step, self.args.train_iters):
             self.train_one_step()
             if self.step == self.args.save_at:
-                self.accelerator.save_state(f"{self.args.output_path}/checkpoint_{self.step:06d}")
+                self.save()
             if self.step == self.args.interrupt_at:
                 raise KeyboardInterrupt
             self.step += 1
@@ -67,6 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--interrupt_at", type=int, default=-1)
     parser.add_argument("--checkpoint_path")
     parser.add_argument("--gan_alone", action="store_true")
+    parser.add_argument("--renamed")
     arguments = parser.parse_args()
     trainer = Trainer(arguments)
     trainer.train()
