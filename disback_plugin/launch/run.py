@@ -217,12 +217,13 @@ class ScriptRunner:
             path = None if self._options.get("record") == 0 else self._path
             trained = parameters(unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"))
             networks = roles.teacher, roles.fake_score
-            teacher, fake_score, _ = find_networks(*networks, trained, path, sampled=roles.sample)
+            teacher, fake_score, apart = find_networks(*networks, trained, path, sampled=roles.sample)
             if self._forwards is not None and self._forwards.have_run((teacher, fake_score)):
                 raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
             generator = _generator_of(roles.generator_optimizer)
             state, restored = (None, True) if path is None else self._states.find(fake_score, generator)
-            copies = not restored and same_weights(teacher, fake_score)
+            alike = not apart and fake_score.lora_adapter is None
+            copies = not restored and alike and same_weights(teacher, fake_score)
             handle = attach(
                 teacher=teacher,
                 fake_score=fake_score,

@@ -14,6 +14,7 @@ from typing import Any
 
 from disback_plugin import distributed
 from disback_plugin.path import files
+from disback_plugin.path.manifest import CONFIG, Manifest
 from disback_plugin.weights.modules import checksums_in
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -32,7 +33,7 @@ class SavedStates:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.with_name(f"{path.name}.states.jsonl")
+        self.path, self.file = path, path.with_name(f"{path.name}.states.jsonl")
 
     def append(self, state: dict[str, Any]) -> None:
         """Add a state. Only rank 0 calls."""
@@ -51,10 +52,15 @@ class SavedStates:
         by_fake_score = _matching(fake_score, "fake_score", states)
         if by_fake_score:
             return (_matching(generator, "generator", by_fake_score) or by_fake_score)[0], True
+        known = distributed.on_main_process(
+            lambda: Manifest.read(self.path) if (self.path / CONFIG).is_file() else None
+        )
         # While recording, the generator is the initial one, as in any new run; s_phi goes on from the last node.
-        moved = [state for state in states if state["phase"] != "recording" and state["generator_updates"]]
+        moved = [s for s in states if known is not None and s["path"] == known.identity and s["phase"] != "recording"]
         for state in _matching(generator, "generator", moved)[:1]:
-            return state | {"fake_score": distributed.on_main_process(fake_score.local_checksum)}, False
+            # A first update at a learning rate of 0 changes nothing.
+            if generator is not None and known is not None and generator.fingerprint() != known.generator:
+                return state | {"fake_score": distributed.on_main_process(fake_score.local_checksum)}, False
         return None, True
 
 

@@ -11,6 +11,8 @@ from ranks import returned
 from torch import nn
 
 from disback_plugin.launch.states import SavedStates
+from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.path.manifest import Recording
 from disback_plugin.weights.network import ScoreNetwork
 
 
@@ -24,9 +26,9 @@ def train(network):
         network.first_parameter().add_(1)
 
 
-def save(states, fake_score, generator, updates, phase="backtracking"):
+def save(states, fake_score, generator, updates, phase="backtracking", path=""):
     marks = {"fake_score": fake_score.local_checksum(), "generator": generator.local_checksum()}
-    states.append({"phase": phase, "generator_updates": updates} | marks)
+    states.append({"phase": phase, "generator_updates": updates, "path": path} | marks)
     return copy.deepcopy((fake_score, generator))
 
 
@@ -47,7 +49,9 @@ def test_checkpoints_between_which_one_network_was_trained_are_told_apart(traine
 
 def test_a_state_of_an_earlier_version_is_told_by_the_fake_score_alone(tmp_path):
     states, (fake_score, generator) = SavedStates(tmp_path / "path"), nets()
-    states.append({"phase": "backtracking", "generator_updates": 4, "fake_score": fake_score.local_checksum()})
+    states.append(
+        {"phase": "backtracking", "generator_updates": 4, "path": "", "fake_score": fake_score.local_checksum()}
+    )
     train(generator)
     assert states.find(fake_score, generator)[0]["generator_updates"] == 4
     train(fake_score)
@@ -55,12 +59,23 @@ def test_a_state_of_an_earlier_version_is_told_by_the_fake_score_alone(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("phase", "updates", "found"),
-    [("backtracking", 4, True), ("done", 9, True), ("recording", 0, False), ("backtracking", 0, False)],
+    ("phase", "trained", "path", "found"),
+    [
+        ("backtracking", True, "", True),
+        ("done", True, "", True),
+        ("recording", True, "", False),
+        ("backtracking", False, "", False),  # at a learning rate of 0
+        ("backtracking", True, "another path's", False),
+    ],
 )
-def test_a_generator_that_was_restored_alone_goes_on_where_it_was_trained(phase, updates, found, tmp_path):
+def test_a_generator_that_was_restored_alone_goes_on_where_it_was_trained(phase, trained, path, found, tmp_path):
     states, (fake_score, generator) = SavedStates(tmp_path / "path"), nets()
-    save(states, fake_score, generator, updates, phase)
+    recorded = DegradationPath.create(
+        tmp_path / "path", fake_score.state_dict(), Recording(1, 1), generator=generator.fingerprint()
+    )
+    if trained:
+        train(generator)
+    save(states, fake_score, generator, 4, phase, path or recorded.identity)
     train(fake_score)
     state, restored = states.find(fake_score, generator)
     assert (state is not None) is found
@@ -87,15 +102,15 @@ def on_fsdp1(folder, saved):
     if saved:
         marks = {name: net.local_checksum() for name, net in zip(("fake_score", "generator"), networks, strict=True)}
         if torch.distributed.get_rank() == 0:
-            states.append({"phase": "backtracking", "generator_updates": 7} | marks)
+            states.append({"phase": "backtracking", "generator_updates": 7, "path": "p"} | marks)
     found, _ = states.find(*networks)
     train(networks[0])
-    _, restored = states.find(*networks)  # the generator alone
-    return [found is not None, restored, states.file.read_text().count("of rank 0 of 2")]
+    changed, _ = states.find(*networks)
+    return [found is not None, changed is not None, states.file.read_text().count("of rank 0 of 2")]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp1_finds_its_state_again_on_the_same_number_of_ranks(nursery, tmp_path):
     for saved in (True, False):
         assert returned(nursery.play(on_fsdp1, 2, str(tmp_path), saved)) == [[True, False, 2]] * 2
-    assert returned(nursery.play(on_fsdp1, 3, str(tmp_path), False)) == [[False, True, 2]] * 3
+    assert returned(nursery.play(on_fsdp1, 3, str(tmp_path), False)) == [[False, False, 2]] * 3
