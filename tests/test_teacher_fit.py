@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import returned
+from sharded_runs import fsdp1
 from torch import nn
 from worlds import Run, Score, clone, difference
 
@@ -176,18 +177,22 @@ def on_a_rank(folder):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    run = TwoSizes(seed=dist.get_rank())
-    fully_shard(run.teacher)
-    outputs = run.teacher(X_T, SIGMA)
-    with run.attach(folder) as handle:
-        run.steps(6)
-        moved = run.teacher(X_T, SIGMA)
-        run.steps(6)
-    same = torch.equal(run.teacher(X_T, SIGMA), outputs)
-    return handle.phase, same, torch.equal(moved, outputs), moved.tolist(), [n.checksum for n in handle.path.nodes]
+    said = []
+    for name, shard in (("fsdp2", fully_shard), ("fsdp1", fsdp1)):
+        run = TwoSizes(seed=dist.get_rank())
+        run.teacher = shard(run.teacher)
+        outputs = run.teacher(X_T, SIGMA)
+        with run.attach(f"{folder}/{name}") as handle:
+            run.steps(6)
+            moved = run.teacher(X_T, SIGMA)
+            run.steps(6)
+        same = torch.equal(run.teacher(X_T, SIGMA), outputs)
+        said.append((handle.phase, same, torch.equal(moved, outputs), moved.tolist()))
+        said[-1] += tuple(node.checksum for node in handle.path.nodes)
+    return said
 
 
 def test_ranks_fit_one_lora_beside_a_sharded_teacher(nursery, tmp_path):
     first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
     assert first == second
-    assert first[:3] == ["done", True, False]
+    assert [kind[:3] for kind in first] == [["done", True, False]] * 2

@@ -72,15 +72,18 @@ class AddedLora(ScoreNetwork):
             self._hooks.pop().remove()
 
     @contextmanager
-    def training(self) -> Iterator[nn.Module]:
-        """Yield the network, whose LoRA is trainable and added inside; outside, nothing is added until a `write`."""
+    def training(self) -> Iterator[Any]:
+        """Yield the network as it was passed; inside, its LoRA is trainable and added.
+
+        Outside, nothing is added until a `write`.
+        """
         modes = [(module, module.training) for root in self._roots.values() for module in root.modules()]
         self._switch["active"] = True
         self._set_trainable(True)
         try:
             for module, _ in modes:
                 module.training = False  # its running statistics stay
-            yield next(iter(self._roots.values()))
+            yield self.running
         finally:
             for module, mode in modes:
                 module.training = mode

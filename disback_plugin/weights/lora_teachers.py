@@ -278,7 +278,11 @@ def _merges(root: nn.Module, prefix: str, lora_adapter: str, names: set[str]) ->
         kinds = {kind.__name__ for kind in type(layer).__mro__ if kind.__module__ == "peft.tuners.lora.layer"}
         if not kinds & KINDS:
             found = f"a LoRA on {name} of kind {type(layer).__name__}"
-            raise RoleError(found, expected=f"layers of kinds {sorted(KINDS)}", cure="omit it from target_modules")
+            raise RoleError(
+                found,
+                expected=f"layers of kinds {sorted(KINDS)}",
+                cure="omit it from target_modules, or load the base unquantised",
+            )
         scale, embedding = layer.scaling[lora_adapter], "Embedding" in kinds
         infix = "embedding_" if embedding else ""
         up, down = (f"{at}lora_{infix}{matrix}.weight" for matrix in "BA")

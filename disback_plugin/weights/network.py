@@ -69,6 +69,7 @@ class ScoreNetwork:
         roots = {"": module} if experts is None else {f"{name}.": expert for name, expert in experts.items()}
         found = {name: find(root, prefix, role) for name, root in roots.items()}
         self._roots = {name: holders[-1] for name, holders in found.items()}
+        self.running = next(iter(self._roots.values())) if prefix else module  # as a loop runs it, in its wrappers
         around = [holder for holders in found.values() for holder in holders[:-1]]
         self._enumerate = partial(WeightTable, self._roots, around)
         self._table = self._enumerate(role) if lora_adapter is None else self.select_adapter(lora_adapter)

@@ -280,3 +280,22 @@ def test_sharded_networks_hold_what_whole_ones_do(nursery, tmp_path):
     whole, sharded = first
     assert (sharded[0], sharded[1] > 3, sharded[3]) == ("done", True, sharded[2][0])
     assert (whole[0], whole[3]) == ("done", sharded[3])
+
+
+def test_experts_have_an_adapter_each(tmp_path):
+    runs = {"high": WholeTeacherRun(), "low": WholeTeacherRun(base_seed=4, adapter_seed=9)}
+    first = runs["high"]
+    before = {name: bits(run.teacher) for name, run in runs.items()}
+    first.optimizer_f = torch.optim.Adam([p for run in runs.values() for p in run.trained], lr=1e-2)
+    networks = {role: {name: getattr(run, role) for name, run in runs.items()} for role in ("teacher", "fake_score")}
+    with disback.attach(**first.roles() | networks, path=tmp_path, **PLAN) as handle:
+        for _ in range(8):
+            for run in runs.values():
+                x_0 = run.randn(16, 2)
+                (run.fake_score(x_0, torch.ones(1)) - x_0).square().mean().backward()
+            first.optimizer_f.step()
+            first.optimizer_f.zero_grad()
+            first.generator_step()
+        assert handle.position > 0
+        assert all(bits(run.teacher) != before[name] for name, run in runs.items())
+    assert {name: bits(run.teacher) for name, run in runs.items()} == before
