@@ -166,6 +166,28 @@ def test_without_samples_and_without_a_finished_path_the_pair_is_refused_with_th
         disback.attach(**run.roles(), sample=run.sample, path=tmp_path, **PLAN)
 
 
+class WithSamples:
+    """An adapter of a trainer that knows how to sample its student."""
+
+    @disback.hookimpl
+    def disback_adapter(self, trainer):
+        return disback.Adapter(**trainer.roles(), sample=trainer.sample, loss=trainer.loss)
+
+
+@pytest.mark.parametrize("keep_teacher", [True, False])
+def test_an_adapter_brings_samples_and_the_default_schedule_ends_the_recording(tmp_path, keep_teacher):
+    run = TwoSizes()
+    original = run.outputs
+    options = {"path": tmp_path, "record": 60, "every": 20, "keep_teacher": keep_teacher, "plugins": [WithSamples()]}
+    with disback.attach(run, **options) as handle:
+        run.steps(60)
+        iterations = handle.path.manifest.iterations
+        assert (run.turns, handle.phase == "recording") == (iterations, False)
+        run.steps(60)
+        assert all(p.grad is None for layer in run.teacher.modules() for p in layer.parameters())
+    assert run.outputs == original
+
+
 def test_a_teacher_without_such_layers_is_refused(tmp_path):
     run = TwoSizes()
     run.teacher = nn.LayerNorm(2)

@@ -92,7 +92,7 @@ class AddedLora(ScoreNetwork):
 
     def _set_trainable(self, value: bool) -> None:
         for _, module in self._matrices:
-            module.requires_grad_(value)
+            module.requires_grad_(value).zero_grad()
 
 
 class LoraLayer:
