@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import Run, clone, difference
 
 import disback_plugin as disback
+import disback_plugin.convergence
+import disback_plugin.recorder
 from disback_plugin.errors import DisbackError, RoleError, StateError, TrainingError
 
 
@@ -307,3 +310,37 @@ def test_a_broken_role_still_says_so_before_anything_is_written(tmp_path):
     with pytest.raises(DisbackError):
         disback.attach(**run.roles(), path=tmp_path / "path", record=2, every=1)
     assert not (tmp_path / "path").exists()
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.split(".")[0] in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", ["recording", "backtracking"])
+def test_the_hooks_and_checks_never_wait_for_the_device(tmp_path, stage, monkeypatch):
+    for module in (disback_plugin.convergence, disback_plugin.recorder):  # the fit is read every so many updates
+        monkeypatch.setattr(module, "EVERY", 10**6)
+
+    def waits(attached):
+        run = Run(optimizer="sgd-momentum")  # Adam on a CPU reads its counters
+        record, every = (100, 50) if stage == "recording" else (2, 1)
+        options = {"path": tmp_path, "record": record, "every": every, "schedule": "fixed:900"}
+        handle = disback.attach(**run.roles(), **options) if attached else None
+        run.steps(6)  # past the updates in which weights are compared
+        with Waits() as mode:
+            run.steps(20)
+        if handle is not None:
+            assert handle.phase == stage
+            handle.detach()
+        return mode.count
+
+    assert waits(attached=True) == waits(attached=False)
