@@ -207,7 +207,7 @@ def _find_roles(trainer: object, adapter: str | None, given: dict[str, Any], plu
     if trainer is None and adapter is None and len(named) == len(given):
         return Adapter(**given)
     if trainer is not None and not named:
-        return plugins.find_adapter(trainer, adapter)
+        return trainer if isinstance(trainer, Adapter) else plugins.find_adapter(trainer, adapter)
     raise OptionError(
         f"attach({', '.join(['trainer'] * (trainer is not None) + ['adapter'] * (adapter is not None) + named)})",
         expected=f"a trainer and perhaps its adapter's name, or {', '.join(given)}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.progress import VERSION, Phase, Progress, timeline, validate_form, validate_state
 from disback_plugin.recorder import PATIENCE, Recorder
 from disback_plugin.schedule_base import Plan, Schedule, to_config, validate_config
+from disback_plugin.weights.network import ScoreNetwork
 
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
@@ -75,11 +77,18 @@ class Session:
         monitors: bool = False,
     ) -> None:
         self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
-        trained = unwrap(given.fake_score_optimizer, role="fake_score_optimizer")
+        self._stand_in: Any = given.stand_in() if given.stand_in and folder is not None else nullcontext()
+        fake_score: Any = getattr(self._stand_in, "fake_score", given.fake_score)
+        optimizer = getattr(self._stand_in, "optimizer", given.fake_score_optimizer)
+        trained = [] if optimizer is None else unwrap(optimizer, role="fake_score_optimizer")
         self._samples = given.sample, given.loss
-        found = find_networks(given.teacher, given.fake_score, parameters(trained), folder, sampled=given.sample)
-        self.teacher, self.fake_score, self.separate = found
-        check_roles(self.teacher, self.fake_score, self.generator_optimizers, trained)
+        if fake_score is None:  # with record=0 nothing needs one
+            teacher = ScoreNetwork.of(given.teacher, role="teacher")
+            self.teacher, self.fake_score, self.separate = teacher, teacher, False
+        else:
+            found = find_networks(given.teacher, fake_score, parameters(trained), folder, sampled=given.sample)
+            self.teacher, self.fake_score, self.separate = found
+            check_roles(self.teacher, self.fake_score, self.generator_optimizers, trained)
         weights = [tensor for _, tensor in self.fake_score.named_tensors()]
         self.fake_score_optimizers = [optimizer for optimizer in trained if groups_of(optimizer, weights)]
         self.roles = self.teacher, self.fake_score, self.generator_optimizers, self.fake_score_optimizers
@@ -104,6 +113,7 @@ class Session:
             None if folder is None else self.teacher,
         )
         self._written = WrittenWeights(self.fake_score, self.fake_score_optimizers)
+        self._until_recorded = ExitStack()
         self._unseen: list[UnseenUpdates] = []
         self._forwards: ForwardWatch | None = None  # until it is known whether the teacher runs
 
@@ -255,6 +265,8 @@ class Session:
 
     def install(self) -> None:
         """Install the hooks and the watches."""
+        if self.recorder is not None:
+            self._until_recorded.enter_context(self._stand_in)  # its updates come before the generator's step
         self.hooks.install()
         self.teacher.install()
         if self.path is not None:
@@ -302,6 +314,7 @@ class Session:
                 scheduler.resume(saved)
         finally:
             if scheduler.started:  # even if a plug-in raised when it was called
+                self._until_recorded.close()
                 self.scheduler, self.recorder = scheduler, None
                 moving = not scheduler.done and scheduler.plan.nodes
                 if moving:
@@ -329,6 +342,7 @@ class Session:
         if not failed and not self.progress.fake_score_updates and not self._generator_steps:
             logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
         self.hooks.remove()
+        self._until_recorded.close()
         for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
             watch.remove()
         self._to_restore = self._restorable.restore(self._to_restore)

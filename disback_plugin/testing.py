@@ -41,8 +41,9 @@ def check_adapter(adapter: str, make_trainer: Callable[[], tuple[object, Callabl
         roles = disback.plugins.find_adapter(trainer, adapter)
         optimizers = unwrap(roles.generator_optimizer, role="generator_optimizer")
         generator = {str(index): tensor.detach() for index, tensor in enumerate(parameters(optimizers))}
+        given: Any = roles.fake_score  # the teacher where there is none
         teacher = disback.ScoreNetwork.of(roles.teacher, role="teacher")
-        return teacher, disback.ScoreNetwork.of(roles.fake_score, role="fake score"), generator
+        return teacher, teacher if given is None else disback.ScoreNetwork.of(given, role="fake score"), generator
 
     def run(attached: bool) -> str:
         trainer, step = make_trainer()

@@ -59,12 +59,11 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         "a schedule moves the teacher of a consistency distillation here; its loss is not Eq. 8, and the paper does "
         "not do this. The paper's LCM-LoRA is `python -m disback_adapters.lcm_lora student`"
     )
-    # The import loads torch and diffusers, which an adapter must not load before it is used.
-    recording = import_module(f"{__name__}.teacher_schedule").Recording(trainer)
     return Adapter(
         teacher=trainer.teacher_unet,
-        fake_score=recording.fake_score,
+        fake_score=None,
         generator_optimizer=trainer.optimizer,
-        fake_score_optimizer=recording.optimizer,
-        plugins={"lcm_recording": lambda: recording},
+        fake_score_optimizer=None,
+        # The import loads torch and diffusers, which an adapter must not load before it is used.
+        stand_in=lambda: import_module(f"{__name__}.teacher_schedule").StandIn(trainer),
     )

@@ -1,8 +1,8 @@
 """Fit a copy of the teacher as the fake score that diffusers' LCM scripts do not have, during the recording only.
 
 Just before each step of the student's optimizer, which DisBack hides the gradients from meanwhile, the copy takes one
-step of Eq. 7 on the student's one-step samples for the prompts of its last forward. When the path is complete, the copy
-is no longer trained. The script's random streams are not used.
+step of Eq. 7 on the student's one-step samples for the prompts of its last forward. The script's random streams are not
+used.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from diffusers import LCMScheduler
 from disback_adapters.lcm_lora.roles import noised
 
-from disback_plugin import Prediction, hookimpl, losses, noise
+from disback_plugin import Prediction, losses, noise
 from disback_plugin.errors import RoleError
 
 LEARNING_RATE = 1e-5  # of `disback.record`, and of the paper's EDM teachers (B.2)
 
 
-class Recording:
-    """Train the copy from hooks on the script's student and optimizer, and stop as a plug-in of the run.
+class StandIn:
+    """A copy of the teacher that is trained, inside the context, from hooks on the script's student and optimizer.
 
     Args:
         trainer: An object with `teacher_unet`, `unet`, `optimizer` and `noise_scheduler`.
@@ -39,31 +39,26 @@ class Recording:
         self.scheduler = LCMScheduler.from_config(scheduler.config)
         self.scheduler.set_timesteps(1)
         self.scheduler.set_begin_index(0)
+        self._student_optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         self._stream: torch.Generator | None = None
-        self._completed = False
         self._batch: tuple[torch.Tensor, dict[str, Any]] | None = None
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
         self._hooks = [
             self.student.register_forward_pre_hook(self._keep_batch, with_kwargs=True),
-            optimizer.register_step_pre_hook(self._update),
+            self._student_optimizer.register_step_pre_hook(self._update),
         ]
 
-    @hookimpl
-    def disback_after_path_completed(self) -> None:
-        """Stop training. The hooks stay for now, because one of them may be running."""
-        self._completed, self._batch = True, None
-
-    @hookimpl
-    def disback_after_node_swapped(self) -> None:
-        """Remove the hooks: backtracking has started, perhaps on a path that was already complete."""
-        self._completed = True
-        while self._hooks:
-            self._hooks.pop().remove()
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._batch = None
         self.optimizer.state.clear()
 
     def _keep_batch(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The script's own forward has gradients; its target's has none, nor the one in `_update`.
-        if torch.is_grad_enabled() and not self._completed:
+        if torch.is_grad_enabled():
             self._batch = args[0].detach(), kwargs
 
     def _update(self, *_: Any) -> None:

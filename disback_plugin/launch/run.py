@@ -215,22 +215,19 @@ class ScriptRunner:
         try:
             roles = self._find_roles(watch, frame)
             path = None if self._options.get("record") == 0 else self._path
-            trained = parameters(unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"))
-            networks = roles.teacher, roles.fake_score
-            teacher, fake_score, apart = find_networks(*networks, trained, path, sampled=roles.sample)
-            if self._forwards is not None and self._forwards.have_run((teacher, fake_score)):
-                raise watch.mismatch("a forward of teacher or fake score before all the roles could be seen from there")
             generator = _generator_of(roles.generator_optimizer)
-            state, restored = (None, True) if path is None else self._states.find(fake_score, generator)
-            alike = not apart and fake_score.lora_adapter is None
-            copies = not restored and alike and same_weights(teacher, fake_score)
+            state, restored, copies = None, True, False
+            if roles.fake_score is not None and roles.fake_score_optimizer is not None:
+                trained = parameters(unwrap(roles.fake_score_optimizer, role="fake_score_optimizer"))
+                networks = roles.teacher, roles.fake_score
+                teacher, fake_score, apart = find_networks(*networks, trained, path, sampled=roles.sample)
+                if self._forwards is not None and self._forwards.have_run((teacher, fake_score)):
+                    raise watch.mismatch("a forward of a score network before all the roles could be seen from there")
+                state, restored = (None, True) if path is None else self._states.find(fake_score, generator)
+                alike = not apart and fake_score.lora_adapter is None
+                copies = not restored and alike and same_weights(teacher, fake_score)
             handle = attach(
-                teacher=teacher,
-                fake_score=fake_score,
-                generator_optimizer=roles.generator_optimizer,
-                fake_score_optimizer=roles.fake_score_optimizer,
-                sample=roles.sample,
-                loss=roles.loss,
+                roles,
                 path=path,
                 state=state,
                 plugins=self._plugins,

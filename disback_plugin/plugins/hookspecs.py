@@ -54,6 +54,9 @@ class Adapter:
         sample: A function that returns samples x_0 of the student, as `record` takes it. It is called only if teacher
             and fake score have different architectures.
         loss: A function of a network and x_0 that returns the denoising loss, likewise.
+        stand_in: For a trainer without a fake score, whose network and optimizer are then None: returns a context
+            manager with the attributes `fake_score` and `optimizer`, which trains that network while it is open, as
+            long as the recording lasts. It is not called with record=0.
 
     Example:
         >>> from types import SimpleNamespace
@@ -67,12 +70,13 @@ class Adapter:
     """
 
     teacher: ScoreNetwork | nn.Module | Mapping[str, nn.Module]
-    fake_score: ScoreNetwork | nn.Module | Mapping[str, nn.Module]
+    fake_score: ScoreNetwork | nn.Module | Mapping[str, nn.Module] | None
     generator_optimizer: Optimizer | Sequence[Optimizer]
-    fake_score_optimizer: Optimizer | Sequence[Optimizer]
+    fake_score_optimizer: Optimizer | Sequence[Optimizer] | None
     plugins: Mapping[str, Callable[[], object]] = field(default_factory=dict)
     sample: Callable[[], Tensor] | None = None
     loss: Callable[[nn.Module, Tensor], Tensor] | None = None
+    stand_in: Callable[[], Any] | None = None
 
 
 class Specs:
