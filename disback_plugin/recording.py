@@ -6,14 +6,13 @@ trainer's own fake-score step is Algorithm 1, and it ends where Algorithm 2 star
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from disback_plugin import distributed
@@ -27,6 +26,7 @@ from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import Progress
 from disback_plugin.recorder import PATIENCE, Recorder, open_or_create
 from disback_plugin.teacher_fit import Fit, Loss, Sample, private_random_stream
+from disback_plugin.weights.copies import copy_of_module
 from disback_plugin.weights.network import Network, ScoreNetwork
 
 
@@ -187,11 +187,8 @@ def _fit_of_copy(teacher: ScoreNetwork, sample: Sample, loss: Loss, learning_rat
             expected="one module that can be copied",
             cure="use fake_score and fake_step, or record before sharding, or each expert on its own",
         )
-    # What a hook computes before each forward, as that of weight_norm, cannot be copied with its graph.
-    values = [value for each in module.modules() for value in vars(each).values()]
-    computed = {id(v): v.detach().clone() for v in values if isinstance(v, Tensor) and not v.is_leaf}
     try:
-        copied = copy.deepcopy(module, computed).requires_grad_(True)
+        copied = copy_of_module(module).requires_grad_(True)
     except Exception as error:
         found = f"a teacher that cannot be copied ({type(error).__name__}: {error})"
         raise OptionError(found, expected="one that can", cure="use fake_score and fake_step") from error

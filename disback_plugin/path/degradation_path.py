@@ -247,15 +247,13 @@ class DegradationPath(
             )
 
         def write() -> dict[str, Any]:
-            codec = known.recording.codec
-            made = encode(codec, whole, self._node(index - 1), exactly=exactly)
-            file, metadata = self.folder / files.node_file(index), made.delta.metadata()
-            listed = files.write_tensors(file, made.delta.parts, metadata=metadata)
+            delta, measured = encode(known.recording.codec, whole, self._node(index - 1), exactly=exactly)
+            file = self.folder / files.node_file(index)
+            listed = files.write_tensors(file, delta.parts, metadata=delta.metadata())
             if training is not None:
                 metadata = _training_metadata(iteration, training)
                 files.write_tensors(self.folder / files.training_file(index), training, metadata=metadata)
-            measured = made.delta_norm, codec, made.checksum, made.recorded, made.weight_error
-            node = Node(index, iteration, listed["file"], listed["sha256"], listed["bytes"], *measured)
+            node = Node(index, iteration, **listed, **measured)
             self._verified[node.file] = self._stamp(node)
             return {"nodes": (*self.nodes, node)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,32 +20,13 @@ from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Checksum, TensorMeta, host_tensor, pieces
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A node that is ready to be stored.
-
-    Attributes:
-        delta: The content of its file.
-        checksum: Checksum of the node as it will be decoded.
-        recorded: Checksum of the state that it was made from.
-        delta_norm: Distance of that state to the node before, over all floating and complex tensors.
-        weight_error: Distance of the decoded node to that state, over `delta_norm`.
-    """
-
-    delta: Delta
-    checksum: str
-    recorded: str
-    delta_norm: float
-    weight_error: float
-
-
 def encode(
     codec: str,
     state: Mapping[str, Tensor],
     previous: NodeSource,
     *,
     exactly: Collection[str] = (),
-) -> Encoded:
+) -> tuple[Delta, dict[str, Any]]:
     """Encode a network's weights as the node after `previous`, one tensor at a time.
 
     Args:
@@ -54,6 +35,10 @@ def encode(
         previous: Node i - 1.
         exactly: Names of tensors that are stored whole under "int8" too: running statistics, whose signs matter. So are
             tensors that overlap others in memory, and those that would not be finite once decoded.
+
+    Returns:
+        The content of the node's file, and what the manifest says of it: codec, delta_norm, checksum, recorded and
+        weight_error (`manifest.Node`).
 
     Raises:
         TrainingError: If the weights are not finite, or equal those of `previous`.
@@ -85,8 +70,9 @@ def encode(
             expected="a fake score that its optimizer moves by finite amounts",
             cure="check the fake score's learning rate and loss, and that its dtype does not swallow the steps",
         )
-    delta, norm = Delta(entries, state.aliases, parts), math.sqrt(moved)
-    return Encoded(delta, checksum.digest(), recorded.digest(), norm, math.sqrt(lost) / norm)
+    sums = {"checksum": checksum.digest(), "recorded": recorded.digest()}
+    measured = {"codec": codec, "delta_norm": math.sqrt(moved), "weight_error": math.sqrt(lost) / math.sqrt(moved)}
+    return Delta(entries, state.aliases, parts), measured | sums
 
 
 def _encode_tensor(

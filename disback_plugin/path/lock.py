@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakSet, finalize
 
 from disback_plugin.errors import PathError
-from disback_plugin.path.files import say_once, writing
+from disback_plugin.path.files import say_once, stamp, writing
 
-# The file that is locked. It is removed at the end; one that a crash left is used again.
-NAME = ".lock"
-
-# The locks that this process holds, with their descriptors.
-_HELD: WeakKeyDictionary[FolderLock, int] = WeakKeyDictionary()
+# The locks that this process has held.
+_HELD: WeakSet[FolderLock] = WeakSet()
 
 
 class FolderLock:
     """A lock until `release`, or the end of this object or the process. A system without locks is warned of once.
 
     Args:
-        folder: The folder, which need not exist yet.
+        folder: The folder.
 
     Example:
         >>> import tempfile
@@ -35,7 +32,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._file = folder, folder / NAME
+        self._folder, self._file = folder, folder / ".lock"
         self._release: finalize[..., FolderLock] | None = None
 
     def acquire(self, *, resumes: bool = False) -> None:
@@ -44,36 +41,30 @@ class FolderLock:
         Args:
             resumes: Whether the run continues from a state: then a run of this process that was left gives the lock up.
         """
-        try:
-            import fcntl
-        except ImportError:  # on Windows
-            return
         for other in [lock for lock in _HELD if resumes and lock is not self and lock._file == self._file]:
             other.release()
-        while self._release is None or not self._release.alive:
-            with writing(self._folder):
-                held = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(held).st_ino == self._file.stat().st_ino:  # else the run before has just removed it
-                    self._release = finalize(self, _release, self._file, held)
-                    _HELD[self] = held
-                    return
-            except FileNotFoundError:
-                pass
-            except BlockingIOError as error:
-                raise PathError(
-                    f"another run that records into {self._folder}",
-                    expected="one at a time",
-                    cure="pass another path=, wait for its end, or call detach() of its handle",
-                ) from error
-            except OSError:
-                self._file.unlink(missing_ok=True)
-                say_once(self._folder, "lock files: let no two runs record into one folder")
-                return
-            finally:
-                if self._release is None or not self._release.alive:
-                    os.close(held)
+        if self._release is not None and self._release.alive:
+            return
+        with writing(self._folder):
+            held = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (stamp(self._file) or (0,))[0] != os.fstat(held).st_ino:  # the run before has just removed it
+                os.close(held)
+                return self.acquire()
+        except BlockingIOError as error:
+            os.close(held)
+            raise PathError(
+                f"another run that records into {self._folder}",
+                expected="one at a time",
+                cure="pass another path=, wait for its end, or call detach() of its handle",
+            ) from error
+        except (ImportError, OSError):  # fcntl is not on Windows
+            say_once(self._folder, "lock files: let no two runs record into one folder")
+        self._release = finalize(self, _remove, self._file, held)
+        _HELD.add(self)
 
     def release(self) -> None:
         """Give the lock back, if it is held."""
@@ -88,16 +79,16 @@ class FolderLock:
             self.release()
 
 
-def _release(file: Path, held: int) -> None:
+def _remove(file: Path, held: int) -> None:
     with suppress(OSError):
         file.unlink()
     os.close(held)
 
 
 def _close_all() -> None:
-    for lock, held in list(_HELD.items()):
-        if lock._release is not None and lock._release.detach() is not None:
-            os.close(held)
+    for lock in list(_HELD):
+        if lock._release is not None and (found := lock._release.detach()) is not None:
+            os.close(found[2][1])
 
 
 if hasattr(os, "register_at_fork"):  # a worker that outlives a killed run must not keep its lock

@@ -10,9 +10,20 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from disback_plugin.weights.modules import is_fsdp2
+
+
+def copy_of_module(network: nn.Module) -> Any:
+    """Return a copy of a module that is not sharded.
+
+    What a hook computes before each forward, as that of `weight_norm`, is copied without its graph.
+    """
+    computed = [
+        v for module in network.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf
+    ]
+    return copy.deepcopy(network, {id(value): value.detach().clone() for value in computed})
 
 
 def frozen_copy(network: nn.Module) -> nn.Module:
@@ -29,7 +40,8 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     inner_first: list[Any] = [*network.modules()][::-1]
     sharded = [module for module in inner_first if is_fsdp2(module)]
     if not sharded:
-        return copy.deepcopy(network).requires_grad_(False)
+        plain: nn.Module = copy_of_module(network).requires_grad_(False)
+        return plain
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     for module in sharded:
