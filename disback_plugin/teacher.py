@@ -161,8 +161,8 @@ class TeacherWriter:
             raise StateError(
                 f"a teacher that somebody else has {'replaced' if replaced else 'written'} since update {updates}",
                 expected=f"the weights of position {self.position:g}",
-                cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it; a "
-                "forward that writes its own weights, as a renormalisation, cannot be moved",
+                cure="after loading a trainer's checkpoint call load_state_dict with the state saved beside it; if its "
+                "own forward writes them, as a normalisation in training mode does, call teacher.eval()",
             )
         self._versions = [tensor._version for _, _, tensor in self._slots]
 

@@ -1,7 +1,6 @@
 """The table of a network's weights: canonical names and live tensors, enumerated once.
 
-Whatever wraps a network (DDP, FSDP, `torch.compile`, activation checkpointing), its weights have canonical names, those
-of the plain module, so that a node recorded from one form fits every other.
+Whatever wraps a network, its weights have the names of the plain module: a node from one form fits every other.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.sharding import Weight, fsdp1_resharders
 from disback_plugin.weights.tensors import Checksum, Part, TensorMeta, dtype_class
 
-# Wrapper class -> its package and the attribute that holds the wrapped module. Classes are compared by name, because
-# importing torch._dynamo would take a second. peft's are around a network whose layers hold the adapters.
+# Wrapper class -> its package and the attribute that holds the module; by name, as importing torch._dynamo takes long.
+# peft's are around a network whose layers hold the adapters.
 _WRAPPERS = {
     "OptimizedModule": ("torch", "_orig_mod"),
     "DistributedDataParallel": ("torch", "module"),
@@ -61,10 +60,8 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
                 cure = "wrap it with use_orig_params=True (accelerate: fsdp_use_orig_params: true), or use fully_shard"
                 raise RoleError(found, expected="weights that have names", cure=cure)
             if attribute == "_orig_mod" and freezes(getattr(module.dynamo_ctx, "compiler_config", None)):
-                cure = "compile it without freezing"
-                raise RoleError(
-                    f"{kind.__name__} whose graph has weights as constants", expected="live ones", cure=cure
-                )
+                found = f"{kind.__name__} whose graph has weights as constants"
+                raise RoleError(found, expected="live ones", cure="compile it without freezing")
             module = getattr(module, attribute)
             break
         else:
@@ -260,18 +257,15 @@ def check_layout(
     """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
     names = {weight.name for weight in weights}
     if names != given.keys():
-        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
-        found = [f"without {len(missing)} keys {missing[:3]}"] * bool(missing)
-        found += [f"with {len(unknown)} unknown {unknown[:3]}"] * bool(unknown)
-        raise MismatchError(
-            f"{source} {' and '.join(found)}",
-            expected=f"the {len(names)} keys of the {role}, no more and no less",
-            cure=hint
-            or "use two networks of one architecture, of which the fake score may have further modules (a part "
-            "is ScoreNetwork(module, prefix=...)), or two LoRA adapters of the same targets and scales (lora_alpha, "
-            "use_rslora) on one base: lora.add_teacher(model, like=...), and ScoreNetwork(model, lora_adapter=...) for "
-            "both roles",
+        odd = {"without {} keys {}": names - given.keys(), "with {} unknown {}": given.keys() - names}
+        found = " and ".join(text.format(len(keys), sorted(keys)[:3]) for text, keys in odd.items() if keys)
+        cure = (
+            "use two networks of one architecture (or parts: ScoreNetwork(module, prefix=...)), or two LoRA adapters "
+            "of the same targets and scales (lora_alpha, use_rslora) on one base: lora.add_teacher(model, like=...), "
+            "and ScoreNetwork(model, lora_adapter=...) for both roles"
         )
+        keys = f"the {len(names)} keys of the {role}, no more and no less"
+        raise MismatchError(f"{source} {found}", expected=keys, cure=hint or cure)
     for weight in weights:
         own, other = weight.meta, given[weight.name]
         same_class = other.dtype == own.dtype or dtype_class(other.dtype) == dtype_class(own.dtype)

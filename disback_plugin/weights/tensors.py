@@ -159,8 +159,11 @@ def memory_span(tensor: Tensor) -> tuple[int, int]:
         >>> end - start
         20
     """
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+    return start, start + (reach + 1) * tensor.element_size()
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from worlds import Run, clone, difference
 import disback_plugin as disback
 from disback_plugin.commands.inspect import node_rows
 from disback_plugin.convergence import FitDetector
-from disback_plugin.errors import OptionError, PathError, RoleError
+from disback_plugin.errors import OptionError, PathError, RoleError, StateError
 from disback_plugin.weights.modules import unwrap
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -226,6 +226,42 @@ def test_a_teacher_that_cannot_be_copied_is_refused_before_anything_is_written(t
     with teacher.stream, pytest.raises(OptionError, match="cannot be copied"):
         disback.record(teacher, sample=lambda: torch.zeros(1, 2), loss=lambda n, x: n(x).sum(), path=tmp_path / "path")
     assert not (tmp_path / "path").exists()
+
+
+class Forced(nn.Linear):
+    """Normalises its own weights in each forward in training mode, as the layers of EDM2 do."""
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(self.weight / self.weight.norm(dim=1, keepdim=True))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_teacher_that_normalises_its_own_weights_moves_in_eval_mode_and_is_refused_in_training_mode(
+    tmp_path, training
+):
+    teacher = Given(nn.Sequential(Forced(3, 8), nn.Tanh(), nn.Linear(8, 2)))
+    teacher(torch.zeros(1, 2), torch.ones(1, 1))
+    loop = Loop(teacher)
+    teacher.train(training)
+    if not training:
+        run_whole(loop, tmp_path / "path")
+        return
+    original = clone(dict(teacher.state_dict()))
+    refused = pytest.raises(StateError, match=r"a normalisation in training mode does, call teacher.eval\(\)")
+    with disback.attach(**loop.roles(), path=tmp_path / "path", **PLAN), refused:
+        loop.steps(12)
+    assert difference(clone(dict(teacher.state_dict())), original) == []
+
+
+def test_a_fake_score_that_normalises_its_own_weights_is_recorded_as_it_is(tmp_path):
+    teacher = Given(nn.Sequential(Forced(3, 8), nn.Tanh(), nn.Linear(8, 2)))
+    fake_score = copy.deepcopy(teacher)
+    path, _ = run_whole(Loop(teacher.eval(), fake_score), tmp_path / "path", codec="exact")
+    norms = path[1]["net.0.weight"].norm(dim=1)
+    assert (norms - 1).abs().max() < 0.1, "the forward before the last step normalised them"
 
 
 # -- running statistics ------------------------------------------------------------------------------------------------
