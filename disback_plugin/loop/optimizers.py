@@ -143,16 +143,26 @@ def skipped_by_scaler(optimizer: Optimizer) -> bool:
 
 
 def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Optimizer]:
-    """Return the torch optimizers inside one optimizer or a sequence, without accelerate's wrapper.
+    """Return the torch optimizers inside one optimizer or a sequence, without the wrappers of accelerate and DeepSpeed.
 
-    Raises RoleError, which names the argument `role`, if the sequence is empty or holds something else.
+    Raises RoleError, which names the argument `role`, if the sequence is empty or holds something else, or if DeepSpeed
+    steps several groups of one optimizer, each by a call of its own.
 
     Example:
         >>> adam = torch.optim.Adam([torch.ones(1)])
         >>> unwrap(adam, role="generator_optimizer") == [adam]
         True
     """
-    inner = [*map(innermost, optimizers if isinstance(optimizers, Sequence) else [optimizers])]
+    given = optimizers if isinstance(optimizers, Sequence) else [optimizers]
+    for optimizer in given:
+        groups = len(getattr(optimizer, "param_groups", ()))
+        if groups > 1 and "deepspeed" in type(optimizer).__module__:
+            raise RoleError(
+                f"DeepSpeed (ZeRO) with {groups} parameter groups as {role}, whose steps cannot be counted",
+                expected="one group",
+                cure="put all parameters into one group, train with DDP, or shard with torch's fully_shard (FSDP2)",
+            )
+    inner = [*map(innermost, given)]
     wrong = [type(optimizer).__name__ for optimizer in inner if not isinstance(optimizer, Optimizer)]
     if wrong or not inner:
         raise RoleError(
@@ -164,10 +174,11 @@ def unwrap(optimizers: Optimizer | Sequence[Optimizer], *, role: str) -> list[Op
 
 
 def innermost(optimizer: Any) -> Any:
-    """Return the optimizer inside accelerate's wrapper; any other object is returned as it is."""
+    """Return the optimizer inside accelerate's and DeepSpeed's wrappers; any other object is returned as it is."""
     # AcceleratedOptimizer is a torch Optimizer by class, but has no hook registry of its own.
     wrapped = getattr(optimizer, "optimizer", None)
-    return innermost(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+    inside = getattr(wrapped, "optimizer", wrapped)  # DeepSpeed's is no torch Optimizer by class
+    return innermost(wrapped) if isinstance(inside, Optimizer) else optimizer
 
 
 def parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:

@@ -27,10 +27,13 @@ _WRAPPERS = {
     "DataParallel": ("torch", "module"),
     "CheckpointWrapper": ("torch", "_checkpoint_wrapped_module"),
     "FullyShardedDataParallel": ("torch", "_fsdp_wrapped_module"),
+    "DeepSpeedEngine": ("deepspeed", "module"),
     "_FabricModule": ("lightning", "_forward_module"),  # also in lightning_fabric
     "PeftModel": ("peft", "base_model"),
     "BaseTuner": ("peft", "model"),
 }
+
+NO_DEEPSPEED = "train with DDP, or shard with torch's fully_shard (FSDP2; in accelerate fsdp_version: 2)"
 
 Modules = list[tuple[str, nn.Module]]
 
@@ -227,7 +230,10 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
     if getattr(tensor, "_is_flat_param", False):
         return "is several weights in one, without their names", "wrap it with use_orig_params=True"
     if hasattr(tensor, "ds_id"):
-        return "is partitioned by DeepSpeed's ZeRO-3", "use ZeRO-2, or shard it with torch's fully_shard (FSDP2)"
+        return "is partitioned by DeepSpeed's ZeRO-3", NO_DEEPSPEED
+    if hasattr(tensor, "_hp_mapping"):
+        found = "is trained by DeepSpeed (ZeRO-1, ZeRO-2) through a float32 partition, which undoes each write into it"
+        return found, NO_DEEPSPEED
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         return "is lazy and has no shape yet", "run one forward first"
     if tensor.is_meta:

@@ -46,7 +46,7 @@ class ScoreNetwork:
 
     Raises:
         RoleError: If `module` is no module, holds nothing at `prefix`, or has weights that cannot be written in place:
-            on the meta device, quantised, sharded by DeepSpeed, along two dimensions or by FSDP1 without
+            on the meta device, quantised, trained by DeepSpeed (ZeRO), sharded along two dimensions or by FSDP1 without
             `use_orig_params=True`, lazy or made in inference mode. The base of a LoRA adapter only has to be whole.
 
     Example:
