@@ -74,8 +74,12 @@ def attach(
         fake_score: s_phi, of the teacher's architecture, or a LoRA of peft on an equal base. It is set to the teacher
             (new path), the last node so far (unfinished path) or s'_N (finished path). Modules that the teacher lacks
             are left alone.
-        generator_optimizer: All optimizers of the generator: one or several, plain or accelerate's.
-        fake_score_optimizer: All optimizers of s_phi. They may step more, as a discriminator, but not the generator.
+            Experts by noise level are mappings from names to networks: they share one path and one position, and a step
+            of any of them is an update.
+        generator_optimizer: All optimizers of the generator: one or several, plain or accelerate's. Those that step its
+            weights later are followed.
+        fake_score_optimizer: All optimizers of s_phi. They may step more, as a discriminator; one that also steps the
+            generator is passed for both.
         sample: Returns samples x_0 of the student, shape (B, ...), without gradient. Needed, with `loss`, where teacher
             and fake score differ in architecture: a LoRA beside the teacher is fitted to x_0, once in each fake-score
             update, while these warm the fake score up. On a finished path only the fake score is warmed up.

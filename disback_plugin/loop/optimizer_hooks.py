@@ -253,7 +253,7 @@ class UpdateCounter:
         self.name, self.optimizers, self._at_end, self.total = name, optimizers, at_end, 0
         self._listed, self._inside = only or but, bool(only)
         self.had_gradients: dict[Optimizer, bool] = {}  # of the optimizer that is stepping
-        self._ids = {id(p) for optimizer in optimizers for p in self.weights(optimizer)}
+        self._ids = {id(p) for optimizer in optimizers for p in self.weights(optimizer)} | only
         self._stepped: dict[Optimizer, bool] = {}
         self._last: dict[Optimizer, tuple[ref[Tensor], int]] = {}  # a gradient of its last step, and its version
 
