@@ -12,14 +12,17 @@ Self-Forcing-Plus (GoatWu) keep these names. LongLive's fake score is LoRA layer
   (:161, `generator_ckpt`), or its average (Causal-Forcing). A resumed run goes on at the position of the checkpoint,
   and its fake score, which the trainer begins as a copy of the teacher, begins as a copy of the active node.
 * The published settings have a teacher of 14B parameters and a fake score of 1.3B (`configs/self_forcing_dmd.yaml:5`).
-  With `real_name: Wan2.1-T2V-1.3B` both have one size.
+  Then `model.critic_loss` (:265) also fits a LoRA beside the teacher, to the generator's videos for the same prompts.
+  Such a fake score, after a resume, is that of a new run. With `real_name: Wan2.1-T2V-1.3B` both have one size.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from disback_plugin import Adapter, Watch, hookimpl
+from disback_plugin.errors import RoleError
 
 OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 
@@ -44,4 +47,41 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         fake_score=model.fake_score,
         generator_optimizer=trainer.generator_optimizer,
         fake_score_optimizer=trainer.critic_optimizer,
+        sample=lambda: _batch(trainer),
+        loss=lambda teacher, batch: _critic_loss(trainer, teacher, batch),
     )
+
+
+def _batch(trainer: Any) -> Any:
+    """Return the prompts of the fake score's update, which are a variable of `train` while its optimizer steps."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is trainer and "batch" in frame.f_locals:
+            return frame.f_locals["batch"]
+        frame = frame.f_back
+    raise RoleError(
+        "an update of the fake score outside of Trainer.train, or without a variable `batch` there",
+        expected=f"{WATCH.knows}, whose `train` calls `next(self.dataloader)`",
+        cure="use that version, or a teacher of the fake score's size",
+    )
+
+
+def _critic_loss(trainer: Any, teacher: Any, batch: Any) -> Any:
+    """Return the trainer's own loss of the fake score for the teacher; the samples are the generator's."""
+    model, prompts, shape = trainer.model, batch["prompts"], list(trainer.config.image_or_video_shape)
+    image = None
+    if trainer.config.i2v:
+        image = batch["ode_latent"][:, -1][:, 0:1].to(device=trainer.device, dtype=trainer.dtype)
+    fake_score, conditions = model.fake_score, model.text_encoder(text_prompts=prompts)
+    model.fake_score = teacher
+    try:
+        loss, _ = model.critic_loss(
+            image_or_video_shape=[len(prompts), *shape[1:]],
+            conditional_dict={name: value.detach() for name, value in conditions.items()},
+            unconditional_dict=None,
+            clean_latent=None,
+            initial_latent=image,
+        )
+    finally:
+        model.fake_score = fake_score
+    return loss

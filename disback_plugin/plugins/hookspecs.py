@@ -51,8 +51,8 @@ class Adapter:
         fake_score_optimizer: The optimizer of the fake score, or several.
         plugins: Functions without arguments, each of which makes a plug-in for this run, by the plug-in's name;
             "no:NAME" blocks one.
-        sample: A function that returns samples x_0 of the student, as `record` takes it. It is called only if teacher
-            and fake score have different architectures.
+        sample: A function that returns samples x_0 of the student, as `record` takes it, or whatever `loss` makes them
+            of. It is called only if teacher and fake score have different architectures.
         loss: A function of a network and x_0 that returns the denoising loss, likewise.
         stand_in: For a trainer without a fake score, whose network and optimizer are then None: returns a context
             manager with the attributes `fake_score` and `optimizer`, which trains that network while it is open, as
@@ -74,8 +74,8 @@ class Adapter:
     generator_optimizer: Optimizer | Sequence[Optimizer]
     fake_score_optimizer: Optimizer | Sequence[Optimizer] | None
     plugins: Mapping[str, Callable[[], object]] = field(default_factory=dict)
-    sample: Callable[[], Tensor] | None = None
-    loss: Callable[[nn.Module, Tensor], Tensor] | None = None
+    sample: Callable[[], Any] | None = None
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
     stand_in: Callable[[], Any] | None = None
 
 

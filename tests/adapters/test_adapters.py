@@ -285,12 +285,12 @@ def self_forcing(monkeypatch):
 
 def test_the_kit_passes_self_forcings_trainer(self_forcing):
     def make():
-        trainer = self_forcing(SimpleNamespace(generator_ckpt=None))
+        trainer = self_forcing(SimpleNamespace(generator_ckpt=None, real_width=8))
 
         def step():
             for optimizer in (trainer.critic_optimizer, trainer.generator_optimizer):
                 optimizer.zero_grad()
-                trainer.fwdbwd_one_step(optimizer is trainer.generator_optimizer)
+                trainer.fwdbwd_one_step({"prompts": [""] * 8}, optimizer is trainer.generator_optimizer)
                 optimizer.step()
 
         return trainer, step

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from scripts import PLAN, TRAINERS, disback_run, networks
+from scripts import PLAN, TRAINERS, disback_run, networks, run_plain
 from worlds import difference
 
 import disback_plugin as disback
@@ -142,3 +142,19 @@ def test_self_forcing_goes_on_at_the_position_of_the_generator_that_it_loads(run
     assert "disback: ended: <disback done: position 0 (N = 2" in errors
     assert difference(networks(tmp_path)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
     assert recorded["generator"]
+
+
+def test_self_forcings_teacher_may_be_larger_than_its_fake_score(run, tmp_path, monkeypatch):
+    options = ("--adapter", "self_forcing", "--record", 7, "--every", 3, "--codec", "exact", "--schedule", "ramp:4")
+    arguments = ("--logdir", tmp_path, "--real_width", 24)
+    code, errors = run(*options, script="forcing_train.py", arguments=(*arguments, "--log_iters", 6, "--steps", 40))
+    assert code == 0, errors
+    assert "disback: ended: <disback done: position 0 (N = 3" in errors
+    initial, real = torch.load(tmp_path / "model_000006.pt")["generator"], networks(tmp_path)[0]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    monkeypatch.syspath_prepend(str(TRAINERS))
+    run_plain(TRAINERS / "forcing_train.py", "--logdir", plain, "--real_width", 24, "--steps", 0)
+    teacher, _, generator = networks(plain)
+    assert difference(real, teacher) == []
+    assert difference(initial, generator) == []

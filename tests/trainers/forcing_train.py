@@ -11,6 +11,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--log_iters", type=int, default=10**9)
     parser.add_argument("--generator_ckpt")
+    parser.add_argument("--real_width", type=int, default=8)
     trainer = ScoreDistillationTrainer(parser.parse_args())
     trainer.train()
 

@@ -5,9 +5,9 @@ from torch import nn
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, width=8):
         super().__init__()
-        self.inner = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.inner = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 2))
         self.register_buffer("resample_filter", torch.ones(2))
 
     def forward(self, x, sigma):
