@@ -17,15 +17,12 @@ student goes on, and backtracking begins again at s'_N, as the trainer's own fak
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from disback_plugin import Adapter, ScoreNetwork, Watch, hookimpl
 from disback_plugin.errors import RoleError
 from disback_plugin.plugins import OriginalFeatures
-
-logger = logging.getLogger(f"disback_plugin.{__name__}")
 
 NAMES = ("dmd2_teacher_model_name", "dmd2_fake_score_model_name", "dmd2_config", "dmd2_model_fn_teacher")
 
@@ -57,20 +54,15 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             cure="pass --dmd2_student_update_freq 5",
         )
     teacher = getattr(module.pipe, module.dmd2_teacher_model_name)
-    plugins = {}
-    if config.gan_loss_weight > 0:
-        logger.info(
-            "the discriminator keeps the features of the original teacher, of which a second copy is held during "
-            "backtracking; no:teacher_features gives it those of the active node instead"
-        )
-        place = (module, "dmd2_model_fn_teacher")
-        plugins["teacher_features"] = lambda: OriginalFeatures(teacher, features_of, place=place)
+    adversarial, place = config.gan_loss_weight > 0, (module, "dmd2_model_fn_teacher")
     return Adapter(
         teacher=ScoreNetwork(model, prefix=f"pipe.{module.dmd2_teacher_model_name}", role="teacher"),
         fake_score=ScoreNetwork(model, prefix=f"pipe.{module.dmd2_fake_score_model_name}", role="fake score"),
         generator_optimizer=trainer.optimizers["student"],
         fake_score_optimizer=trainer.optimizers["fake_score"],
-        plugins=plugins,
+        plugins={"teacher_features": lambda: OriginalFeatures(teacher, features_of, place=place)}
+        if adversarial
+        else {},
     )
 
 

@@ -11,7 +11,8 @@ the student `model.net` have optimizers of their own (`model.py:533`, `dmd2.py:4
 `student_update_freq`-th iteration, the fake score at the others (`dmd2.py:448`). The fake score starts as the teacher
 only if a pretrained path is given; `attach` sets it in any case. The checkpoint does not contain the teacher. It
 contains the state of callbacks, which is loaded before `on_load_checkpoint_end` (`fastgen/trainer.py:141-152`).
-A discriminator reads features of the teacher, and trains neither teacher nor fake score. It keeps the features of s'_0.
+A discriminator reads features of the teacher, and trains neither teacher nor fake score. It keeps the features of s'_0,
+in DDP and FSDP2 alike.
 """
 
 from __future__ import annotations
@@ -59,11 +60,6 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             cure="set model.student_update_freq=5",
         )
     adversarial = trainer.config.gan_loss_weight_gen > 0
-    if adversarial:
-        logger.info(
-            "the discriminator keeps the features of the original teacher, of which a second copy is held during "
-            "backtracking; no:teacher_features gives it those of the active node instead"
-        )
     return Adapter(
         teacher=trainer.teacher,
         fake_score=trainer.fake_score,

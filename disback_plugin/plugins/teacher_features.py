@@ -7,6 +7,7 @@ copy of the teacher in memory, or of its shards, while the position is above 0.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from disback_plugin.weights.network import ScoreNetwork
 
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
+
+
+logger = logging.getLogger(__name__)
 
 
 class OriginalFeatures:
@@ -53,6 +57,10 @@ class OriginalFeatures:
                 cure="let the discriminator see the active node's features: disback run -p no:teacher_features ..., or "
                 'attach(..., plugins=("no:teacher_features",))',
             )
+        logger.info(
+            "the discriminator keeps the features of the original teacher, of which a second copy is held during "
+            "backtracking; no:teacher_features gives it those of the active node instead"
+        )
         self._teacher, self._forward = teacher, forward
         self._owner, self._name = place or (teacher, "forward")
         self._attributes: dict[str, Any] | None = None  # the owner's own function, if it has one, while replaced

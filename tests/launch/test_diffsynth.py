@@ -47,6 +47,7 @@ def test_the_discriminator_keeps_its_features_while_the_score_moves(gan, run, tm
 def test_without_the_copy_the_features_are_the_active_nodes(run, tmp_path):
     code, errors = run("--gan", 0.3, options=(*PLAN, "-p", "no:teacher_features"))
     assert code == 0, errors
+    assert "keeps the features" not in errors
     path = disback.DegradationPath(tmp_path / "path")
     moved = 0
     for x, sigma, features in torch.load(tmp_path / "out" / "seen.pt")[0]:
