@@ -72,6 +72,8 @@ def _critic_loss(trainer: Any, teacher: Any, batch: Any) -> Any:
     image = None
     if trainer.config.i2v:
         image = batch["ode_latent"][:, -1][:, 0:1].to(device=trainer.device, dtype=trainer.dtype)
+    if getattr(trainer.config, "gradient_checkpointing", False):  # of no effect in the loop, which takes no gradients
+        teacher.enable_gradient_checkpointing()
     fake_score, conditions = model.fake_score, model.text_encoder(text_prompts=prompts)
     model.fake_score = teacher
     try:

@@ -7,6 +7,7 @@ import torch
 from ranks import returned
 from sharded_runs import fsdp1
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from worlds import Run, Score, clone, difference
 
 import disback_plugin as disback
@@ -172,6 +173,19 @@ class WithSamples:
     @disback.hookimpl
     def disback_adapter(self, trainer):
         return disback.Adapter(**trainer.roles(), sample=trainer.sample, loss=trainer.loss)
+
+
+def test_a_teacher_with_gradient_checkpointing_gets_the_same_nodes(tmp_path):
+    nodes = []
+    for checkpointed in (False, True):
+        run = TwoSizes()
+        if checkpointed:
+            inner = run.teacher.inner.forward
+            run.teacher.inner.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
+        with run.attach(tmp_path / str(checkpointed)) as handle:
+            run.steps(7)
+            nodes.append([node.recorded for node in handle.path.nodes])
+    assert nodes[0] == nodes[1]
 
 
 @pytest.mark.parametrize("keep_teacher", [True, False])
