@@ -108,6 +108,7 @@ def test_a_resumed_run_has_the_learning_rates_of_the_uninterrupted_one(tmp_path,
     handle = disback.attach(**first.roles(), path=tmp_path / "split", **options)
     first.steps(moment)
     saved, state = first.checkpoint(), json.loads(json.dumps(handle.state_dict()))
+    handle.path.lock.release()  # as the end of its process does
     if order.startswith("attach"):
         handle = disback.attach(**second.roles(), path=tmp_path / "split", **options)
         second.load(saved)

@@ -58,6 +58,7 @@ def split(folder, moment, order, make=Run):
     counts = handle.fake_score_updates, handle.generator_updates
     stream, state = save(first, folder / "split.dcp"), handle.state_dict()
     assert (handle.fake_score_updates, handle.generator_updates) == counts
+    handle.path.lock.release()  # as the end of its process does
     if order == "attach, load":
         handle = disback.attach(**second.roles(), path=folder / "split", **PLAN)
         load(second, folder / "split.dcp", stream)
