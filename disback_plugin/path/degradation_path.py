@@ -280,10 +280,10 @@ class DegradationPath(
         def write() -> dict[str, Any]:
             self._remove_unlisted()  # the training state goes first: a complete path does not hold it
             files.write_text(self.folder / "README.md", model_card(self.manifest))
+            self.lock.release()  # before the mark: nobody locks a complete path, and would remove what a crash leaves
             return {"complete": True}
 
         self._update(write)
-        self.lock.release()
 
     def remove_nodes_after(self, iteration: int) -> None:
         """Remove the nodes after `iteration`, to record them again from a training state saved there."""
