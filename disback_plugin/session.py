@@ -16,20 +16,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from disback_plugin import distributed
-from disback_plugin.convergence import DivergenceMonitor, FitDetector
-from disback_plugin.errors import StateError, TrainingError
+from disback_plugin.convergence import DivergenceMonitor
 from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
 from disback_plugin.loop.optimizer_hooks import OptimizerHooks, UpdateCounter
 from disback_plugin.loop.optimizers import groups_of, parameters, unwrap
-from disback_plugin.loop.roles import check_roles, describe_roles, find_networks
-from disback_plugin.loop.watches import ForwardWatch, UnseenUpdates, WrittenWeights
+from disback_plugin.loop.roles import check_roles, find_networks
+from disback_plugin.loop.watches import ForwardWatch, UnseenUpdates, WrittenWeights, warn_student_alone
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.run_log import RunLog
-from disback_plugin.progress import VERSION, Phase, Progress, timeline, validate_form, validate_state
+from disback_plugin.progress import Phase, Progress
 from disback_plugin.recorder import PATIENCE, Recorder
-from disback_plugin.schedule_base import Plan, Schedule, to_config, validate_config
+from disback_plugin.schedule_base import Schedule
 from disback_plugin.weights.network import ScoreNetwork
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ class Session:
         separate: Whether teacher and fake score differ in architecture, so that nodes are the teacher's alone.
         roles: Teacher, fake score and the optimizers of generator and fake score.
         signal: The value that `disback_should_advance` is given.
+        monitor: What s_phi's gradients show while backtracking, else None.
+        restorable: The objects that a recording advances, and `to_restore`, their states before it as text.
         warning: A text to be logged at the first generator step, unless a state is loaded before.
 
     Raises:
@@ -100,18 +101,13 @@ class Session:
         self.log: RunLog | None = None
         self.signal: Any = None
         self.warning = ""
-        self._monitor: DivergenceMonitor | None = None  # while backtracking
+        self.monitor: DivergenceMonitor | None = None  # while backtracking
         self._generator_steps = 0
         self._student_alone = False  # the fake score has not stepped yet, and the generator has
-        self._restorable = RestorableObjects(restore, (*self.generator_optimizers, *self.fake_score_optimizers))
-        self._to_restore = ""  # the objects' states before the recording, until they are restored
-        self.hooks = OptimizerHooks(
-            self.generator_optimizers,
-            self.fake_score_optimizers,
-            self.fake_score,
-            self,
-            None if folder is None else self.teacher,
-        )
+        self.restorable = RestorableObjects(restore, (*self.generator_optimizers, *self.fake_score_optimizers))
+        self.to_restore = ""  # the objects' states before the recording, until they are restored
+        moved = None if folder is None else self.teacher
+        self.hooks = OptimizerHooks(self.generator_optimizers, self.fake_score_optimizers, self.fake_score, self, moved)
         self._written = WrittenWeights(self.fake_score, self.fake_score_optimizers)
         self._until_recorded = ExitStack()
         self._unseen: list[UnseenUpdates] = []
@@ -128,20 +124,9 @@ class Session:
         return None if self.recorder is None else self.progress.recorded
 
     def __repr__(self) -> str:
-        from disback_plugin._text_table import aligned
+        from disback_plugin import session_state
 
-        progress, schedule, stages = self.progress, self.schedule, []
-        manifest = None if self.path is None else self.path.manifest
-        if self.scheduler is not None:
-            schedule, stages = self.scheduler.plan.schedule, self.scheduler.timeline()
-        elif manifest is not None and not schedule.until_fitted:  # else the recording decides
-            stages = Plan(schedule, manifest.last_node).timeline(progress)
-        nodes = "no path" if self.path is None else f"N = {self.path.manifest.last_node}, {self.path.folder}"
-        return (
-            f"<disback {progress.phase.value}: position {self.position:g} ({nodes}), {schedule!r}, "
-            f"{progress.generator_updates} generator updates, {progress.fake_score_updates} fake-score updates>\n"
-            f"{aligned([*describe_roles(*self.roles).items()])}\n{aligned(timeline(progress, stages, manifest))}"
-        )
+        return session_state.describe(self)
 
     # -- the loop, as OptimizerHooks calls it -------------------------------------------------------------------------
 
@@ -151,13 +136,13 @@ class Session:
         if trains and self._written.left:
             self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
-            if self._to_restore not in ("", "{}"):
-                self._to_restore = self._restorable.restore(self._to_restore, optimizer)
+            if self.to_restore not in ("", "{}"):
+                self.to_restore = self.restorable.restore(self.to_restore, optimizer)
         elif self._student_alone and not trains:
-            self._restorable.restore(self._to_restore)
-            self._to_restore = ""
+            self.restorable.restore(self.to_restore)
+            self.to_restore = ""
         else:
-            self._to_restore = self._restorable.capture(self._to_restore, optimizer)
+            self.to_restore = self.restorable.capture(self.to_restore, optimizer)
 
     def gradient_factor(self) -> float | None:
         """Return the factor on the generator's gradient; None while recording, which holds the generator still.
@@ -184,8 +169,8 @@ class Session:
         if self.recorder is not None:
             self.recorder.observe_gradients(idle)
             self.recorder.update()
-        elif self._monitor is not None:
-            self._monitor.observe(idle)
+        elif self.monitor is not None:
+            self.monitor.observe(idle)
 
     def after_generator_step(self, updated: bool) -> None:
         """Move the teacher after a generator update, or begin backtracking after the last node."""
@@ -193,14 +178,15 @@ class Session:
         if self.warning:
             logger.warning("%s", self.warning)
             self.warning = ""
+        if self.scheduler is not None and updated:
+            self.scheduler.step(self.signal)
+            self._read_monitor(self.scheduler)
+            updates = self.progress.generator_updates
+            if self._forwards is not None and self._forwards.check(updates=updates, position=self.position):
+                self._forwards = None
         if self.scheduler is not None:
-            if updated:
-                self.scheduler.step(self.signal)
-                self._read_monitor(self.scheduler)
-                updates = self.progress.generator_updates
-                if self._forwards is not None and self._forwards.check(updates=updates, position=self.position):
-                    self._forwards = None
-        elif self.recorder is not None and self.recorder.done:
+            return
+        if self.recorder is not None and self.recorder.done:
             # A teacher in train mode may have changed its running statistics meanwhile.
             distributed.on_every_rank(self._restore_teacher, "read node 0")
             self._backtrack()
@@ -208,44 +194,28 @@ class Session:
         elif not self.progress.fake_score_updates and not self.progress.recorded:
             self._student_alone = True
             if self._generator_steps == PATIENCE:
-                logger.warning(
-                    "%d generator steps and none of the fake score: the student trains alone, with the original "
-                    "teacher, and recording begins with the fake score's first step. If the loop does train the fake "
-                    "score, pass the network and the optimizer that it uses",
-                    PATIENCE,
-                )
+                warn_student_alone(PATIENCE)
 
     def _report_unseen(self, counter: UpdateCounter) -> None:
-        """Raise while recording, and else restore the teacher with a warning: updates of a network are not seen.
-
-        Raises:
-            TrainingError: While recording.
-        """
-        kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in counter.optimizers}))
-        found = f"weights of the {counter.name} that change although no step() of its optimizer ({kinds}) is called"
-        if self.progress.phase is Phase.RECORDING:
-            raise TrainingError(
-                found,
-                expected="updates by torch.optim.Optimizer.step(), which DisBack holds still and counts",
-                cure=f"pass the optimizer that the loop steps as {counter.name}_optimizer",
-            )
-        if self.position and counter is self.hooks.generator:
+        """End backtracking, since updates of the generator are not seen; raise TrainingError while recording."""
+        recording = self.progress.phase is Phase.RECORDING
+        if recording or (self.position and counter is self.hooks.generator):
+            counter.report_unseen(ends=not recording)
             self._restore_teacher()
-            logger.warning("found %s: backtracking ends here, and the teacher is s'_0 again", found)
 
     def _read_monitor(self, scheduler: TrajectoryScheduler) -> None:
         """Read a finished window of s_phi's gradients, and perhaps end backtracking."""
         if scheduler.done and self.path is not None:
-            self._monitor = None
-        if self._monitor is None or self._monitor.updates_left > 0:
+            self.monitor = None
+        if self.monitor is None or self.monitor.updates_left > 0:
             return
         from disback_plugin.monitor import report
 
         ends = self.path is not None and self.schedule.until_fitted
         update = self.progress.generator_updates
-        if report(self._monitor, self.plugins, update=update, position=scheduler.position, ends=ends):
+        if report(self.monitor, self.plugins, update=update, position=scheduler.position, ends=ends):
             scheduler.end_backtracking()
-            self._monitor = None
+            self.monitor = None
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 
@@ -277,18 +247,19 @@ class Session:
         rates = [group.get("lr") for each in self.fake_score_optimizers for group in each.param_groups]
         scales = all(rate.numel() == 1 if isinstance(rate, Tensor) else rate is not None for rate in rates)
         until = self.schedule.until_fitted
-        self.scheduler = self._monitor = None
+        self.scheduler = self.monitor = None
         if self.separate:
             from disback_plugin.teacher_fit import TeacherRecorder
 
-            self.recorder = TeacherRecorder(
+            recorder: Recorder = TeacherRecorder(
                 path, self.teacher, self.progress, *self._samples, until_fitted=until, plugins=self.plugins
             )
-            return self.recorder
-        self.recorder = Recorder(
-            path, self.fake_score, self.progress, until_fitted=until, scales_rate=scales, plugins=self.plugins
-        )
-        return self.recorder
+        else:
+            recorder = Recorder(
+                path, self.fake_score, self.progress, until_fitted=until, scales_rate=scales, plugins=self.plugins
+            )
+        self.recorder = recorder
+        return recorder
 
     def _backtrack(self, saved: Progress | None = None) -> None:
         """Start the scheduler, or let it resume: s_phi becomes s'_N, and the teacher moves to its position."""
@@ -299,12 +270,7 @@ class Session:
         fake_score = None if is_last_node else self.fake_score
         (saved or self.progress).recorded = 0 if self.path is None else self.path.manifest.iterations
         scheduler = self.scheduler or TrajectoryScheduler(
-            self.path,
-            self.teacher,
-            fake_score,
-            self.schedule,
-            plugins=self.plugins,
-            progress=self.progress,
+            self.path, self.teacher, fake_score, self.schedule, plugins=self.plugins, progress=self.progress
         )
         try:
             if saved is None:
@@ -320,7 +286,7 @@ class Session:
                 if moving:
                     self._forwards = self._forwards or ForwardWatch(self.teacher)
                 monitored = moving or (self.path is None and self.monitors)
-                self._monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
+                self.monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
 
     def _restore_teacher(self) -> None:
         if self.scheduler is not None:
@@ -333,9 +299,6 @@ class Session:
 
         Args:
             failed: Whether the loop raised, which may be before its first step.
-
-        Raises:
-            PathError: If node 0 cannot be read any more. The hooks are removed all the same.
         """
         if not self.hooks.installed:
             return
@@ -345,7 +308,7 @@ class Session:
         self._until_recorded.close()
         for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
             watch.remove()
-        self._to_restore = self._restorable.restore(self._to_restore)
+        self.to_restore = self.restorable.restore(self.to_restore)
         if self.path is not None:
             self.path.lock.release()
         self.teacher.remove()
@@ -354,75 +317,41 @@ class Session:
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress, and all that identifies the run, as plain scalars."""
-        seen = self._monitor if self.recorder is None else self.recorder.fit
-        return {
-            "version": VERSION,
-            "path": "" if self.path is None else self.path.identity,
-            "nodes": "" if self.path is None else self.path.nodes_digest(self.recorded),
-            "schedule": to_config(self.schedule),
-            **self.progress.to_state(),
-            "fit": "" if seen is None else seen.to_text(),
-            "restore": self._to_restore,
-            "fake_score": self.fake_score.local_checksum(),
-        }
+        """Return the progress, and all that identifies the run, as plain scalars (`session_state`)."""
+        from disback_plugin import session_state
+
+        return session_state.state_of(self)
 
     def load(self, state: object) -> None:
-        """Continue from a state: set the counters and write the teacher from the path, whatever the teacher holds.
+        """Continue from a state; raise StateError or RankError, and change nothing, if it does not fit."""
+        from disback_plugin import session_state
 
-        Raises:
-            StateError: If the state does not fit this path, schedule and fake score. Then nothing is written.
-            RankError: If the state fits here but not on another rank, or if that rank was given another state.
+        session_state.load(self, state)
+
+    def continue_at(self, progress: Progress, fit: str, restore: str) -> None:
+        """Continue at a validated progress: set the counters and write the teacher from the path, whatever it holds.
+
+        Args:
+            progress: The phase and the counters.
+            fit: The text of what s_phi's gradients have shown so far.
+            restore: The text of the states to be restored after the recording.
         """
-        saved = distributed.on_every_rank(lambda: validate_form(state), "be given a state")
-        # A rank that saved its own state names its own shard.
-        holds = self.fake_score.matches_checksum(distributed.on_main_process(lambda: str(saved["fake_score"])))
-        facts = {name: saved[name] for name in ("phase", "recorded", "generator_updates")}
-        progress = distributed.on_every_rank(
-            lambda: self._validate(saved, holds), "be given the state that fits it", facts
-        )
         recording = progress.phase is Phase.RECORDING
         if self.log is not None and self.hooks.installed:
             self.log.resume(update=progress.generator_updates, recording=progress.recorded if recording else None)
-        self.warning, self._to_restore = "", saved["restore"]
+        self.warning, self.to_restore = "", restore
         self._written.left = 0
         if self.scheduler is None:
             distributed.on_every_rank(self._restore_teacher, "read node 0")
         if self.path is None or not recording:
             # Without a scheduler, the crash came before this loop saw the end of its recording.
             self._backtrack(progress)
-            if self._monitor is not None:
-                self._monitor.load(saved["fit"])
+            if self.monitor is not None:
+                self.monitor.load(fit)
             return
         if self.scheduler is not None:
             self.scheduler.restore_teacher()
         self.progress.commit(progress)
         recorder = self._record(self.path)
-        recorder.load_fit(saved["fit"])
+        recorder.load_fit(fit)
         recorder.go_back(progress.recorded)
-
-    def _validate(self, saved: dict[str, Any], holds: bool) -> Progress:
-        """Return the progress in a state, or raise StateError unless the state fits here."""
-        validate_state(saved, like={"path": "" if self.path is None else self.path.identity}, fixed=("path",))
-        validate_config(self.schedule, saved["schedule"])
-        if not holds:
-            raise StateError(
-                "a fake score whose weights are not those of the saved moment",
-                expected="the trainer's checkpoint in it",
-                cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state); "
-                "or load it before, and call attach(..., state=state)",
-            )
-        progress = Progress.from_state(saved)
-        recording = progress.phase is Phase.RECORDING
-        found = "a state in the phase 'recording', without a path" if self.path is None and recording else ""
-        if self.path is not None and saved["nodes"] != self.path.nodes_digest(progress.recorded if recording else None):
-            found = f"other nodes in {self.path.folder} than at the saved moment"
-        if found:
-            raise StateError(
-                found,
-                expected="the path that the state was saved with",
-                cure="restore the folder, or start again in an empty one",
-            )
-        self._restorable.validate(saved["restore"])
-        (FitDetector if recording else DivergenceMonitor).validate(saved["fit"])
-        return progress

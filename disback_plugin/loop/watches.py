@@ -36,6 +36,16 @@ COMPARED = 3
 TEACHER_UPDATES = 3
 
 
+def warn_student_alone(steps: int) -> None:
+    """Warn that the generator has taken so many steps and the fake score none."""
+    logger.warning(
+        "%d generator steps and none of the fake score: the student trains alone, with the original teacher, and "
+        "recording begins with the fake score's first step. If the loop does train the fake score, pass the network "
+        "and the optimizer that it uses",
+        steps,
+    )
+
+
 class UnseenUpdates:
     """Notices weights that change from backward to backward although no hooked optimizer steps them.
 
