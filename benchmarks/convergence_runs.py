@@ -15,7 +15,7 @@ from torch import Tensor
 
 from disback_plugin.convergence import EVERY, fitted_after
 from disback_plugin.recorder import FEWEST_ITERATIONS, LEARNING_RATE_FACTOR
-from disback_plugin.weights.sampling import SAMPLE
+from disback_plugin.weights.marks import SAMPLE
 
 __all__ = ["RECORDING", "TRAINING", "Distillation"]
 

@@ -189,6 +189,15 @@ def attach(
         if session.path is not None:
             session.path.lock.release()
         raise
+    _log_begin(session, settings, resumes=resumes)
+    if session.scheduler is not None:
+        logger.info("%r", session)
+    session.install()
+    return Handle(session)
+
+
+def _log_begin(session: Session, settings: dict[str, Any], *, resumes: bool) -> None:
+    """Write the line of the log with which a process begins."""
     if session.log is not None:
         session.log.begin(
             "attach",
@@ -199,10 +208,6 @@ def attach(
             settings=settings,
             roles=describe_roles(*session.roles),
         )
-    if session.scheduler is not None:
-        logger.info("%r", session)
-    session.install()
-    return Handle(session)
 
 
 def _find_roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: PluginManager) -> Adapter:

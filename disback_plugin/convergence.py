@@ -29,8 +29,8 @@ from torch.nn.functional import cosine_similarity
 
 from disback_plugin import distributed
 from disback_plugin.errors import StateError
+from disback_plugin.weights.marks import WeightSample
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sampling import WeightSample
 
 # Updates between two decisions, which alone read numbers from the device.
 EVERY = 5

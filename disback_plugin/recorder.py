@@ -113,9 +113,7 @@ def open_or_create(
     # Each rank decodes nodes for itself: all find the files and the same teacher, or all raise.
     distributed.on_every_rank(read_last_node, "find the path and the same teacher")
     if node is not None:
-        logger.warning(
-            "the teacher held node %d of %s, as a checkpoint of a run on it may: it is set to node 0", node, path
-        )
+        logger.warning("the teacher held node %d of %s, as a checkpoint may: it is set to node 0", node, path)
         distributed.on_every_rank(lambda: teacher.write(path.teacher_source()), "read node 0")
     return path
 

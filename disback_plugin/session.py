@@ -27,7 +27,7 @@ from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.progress import Phase, Progress
-from disback_plugin.recorder import PATIENCE, Recorder
+from disback_plugin.recorder import Recorder
 from disback_plugin.schedule_base import Schedule
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -42,9 +42,7 @@ class Session:
 
     Args:
         given: The four roles. Of the fake score's optimizers, those that do not step s_phi are left alone.
-        schedule: As in `attach`, resolved.
-        plugins: As in `attach`.
-        restore: As in `attach`.
+        schedule, plugins, restore: As in `attach`, resolved.
         folder: Folder of the path; None for none.
         monitors: Whether to say if s_phi follows the student although there is no path.
 
@@ -58,7 +56,7 @@ class Session:
         roles: Teacher, fake score and the optimizers of generator and fake score.
         signal: The value that `disback_should_advance` is given.
         monitor: What s_phi's gradients show while backtracking, else None.
-        restorable: The objects that a recording advances, and `to_restore`, their states before it as text.
+        restorable: The objects that a recording advances; `to_restore` is the text of their states before it.
         warning: A text to be logged at the first generator step, unless a state is loaded before.
 
     Raises:
@@ -193,8 +191,7 @@ class Session:
             logger.info("%r", self)
         elif not self.progress.fake_score_updates and not self.progress.recorded:
             self._student_alone = True
-            if self._generator_steps == PATIENCE:
-                warn_student_alone(PATIENCE)
+            warn_student_alone(self._generator_steps)
 
     def _report_unseen(self, counter: UpdateCounter) -> None:
         """End backtracking, since updates of the generator are not seen; raise TrainingError while recording."""
@@ -297,8 +294,7 @@ class Session:
     def detach(self, *, failed: bool = False) -> None:
         """Remove every hook, and restore the teacher and the learning-rate schedulers. A second call does nothing.
 
-        Args:
-            failed: Whether the loop raised, which may be before its first step.
+        If the loop has `failed`, that may have been before its first step.
         """
         if not self.hooks.installed:
             return
@@ -331,10 +327,7 @@ class Session:
     def continue_at(self, progress: Progress, fit: str, restore: str) -> None:
         """Continue at a validated progress: set the counters and write the teacher from the path, whatever it holds.
 
-        Args:
-            progress: The phase and the counters.
-            fit: The text of what s_phi's gradients have shown so far.
-            restore: The text of the states to be restored after the recording.
+        `fit` is what s_phi's gradients have shown so far, and `restore` what is restored after the recording, as text.
         """
         recording = progress.phase is Phase.RECORDING
         if self.log is not None and self.hooks.installed:

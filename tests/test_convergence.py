@@ -19,8 +19,8 @@ from worlds import Run, clone, difference
 import disback_plugin as disback
 from disback_plugin.convergence import GROWTH, DivergenceMonitor, FitDetector, fitted_after
 from disback_plugin.errors import StateError
+from disback_plugin.weights.marks import SAMPLE
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sampling import SAMPLE
 
 numbers = st.floats(-1, 1) | st.just(math.nan)
 

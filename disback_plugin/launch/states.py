@@ -15,7 +15,7 @@ from typing import Any
 from disback_plugin import distributed
 from disback_plugin.path import files
 from disback_plugin.path.manifest import CONFIG, Manifest
-from disback_plugin.weights.modules import checksums_in
+from disback_plugin.weights.marks import checksums_in
 from disback_plugin.weights.network import ScoreNetwork
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from disback_plugin.errors import StateError
 from disback_plugin.loop.optimizer_hooks import UpdateCounter
 from disback_plugin.loop.optimizers import parameters
+from disback_plugin.weights.marks import WeightSample
 from disback_plugin.weights.modules import freezes
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sampling import WeightSample
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +32,16 @@ logger = logging.getLogger(__name__)
 UNSEEN = 3
 # Updates of s_phi after a write in which its weights are compared.
 COMPARED = 3
+# Steps of a generator alone before a warning.
+ALONE = 100
 # Generator updates in which the teacher should have run.
 TEACHER_UPDATES = 3
 
 
 def warn_student_alone(steps: int) -> None:
-    """Warn that the generator has taken so many steps and the fake score none."""
+    """Warn once that the generator has taken many steps and the fake score none."""
+    if steps != ALONE:
+        return
     logger.warning(
         "%d generator steps and none of the fake score: the student trains alone, with the original teacher, and "
         "recording begins with the fake score's first step. If the loop does train the fake score, pass the network "

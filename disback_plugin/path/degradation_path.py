@@ -5,8 +5,8 @@
     node-001.safetensors …  s'_1 to s'_N, one file a node
     README.md               model card, once the recording is complete
 
-A file is written under a temporary name, flushed to disk and renamed, and then `config.json` lists it: a crash at any
-moment leaves a path that opens with the nodes finished so far. Only safetensors and JSON are read.
+A file is written under a temporary name, flushed and renamed, and then `config.json` lists it: after a crash at any
+moment the path opens with the nodes finished so far. Only safetensors and JSON are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from disback_plugin import distributed
+from disback_plugin import _text_table, distributed
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.path import files
 from disback_plugin.path.delta import encode
@@ -338,14 +338,10 @@ class DegradationPath(
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
 
     def __repr__(self) -> str:
-        from disback_plugin._text_table import aligned
-
-        return f"{self}\n{aligned(node_table(self.manifest))}"
+        return f"{self}\n{_text_table.aligned(node_table(self.manifest))}"
 
     def _repr_html_(self) -> str:
-        from disback_plugin._text_table import html_table
-
-        return html_table(str(self), node_table(self.manifest))
+        return _text_table.html_table(str(self), node_table(self.manifest))
 
 
 def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:

@@ -3,8 +3,8 @@
 A run uses every installed plug-in of the entry-point group `disback.hooks`, the adapter that knows its trainer (group
 `disback.adapters`, imported only then), and the names and objects of `attach(..., plugins=...)`.
 
-`plugins=("no:NAME",)`, `disback -p no:NAME` and `DISBACK_PLUGINS="no:NAME,no:OTHER"` block plug-ins, which are then not
-imported. With `DISBACK_DISABLE_PLUGIN_AUTOLOAD=1` a run uses only the installed plug-ins that were asked for by name.
+`plugins=("no:NAME",)`, `disback -p no:NAME` and `DISBACK_PLUGINS="no:NAME,no:OTHER"` block plug-ins unimported.
+With `DISBACK_DISABLE_PLUGIN_AUTOLOAD=1` a run uses only the installed plug-ins that were asked for by name.
 `DISBACK_TRACE_PLUGINS=1` logs each call and its answer. Imports no torch.
 """
 
@@ -35,12 +35,11 @@ T = TypeVar("T")
 class PluginManager(pluggy.PluginManager):
     """The plug-ins of one run, each isolated from the run and from the other plug-ins.
 
-    A plug-in that raises, at import or in a hook, is named in a warning and left out of the rest of the run. A plug-in
-    that was asked for, by name or as an object, raises PluginError.
+    A plug-in that raises, at import or in a hook, is named in a warning and left out of the rest of the run; one that
+    was asked for, by name or as an object, raises PluginError.
 
     Args:
-        wanted: "NAME" asks for an installed plug-in, "no:NAME" blocks one, anything else is a plug-in itself. As in
-            pytest, a blocked name need not be installed.
+        wanted: "NAME" asks for an installed plug-in, "no:NAME" blocks one if it is there, all else is a plug-in.
         autoload: Whether to use the installed plug-ins that were not asked for; None: unless
             `DISBACK_DISABLE_PLUGIN_AUTOLOAD` is set.
 
@@ -49,11 +48,9 @@ class PluginManager(pluggy.PluginManager):
         PluginError: If a plug-in that was asked for by name is broken.
 
     Example:
-        >>> from disback_plugin import hookimpl
+        >>> import disback_plugin as disback
         >>> class Print:
-        ...     @hookimpl
-        ...     def disback_log(self, values):
-        ...         print(values)
+        ...     disback_log = disback.hookimpl(lambda self, values: print(values))
         >>> PluginManager(Print(), "no:dmd2").call("disback_log", values={"loss": 0.5}, step=7)
         {'loss': 0.5}
     """

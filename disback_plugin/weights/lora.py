@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.modules import Modules, named_modules, unwrap, weights_checksum
+from disback_plugin.weights.marks import weights_checksum
+from disback_plugin.weights.modules import Modules, named_modules, unwrap
 from disback_plugin.weights.sharding import Weight
 
 __all__ = ["add_teacher", "base_checksum", "use_adapter"]

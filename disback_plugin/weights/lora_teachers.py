@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError, StateError
 from disback_plugin.weights import lora
-from disback_plugin.weights.modules import check_layout, named_modules, roots_of, weights_checksum
+from disback_plugin.weights.marks import weights_checksum
+from disback_plugin.weights.modules import check_layout, named_modules, roots_of
 from disback_plugin.weights.network import ScoreNetwork
 from disback_plugin.weights.sharding import FullState, Weight, increment_versions
 from disback_plugin.weights.tensors import Checksum, Source, pieces

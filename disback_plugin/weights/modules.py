@@ -5,19 +5,16 @@ Whatever wraps a network, its weights have the names of the plain module: a node
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from disback_plugin import distributed
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights.sharding import Weight, fsdp1_resharders
-from disback_plugin.weights.tensors import Checksum, Part, TensorMeta, dtype_class
+from disback_plugin.weights.tensors import TensorMeta, dtype_class
 
 # Wrapper class -> its package and the attribute that holds the module; by name, as importing torch._dynamo takes long.
 # peft's are around a network whose layers hold the adapters.
@@ -281,88 +278,3 @@ def check_layout(
                 expected=f"shape {tuple(own.shape)} and a dtype of the class of {own.dtype}, as in the {role}",
                 cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
             )
-
-
-def _count(total: Checksum, weight: Weight, chunk: tuple[int, int] | None, rounded: torch.dtype | None = None) -> None:
-    """Add what this rank holds of a weight to a checksum; with `chunk`, only what lies in that chunk of a parameter."""
-    part, local, shape = weight.part, weight.local(), weight.meta.shape
-    if rounded is not None and local.is_floating_point() and local.element_size() > rounded.itemsize:
-        local = local.to(rounded).to(local)
-    rows = Part.chunk(shape, *chunk) if chunk is not None and weight.is_parameter and shape else None
-    if part.stop is None and rows is None:
-        total.add(weight.name, local)
-        return
-    flat, inner = local.detach().reshape(-1), prod(shape[1:])
-    first, last = (0, shape.numel()) if rows is None else (rows.start * inner, (rows.stop or 0) * inner)
-    total.add(weight.name, flat.new_zeros(0))
-    for cell in part.cells():
-        values = flat.new_zeros(cell.stop - cell.start)
-        values[slice(None) if cell.keep is None else cell.keep] = flat[cell.at]
-        values[: max(first - cell.start, 0)] = 0
-        values[max(last - cell.start, 0) :] = 0
-        total.add(weight.name, values)
-
-
-def weights_checksum(
-    weights: Iterable[Weight],
-    chunk: tuple[int, int] | None = None,
-    *,
-    alone: bool = False,
-    rounded: torch.dtype | None = None,
-) -> str:
-    """Return the checksum of weights; the ranks that share them add up their sums, 512 bytes a tensor.
-
-    Args:
-        weights: The weights. All ranks that share them have to call, unless `alone`.
-        chunk: An index and a number of chunks, into which dimension 0 of each parameter is cut: only those rows count.
-        alone: Whether only what this rank holds counts.
-        rounded: A dtype to which the weights are rounded, in their own; None for the weights as they are.
-    """
-    total, groups = Checksum(), dict[Any, list[Weight]]()
-    for weight in weights:
-        _count(total, weight, chunk, rounded)
-        if weight.group is not None and not alone:
-            groups.setdefault(weight.group, []).append(weight)
-    for group, members in groups.items():
-        sums = torch.stack([total.sums[weight.name] for weight in members]).to(members[0].device)
-        torch.distributed.all_reduce(sums, group=group)
-        total.sums |= dict(zip((weight.name for weight in members), sums.cpu(), strict=True))
-    return total.digest()
-
-
-def mark(weights: Iterable[Weight]) -> str:
-    """Return a text that identifies weights, computed without communication.
-
-    It is their checksum, or that of this rank's part, followed by those after rounding to bfloat16 and to float16, as a
-    checkpoint may hold them. It is empty if other ranks could not find the same part.
-    """
-    weights = list(weights)
-    chunks = {weight.chunk for weight in weights if weight.group is not None}
-    flat = chunks == {None}  # FSDP1: this number of ranks can find the same part
-    if not flat and (len(chunks) > 1 or any(chunk is None or chunk[2] for chunk in chunks)):
-        return ""
-    chunk = next(iter(chunks), None)
-    kinds = (None, torch.bfloat16, torch.float16)
-    sums = [weights_checksum(weights, chunk and chunk[:2], alone=True, rounded=kind) for kind in kinds]
-    part = f" of shard {chunk[0]} of {chunk[1]}" if chunk is not None else ""
-    part = f" of rank {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}" if flat else part
-    return " or ".join(dict.fromkeys(sums)) + part
-
-
-def checksums_in(text: str) -> list[str]:
-    """Return the checksums in a `mark`, the exact one first."""
-    return text.partition(" of ")[0].split(" or ")
-
-
-def checksum_like(weights: Iterable[Weight], text: str) -> str:
-    """Return the checksum of what the `mark` was computed from, on any number of ranks; "" if it cannot be told."""
-    weights, (_, _, part) = list(weights), text.partition(" of ")
-    place = re.fullmatch(r"(shard|rank) (\d+) of ([1-9]\d*)", part)
-    if place is None:
-        return weights_checksum(weights) if text else ""
-    index, number = int(place[2]), int(place[3])
-    if place[1] == "shard":
-        return weights_checksum(weights, (index, number))
-    flat = any(weight.flattened and weight.sharded for weight in weights)
-    own = distributed.gather(weights_checksum(weights, alone=True) if flat else "")
-    return own[index] if len(own) == number else ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -16,17 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights.modules import (
-    WeightTable,
-    check_layout,
-    checksum_like,
-    checksums_in,
-    find,
-    mark,
-    weights_checksum,
-)
+from disback_plugin.weights import marks
+from disback_plugin.weights.modules import WeightTable, check_layout, find
 from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of
-from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked
 
 logger = logging.getLogger(__name__)
 
@@ -161,18 +153,18 @@ class ScoreNetwork:
 
         The sums of a sharded network's parts are added up: all ranks must call.
         """
-        return weights_checksum(self._weights())
+        return marks.weights_checksum(self._weights())
 
     def local_checksum(self) -> str:
-        """Return a text that identifies the present weights, computed without communication (`modules.mark`)."""
-        return mark(self._weights())
+        """Return a text that identifies the present weights, computed without communication (`marks.mark`)."""
+        return marks.mark(self._weights())
 
     def checksum_like(self, text: str) -> str:
         """Return the checksum of what `text`, a `local_checksum`, was computed from; "" if it cannot be told.
 
         All ranks must call.
         """
-        return checksum_like(self._weights(), text)
+        return marks.checksum_like(self._weights(), text)
 
     def matches_checksum(self, text: str) -> bool:
         """Return whether the weights are those from which `local_checksum` computed `text`, on any number of ranks.
@@ -180,7 +172,7 @@ class ScoreNetwork:
         All ranks must call. For weights that were rounded since, and where it cannot be told, as of an empty text or
         after FSDP1 on another number of ranks, the answer is True, with a warning.
         """
-        present, (exact, *rounded) = self.checksum_like(text), checksums_in(text)
+        present, (exact, *rounded) = self.checksum_like(text), marks.checksums_in(text)
         if not present:
             logger.warning("it cannot be told whether the %s holds the weights of the saved moment", self.role)
         elif present in rounded and present != exact:
@@ -191,14 +183,7 @@ class ScoreNetwork:
 
     def relative_rounding(self, source: Source, distance: float) -> float:
         """Return what a write of a source into this network's dtypes rounds away, Euclidean, over a distance."""
-        layout, square = source.layout(), 0.0
-        for weight in self._weights():
-            own = weight.meta.dtype
-            if own.is_floating_point and torch.finfo(own).bits < torch.finfo(layout[weight.name].dtype).bits:
-                for start, stop in pieces(weight.meta.shape.numel()):
-                    values = source.read(weight.name, start, stop)
-                    square += float((values.to(own).double() - values.double()).square().sum())
-        return math.sqrt(square) / distance
+        return marks.rounding(self._weights(), source) / distance
 
     def first_parameter(self) -> Tensor:
         """Return the first live parameter, or the first buffer of a network without parameters."""
