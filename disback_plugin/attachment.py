@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from disback_plugin import distributed
-from disback_plugin.errors import OptionError, PathError, PluginError
+from disback_plugin.errors import OptionError, PathError
 from disback_plugin.handle import Handle
 from disback_plugin.loop.lr_schedulers import Restorable
 from disback_plugin.loop.optimizers import parameters
@@ -183,16 +183,18 @@ def attach(
         session.log = session.plugins.add_run_log(log, folder)
     try:
         session.begin(None if plan is None or folder is None else _open(session, folder, plan, resumes=resumes), state)
-    except BaseException as error:
-        if session.scheduler is not None and isinstance(error, PluginError):  # called when backtracking began
+        _log_begin(session, settings, resumes=resumes)
+        if session.scheduler is not None:
+            logger.info("%r", session)
+        session.install()
+    except BaseException:
+        if session.hooks.installed:
+            session.detach(failed=True)
+        elif session.scheduler is not None:
             session.scheduler.restore_teacher()
         if session.path is not None:
             session.path.lock.release()
         raise
-    _log_begin(session, settings, resumes=resumes)
-    if session.scheduler is not None:
-        logger.info("%r", session)
-    session.install()
     return Handle(session)
 
 

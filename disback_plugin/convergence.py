@@ -156,7 +156,7 @@ class FitDetector(_GradientTest):
         network: s', the network. Call `observe` after each of its updates, before the gradients are cleared.
 
     Example:
-        >>> net = nn.Linear(2, 1)
+        >>> net = torch.nn.Linear(2, 1)
         >>> fit = FitDetector(ScoreNetwork(net))
         >>> for _ in range(3):
         ...     net.weight.grad, net.bias.grad = torch.ones(1, 2), torch.zeros(1)
@@ -216,7 +216,7 @@ class DivergenceMonitor(_GradientTest):
         updates_left: Updates that the present window still needs, the same on all ranks; at 0 `new_signs` reads it.
 
     Example:
-        >>> net = nn.Linear(2, 1)
+        >>> net = torch.nn.Linear(2, 1)
         >>> monitor = DivergenceMonitor(ScoreNetwork(net), horizon=60)
         >>> for update in range(15):
         ...     net.weight.grad, net.bias.grad = torch.full((1, 2), 10.0 ** (update // 5)), torch.zeros(1)

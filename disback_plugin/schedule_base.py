@@ -10,6 +10,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from math import ceil
@@ -124,7 +125,7 @@ class Plan:
     @cached_property
     def horizon(self) -> int:
         """Number of steps after which the target is Target(0, 1) for good."""
-        return self.schedule.horizon(self.nodes)
+        return int(self.schedule.horizon(self.nodes))  # numpy's numbers are taken, too
 
     def target(self, step: int) -> Target:
         """Return the target at a step.
@@ -237,7 +238,9 @@ def validate_config(schedule: Schedule, text: str) -> None:
 def _without_numpy(text: str) -> Any:
     """Return the content of a saved text, numbers by value: earlier versions saved numpy's as "np.int64(30)"."""
     plain = re.sub(r'"?\b(?:np\.\w+|tensor)\(([^()]*)\)"?', r"\1", text)
-    return json.loads(plain) if plain.startswith("{") else plain
+    with suppress(ValueError):
+        return json.loads(plain)
+    return plain
 
 
 def _arguments(schedule: Schedule, omit: Collection[str] = ()) -> dict[str, Any]:

@@ -179,8 +179,7 @@ class Session:
         if self.scheduler is not None and updated:
             self.scheduler.step(self.signal)
             self._read_monitor(self.scheduler)
-            updates = self.progress.generator_updates
-            if self._forwards is not None and self._forwards.check(updates=updates, position=self.position):
+            if self._forwards is not None and self._forwards.check(self.position):
                 self._forwards = None
         if self.scheduler is not None:
             return
@@ -292,23 +291,22 @@ class Session:
             self.teacher.write(self.path.teacher_source())
 
     def detach(self, *, failed: bool = False) -> None:
-        """Remove every hook, and restore the teacher and the learning-rate schedulers. A second call does nothing.
-
-        If the loop has `failed`, that may have been before its first step.
-        """
+        """Remove every hook, and restore teacher and learning-rate schedulers, once; the loop may have `failed`."""
         if not self.hooks.installed:
             return
         if not failed and not self.progress.fake_score_updates and not self._generator_steps:
             logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
-        self.hooks.remove()
-        self._until_recorded.close()
-        for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
-            watch.remove()
-        self.to_restore = self.restorable.restore(self.to_restore)
-        if self.path is not None:
-            self.path.lock.release()
-        self.teacher.remove()
-        self._restore_teacher()
+        with ExitStack() as rest:  # all of it, the last first, whatever raises
+            rest.callback(self._restore_teacher)
+            rest.callback(self.teacher.remove)
+            if self.path is not None:
+                rest.callback(self.path.lock.release)
+            rest.callback(self.restorable.restore, self.to_restore)
+            for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
+                rest.callback(watch.remove)
+            rest.callback(self._until_recorded.close)
+            rest.callback(self.hooks.remove)
+        self.to_restore = ""
 
     # -- resume -------------------------------------------------------------------------------------------------------
 

@@ -195,6 +195,7 @@ def test_a_run_that_resumes_anywhere_decides_as_the_uninterrupted_one(tmp_path, 
     run.steps(7)  # lost
     for hook in (run.optimizer_g, run.optimizer_f):  # the process is gone, without a detach
         hook._optimizer_step_pre_hooks.clear()
+    handle.path.lock.release()
     again = Run(seed=1)
     with attached(again, tmp_path / "path") as handle:
         again.load(checkpoint)

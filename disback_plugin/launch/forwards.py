@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from disback_plugin.weights.network import ScoreNetwork
 
@@ -39,7 +40,7 @@ class FirstForward:
         self.prepared: list[object] = []
         self._before_forward, self._prepared_only = before_forward, prepared_only
         self._modules: set[nn.Module] = set()
-        self._ran: set[int] = set()
+        self._ran = WeakIdKeyDictionary()
         # All modules: a script may call a method of a network, or a part of it.
         self.close = register_module_forward_pre_hook(self._about_to_run).remove
 
@@ -53,10 +54,10 @@ class FirstForward:
 
     def have_run(self, networks: Iterable[ScoreNetwork]) -> bool:
         """Return whether a forward with gradients of one of these networks has been seen."""
-        return any(id(tensor) in self._ran for network in networks for _, tensor in network.named_tensors())
+        return any(tensor in self._ran for network in networks for _, tensor in network.named_tensors())
 
     def _about_to_run(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         if self._prepared_only:
             counts = module in self._modules
@@ -64,4 +65,4 @@ class FirstForward:
             counts = any(parameter.requires_grad for parameter in module.parameters())
         if counts:
             self._before_forward()
-        self._ran.update(id(parameter) for parameter in module.parameters(recurse=False))
+        self._ran.update(dict.fromkeys(module.parameters(recurse=False)))

@@ -95,6 +95,7 @@ def keep_settings(optimizer: Optimizer, weights: Iterable[Tensor]) -> Callable[[
     """
     own = set(map(id, weights))
     groups = [group for group in optimizer.param_groups if own.issuperset(map(id, group["params"]))]
+    held = set(map(id, groups))
     whole = len(groups) == len(optimizer.param_groups)
     state = {key: entry for key, entry in optimizer.state.items() if whole or id(key) in own}
     entries = [*groups, *(entry for entry in state.values() if isinstance(entry, dict))]
@@ -103,8 +104,12 @@ def keep_settings(optimizer: Optimizer, weights: Iterable[Tensor]) -> Callable[[
     versions = [(each, each._version, each.detach().clone() if each.numel() == 1 else None) for each in tensors]
     counters = {name: value for name, value in vars(optimizer).items() if whole and type(value) in (int, float)}
     for group in groups:
-        if group.get("lr") is not None:
-            set_in_group(group, "lr", group["lr"] * 0)
+        rate = group.get("lr")
+        others = (each.get("lr") for each in optimizer.param_groups if id(each) not in held)
+        if isinstance(rate, Tensor) and any(rate is other for other in others):
+            group["lr"] = rate * 0  # other weights read the same tensor
+        elif rate is not None:
+            set_in_group(group, "lr", rate * 0)
 
     @torch.no_grad()
     def restore() -> None:

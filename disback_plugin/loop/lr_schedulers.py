@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -75,7 +76,7 @@ class RestorableObjects:
     def __init__(self, restore: Restorable, optimizers: Sequence[Optimizer]) -> None:
         given = [*restore] if isinstance(restore, Sequence) and not isinstance(restore, str) else [restore]
         objects = [item for item in given if not (isinstance(item, str) and item == "schedulers")]
-        self._searches, self._optimizers = len(objects) < len(given), optimizers
+        self._searches, self._optimizers = len(objects) < len(given), [*map(ref, optimizers)]
         self._captured: set[int] = set()  # indices of the optimizers whose states a text has
         self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
         wrong = [item for item in objects if all(item is not own for own in self._objects)]
@@ -121,7 +122,7 @@ class RestorableObjects:
         scheduler of it is known, a warning says so.
         """
         states = json.loads(text or "{}")
-        due = [name for name, saved in states.items() if optimizer in (None, self._optimizers[saved["owner"]])]
+        due = [name for name, saved in states.items() if optimizer in (None, self._optimizers[saved["owner"]]())]
         present = self._found() if due else {}
         for name in sorted(due, key=lambda name: name.startswith(SETTINGS)):  # groups after the schedulers
             saved = states.pop(name)
@@ -129,7 +130,7 @@ class RestorableObjects:
                 stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
             changed = False
             for group, settings in zip(
-                self._optimizers[saved["owner"]].param_groups, saved.get("groups", ()), strict=False
+                getattr(self._optimizers[saved["owner"]](), "param_groups", ()), saved.get("groups", ()), strict=False
             ):
                 for setting, value in settings.items():
                     changed |= _to_json(group[setting]) != _to_json(value)
@@ -139,7 +140,7 @@ class RestorableObjects:
                     "the learning rate, or another setting, of %s was changed by no LRScheduler during the recording. "
                     "It is restored once, but what the loop counts itself goes on, and a warm-up may be over. If an "
                     'object counts, pass restore=("schedulers", that object)',
-                    type(self._optimizers[saved["owner"]]).__name__,
+                    type(self._optimizers[saved["owner"]]()).__name__,
                 )
         return json.dumps(states) if due else text
 
@@ -173,7 +174,8 @@ class RestorableObjects:
         """Return the schedulers of the optimizers; of a scheduler that drives others, only itself."""
         given = {id(inner) for item in self._objects for inner in (item, getattr(item, "scheduler", None))}
         schedulers = self._search(given)
-        patched = [hasattr(each.step, "_wrapped_by_lr_sched") for each in self._optimizers]
+        alive = [own for each in self._optimizers if (own := each()) is not None]
+        patched = [hasattr(own.step, "_wrapped_by_lr_sched") for own in alive]
         if gc.get_freeze_count() and sum(patched) > len({id(each.optimizer) for each in schedulers}):
             gc.unfreeze()  # the search does not see frozen objects
             gc.collect()  # what dies later, while it is frozen again, stays for ever
@@ -195,7 +197,7 @@ class RestorableObjects:
 
     def _index_of(self, optimizer: object) -> int | None:
         inner = innermost(optimizer)
-        return next((index for index, own in enumerate(self._optimizers) if own is inner), None)
+        return next((index for index, own in enumerate(self._optimizers) if inner is not None and own() is inner), None)
 
 
 @contextmanager

@@ -13,9 +13,11 @@ an optimizer that is made later for the same weights is hooked before its first 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, MutableMapping, Set
+from types import FrameType
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -96,13 +98,14 @@ class OptimizerHooks:
         self._hidden: dict[Optimizer, Callable[[], None]] = {}  # gives hidden gradients back after one step
         self._rates: dict[Optimizer, Callable[[], None]] = {}  # restores learning rates after one step
         self._kept: dict[Optimizer, Callable[[], None]] = {}  # restores what a held step has used up
-        self._held: set[Optimizer] = set()  # which have been held still
+        self._held: WeakSet[Optimizer] = WeakSet()  # which have been held still
         self._initializing: set[Optimizer] = set()  # whose present step only initialises their state
         self._running: set[Optimizer] = set()
         self._known: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # number of groups that were looked at
         self._hooks: dict[Optimizer | None, list[RemovableHandle]] = {}
-        self._claimed = [*generator, *fake_score, *([] if teacher is None else [teacher.first_parameter()])]
-        if any(each in _IN_USE for each in self._claimed):
+        claimed = [*generator, *fake_score, *([] if teacher is None else [teacher.first_parameter()])]
+        self._claimed: list[Any] = [*map(ref, claimed)]
+        if any(each in _IN_USE for each in claimed):
             raise RoleError(
                 "an optimizer, or a teacher, that a handle is attached to already",
                 expected="one handle a loop, and a teacher for each",
@@ -120,8 +123,9 @@ class OptimizerHooks:
         self._hooks[None] = [register_optimizer_step_pre_hook(self._before_any_step)]
         for optimizer in dict.fromkeys(self.generator.optimizers + self.fake_score.optimizers):
             self._hook(optimizer)
-        for each in self._claimed:
-            _IN_USE[each] = None
+        for claim in self._claimed:
+            if (claimed := claim()) is not None:
+                _IN_USE[claimed] = None
 
     def remove(self) -> None:
         """Remove the hooks; gradients and learning rates are the trainer's again, even after a step that raised."""
@@ -131,8 +135,9 @@ class OptimizerHooks:
         self._hooks.clear()
         for optimizer in {*self._hidden, *self._kept, *self._rates}:
             self._undo_changes(optimizer)
-        for each in self._claimed:
-            _IN_USE.pop(each, None)
+        for claim in self._claimed:
+            if (claimed := claim()) is not None:
+                _IN_USE.pop(claimed, None)
 
     def _hook(self, optimizer: Optimizer) -> None:
         self._known[optimizer] = len(optimizer.param_groups)
@@ -147,7 +152,7 @@ class OptimizerHooks:
         """Hook an optimizer that is new and steps weights of a role; it replaces those whose weights it steps, too."""
         groups = len(optimizer.param_groups)
         # An optimizer inside another one that is stepping now is the other one's own business.
-        if optimizer in self._hooks or self._known.get(optimizer) == groups or self._running:
+        if optimizer in self._hooks or self._known.get(optimizer) == groups or (self._running and _is_nested()):
             return
         self._known[optimizer] = groups
         roles = [role for role in self._roles if role.steps(optimizer)]
@@ -221,6 +226,16 @@ class OptimizerHooks:
     def _undo_changes(self, optimizer: Optimizer) -> None:
         for changes in (self._hidden, self._kept, self._rates):
             changes.pop(optimizer, lambda: None)()
+
+
+def _is_nested() -> bool:
+    """Return whether a step of another optimizer is under way; the last one may have raised."""
+    frame: FrameType | None = sys._getframe()
+    steps = 0
+    while frame is not None:
+        steps += frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer"
+        frame = frame.f_back
+    return steps > 1
 
 
 class UpdateCounter:

@@ -64,6 +64,7 @@ class UnseenUpdates:
     def __init__(self, counter: UpdateCounter, report: Callable[[UpdateCounter], None]) -> None:
         self._counter, self._report = counter, report
         self._changes, self._version, self._steps = 0, -1, counter.total
+        self._values: Tensor | None = None
         self._hook: RemovableHandle | None = None
         for weight in (p for optimizer in counter.optimizers for p in counter.weights(optimizer)):
             if weight.requires_grad and weight.is_leaf and weight.numel() and not hasattr(weight, "to_local"):
@@ -80,9 +81,16 @@ class UnseenUpdates:
         if weight._version == self._version:
             return
         self._changes = self._changes + 1 if self._counter.total == self._steps else 0
+        before, self._values = self._values, None
+        if self._changes >= UNSEEN - 1:
+            self._values = weight.detach().reshape(-1)[:1024].clone()
         self._version, self._steps = weight._version, self._counter.total
         if self._changes == UNSEEN:
             self.remove()
+            # A forward that normalises its own weights (EDM2) writes the same values again: that is no update.
+            close = 2 * torch.finfo(weight.dtype).eps
+            if before is not None and self._values is not None and torch.allclose(before, self._values, close, 0.0):
+                return
             # The teacher must not be written while a backward may still read it.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._report, self._counter))
 
@@ -103,7 +111,7 @@ class ForwardWatch:
             if freezes():
                 logger.warning("a compiled teacher has its weights as constants (freezing), and cannot be moved")
         self._hooks = [module.register_forward_pre_hook(self._remember) for module in modules]
-        self.seen = not self._hooks
+        self.seen, self._updates = not self._hooks, 0
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -111,21 +119,26 @@ class ForwardWatch:
             hook.remove()
         self._hooks.clear()
 
-    def check(self, *, updates: int, position: float) -> bool:
-        """Return whether the answer is known, after some generator updates; warn if the network has not run by then."""
-        if not self.seen and updates < TEACHER_UPDATES:
+    def check(self, position: float) -> bool:
+        """Return whether the answer is known, after a generator update; warn if it has not run in the first."""
+        self._updates += 1
+        if not self.seen and self._updates < TEACHER_UPDATES:
             return False
         self.remove()
-        if not self.seen:
+        # A region that was compiled before runs without these hooks.
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        if not self.seen and not (dynamo and dynamo.counters["stats"]["unique_graphs"]):
             logger.warning(
                 "the teacher was moved to position %g, and no forward of it was seen in %d generator updates: the loop "
                 "seems to evaluate another copy (a cast or stacked one, an exported graph), which DisBack cannot move. "
                 "Pass the very module that the loop runs as the teacher",
-                *(position, updates),
+                *(position, self._updates),
             )
         return True
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():  # in a graph: nothing of this may be traced
+            return
         if self._own is None or any(id(tensor) in self._own for tensor in module._parameters.values()):
             self.seen = True
             self.remove()
@@ -171,8 +184,9 @@ class WrittenWeights:
         if not torch.equal(self._sample.weights(), self._last):
             logger.warning(
                 "the fake score was changed between two steps of its optimizer, after DisBack had written it: by a "
-                "checkpoint that was loaded, or by a moving average as in IDA. What is recorded, or the start of "
-                "backtracking, contains that. If a run goes on, load its state: handle.load_state_dict(state)"
+                "checkpoint that was loaded, by a moving average as in IDA, or by its own forward, as a normalisation "
+                "in training mode, which is harmless. What is recorded, or the start of backtracking, contains it. If "
+                "a run goes on, load its state: handle.load_state_dict(state)"
             )
             self.left = 0
 

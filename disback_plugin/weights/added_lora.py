@@ -60,6 +60,12 @@ class AddedLora(ScoreNetwork):
         self._switch["active"] = found != self._node_0
         return found
 
+    def first_parameter(self) -> Tensor:
+        """Return the network's own first parameter: two handles must not add to one network."""
+        parameters = (parameter for root in self._roots.values() for parameter in root.parameters())
+        found: Any = next(parameters, self._matrices[0][1].weight)
+        return found  # type: ignore[no-any-return]
+
     def install(self) -> None:
         """Install the hooks."""
         for layer in self._layers.values():

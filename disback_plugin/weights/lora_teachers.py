@@ -165,10 +165,6 @@ class MergedTeacher(ScoreNetwork):
                     cure=_COPY,
                 )
 
-    def first_parameter(self) -> Tensor:
-        """Return the first parameter that a move changes."""
-        return next(weight.tensor for _, weight, _ in self._targets())
-
     def parts(self) -> None:
         """Return None: each rank decodes all of an adapter."""
 

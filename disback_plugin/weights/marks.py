@@ -32,6 +32,7 @@ class WeightSample:
         network: The network. Only its parameters are sampled.
 
     Example:
+        >>> from disback_plugin.weights.network import ScoreNetwork
         >>> net = nn.Linear(2, 1)
         >>> WeightSample(ScoreNetwork(net)).weights().tolist() == [*net.weight[0].tolist(), net.bias.item()]
         True

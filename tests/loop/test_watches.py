@@ -240,14 +240,13 @@ def test_a_teacher_that_is_assigned_anew_while_it_moves_is_noticed(recorded, par
 
 
 @pytest.mark.parametrize("how", ["options", "config"])
-def test_a_teacher_compiled_with_its_weights_as_constants_is_refused(tmp_path, how, monkeypatch):
+def test_a_teacher_compiled_with_its_weights_as_constants_is_refused(tmp_path, how):
     import torch._inductor.config
 
     run = Run()
-    if how == "config":
-        monkeypatch.setattr(torch._inductor.config, "freezing", True)
     compiled = torch.compile(run.teacher, options={"freezing": True} if how == "options" else None)
-    with pytest.raises(RoleError, match="weights as constants"):
+    everywhere = torch._inductor.config.patch(freezing=how == "config")
+    with everywhere, pytest.raises(RoleError, match="weights as constants"):
         disback.attach(**run.roles() | {"teacher": compiled}, path=tmp_path, record=2, every=1)
 
 

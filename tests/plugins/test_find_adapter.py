@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_a_dmd2_trainer_needs_one_statement(tmp_path, adapter, wrapper):
 def test_a_dmd2_trainer_without_a_teacher_is_refused_with_the_reason(tmp_path):
     trainer = Dmd2Trainer()
     del trainer.model.guidance_model.real_unet
+    trainer.args = SimpleNamespace(gan_alone=True)
     with pytest.raises(RoleError, match="--gan_alone"):
         disback.attach(trainer, path=tmp_path)
 
