@@ -124,6 +124,7 @@ def _ctrl_c_reaches_children():
 
 
 @pytest.mark.usefixtures("_ctrl_c_reaches_children")
+@pytest.mark.slow
 def test_an_interrupted_recording_says_that_it_can_be_resumed_and_is(tmp_path, monkeypatch, capsys):
     (tmp_path / "slow_networks.py").write_text(NETWORKS)
     arguments = ["record", "slow_networks:build", "--path", "path", "--iterations", "200", "--every", "5"]

@@ -172,6 +172,7 @@ def marks(folder, ranks):
             "bears now": [role.matches_checksum(mark) for mark in known]}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_recognises_the_weights_of_a_saved_moment(nursery, tmp_path):
     for ranks in (1, 2, 3):
         for rank, seen in enumerate(returned(nursery.play(marks, ranks, str(tmp_path), ranks))):

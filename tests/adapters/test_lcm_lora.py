@@ -84,6 +84,7 @@ def sampled(pipeline, output, kind, z):
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd3", pytest.param("sdxl", marks=slow)])
+@pytest.mark.slow
 def test_what_is_exported_samples_in_a_pipeline_what_the_trained_student_does(teachers, tmp_path, kind, request):
     trainer = request.getfixturevalue("trained") if kind == "sd15" else train(options(teachers[kind], tmp_path))
     path = disback.DegradationPath.from_pretrained(trainer.output / "path")

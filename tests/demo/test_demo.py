@@ -58,6 +58,7 @@ def test_by_default_the_schedule_is_auto_and_the_demo_can_be_run_again(short, tm
     assert json.loads((tmp_path / "result.json").read_text())["schedule"] == "auto"
 
 
+@pytest.mark.slow
 def test_a_seed_does_not_depend_on_the_other_seeds(short, tmp_path, capsys):
     curves = []
     for seeds in ("1", "3"):

@@ -87,6 +87,7 @@ def test_two_processes_backtrack_together(script, launcher, tmp_path):
     assert difference(networks(tmp_path)[0], disback.DegradationPath(tmp_path / "path")[0]) == []
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_the_scripts_own_checkpoint(run, tmp_path):
     script = "accelerate_globals.py"
     options = (*ROLES[script], *PLAN, "--schedule", "fixed:3,3")

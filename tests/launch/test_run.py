@@ -79,6 +79,7 @@ def test_the_generator_does_not_move_while_recording(run, tmp_path):
 # -- processes of their own -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_backtrack_together_and_rank_0_logs(tmp_path):
     code, errors = python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "disback_plugin.launch"),

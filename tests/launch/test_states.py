@@ -110,6 +110,7 @@ def on_fsdp1(folder, saved):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_fsdp1_finds_its_state_again_on_the_same_number_of_ranks(nursery, tmp_path):
     for saved in (True, False):
         assert returned(nursery.play(on_fsdp1, 2, str(tmp_path), saved)) == [[True, False, 2]] * 2

@@ -96,6 +96,7 @@ def optimizers(run):
 
 @pytest.mark.parametrize("order", ["attach, load, load_state_dict", "load, attach(state=)"])
 @pytest.mark.parametrize("moment", [0, 2, 4, 5, 8])
+@pytest.mark.slow
 def test_a_resumed_run_has_the_learning_rates_of_the_uninterrupted_one(tmp_path, moment, order):
     options = {"record": 4, "every": 2, "schedule": Ramp(4)}
     whole, first, second = Scheduled(), Scheduled(), Scheduled()

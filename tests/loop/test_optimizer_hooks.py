@@ -14,7 +14,7 @@ from disback_plugin.schedules import Fixed, Ramp
 from disback_plugin.weights.network import ScoreNetwork
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(events=st.lists(st.sampled_from(["fake", "generator", "accumulate", "empty"]), max_size=25))
 def test_only_finished_updates_count(tmp_path_factory, events):
     run = Run()

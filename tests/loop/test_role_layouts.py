@@ -128,6 +128,7 @@ def sharded_under_bf16(path, form):
     return True
 
 
+@pytest.mark.slow
 def test_a_sharded_fake_score_of_finer_precision_is_left_alone(nursery, tmp_path):
     assert returned(nursery.play(sharded_under_bf16, 2, str(tmp_path / "path"), "fsdp2")) == [True, True]
 

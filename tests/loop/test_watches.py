@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -215,6 +216,7 @@ def test_a_teacher_that_runs_is_not_warned_of(recorded, caplog):
 
 @pytest.mark.parametrize("how", ["a copy", "other tensors"])
 def test_a_loop_that_runs_something_else_than_the_teacher_is_warned_once(recorded, how, caplog):
+    torch._dynamo.utils.counters.clear()  # where something was compiled, the loop may run a graph of the teacher
     run = Run()
     plain, frozen = run.teacher, weights_of(run.teacher)
     with disback.attach(**run.roles(), path=recorded, schedule="fixed:9"):

@@ -36,6 +36,7 @@ def disback_command(site, folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
 
 
+@pytest.mark.slow
 def test_its_adapter_and_its_log_take_part_in_a_run_of_a_script_that_nobody_edits(site, tmp_path):
     plan = ("--record", 4, "--every", 2, "--codec", "exact", "--schedule", "fixed:2")
     options = ("run", "--adapter", "pairs", "--path", tmp_path / "path", *plan)

@@ -80,6 +80,7 @@ def copied(forms):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.slow
 def test_a_sharded_network_has_a_sharded_copy_with_weights_and_gradients_of_its_own(nursery, ranks):
     forms = ["nested", "root", "wrapped"] if ranks == 3 else ["nested", "bf16", "inside", "group", "wrapped"]
     assert returned(nursery.play(copied, ranks, forms)) == [len(forms)] * ranks

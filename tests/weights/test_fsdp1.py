@@ -187,6 +187,7 @@ def trained(form, path, steps, optimizer="adam", schedule="fixed:2"):
 
 
 @pytest.mark.parametrize("form", ["nested", "root"])
+@pytest.mark.slow
 def test_a_run_inside_one_root_ends_where_one_process_does(nursery, tmp_path, form):
     """In form "root" rank 0 holds nothing of the fake score, and rank 1 nothing of the teacher."""
     for optimizer, schedule in (("adam", "fixed:2"), ("adamw", "ramp:3")):

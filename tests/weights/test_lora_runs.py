@@ -150,6 +150,7 @@ def on_a_rank(folder):
     return said
 
 
+@pytest.mark.slow
 def test_ranks_with_one_base_each_move_together_and_a_base_sharded_by_fsdp_is_the_same_base(nursery, tmp_path):
     first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
     assert first == second

@@ -274,6 +274,7 @@ def on_a_rank(folder):
     return said
 
 
+@pytest.mark.slow
 def test_sharded_networks_hold_what_whole_ones_do(nursery, tmp_path):
     first, second = returned(nursery.play(on_a_rank, 2, str(tmp_path)))
     assert first[1] == second[1]

@@ -176,6 +176,7 @@ def recorded(form, folder, codec):
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.slow
 def test_the_files_are_the_same_bit_for_bit_however_many_processes_recorded_them(nursery, tmp_path, codec):
     recorded("one", tmp_path / "one", codec)
     known = content(tmp_path / "one")
