@@ -166,12 +166,8 @@ def attach(
         found = _find_roles(trainer, adapter, given, manager)
         found = replace(found, sample=sample or found.sample, loss=loss or found.loss)
         plan = _plan_recording(path, record, every, codec, keep_teacher)
-        options: dict[str, Any] = {
-            "restore": restore,
-            "folder": None if plan is None else path,
-            "monitors": log is not None,
-        }
-        return Session(found, parse(schedule), plugins=manager, **options), plan
+        options: dict[str, Any] = {"folder": None if plan is None else path, "monitors": log is not None}
+        return Session(found, parse(schedule), plugins=manager, restore=restore, **options), plan
 
     session, plan = distributed.on_every_rank(build, "have its roles")
     folder = None if path is None else Path(path).absolute()
@@ -268,7 +264,8 @@ def _warn(session: Session, path: DegradationPath) -> None:
     if other:
         logger.warning(
             "the fake score holds other weights than the teacher, and begins at node %d of the path. If this goes on "
-            "with an earlier run, pass that run's handle.state_dict(): attach(..., state=state)",
+            "with an earlier run, load its checkpoint (disback run), or pass its handle.state_dict(): "
+            "attach(..., state=state)",
             len(path) - 1,
         )
     if path.complete and session.schedule.until_fitted:

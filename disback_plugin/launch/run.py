@@ -310,8 +310,8 @@ class ScriptRunner:
         if failed and kept:
             stopped = f"{handle.phase}, after {handle.generator_updates} generator updates"
             logger.warning("stopped while %s. %s, or from the trainer's checkpoint if it loads one", stopped, kept)
-        elif handle.phase == "recording" and distributed.is_main_process():
-            logger.warning("the script ended during the recording: the generator was never trained. %s", kept)
+        elif handle.phase != "done" and not handle.generator_updates and distributed.is_main_process():
+            logger.warning("the script ended before the generator's first update: it was never trained. %s", kept)
         logger.info("ended: %r", handle)
 
 

@@ -81,7 +81,7 @@ def test_the_path_is_where_it_was_typed_though_the_script_changes_its_folder(run
 def test_a_script_that_ends_while_recording_has_trained_nothing_and_one_warning_says_so(run):
     code, errors = run(*PLAIN, script="plain_loop.py", arguments=("--steps", 3))
     assert code == 0
-    assert errors.count("the script ended during the recording: the generator was never trained") == 1
+    assert errors.count("the script ended before the generator's first update: it was never trained") == 1
     assert "no optimizer step was seen" not in errors
 
 
