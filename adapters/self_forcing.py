@@ -22,7 +22,6 @@ import inspect
 from typing import Any
 
 from disback_plugin import Adapter, Watch, hookimpl
-from disback_plugin.errors import RoleError
 
 OPTIMIZERS = ("generator_optimizer", "critic_optimizer")
 
@@ -47,23 +46,14 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         fake_score=model.fake_score,
         generator_optimizer=trainer.generator_optimizer,
         fake_score_optimizer=trainer.critic_optimizer,
-        sample=lambda: _batch(trainer),
+        sample=_batch,
         loss=lambda teacher, batch: _critic_loss(trainer, teacher, batch),
     )
 
 
-def _batch(trainer: Any) -> Any:
+def _batch() -> Any:
     """Return the prompts of the fake score's update, which are a variable of `train` while its optimizer steps."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_locals.get("self") is trainer and "batch" in frame.f_locals:
-            return frame.f_locals["batch"]
-        frame = frame.f_back
-    raise RoleError(
-        "an update of the fake score outside of Trainer.train, or without a variable `batch` there",
-        expected=f"{WATCH.knows}, whose `train` calls `next(self.dataloader)`",
-        cure="use that version, or a teacher of the fake score's size",
-    )
+    return Watch(WATCH.call, frame="train", take="batch", knows=WATCH.knows).find_trainer(inspect.currentframe())
 
 
 def _critic_loss(trainer: Any, teacher: Any, batch: Any) -> Any:

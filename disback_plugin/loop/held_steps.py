@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from traceback import walk_stack
 from types import FrameType
 from weakref import WeakSet
 
@@ -64,11 +65,9 @@ def initialize_for_checkpoint(optimizer: Optimizer) -> None:
 
 def _checkpoint_frames() -> Iterator[FrameType]:
     """Yield the callers that are functions of torch's distributed checkpoint."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
+    for frame, _ in walk_stack(sys._getframe()):
         if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
             yield frame
-        frame = frame.f_back
 
 
 def keep_settings(optimizer: Optimizer, weights: Iterable[Tensor]) -> Callable[[], None]:

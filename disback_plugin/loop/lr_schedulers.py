@@ -45,6 +45,10 @@ class Stateful(Protocol):
 Restorable = str | Stateful | Sequence[str | Stateful]
 
 
+# Objects by name, each with the index of its optimizer, if it has one.
+Found = dict[str, list[tuple[Stateful, int | None]]]
+
+
 class RestorableObjects:
     """The learning-rate schedulers of some optimizers, and other objects that a recording advances.
 
@@ -78,6 +82,7 @@ class RestorableObjects:
         objects = [item for item in given if not (isinstance(item, str) and item == "schedulers")]
         self._searches, self._optimizers = len(objects) < len(given), [*map(ref, optimizers)]
         self._captured: set[int] = set()  # indices of the optimizers whose states a text has
+        self._listed: Found | None = None  # what one search has found, until the states of every optimizer are captured
         self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
         wrong = [item for item in objects if all(item is not own for own in self._objects)]
         if wrong:
@@ -91,6 +96,7 @@ class RestorableObjects:
         """Add the present states that belong to an optimizer to a text, unless it has them: JSON, by objects' names."""
         if not text:
             self._captured.clear()
+            self._listed = None
         owner = self._index_of(optimizer)
         if owner is None or owner in self._captured:
             return text
@@ -98,7 +104,12 @@ class RestorableObjects:
         states = json.loads(text or "{}")
         if any(saved["owner"] == owner for saved in states.values()):
             return text  # of a process before this one
-        found = {name: own for name, own in self._found().items() if (own[0][1] or 0) == owner}
+        found = self._owned(owner)
+        if not found and hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # a scheduler was built since the search
+            self._listed = None
+            found = self._owned(owner)
+        if len(self._captured) == len(self._optimizers):
+            self._listed = None
         lost = False
         for name, own in found.items():
             state = _to_json(own[0][0].state_dict())
@@ -123,10 +134,11 @@ class RestorableObjects:
         """
         states = json.loads(text or "{}")
         due = [name for name, saved in states.items() if optimizer in (None, self._optimizers[saved["owner"]]())]
-        present = self._found() if due else {}
+        # A search of all objects is slow: where no scheduler was captured, it waits until a setting has changed.
+        present = self._found() if any(not name.startswith(SETTINGS) for name in due) else None
         for name in sorted(due, key=lambda name: name.startswith(SETTINGS)):  # groups after the schedulers
             saved = states.pop(name)
-            for stateful, _ in present.get(name, ()):
+            for stateful, _ in (present or {}).get(name, ()):
                 stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
             changed = False
             for group, settings in zip(
@@ -135,7 +147,10 @@ class RestorableObjects:
                 for setting, value in settings.items():
                     changed |= _to_json(group[setting]) != _to_json(value)
                     set_in_group(group, setting, _merged(group[setting], value))
-            if changed and all(index != saved["owner"] for own in present.values() for _, index in own):
+            if not changed:
+                continue
+            present = self._found() if present is None else present
+            if all(index != saved["owner"] for own in present.values() for _, index in own):
                 logger.warning(
                     "the learning rate, or another setting, of %s was changed by no LRScheduler during the recording. "
                     "It is restored once, but what the loop counts itself goes on, and a warm-up may be over. If an "
@@ -155,12 +170,18 @@ class RestorableObjects:
                 cure="build the schedulers before the state is loaded, and pass the same restore= as in the saved run",
             )
 
-    def _found(self) -> dict[str, list[tuple[Stateful, int | None]]]:
+    def _owned(self, owner: int) -> Found:
+        """Return the objects of one optimizer by name; those without one belong to the first."""
+        if self._listed is None:
+            self._listed = self._found()
+        return {name: own for name, own in self._listed.items() if (own[0][1] or 0) == owner}
+
+    def _found(self) -> Found:
         """Return all objects by name, each with the index of its optimizer, if it has one.
 
         Several objects of one name cannot be told apart in another process.
         """
-        found: dict[str, list[tuple[Stateful, int | None]]] = {}
+        found: Found = {}
         for scheduler in self._schedulers() if self._searches else ():
             index = self._index_of(scheduler.optimizer)
             found.setdefault(f"{type(scheduler).__name__} of optimizer {index}", []).append((scheduler, index))

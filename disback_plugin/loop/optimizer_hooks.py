@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, MutableMapping, Set
-from types import FrameType
+from traceback import walk_stack
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -230,12 +230,8 @@ class OptimizerHooks:
 
 def _is_nested() -> bool:
     """Return whether a step of another optimizer is under way; the last one may have raised."""
-    frame: FrameType | None = sys._getframe()
-    steps = 0
-    while frame is not None:
-        steps += frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer"
-        frame = frame.f_back
-    return steps > 1
+    frames = [frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code.co_name == "wrapper"]
+    return len([frame for frame in frames if frame.f_globals.get("__name__") == "torch.optim.optimizer"]) > 1
 
 
 class UpdateCounter:

@@ -23,7 +23,7 @@ from disback_plugin.errors import StateError
 from disback_plugin.loop.optimizer_hooks import UpdateCounter
 from disback_plugin.loop.optimizers import parameters
 from disback_plugin.weights.marks import WeightSample
-from disback_plugin.weights.modules import freezes
+from disback_plugin.weights.modules import freezes, is_compiled
 from disback_plugin.weights.network import ScoreNetwork
 
 logger = logging.getLogger(__name__)
@@ -105,11 +105,10 @@ class ForwardWatch:
     def __init__(self, network: ScoreNetwork) -> None:
         # functional_call runs a module with other tensors; FSDP swaps them, too.
         self._own = None if network.sharded else {id(tensor) for _, tensor in network.named_tensors()}
-        modules = network.weight_modules()
-        if any(map(_is_compiled, network.modules().values())):
-            modules = []  # a graph would run without the hooks, or record them
-            if freezes():
-                logger.warning("a compiled teacher has its weights as constants (freezing), and cannot be moved")
+        roots = network.modules().values()
+        modules = [] if any(map(is_compiled, roots)) else network.weight_modules()  # a graph runs without hooks
+        if freezes() and any(map(_runs_compiled, roots)):
+            logger.warning("a compiled teacher has its weights as constants (freezing), and cannot be moved")
         self._hooks = [module.register_forward_pre_hook(self._remember) for module in modules]
         self.seen, self._updates = not self._hooks, 0
 
@@ -212,14 +211,10 @@ class WrittenWeights:
             )
 
 
-def _is_compiled(root: nn.Module) -> bool:
-    """Return whether `torch.compile` has wrapped a network, or a part of it, or compiled it in place."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    inside = (m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in root.modules())
-    return any(inside) or any(
-        isinstance(holder, dict) and holder.get("_orig_mod") is root for holder in gc.get_referrers(root)
-    )
+def _runs_compiled(root: nn.Module) -> bool:
+    """Return whether a network, or a part of it, is compiled, or a compiled wrapper holds it; searches all objects."""
+    holders = (holder for holder in gc.get_referrers(root) if isinstance(holder, dict))
+    return is_compiled(root) or any(holder.get("_orig_mod") is root for holder in holders)
 
 
 # -- copies of the weights that an optimizer keeps --------------------------------------------------------------------

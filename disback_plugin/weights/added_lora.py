@@ -23,7 +23,7 @@ from torch.nn.utils import skip_init
 
 from disback_plugin.errors import RoleError
 from disback_plugin.weights import lora
-from disback_plugin.weights.modules import Modules, WeightTable, named_modules
+from disback_plugin.weights.modules import Modules, WeightTable, is_compiled, named_modules
 from disback_plugin.weights.network import Network, ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor
 from disback_plugin.weights.tensors import Source
@@ -196,11 +196,9 @@ def check_not_compiled(network: Network) -> None:
         network: The network, as it was passed.
     """
     parts = network.modules() if isinstance(network, ScoreNetwork) else network
-    for root in parts.values() if isinstance(parts, Mapping) else [parts]:
-        for module in root.modules():
-            if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-                raise RoleError(
-                    "a compiled teacher to whose layers a LoRA is added",
-                    expected="a teacher whose forwards call hooks",
-                    cure="compile it after attach(), or not at all",
-                )
+    if any(map(is_compiled, parts.values() if isinstance(parts, Mapping) else [parts])):
+        raise RoleError(
+            "a compiled teacher to whose layers a LoRA is added",
+            expected="a teacher whose forwards call hooks",
+            cure="compile it after attach(), or not at all",
+        )

@@ -1,7 +1,7 @@
-"""Teachers whose nodes are LoRA adapters, although they are whole networks: `attach` finds them by itself.
+"""Whole teachers of a fake score that is a LoRA adapter on an equal base: `attach` finds the adapter by itself.
 
-* The fake score is a base with a LoRA adapter, and the teacher is a plain copy of that base. A move writes
-  W + s B A into the teacher's own weights, of the base's W, the scale s and the node's A and B (`MergedTeacher`).
+A move writes W + s B A into the teacher's own weights, of the base's W, the scale s and the node's A and B
+(`MergedTeacher`).
 
 A position between two nodes interpolates A and B, as `lora` says, so that a path means the same to every teacher.
 """

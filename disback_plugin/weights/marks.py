@@ -152,7 +152,9 @@ def mark(weights: Iterable[Weight]) -> str:
     if not flat and (len(chunks) > 1 or any(chunk is None or chunk[2] for chunk in chunks)):
         return ""
     chunk = next(iter(chunks), None)
-    kinds = (None, torch.bfloat16, torch.float16)
+    # No weight of a half-precision network changes when it is rounded.
+    rounds = any(weight.meta.dtype.is_floating_point and weight.meta.dtype.itemsize > 2 for weight in weights)
+    kinds = (None, torch.bfloat16, torch.float16) if rounds else (None,)
     sums = [weights_checksum(weights, chunk and chunk[:2], alone=True, rounded=kind) for kind in kinds]
     part = f" of shard {chunk[0]} of {chunk[1]}" if chunk is not None else ""
     part = f" of rank {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}" if flat else part

@@ -74,6 +74,11 @@ def freezes(config: Mapping[str, Any] | None = None) -> bool:
     return bool(everywhere or (config or {}).get("freezing"))
 
 
+def is_compiled(root: nn.Module) -> bool:
+    """Return whether `torch.compile` has wrapped a network or a part of it, or compiled it in place."""
+    return any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in root.modules())
+
+
 def find(root: object, prefix: str, role: str) -> list[nn.Module]:
     """Return the modules from `root` down to the one at a canonical name inside it, unwrapped except for `PeftModel`.
 

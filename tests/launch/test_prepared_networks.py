@@ -26,6 +26,10 @@ ROLES = {
     "accelerate_function.py": ("--role", "teacher=run.critics.real", "--role", "fake_score=run.critics.fake"),
 }
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+SHARDED = (
+    *("-m", *TORCHRUN, "-m", "disback_plugin.launch"),
+    *("--adapter", "accelerate_loop", "--role", "fake_score=critic"),
+)
 ACCELERATE = (
     *("accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
     *("--dynamo_backend=no", "--num_cpu_threads_per_process=1", "--main_process_port=0"),
@@ -122,20 +126,10 @@ def test_the_teacher_may_be_the_fake_score_with_its_lora_switched_off_and_the_ru
 
 @pytest.mark.slow
 def test_a_sharded_run_resumes_from_the_scripts_own_shards(tmp_path):
-    command = (
-        "-m",
-        *TORCHRUN,
-        "-m",
-        "disback_plugin.launch",
-        "--adapter",
-        "accelerate_loop",
-        "--role",
-        "fake_score=critic",
-    )
     options = ("--path", "path", "--record", 4, "--every", 2, "--schedule", "ramp:40")
     found = []
     for _ in range(2):
-        code, errors = python(*command, *options, TRAINERS / "sharded_accelerate.py", cwd=tmp_path)
+        code, errors = python(*SHARDED, *options, TRAINERS / "sharded_accelerate.py", cwd=tmp_path)
         assert code == 0, errors
         found += re.findall(r"attached to [^\n]*?(\d+) generator updates", errors)
     saved = [
@@ -147,20 +141,10 @@ def test_a_sharded_run_resumes_from_the_scripts_own_shards(tmp_path):
 
 @pytest.mark.slow
 def test_accelerates_own_fsdp2_resumes_in_both_stages_and_ends_alike(tmp_path):
-    command = (
-        "-m",
-        *TORCHRUN,
-        "-m",
-        "disback_plugin.launch",
-        "--adapter",
-        "accelerate_loop",
-        "--role",
-        "fake_score=critic",
-    )
     options = ("--record", 4, "--every", 2, "--schedule", "fixed:3", TRAINERS / "fsdp2_accelerate.py", "--rounds")
 
     def run(folder, *arguments):
-        code, errors = python(*command, "--path", folder, *options, *arguments, cwd=tmp_path)
+        code, errors = python(*SHARDED, "--path", folder, *options, *arguments, cwd=tmp_path)
         assert code == 0, errors
         return re.search(r"attached to [^\n]*<disback (\w+)[^\n]*?(\d+) generator updates, (\d+) fake-score", errors)
 
