@@ -56,40 +56,62 @@ def difference(
 
 
 def dmd(
-    r: Tensor, u: Tensor | None, s: Number, f: Tensor, c: Tensor | None, k: Number, mask: bool, *target: Tensor
+    r: Tensor,
+    u: Tensor | None,
+    s: Number,
+    f: Tensor,
+    c: Tensor | None,
+    share: Tensor | None,
+    k: Number,
+    mask: bool,
+    *target: Tensor,
 ) -> tuple[Tensor, ...]:
-    """With g = k c (f - r) / mean|c (t - r)|: the gradient by x is g / (B n), the loss of a sample is mean(g^2) / 2."""
+    """With g = k c (f - r) / mean|c (t - r)|: the gradient by x is g / (B n), the loss of a sample is mean(g^2) / 2.
+
+    A share of the mean, whose own mean over the batch is 1, multiplies g and g^2.
+    """
     r = _guided(r, u, s)
     d, e = _float(f) - r, _combined(target) - r
-    if c is not None:
-        d, e = c * d, c * e
+    d, e = _times(c, d), _times(c, e)
     # One pass over the sample computes both sums: mean(g^2) = k^2 mean(d^2) / mean|e|^2.
     scale = k / _mean(e.abs())
-    loss = 0.5 * scale.square() * _mean(d.square())
+    loss = 0.5 * scale.square() * _mean(_times(share, d.square()))
     finite = loss.isfinite()
     if mask:
-        by_x = _replace_nonfinite(scale / r.numel() * d, finite, mask)  # one division a sample, not one an element
+        # One division a sample, not one an element.
+        by_x = _replace_nonfinite(_times(share, scale / r.numel() * d), finite, mask)
     else:
         g = _replace_nonfinite(scale * d, finite, mask)
-        loss = 0.5 * _mean(g.square())
-        by_x = g / r.numel()
+        loss = 0.5 * _mean(_times(share, g.square()))
+        by_x = _times(share, g / r.numel())
     return by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
 
 
 def sid(
-    r: Tensor, f: Tensor, c: Number, weight: Number, a: Number, mask: bool, target_depends_on_x: bool, *target: Tensor
+    r: Tensor,
+    f: Tensor,
+    c: Number,
+    within: Tensor | None,
+    weight: Number,
+    a: Number,
+    mask: bool,
+    target_depends_on_x: bool,
+    *target: Tensor,
 ) -> tuple[Tensor, ...]:
     """With q = w c^2 / max(|c| mean|r - t|, 1e-5): the loss of a sample is q sum((r - f) ((r - t) - a (r - f))).
 
-    The gradients are those by r, by f and, if t depends on x, by x, each over B.
+    What of c varies within a sample multiplies each difference before. The gradients are those by r, by f and, if t
+    depends on x, by x, each over B.
     """
     r = _float(r)
     d, e = r - _float(f), r - _combined(target)
+    d, e = _times(within, d), _times(within, e)
     size = c.abs() if isinstance(c, Tensor) else abs(c)
     q = weight * (size * (size / (size * _mean(e.abs())).clamp(min=1e-5)))
     loss = q * _sum(d * (e - a * d))
     finite = loss.isfinite()
     q = q / len(r)  # divided once a sample: a division at each element costs registers
+    q = _times(within, q)
     gradients = [q * (e + (1 - 2 * a) * d), q * (2 * a * d - e)]
     if target_depends_on_x:
         gradients.append(-q * (target[2] if len(target) == 4 else 1.0) * d)
@@ -103,6 +125,10 @@ def denoising(output: Tensor, weight: Number, *target: Tensor) -> tuple[Tensor, 
     by_output = 2 * weight * error / output.numel()
     loss = _flat(_mean(weight * error.square()))
     return by_output, loss, loss.isfinite()
+
+
+def _times(factor: Tensor | None, value: Tensor) -> Tensor:
+    return value if factor is None else factor * value
 
 
 def _combined(target: tuple[Tensor, ...]) -> Tensor:
@@ -190,15 +216,27 @@ def outputs(x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None, **ot
     if guidance is None:
         validate_shapes(x=x, real=real, fake=fake, **others)
         return detached(real), None, 1.0, detached(fake)
-    if real.shape != (2 * len(x), *x.shape[1:]):
-        raise MismatchError(
-            f"real {tuple(real.shape)} with guidance for x {tuple(x.shape)}",
-            expected="twice the batch, the unconditional half first",
-            cure="run the teacher once on torch.cat([x_t, x_t]) with both conditions",
-        )
+    unconditional, conditional = _halves(detached(real), x)
     validate_shapes(x=x, fake=fake, **others)
-    unconditional, conditional = detached(real).chunk(2)
     return conditional, unconditional, constant_or_tensor(guidance, x), detached(fake)
+
+
+def guided(output: Tensor, x: Tensor, guidance: Number | None) -> Tensor:
+    """Return a network's output under guidance with its graph, from that on the doubled batch; None leaves it alone."""
+    if guidance is None:
+        return output
+    unconditional, conditional = _halves(output, x)
+    return _guided(conditional, unconditional, constant_or_tensor(guidance, x))
+
+
+def _halves(output: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    if output.shape != (2 * len(x), *x.shape[1:]):
+        raise MismatchError(
+            f"an output {tuple(output.shape)} with guidance for x {tuple(x.shape)}",
+            expected="twice the batch, the unconditional half first",
+            cure="run the network once on torch.cat([x_t, x_t]) with both conditions",
+        )
+    return output.chunk(2)
 
 
 def target_parts(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
@@ -238,6 +276,12 @@ def is_one_a_sample(factor: Number, like: Tensor) -> bool:
     if not isinstance(factor, Tensor) or factor.numel() == 1:
         return True
     return factor.ndim >= like.ndim and prod(factor.shape[1:]) == 1
+
+
+def share_of_mean(mask: Tensor, like: Tensor) -> Tensor:
+    """Return the factor that makes a mean over the batch one over the elements of a mask; zero if the mask is empty."""
+    (share,) = factors(like, mask)
+    return share / share.mean().clamp(min=1 / max(mask.numel(), 1))
 
 
 def detached(tensor: Tensor) -> Tensor:

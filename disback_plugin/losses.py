@@ -27,17 +27,29 @@ import torch
 from torch import Tensor
 
 from disback_plugin import _loss_formulas as formulas
+from disback_plugin._adversarial_terms import (
+    approximate_r1,
+    f_divergence_weight,
+    gan_discriminator,
+    gan_generator,
+    gan_hinge,
+    gan_relativistic,
+)
 from disback_plugin._loss_formulas import Number
 from disback_plugin.prediction import Prediction, edm_weight, factors, ratio, snr_weight
 
 __all__ = [
+    "approximate_r1",
     "denoising",
     "diff_instruct",
     "dmd",
     "dmd_regression",
     "edm_weight",
+    "f_divergence_weight",
     "gan_discriminator",
     "gan_generator",
+    "gan_hinge",
+    "gan_relativistic",
     "sid",
     "snr_weight",
     "vsd",
@@ -150,6 +162,7 @@ def dmd(
     prediction: Prediction,
     weight: Number = 1.0,
     guidance: Number | None = None,
+    gradient_mask: Tensor | None = None,
     nonfinite: NonFinite = "mask",
     skipped: Tensor | None = None,
 ) -> Tensor:
@@ -170,11 +183,13 @@ def dmd(
         prediction: The kind of `real` and `fake`.
         weight: w(t) >= 0, one number or one a sample; 1 in DMD2.
         guidance: Scale of classifier-free guidance, as in `diff_instruct`.
+        gradient_mask: Where the loss is computed: booleans, broadcast against x, as those of the frames after the first
+            in Self-Forcing. Its mean is over these elements of the batch, the normaliser's over all of a sample.
         nonfinite: As in `diff_instruct`; DMD2 uses "zero". A teacher that returns x itself divides by zero.
         skipped: A counter, as in `diff_instruct`.
 
     Returns:
-        mean(g^2) / 2 over all elements, shape (): the authors' 0.5 * mse(x, stopgrad(x - g)).
+        mean(g^2) / 2 over all elements, or those of the mask, shape (): the authors' 0.5 * mse(x, stopgrad(x - g)).
 
     Raises:
         MismatchError: If x, real, fake, eps and the factors do not fit.
@@ -188,16 +203,18 @@ def dmd(
         [[-0.5, 0.5]]
     """
     prediction = Prediction(prediction)
-    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
+    options = {"alpha": alpha, "sigma": sigma, "weight": weight, "guidance": guidance, "gradient_mask": gradient_mask}
+    formulas.validate_factors(x, **options)
     # The normaliser cancels c in D_phi - D_theta = c (f - r) but for its sign, unless c varies within a sample.
     sign, c = 1.0 if prediction in (Prediction.X0, Prediction.SCORE) else -1.0, None
     if not (formulas.is_one_a_sample(alpha, x) and formulas.is_one_a_sample(sigma, x)):
         a, b = factors(x, alpha, sigma)
         sign, c = 1.0, ratio(prediction, Prediction.X0, alpha=a, sigma=b)
+    share = None if gradient_mask is None else formulas.share_of_mean(gradient_mask, x)
     outputs = formulas.outputs(x, real, fake, guidance, eps=eps)
     k, mask = formulas.one_a_sample(sign * weight, x), formulas.is_mask(nonfinite)
     target = formulas.target_parts(prediction, x, eps, alpha, sigma)
-    return formulas.evaluate(formulas.dmd, (x,), *outputs, c, k, mask, *target, skipped=skipped)
+    return formulas.evaluate(formulas.dmd, (x,), *outputs, c, share, k, mask, *target, skipped=skipped)
 
 
 def sid(
@@ -211,6 +228,8 @@ def sid(
     prediction: Prediction,
     weight: Number = 1.0,
     alpha_sid: float = 1.0,
+    guidance: Number | None = None,
+    fake_guidance: Number | None = None,
     nonfinite: NonFinite = "mask",
     skipped: Tensor | None = None,
 ) -> Tensor:
@@ -224,11 +243,14 @@ def sid(
         real: The teacher's output on x_t, shape (B, ...), with its graph.
         fake: The fake score's output on x_t, shape (B, ...), with its graph.
         eps: The noise in x_t, shape (B, ...).
-        alpha: Signal scale alpha_t > 0, one number or one a sample.
+        alpha: Signal scale alpha_t > 0, broadcast against x; one number an element, as one a frame, is allowed.
         sigma: Noise scale sigma_t > 0 in data units, likewise.
         prediction: The kind of `real` and `fake`.
         weight: w(t) >= 0, one number or one a sample.
         alpha_sid: a of the paper; 1.0 to 1.2 in its experiments.
+        guidance: Scale of classifier-free guidance of the teacher: `real` is then its output on the doubled batch, as
+            in `diff_instruct`; kappa_4 of SiD-LSG (arXiv 2406.01561).
+        fake_guidance: The same of the fake score and `fake`: kappa_2 = kappa_3 of SiD-LSG.
         nonfinite: "mask": a sample that is not finite is left out, as in the authors' code; "zero": `nan_to_num`.
         skipped: A counter, as in `diff_instruct`.
 
@@ -246,12 +268,15 @@ def sid(
         >>> loss.item()  # (2 - 1) ((2 - 0) - (2 - 1)) / 2
         0.5
     """
+    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight, guidance=guidance)
+    formulas.validate_factors(x, fake_guidance=fake_guidance)
+    real, fake = formulas.guided(real, x, guidance), formulas.guided(fake, x, fake_guidance)
     r, _, _, f = formulas.outputs(x, real, fake, None, eps=eps)
-    formulas.validate_factors(x, alpha=alpha, sigma=sigma, weight=weight)
-    alpha, sigma = factors(x, alpha, sigma)
-    c = formulas.one_a_sample(ratio(prediction, Prediction.X0, alpha=alpha, sigma=sigma), x)
-    w, a = formulas.one_a_sample(weight, x), formulas.constant_or_tensor(alpha_sid, x)
-    options = c, w, a, formulas.is_mask(nonfinite), prediction not in (Prediction.EPS, Prediction.SCORE)
+    c = ratio(prediction, Prediction.X0, **dict(zip(("alpha", "sigma"), factors(x, alpha, sigma), strict=True)))
+    c, within = (c, None) if formulas.is_one_a_sample(c, x) else (1.0, c)
+    c, w = formulas.one_a_sample(c, x), formulas.one_a_sample(weight, x)
+    a, mask = formulas.constant_or_tensor(alpha_sid, x), formulas.is_mask(nonfinite)
+    options = c, within, w, a, mask, prediction not in (Prediction.EPS, Prediction.SCORE)
     target = formulas.target_parts(prediction, x, eps, alpha, sigma)
     return formulas.evaluate(formulas.sid, (real, fake, x), r, f, *options, *target, skipped=skipped)
 
@@ -300,33 +325,6 @@ def denoising(
     o, w = formulas.detached(output), formulas.constant_or_tensor(weight, output)
     target = formulas.target_parts(prediction, x_0, eps, alpha, sigma)
     return formulas.evaluate(formulas.denoising, (output,), o, w, *target, counted=False)
-
-
-def gan_generator(fake_logits: Tensor) -> Tensor:
-    """Compute DMD2's adversarial term of the generator (arXiv 2405.14867, Sec. 4.3): mean softplus(-d(fake)), shape ().
-
-    Args:
-        fake_logits: The discriminator's logits of generated samples, any shape, with the generator's graph.
-
-    Example:
-        >>> round(gan_generator(torch.zeros(2)).item(), 4)
-        0.6931
-    """
-    return torch.nn.functional.softplus(-fake_logits).mean()
-
-
-def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Compute DMD2's adversarial term of the discriminator: mean softplus(d(fake)) + mean softplus(-d(real)), shape ().
-
-    Args:
-        real_logits: The discriminator's logits of data, any shape.
-        fake_logits: The discriminator's logits of generated samples, any shape, without the generator's graph.
-
-    Example:
-        >>> round(gan_discriminator(torch.zeros(2), torch.zeros(2)).item(), 4)
-        1.3863
-    """
-    return torch.nn.functional.softplus(fake_logits).mean() + torch.nn.functional.softplus(-real_logits).mean()
 
 
 def dmd_regression(

@@ -35,6 +35,18 @@ def dmd_gradient(kind, x, eps, real, fake, alpha, sigma):
     return ((x - d_real) - (x - d_fake)) / per_sample((x - d_real).abs()) / x.numel()
 
 
+def guided(network, scale):
+    """The network under guidance by hand, from its output on both halves of the doubled batch; None is no guidance."""
+
+    def output(x_t):
+        if scale is None:
+            return network(x_t)
+        unconditional, conditional = network(torch.cat([x_t, x_t])).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return output
+
+
 def sid_loss(kind, x, eps, networks, alpha, sigma, alpha_sid):
     """SiD's, with the graph through both networks and both direct paths of x; float64."""
     x_t = alpha * x + sigma * eps
@@ -54,6 +66,16 @@ def batches(draw):
     angle = 0.1 + 1.3 * torch.rand(column, generator=stream, dtype=torch.float64)
     alpha, sigma = angle.cos(), angle.sin()
     return x, add_noise(x, eps, alpha=alpha, sigma=sigma), eps, alpha, sigma, real, fake
+
+
+@st.composite
+def frames(draw):
+    """x, eps, alpha, sigma and two outputs as of a causal video trainer: a noise level a frame, in axis 1; float64."""
+    batch, count, *rest = draw(st.lists(st.integers(1, 4), min_size=3, max_size=5))
+    stream = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x, eps, real, fake = (torch.randn(batch, count, *rest, generator=stream, dtype=torch.float64) for _ in range(4))
+    angle = 0.1 + 1.3 * torch.rand(batch, count, *[1] * len(rest), generator=stream, dtype=torch.float64)
+    return x, eps, angle.cos(), angle.sin(), real, fake
 
 
 def relative_error(found, expected):

@@ -85,6 +85,23 @@ def test_fused_float32_is_exact_to_1e_6(kind, dtype):
         assert error <= 1e-6, f"t = {t}: {error}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dmd", "sid"])
+def test_fused_equals_plain_with_a_noise_level_a_frame_under_a_mask_or_guidance(name):
+    stream = torch.Generator().manual_seed(0)
+    x, real, fake, eps = (torch.randn(n, 2, 3, 4, 4, generator=stream) for n in (3, 6, 3 if name == "dmd" else 6, 3))
+    t = torch.rand(3, 2, 1, 1, 1, generator=stream) * 0.8 + 0.1
+    options = {"eps": eps, "alpha": 1 - t, "sigma": t, "prediction": Prediction.FLOW, "guidance": 4.0}
+    options |= {"gradient_mask": t > 0.3} if name == "dmd" else {"fake_guidance": 1.5}
+    found = []
+    for loss in (kernels.fuse(getattr(losses, name), compile=True), getattr(losses, name)):
+        leaves = [each.clone().requires_grad_() for each in (x, real, fake)]
+        value = loss(*leaves, **options)
+        value.backward()
+        found.append([value.detach(), *(each.grad for each in leaves if each.grad is not None)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def graphs():
     """The number of graphs that dynamo has compiled in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -5,10 +5,10 @@ import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import batches, relative_error
+from references import batches, frames, relative_error
 
 from disback_plugin import losses
-from disback_plugin.errors import OptionError
+from disback_plugin.errors import MismatchError, OptionError
 from disback_plugin.losses import diff_instruct, dmd, sid, vsd
 from disback_plugin.prediction import Prediction, convert, target
 
@@ -135,13 +135,65 @@ def trained_outputs(kind, alpha, sigma, dtype, shape=(3, 4, 16, 16)):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dmd_with_a_noise_level_a_frame_has_the_gradient_of_the_x0_form(kind):
-    stream = torch.Generator().manual_seed(0)
-    x, eps, real, fake = (torch.randn(4, 3, 2, 5, generator=stream, dtype=torch.float64) for _ in range(4))
-    angle = 0.1 + 1.3 * torch.rand(4, 3, 1, 1, generator=stream, dtype=torch.float64)
-    options = {"eps": eps, "alpha": angle.cos(), "sigma": angle.sin()}
-    expected = references.dmd_gradient(kind, x=x, real=real, fake=fake, **options)
-    torch.testing.assert_close(_dmd_gradient(x, real, fake, prediction=kind, **options), expected)
+@given(batch=frames())
+def test_dmd_with_a_noise_level_a_frame_has_the_value_and_the_gradient_of_the_x0_form(kind, batch):
+    _compare_dmd(kind, *batch, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Prediction.EPS, Prediction.V, Prediction.X0, Prediction.FLOW])
+def test_float32_is_exact_to_1e_6_with_a_noise_level_a_frame_too(kind):
+    t = torch.tensor([[20, 300, 980], [500, 700, 40]])[..., None, None, None] / 1000
+    alpha, sigma = (1 - t, t) if kind is Prediction.FLOW else ((1 - t**2).sqrt(), t)
+    x, eps, real, fake = trained_outputs(kind, alpha, sigma, torch.float32, shape=(2, 3, 4, 16, 16))
+    _compare_dmd(kind, x, eps, alpha, sigma, real, fake, tolerance=1e-6)
+
+
+def _compare_dmd(kind, x, eps, alpha, sigma, real, fake, *, tolerance):
+    leaf = x.clone().requires_grad_()
+    value = dmd(leaf, real, fake, eps=eps, alpha=alpha, sigma=sigma, prediction=kind)
+    value.backward()
+    expected = references.dmd_gradient(kind, x, eps, real, fake, alpha, sigma)
+    loss = 0.5 * (expected * x.numel()).square().mean().item()
+    assert abs(value.item() - loss) <= tolerance * loss
+    assert relative_error(leaf.grad, expected) <= tolerance
+
+
+def self_forcing_loss(x, g, mask):
+    """The loss of Self-Forcing (33593df, model/dmd.py:188-191), from DMD's g."""
+    return 0.5 * torch.nn.functional.mse_loss(x[mask], (x - g).detach()[mask], reduction="mean")
+
+
+@pytest.mark.parametrize("nonfinite", ["mask", "zero"])
+@pytest.mark.parametrize("kind", [Prediction.EPS, Prediction.FLOW, Prediction.V, Prediction.X0])
+@given(batch=frames(), seed=st.integers(0, 2**31))
+def test_a_gradient_mask_takes_the_mean_over_its_elements_as_self_forcing_does(kind, nonfinite, batch, seed):
+    x, eps, alpha, sigma, real, fake = batch
+    stream = torch.Generator().manual_seed(seed)
+    g = references.dmd_gradient(kind, x, eps, real, fake, alpha, sigma) * x.numel()
+    frame = torch.rand(alpha.shape, generator=stream) < 0.5
+    for mask in (torch.rand(x.shape, generator=stream) < 0.5, frame, torch.ones_like(frame)):
+        if not mask.any():
+            continue
+        mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+        options = {"alpha": alpha, "sigma": sigma, "prediction": kind, "nonfinite": nonfinite}
+        value = dmd(mine, real, fake, eps=eps, gradient_mask=mask, **options)
+        expected = self_forcing_loss(theirs, g, mask.expand_as(x))
+        torch.testing.assert_close(value, expected)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_an_empty_gradient_mask_gives_no_loss_and_one_of_another_shape_is_refused():
+    x, real, fake, eps = (torch.randn(2, 3, 4) for _ in range(4))
+    options = {"eps": eps, "alpha": 0.6, "sigma": 0.8, "prediction": Prediction.EPS}
+    leaf = x.clone().requires_grad_()
+    value = dmd(leaf, real, fake, gradient_mask=torch.zeros(2, 3, 1, dtype=torch.bool), **options)
+    value.backward()
+    assert value.item() == 0
+    assert not leaf.grad.any()
+    with pytest.raises(MismatchError, match="gradient_mask of shape"):
+        dmd(x, real, fake, gradient_mask=torch.ones(2, 4, 1, dtype=torch.bool), **options)
 
 
 def test_scaling_all_images_scales_nothing():
@@ -175,25 +227,51 @@ def test_a_teacher_that_returns_the_sample_itself_divides_by_zero_and_is_masked(
     assert not _dmd_gradient(x, x, fake, eps=fake, alpha=1.0, sigma=1.0, prediction=Prediction.X0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(batch=batches(), alpha_sid=st.floats(0.5, 1.5))
-def test_sid_is_the_authors_with_all_its_gradients(kind, batch, alpha_sid):
-    x, _, eps, alpha, sigma, left, right = batch
-
-    def networks(scales):
-        return [lambda x_t, s=s, w=w: torch.tanh(s * x_t) + w for s, w in zip(scales, (left, right), strict=True)]
-
+def _compare_sid(kind, x, eps, alpha, sigma, alpha_sid, shifts, guidance=(None, None)):
+    """Compare the value and all gradients of `sid` with the authors'."""
     found, expected = [], []
     for gradients, mine in ((found, True), (expected, False)):
         leaf = x.clone().requires_grad_()
         scales = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 1.3)]
+        networks = [lambda x_t, s=s, w=w: torch.tanh(s * x_t) + w for s, w in zip(scales, shifts, strict=True)]
         if mine:
             x_t = alpha * leaf + sigma * eps
-            real, fake = (net(x_t) for net in networks(scales))
-            out = sid(leaf, real, fake, eps=eps, alpha=alpha, sigma=sigma, prediction=kind, alpha_sid=alpha_sid)
+            inputs = [x_t if scale is None else torch.cat([x_t, x_t]) for scale in guidance]
+            real, fake = (net(x) for net, x in zip(networks, inputs, strict=True))
+            options = dict(zip(("guidance", "fake_guidance"), guidance, strict=True)) | {"alpha_sid": alpha_sid}
+            out = sid(leaf, real, fake, eps=eps, alpha=alpha, sigma=sigma, prediction=kind, **options)
         else:
-            out = references.sid_loss(kind, leaf, eps, networks(scales), alpha, sigma, alpha_sid)
+            networks = [references.guided(*each) for each in zip(networks, guidance, strict=True)]
+            out = references.sid_loss(kind, leaf, eps, networks, alpha, sigma, alpha_sid)
         out.backward()
         gradients += [out.detach(), leaf.grad, *(s.grad for s in scales)]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(batch=batches(), alpha_sid=st.floats(0.5, 1.5))
+def test_sid_is_the_authors_with_all_its_gradients(kind, batch, alpha_sid):
+    x, _, eps, alpha, sigma, left, right = batch
+    _compare_sid(kind, x, eps, alpha, sigma, alpha_sid, (left, right))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(batch=frames(), alpha_sid=st.floats(0.5, 1.5))
+def test_sid_takes_factors_a_frame_alike_in_all_frames_or_not(kind, batch, alpha_sid):
+    x, eps, alpha, sigma, left, right = batch
+    _compare_sid(kind, x, eps, alpha, sigma, alpha_sid, (left, right))
+    alpha, sigma = (factor[:, :1].expand_as(factor) for factor in (alpha, sigma))
+    _compare_sid(kind, x, eps, alpha, sigma, alpha_sid, (left, right))
+
+
+@pytest.mark.parametrize("guidance", [(1.5, 1.5), (4.5, None), (None, 2.0), (1.0, 3.0)], ids=str)
+@given(batch=batches(), kind=st.sampled_from(KINDS), alpha_sid=st.floats(0.5, 1.5))
+def test_sid_under_guidance_is_that_of_sid_lsg_on_either_network(guidance, batch, kind, alpha_sid):
+    x, _, eps, alpha, sigma, left, right = batch
+    # The unconditional halves have other shifts.
+    shifts = [w if scale is None else torch.cat([-w, w]) for w, scale in zip((left, right), guidance, strict=True)]
+    _compare_sid(kind, x, eps, alpha, sigma, alpha_sid, shifts, guidance)
+    if None not in guidance:
+        with pytest.raises(MismatchError, match="twice the batch"):
+            sid(x, left, right, eps=eps, alpha=1.0, sigma=1.0, prediction=kind, guidance=guidance[0])
