@@ -53,7 +53,8 @@ def train(folder, *, steps, kill_at=0):
     return subprocess.run([sys.executable, "-c", script, str(folder), str(steps), str(kill_at)], check=False).returncode
 
 
-@pytest.mark.parametrize("kill_at", [pytest.param(4, marks=pytest.mark.slow), 8])  # while recording; on the ramp
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [4, 8])  # while recording; on the ramp
 def test_a_killed_run_resumed_in_a_new_process_equals_the_uninterrupted_one_bit_for_bit(tmp_path, kill_at):
     whole = Run()
     with disback.attach(**whole.roles(), path=tmp_path / "whole", record=5, every=2, schedule=Ramp(6)):
@@ -112,7 +113,8 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("slow", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", [0, 1])
 def test_two_ranks_walk_together_and_rank_0_writes_the_path(tmp_path, slow):
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(here=str(HERE)))

@@ -72,7 +72,7 @@ def is_path_file(name: str) -> bool:
 
 
 def is_leftover(file: Path) -> bool:
-    """Return whether a crash left a temporary file of this module, or one that safetensors wrote for it.
+    """Return whether a crash left a temporary file of this module, or one that safetensors began or wrote for it.
 
     Example:
         >>> is_leftover(Path(".config.json.tmp")), is_leftover(Path(".thesis.tex.tmp"))
@@ -80,7 +80,8 @@ def is_leftover(file: Path) -> bool:
     """
     if re.fullmatch(r"\.tmp\w{6}", file.name) and file.is_file():
         with file.open("rb") as stream:
-            return f'{{"__metadata__":{{"{METADATA}"'.encode() in stream.read(64)
+            begin = stream.read(64)
+        return not begin or f'{{"__metadata__":{{"{METADATA}"'.encode() in begin
     own = re.fullmatch(r"\.(.+)\.tmp", file.name)
     return own is not None and (own[1] in ("config.json", "README.md") or is_path_file(own[1]))
 

@@ -82,6 +82,7 @@ def test_the_four_runs_start_alike_and_the_trainer_without_disback_is_untouched(
     assert runs["disback"].distance[-1] != runs["warm"].distance[-1] != runs["diff-instruct"].distance[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dmd", "sid"])
 def test_each_loss_has_its_own_baseline(loss, short, tmp_path, capsys):
     result = run(tmp_path, capsys, "--loss", loss, "--student", "far", "--seeds", "2")
@@ -110,6 +111,7 @@ def test_a_far_student_denoises_negatives(network):
         torch.testing.assert_close(far(x_t, sigma), -teacher(-x_t, sigma))
 
 
+@pytest.mark.slow
 def test_the_log_of_each_run_of_the_demo_makes_a_report(short, tmp_path, capsys):
     result = run(tmp_path, capsys, "--seeds", "1")
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report.html"), "--json"]) == 0

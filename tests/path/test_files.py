@@ -154,6 +154,7 @@ def test_what_a_killed_write_left_is_removed(tmp_path):
     (folder / ".node-002.safetensors.tmp").write_bytes(b"")
     files.write_tensors(folder / "half", {"w": torch.zeros(2)}, metadata="{}")
     (folder / "half").rename(folder / ".tmpAbCd12")  # as safetensors writes it
+    (folder / ".tmpEfGh34").touch()  # as safetensors begins it
     whole_run(folder)
     assert {name for name in content(folder) if name.startswith(".")} == set()
 

@@ -153,6 +153,7 @@ def test_a_loss_outside_is_not_counted_and_one_that_raises_leaves_nothing_behind
     assert masked.report() == 0
 
 
+@pytest.mark.slow
 def test_the_fused_form_counts_the_same():
     masked = MaskedSamples()
     masked.watch(some_loss)(broken=3, loss=kernels.fuse(losses.dmd, compile=True))

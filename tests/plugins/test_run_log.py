@@ -216,6 +216,7 @@ def on_each_rank(folder):
         return handle.generator_updates
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_ranks_of_a_sharded_run_leave_one_log(nursery, tmp_path):
     assert returned(nursery.play(on_each_rank, 2, str(tmp_path))) == [4, 4]
