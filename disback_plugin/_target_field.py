@@ -154,10 +154,9 @@ def mismatch_degree(
     stream = torch.Generator().manual_seed(0) if generator is None else generator
     per_sigma = []
     for sigma, alpha, _ in torch.cat(columns, 1).tolist():
-        distance = 0.0
-        for x_0 in torch.split(samples, batch_size):
-            eps = torch.randn(x_0.shape, generator=stream, device=stream.device).to(x_0)
-            x_t = add_noise(x_0, eps, alpha=alpha, sigma=sigma)
+        distance, noise = 0.0, torch.randn(samples.shape, generator=stream, device=stream.device)
+        for x_0, eps in zip(torch.split(samples, batch_size), torch.split(noise, batch_size), strict=True):
+            x_t = add_noise(x_0, eps.to(x_0), alpha=alpha, sigma=sigma)
             rows = x_t.new_full((len(x_t), *[1] * (x_t.ndim - 1)), sigma)
             with torch.no_grad():
                 output = score_fn(x_t, rows)

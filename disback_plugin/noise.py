@@ -55,8 +55,9 @@ class Karras:
             raise OptionError(repr(self), expected="0 < sigma_min < sigma_max, rho > 0", cure="correct the arguments")
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return alpha_t = 1 and sigma_t for times t in [0, 1], shape (B,)."""
+        """Return alpha_t = 1 and sigma_t in float32 or better for times t in [0, 1], shape (B,)."""
         _validate_times(t, 1.0, self)
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return torch.ones_like(t), (low + t * (high - low)) ** self.rho
 
@@ -119,8 +120,9 @@ def from_diffusers(scheduler: object) -> Discrete | RectifiedFlow:
 
     Options for sampling alone (spacing, Karras sigmas, `shift`, dynamic shifting) change which times are visited, not
     x_t at a time, and are ignored: under flow matching sigma_t = t whatever the shift. In float32 `add_noise` with a
-    `Discrete` equals the scheduler's own bit for bit if that preserves the variance. A scheduler that adds sigma eps
-    alone (Euler) divides by sqrt(1 + sigma^2) before the network, which amounts to the same.
+    `Discrete` equals that of DDPM, DDIM, LCM, PNDM and TCD bit for bit, that of DPM-Solver, UniPC and CogVideoX to
+    7e-7. A scheduler that adds sigma eps alone (Euler) divides by sqrt(1 + sigma^2) before the network, which
+    amounts to the same.
 
     Args:
         scheduler: The scheduler, or the content of its `scheduler_config.json` as a mapping.

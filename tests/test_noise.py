@@ -81,3 +81,12 @@ def test_a_time_that_rounding_moved_past_the_end_and_an_empty_batch_are_accepted
 def test_a_time_on_another_device_is_not_read(schedule):
     t = torch.zeros(3, device="meta", dtype=torch.int64 if isinstance(schedule, Discrete) else torch.float32)
     assert [scale.shape for scale in schedule(t)] == [(3,), (3,)]  # a meta tensor raises when its values are read
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_schedule_of_edm_is_not_computed_in_half_precision(dtype):
+    t = torch.linspace(0, 1, 9).to(dtype)
+    alpha, sigma = Karras()(t)
+    wanted = Karras()(t.double())[1]
+    assert alpha.dtype == sigma.dtype == torch.float32
+    torch.testing.assert_close(sigma.double(), wanted, rtol=1e-5, atol=0)

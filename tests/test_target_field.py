@@ -284,6 +284,13 @@ def test_two_calls_see_the_same_noise_and_none_of_it_is_the_global_generators(gl
     assert other["total"] not in (0, first["total"])
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_the_mismatch_does_not_depend_on_the_batch_size(batch_size):
+    arguments = (lambda x_t, sigma: -x_t / (1 + sigma**2), gaussian(1, 16, 2), gaussian(0, 64, 2), SIGMAS)
+    whole, parts = mismatch_degree(*arguments), mismatch_degree(*arguments, batch_size=batch_size)
+    assert parts["per_sigma"] == pytest.approx(whole["per_sigma"], rel=1e-6)
+
+
 def test_a_network_sees_its_batches_in_its_own_dtype_and_without_a_graph():
     net, seen = torch.nn.Conv2d(1, 1, 1), []
 

@@ -34,6 +34,8 @@ LOSSES = {
     "vsd": lambda alpha, sigma: sigma**2,
     "dmd": lambda alpha, sigma: 1.0,
 }
+# Those that sum over a sample's elements, where the others take the mean.
+SUMMED = ("diff_instruct", "vsd")
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The LoRA of s_phi and the nodes is on the attention alone, as in ProlificDreamer; the student's is as in diffusers'
@@ -233,7 +235,7 @@ def noised(
         t = low + (high - low) * torch.rand(**draw)
     else:
         steps = len(schedule.alphas_cumprod)
-        t = torch.randint(int(low * steps), int(high * steps), **draw)
+        t = torch.randint(int(low * steps), min(int(high * steps) + 1, steps), **draw)  # both ends, as DMD2
     alpha, sigma = (noise.expand(value, x) for value in schedule(t))
     eps = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     return noise.add_noise(x, eps, alpha=alpha, sigma=sigma), t, eps, {"alpha": alpha, "sigma": sigma}

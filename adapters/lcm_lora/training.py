@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
 from disback_adapters.lcm_lora.pipelines import Denoiser, load
-from disback_adapters.lcm_lora.roles import LOSSES, Options, assign_roles, noised
+from disback_adapters.lcm_lora.roles import LOSSES, SUMMED, Options, assign_roles, noised
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -29,7 +29,8 @@ from disback_plugin.errors import OptionError
 from disback_plugin.plugins import Trackers
 
 LOG_EVERY = 10
-CLIP = 10.0  # of a gradient's norm, as in DMD2 (main/train_sd.py:366-380)
+# Largest norm of the gradient of a loss that is a mean over elements, as in DMD2 (main/train_sd.py:366-380).
+CLIP = 10.0
 # Times at which the two scores are compared, as shares of the longest one, as in DMD2 (main/sd_guidance.py:179).
 COMPARED = (0.02, 0.98)
 PARTIAL = "checkpoint.partial"
@@ -135,10 +136,13 @@ class Trainer:
                 x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
             real = self.roles.teacher(x_t, t, conditions)
         loss = getattr(kernels, name)(x, real, fake, **options)
-        self._step(loss, self.roles.student, self.optimizer, self.weights)
+        clip = CLIP * (x[0].numel() if name in SUMMED else 1)
+        self._step(loss, self.roles.student, self.optimizer, self.weights, clip)
         return loss.detach()
 
-    def _step(self, loss: Tensor, role: Denoiser, optimizer: Any, weights: list[nn.Parameter]) -> None:
+    def _step(
+        self, loss: Tensor, role: Denoiser, optimizer: Any, weights: list[nn.Parameter], clip: float = CLIP
+    ) -> None:
         optimizer.zero_grad()
         with role.activated():  # gradient checkpointing runs the forward again
             self.accelerator.backward(loss)
@@ -146,7 +150,7 @@ class Trainer:
             for weight in weights:
                 if weight.grad is not None:
                     weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
-        self.accelerator.clip_grad_norm_(weights, CLIP)
+        self.accelerator.clip_grad_norm_(weights, clip)
         optimizer.step()
 
     def _sample(self) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,11 +16,12 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from disback_adapters.lcm_lora import pipelines, training
 from disback_adapters.lcm_lora.pipelines import Embeddings
-from disback_adapters.lcm_lora.roles import Options, read
+from disback_adapters.lcm_lora.roles import Options, noised, read
 from disback_adapters.lcm_lora.training import Trainer
 from safetensors.torch import load_file
 
 import disback_plugin as disback
+from disback_plugin import noise
 from disback_plugin.errors import DisbackError, MismatchError, OptionError, RoleError
 
 PROMPTS = ("the digit seven", "the digit one", "a red cube")
@@ -167,6 +168,25 @@ def test_without_recording_there_is_no_path(teachers, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["diff_instruct", "vsd", "dmd"])
+def test_the_largest_norm_of_a_gradient_follows_the_reduction_of_the_loss(teachers, tmp_path, monkeypatch, loss):
+    trainer, norms = Trainer(options(teachers["sd15"], tmp_path, loss=loss, record=0)), []
+    clip = trainer.accelerator.clip_grad_norm_
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *a: norms.append(a[1]) or clip(*a))
+    trainer.update_fake_score()
+    trainer.update_generator()
+    # The fake score's loss and DMD's are means over the 4 x 8 x 8 elements of a latent, the others are sums.
+    assert norms == [10.0, 10.0 if loss == "dmd" else 10.0 * 4 * 8 * 8]
+
+
+def test_times_are_drawn_from_both_ends_of_the_range_as_dmd2_does():
+    schedule, stream = noise.Discrete([0.9 - 0.0009 * t for t in range(1000)]), torch.Generator().manual_seed(0)
+    _, t, _, _ = noised(schedule, torch.zeros(50_000, 1), *training.COMPARED, generator=stream)
+    assert (t.min().item(), t.max().item()) == (20, 980)
+    _, t, _, _ = noised(schedule, torch.zeros(50_000, 1), generator=stream)
+    assert (t.min().item(), t.max().item()) == (0, 999)
+
+
 def test_gradient_checkpointing_changes_no_gradient_though_roles_are_switched_in_between(teachers, trained, tmp_path):
     checkpointed = train(options(teachers["sd15"], tmp_path, gradient_checkpointing=True))
     for name, weight in student_of(trained).items():
