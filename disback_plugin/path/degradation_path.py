@@ -22,12 +22,11 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from disback_plugin import _text_table, distributed
+from disback_plugin import distributed
 from disback_plugin.errors import OptionError, PathError, TrainingError
 from disback_plugin.path import files
 from disback_plugin.path.delta import encode
 from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Recording, Teacher
-from disback_plugin.path.model_card import model_card, node_table
 from disback_plugin.path.reader import PathReader, copy_of
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import checksum, fingerprint
@@ -279,7 +278,7 @@ class DegradationPath(
 
         def write() -> dict[str, Any]:
             self._remove_unlisted()  # the training state goes first: a complete path does not hold it
-            files.write_text(self.folder / "README.md", model_card(self.manifest))
+            self._write_card(self.folder)
             self.lock.release()  # before the mark: nobody locks a complete path, and would remove what a crash leaves
             return {"complete": True}
 
@@ -304,7 +303,7 @@ class DegradationPath(
             if files.is_leftover(file) or (files.is_path_file(file.name) and file.name not in listed):
                 file.unlink()
 
-    # -- share and show -----------------------------------------------------------------------------------------------
+    # -- share ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Copy the path into another folder, as every hub object does.
@@ -330,18 +329,13 @@ class DegradationPath(
         for entry in self.manifest.entries:
             if entry.sha256:
                 files.copy(self.folder / entry.file, save_directory / entry.file)
-        files.write_text(save_directory / "README.md", model_card(self.manifest))
+        self._write_card(save_directory)
         self.manifest.write(save_directory)
 
-    def __str__(self) -> str:
-        state = "complete" if self.complete else "unfinished"
-        return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
+    def _write_card(self, folder: Path) -> None:
+        from disback_plugin.path.model_card import model_card  # for people: to attach needs none of it
 
-    def __repr__(self) -> str:
-        return f"{self}\n{_text_table.aligned(node_table(self.manifest))}"
-
-    def _repr_html_(self) -> str:
-        return _text_table.html_table(str(self), node_table(self.manifest))
+        files.write_text(folder / "README.md", model_card(self.manifest))
 
 
 def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from disback_plugin._text_table import aligned, html_table
 from disback_plugin.path.manifest import FORMAT, Manifest
+
+__all__ = ["aligned", "html_table", "model_card", "node_table", "percent"]
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # A longer table is shown by its beginning and end.
@@ -35,7 +38,6 @@ def node_table(manifest: Manifest) -> list[tuple[str, ...]]:
     """Return a row for each node, below a row of names; of a long path the first and the last ones.
 
     Example:
-        >>> from disback_plugin._text_table import aligned
         >>> from disback_plugin.path.manifest import Recording, Teacher
         >>> print(aligned(node_table(Manifest(Teacher("", "", bytes=1_000), Recording(4, 2)))))
           node  iteration  codec    bytes  step  error in weights

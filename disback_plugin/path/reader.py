@@ -213,6 +213,22 @@ class PathReader:
                     totals[index].add(name, masked(value, cell))
         return [total.digest() for total in totals]
 
+    # -- show ----------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        state = "complete" if self.complete else "unfinished"
+        return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
+
+    def __repr__(self) -> str:
+        from disback_plugin.path.model_card import aligned, node_table
+
+        return f"{self}\n{aligned(node_table(self.manifest))}"
+
+    def _repr_html_(self) -> str:
+        from disback_plugin.path.model_card import html_table, node_table
+
+        return html_table(str(self), node_table(self.manifest))
+
     # -- files --------------------------------------------------------------------------------------------------------
 
     def _stamp(self, entry: Teacher | Node) -> Stamp:
