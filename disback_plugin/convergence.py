@@ -270,7 +270,8 @@ class DivergenceMonitor(_GradientTest):
         """
         if self.updates_left > 0:
             return []
-        cosines, number, squares = distributed.on_main_process(self._read)
+        # Gathered, so that a rank that has left is noticed here; the others do not wait for their device.
+        cosines, number, squares = distributed.gather(self._read() if distributed.is_main_process() else [])[0]
         norm = math.sqrt(squares) if math.isfinite(squares) else math.inf
         self.agreement = cosines / number if number else None
         self._agreed = self._agreed + 1 if (self.agreement or 0.0) > STALLED else 0

@@ -28,6 +28,14 @@ _NUMBERS = count()
 _SENT: list[str] = []
 
 
+class AbsentRankError(RankError):
+    """A rank has said that it does not come to an exchange (`leave`)."""
+
+
+class _Absence(str):
+    """What a rank found that does not come, instead of its value."""
+
+
 class ShardServer(Protocol):
     """Weights of which the main process can read everything while the other ranks send their parts."""
 
@@ -109,7 +117,7 @@ def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] 
 
     Raises:
         RankError: On the ranks where the action succeeded. The error names a rank where it failed, or the first rank
-            whose facts differ from those of rank 0.
+            whose facts differ from those of rank 0, or one that does not come (`leave`).
     """
     if not is_distributed():
         return action()
@@ -135,6 +143,16 @@ def on_every_rank(action: Callable[[], T], about: str, facts: Mapping[str, Any] 
                 cure="give every rank the same arguments, path and checkpoint, and let all of them step alike",
             )
     return result
+
+
+def leave(found: str) -> None:
+    """Say that this rank does not come to the next `gather`, without waiting: AbsentRankError for the ranks that do.
+
+    Args:
+        found: What was found on this rank.
+    """
+    if is_distributed():
+        _send(next(_NUMBERS), _Absence(found))
 
 
 def agree(facts: Mapping[str, Any]) -> None:
@@ -172,12 +190,10 @@ def broadcast(value: T) -> T:
 
 def _exchanged(value: T, senders: int) -> list[T]:
     """Return the values of the first ranks, as many as send one, on every rank."""
-    dist = sys.modules["torch.distributed"]
-    store, rank, number = dist.distributed_c10d._get_default_store(), dist.get_rank(), next(_NUMBERS)
+    store, rank, number = _store(), sys.modules["torch.distributed"].get_rank(), next(_NUMBERS)
     keys = [f"disback/{number}/{sender}" for sender in range(senders)]
     if rank < senders:
-        store.set(keys[rank], pickle.dumps(value))
-        _SENT.append(keys[rank])
+        _send(number, value)
     if senders == 1 and rank == 0:
         return [value]
     try:
@@ -190,11 +206,26 @@ def _exchanged(value: T, senders: int) -> list[T]:
             cure="see the first error of that rank; if it only takes longer, "
             "init_process_group(timeout=...) says how long the others wait",
         ) from error
+    for sender, found in enumerate(values):
+        if isinstance(found, _Absence):
+            cure = f"see the log of rank {sender}"
+            raise AbsentRankError(f"{found}, on rank {sender}", expected="all ranks to go on alike", cure=cure)
     if senders > 1:  # a rank that came here has read all earlier messages
         for key in _SENT[:-1]:
             store.delete_key(key)
         del _SENT[:-1]
     return values
+
+
+def _send(number: int, value: object) -> None:
+    """Leave this rank's value of an exchange in the store."""
+    key = f"disback/{number}/{sys.modules['torch.distributed'].get_rank()}"
+    _store().set(key, pickle.dumps(value))
+    _SENT.append(key)
+
+
+def _store() -> Any:
+    return sys.modules["torch.distributed"].distributed_c10d._get_default_store()
 
 
 def _process_group() -> Any:

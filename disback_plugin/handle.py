@@ -118,7 +118,9 @@ class Handle:
 
         All ranks of sharded networks must call, because what FSDP has gathered is freed.
         """
-        return self._session.state_dict()
+        from disback_plugin import session_state
+
+        return session_state.state_of(self._session)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was saved. Call it after the trainer's checkpoint was loaded.
@@ -131,7 +133,9 @@ class Handle:
         """
         if not self._session.hooks.installed:
             raise StateError("a detached handle", expected="an attached one", cure="call attach() again")
-        self._session.load(state)
+        from disback_plugin import session_state
+
+        session_state.load(self._session, state)
 
     # -- the log ------------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ def report(monitor: DivergenceMonitor, plugins: PluginManager, *, update: int, p
     """Read a window that has ended: log the mean cosine of s_phi's gradients, and warn once of each sign.
 
     Args:
-        monitor: The monitor. Between two windows nothing is read.
+        monitor: The monitor, at the end of a window.
         plugins: The plug-ins whose `disback_log` gets "disback/agreement", and 1.0 for each new sign.
         update: Generator updates so far.
         position: The teacher's position.
@@ -32,8 +32,6 @@ def report(monitor: DivergenceMonitor, plugins: PluginManager, *, update: int, p
     Returns:
         Whether the run has diverged and backtracking ends. All ranks must call.
     """
-    if monitor.updates_left > 0:
-        return False
     signs = monitor.new_signs()
     ends = ends and "diverged" in monitor.signs
     if distributed.is_main_process():

@@ -19,7 +19,7 @@ from disback_plugin import distributed
 from disback_plugin.errors import OptionError, TrainingError
 from disback_plugin.loop.lr_schedulers import restored
 from disback_plugin.loop.optimizers import after_updates
-from disback_plugin.loop.roles import check_networks, networks_of
+from disback_plugin.loop.roles import check_memory, check_networks, networks_of
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.manager import PluginManager
@@ -105,6 +105,7 @@ def record(
     if fake_score is not None and fake_step is not None:
         target, network = networks_of(target, fake_score)
         check_networks(target, network)
+        check_memory(target, network)
         opened = open_or_create(path, target, plan)
         with opened.lock:
             recorder = Recorder(opened, network, Progress(), plugins=manager)

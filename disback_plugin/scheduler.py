@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil
-from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from disback_plugin import distributed
@@ -173,8 +172,8 @@ class TrajectoryScheduler:
         try:
             if not self.done:
                 self._advance(signal)
-        except BaseException:
-            if self._teacher.failed:
+        except BaseException as error:
+            if self._teacher.failed and not isinstance(error, distributed.AbsentRankError):
                 self.progress.generator_updates -= 1
             raise
         if self._masked is not None:
@@ -225,10 +224,11 @@ class TrajectoryScheduler:
     def restore_teacher(self) -> None:
         """Write s'_0 into the teacher, bit for bit, whatever the teacher holds now, and leave it there for good."""
         self._teacher.restore_teacher()
+        self._teacher.failed = False
         early = self.started and not self.done
         if early:
             self.progress.phase, self.progress.node_since = Phase.DONE, self.generator_updates
-        self._notify({"disback/detached": 1.0} if early else {})
+        self._notify(early=early)
         if self._masked is not None:
             self._masked.steps = self.progress.generator_updates
             self._masked.report()
@@ -294,22 +294,25 @@ class TrajectoryScheduler:
         if not self._suspended and (rewrite or position != self.position):
             self._teacher.move_to(position, updates=self.generator_updates)
 
-    def _notify(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Call the plug-ins, with more values, if the position or the gradient's factor changed."""
+    def _notify(self, *, early: bool = False) -> None:
+        """Call the plug-ins if the position or the gradient's factor changed, perhaps before backtracking has ended."""
         now, previous = Target(self.position, self.gradient_factor), self._notified
         if self._suspended or now == previous:
             return
         self._notified, position, updates = now, now.position, self.generator_updates
+        shown = previous if early else now  # of a run that stops, the log says how far it came
         values = {
-            "disback/position": position,
-            "disback/node": ceil(position),
-            "disback/gradient": now.gradient,
-            **more,
+            "disback/position": shown.position,
+            "disback/node": ceil(shown.position),
+            "disback/gradient": shown.gradient,
         }
         moved = position != previous.position
         if moved:
             swapped = {"position": position, "previous": previous.position, "update": updates}
             self._plugins.call("disback_after_node_swapped", scheduler=self, **swapped)
+        if early:
+            values["disback/detached"] = 1.0
+        elif moved:
             values["disback/swap_ms"] = self._teacher.swap_ms
             values["disback/delta_norm"] = self._teacher.distance(previous.position, position)
         if self._logs:
@@ -317,7 +320,8 @@ class TrajectoryScheduler:
             if moved and not self._plugins.listens("disback_log"):
                 # A ramp moves at each update: a position between two nodes is a detail.
                 level = logging.INFO if position % 1 == 0 else logging.DEBUG
-                logger.log(level, "update %d: %s", updates, values)
+                what = ", detached before backtracking has ended" * early
+                logger.log(level, "update %d%s: %s", updates, what, values)
 
     def _validate(self) -> None:
         if not self.started:

@@ -177,8 +177,11 @@ class Session:
             logger.warning("%s", self.warning)
             self.warning = ""
         if self.scheduler is not None and updated:
-            self.scheduler.step(self.signal)
-            self._read_monitor(self.scheduler)
+            try:
+                self.scheduler.step(self.signal)
+                self._read_monitor(self.scheduler)
+            except distributed.AbsentRankError as error:
+                self._end_early(error.found)
             if self._forwards is not None and self._forwards.check(self.position):
                 self._forwards = None
         if self.scheduler is not None:
@@ -196,8 +199,15 @@ class Session:
         """End backtracking, since updates of the generator are not seen; raise TrainingError while recording."""
         recording = self.progress.phase is Phase.RECORDING
         if recording or (self.position and counter is self.hooks.generator):
-            counter.report_unseen(ends=not recording)
-            self._restore_teacher()
+            error = counter.unseen()
+            distributed.leave(error.found)  # ranks that go on must not wait for this one
+            if recording:
+                raise error
+            self._end_early(error.found)
+
+    def _end_early(self, found: str) -> None:
+        logger.warning("found %s: backtracking ends here, and the teacher is s'_0 again", found)
+        self._restore_teacher()
 
     def _read_monitor(self, scheduler: TrajectoryScheduler) -> None:
         """Read a finished window of s_phi's gradients, and perhaps end backtracking."""
@@ -222,7 +232,9 @@ class Session:
         """
         self.path = path
         if state is not None:
-            self.load(state)
+            from disback_plugin import session_state
+
+            session_state.load(self, state)
         elif path is None or (path.complete and not self.separate):
             self._backtrack()
         else:
@@ -309,18 +321,6 @@ class Session:
         self.to_restore = ""
 
     # -- resume -------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress, and all that identifies the run, as plain scalars (`session_state`)."""
-        from disback_plugin import session_state
-
-        return session_state.state_of(self)
-
-    def load(self, state: object) -> None:
-        """Continue from a state; raise StateError or RankError, and change nothing, if it does not fit."""
-        from disback_plugin import session_state
-
-        session_state.load(self, state)
 
     def continue_at(self, progress: Progress, fit: str, restore: str) -> None:
         """Continue at a validated progress: set the counters and write the teacher from the path, whatever it holds.

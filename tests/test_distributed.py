@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +76,34 @@ def test_a_rank_with_other_facts_stops_all_ranks_with_one_error_that_names_it(nu
 def test_no_rank_waits_longer_than_the_timeout(nursery, tmp_path):
     first, _ = returned(nursery.play(odd_one_out, 2, str(tmp_path), "no move", timeout=1))
     assert first["seconds"] < 8
+
+
+def unseen_on_one_rank(folder, form, schedule, rank):
+    """A run in which one rank alone updates its generator without a step, from a step on; the end of each rank."""
+    run = Sharded(form)
+    original = [t.clone() for t in run.teacher.parameters()]
+    start, said = time.monotonic(), ""
+    with disback.attach(**run.roles(), path=folder + "/path", record=4, every=2, schedule=schedule) as handle:
+        try:
+            for step in range(36):
+                if dist.get_rank() == rank and step == 10:
+                    run.optimizer_g.step = partial(run.optimizer_g.step.__func__.__wrapped__, run.optimizer_g)
+                run.step()
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        same = all(torch.equal(t, o) for t, o in zip(run.teacher.parameters(), original, strict=True))
+        return {"end": [handle.phase, handle.position, same], "said": said, "seconds": time.monotonic() - start}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("form", "schedule", "rank"),  # the others come to a move, or to the end of a window of the divergence monitor
+    [("one", "ramp:30", 1), ("ddp", "fixed:240", 0), pytest.param("ddp", "fixed:240", 1, marks=pytest.mark.slow)],
+)
+def test_all_ranks_end_backtracking_if_one_does_not_see_its_updates(nursery, tmp_path, form, schedule, rank):
+    for result in returned(nursery.play(unseen_on_one_rank, 2, str(tmp_path), form, schedule, rank)):
+        assert (result["end"], result["said"]) == (["done", 0.0, True], "")
+        assert result["seconds"] < 40  # the others would wait for 60
 
 
 def never_comes(folder):

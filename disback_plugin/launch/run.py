@@ -226,6 +226,7 @@ class ScriptRunner:
                 state, restored = (None, True) if path is None else self._states.find(fake_score, generator)
                 alike = not apart and fake_score.lora_adapter is None
                 copies = not restored and alike and same_weights(teacher, fake_score)
+                roles = with_fields(roles, teacher=teacher, fake_score=fake_score)  # each is enumerated once
             handle = attach(
                 roles,
                 path=path,

@@ -290,17 +290,14 @@ class UpdateCounter:
         self._ids |= own
         return old
 
-    def report_unseen(self, *, ends: bool) -> None:
-        """Warn that backtracking `ends`, since weights change without a step; raise TrainingError if it does not."""
+    def unseen(self) -> TrainingError:
+        """Return the error for weights of the network that change without a step."""
         kinds = ", ".join(sorted({type(optimizer).__name__ for optimizer in self.optimizers}))
-        found = f"weights of the {self.name} that change although no step() of its optimizer ({kinds}) is called"
-        if not ends:
-            raise TrainingError(
-                found,
-                expected="updates by torch.optim.Optimizer.step(), which DisBack holds still and counts",
-                cure=f"pass the optimizer that the loop steps as {self.name}_optimizer",
-            )
-        logger.warning("found %s: backtracking ends here, and the teacher is s'_0 again", found)
+        return TrainingError(
+            f"weights of the {self.name} that change although no step() of its optimizer ({kinds}) is called",
+            expected="updates by torch.optim.Optimizer.step(), which DisBack holds still and counts",
+            cure=f"pass the optimizer that the loop steps as {self.name}_optimizer",
+        )
 
     def before_step(self, optimizer: Optimizer) -> None:
         """End the present update if this optimizer has already stepped in it."""

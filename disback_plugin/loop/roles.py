@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ def find_networks(
     from disback_plugin.weights import added_lora
 
     whole, fake = ScoreNetwork.of(teacher, role="teacher"), ScoreNetwork.of(fake_score, role="fake score")
-    check_memory({"teacher": whole.named_tensors(), "fake score": fake.named_tensors()})
     if whole.lora_adapter is not None:
         return whole, fake, True
     added_lora.check_not_compiled(teacher)
@@ -87,17 +86,11 @@ def find_networks(
 
 
 def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
-    """Raise unless teacher and fake score have the same layout and share no memory.
-
-    Raises:
-        MismatchError: If they differ in keys, shapes or dtype classes, or in what they tie.
-        RoleError: If training one would write the other.
-    """
-    base = [("its base", parameter) for parameter in fake_score.base_parameters()]
-    check_memory({"teacher": teacher.named_tensors(), "fake score": [*fake_score.named_tensors(), *base]})
+    """Raise MismatchError unless teacher and fake score have the same keys, shapes, dtype classes and ties."""
     try:
         teacher.check_same_layout(fake_score)
     except MismatchError as error:
+        check_memory(teacher, fake_score)  # two networks in one memory may differ in what they tie
         raise MismatchError(
             error.found,
             expected=f"{error.expected}, because s_phi starts as the teacher and becomes its nodes",
@@ -106,14 +99,23 @@ def check_networks(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> None:
         ) from None
 
 
-def check_memory(roles: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
+def check_memory(teacher: ScoreNetwork, fake_score: ScoreNetwork, student: Iterable[Tensor] = ()) -> None:
     """Raise RoleError if tensors of two roles overlap in memory, as after `load_state_dict(..., assign=True)`.
 
-    Networks may lie side by side in one buffer. No value is read.
+    Networks may lie side by side in one buffer, and two adapters may have one base. No value is read.
 
     Args:
-        roles: By role, names and tensors; those of one role may be tied.
+        teacher: The teacher.
+        fake_score: The fake score.
+        student: The parameters of the generator.
     """
+    base = dict.fromkeys([*fake_score.base_parameters(), *teacher.base_parameters()])
+    roles: dict[str, list[tuple[str, Tensor]]] = {
+        "teacher": teacher.named_tensors(),
+        "fake score": fake_score.named_tensors(),
+        "base of LoRA adapters": [(f"parameter {index}", tensor) for index, tensor in enumerate(base)],
+        "generator": [(f"parameter {index}", tensor) for index, tensor in enumerate(student)],
+    }
     local = [(role, name, local_tensor(tensor)) for role, tensors in roles.items() for name, tensor in tensors]
     spans = [(str(t.device), *memory_span(t), role, name, t) for role, name, t in local if t.numel()]
     furthest: dict[str, tuple[Any, ...]] = {}  # of each role, the tensor that reaches furthest so far
@@ -149,6 +151,9 @@ def check_roles(
             cure="use Adam, AdamW or SGD for the generator",
         )
     teachers, fakes = ({id(tensor): name for name, tensor in net.named_tensors()} for net in (teacher, fake_score))
+    known = fakes.keys() | teachers.keys()
+    student = [p for p in parameters(generator_optimizers) if id(p) not in known]
+    check_memory(teacher, fake_score, student)
     # One optimizer may step both networks: what it steps beside the fake score is the generator's.
     joint = [each for each in generator_optimizers if each in fake_score_optimizers]
     everything, trained = (set(map(id, parameters(own))) for own in (generator_optimizers, fake_score_optimizers))
@@ -174,8 +179,6 @@ def check_roles(
                 expected="each optimizer to step its own network only, and none the teacher",
                 cure="pass each role its own network and optimizer",
             )
-    known = fakes.keys() | teachers.keys()
-    student = [p for p in parameters(generator_optimizers) if id(p) not in known]
     for missing, found in (
         (not trained & fakes.keys(), "a fake_score_optimizer that steps nothing of the fake score"),
         (not student, "a generator_optimizer that steps no generator"),
@@ -183,8 +186,6 @@ def check_roles(
         if missing:
             cure = "pass the very module that the optimizer was built from, or swap the two optimizers back"
             raise RoleError(found, expected="the optimizer that trains it", cure=cure)
-    held = {net.role: net.named_tensors() for net in (teacher, fake_score)}
-    check_memory(held | {"generator": [(f"parameter {index}", tensor) for index, tensor in enumerate(student)]})
 
 
 def same_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> bool:

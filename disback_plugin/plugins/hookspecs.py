@@ -200,14 +200,14 @@ class Specs:
             values: Numbers by name. During backtracking: "disback/position" in [0, N]; "disback/node", the node at or
                 above the position; "disback/gradient", the factor on the generator's gradient; and, if the teacher
                 moved, "disback/swap_ms", the host's milliseconds for the write, and "disback/delta_norm", the length of
-                the move along the path in weight space; as 1.0 "disback/detached", if the run was detached before its
-                end, which restored the teacher. While recording, now and then: "disback/recording", the
-                recording iteration; "disback/agreement", the cosine between two successive gradients of the fake score;
-                and, where it is known, "disback/loss". At its end: "disback/path_bytes", the size of the path, and
-                "disback/node_seconds", the mean time of a node's write. Once, as 1.0: "disback/stalled" or
-                "disback/diverged", if a run stops converging. Every number given to `Handle.log`. Every 50 updates:
-                "disback/masked_samples", how many samples the losses on this process left out since the last report
-                because they were not finite, 0 included (`MaskedSamples`).
+                the move along the path in weight space. As 1.0 "disback/detached", if the teacher is restored before
+                backtracking has ended; position, node and factor are then the last of the run. While recording, now and
+                then: "disback/recording", the recording iteration; "disback/agreement", the cosine between two
+                successive gradients of the fake score; and, where it is known, "disback/loss". At its end:
+                "disback/path_bytes", the size of the path, and "disback/node_seconds", the mean time of a node's write.
+                Once, as 1.0: "disback/stalled" or "disback/diverged", if a run stops converging. Every number given to
+                `Handle.log`. Every 50 updates: "disback/masked_samples", how many samples the losses on this process
+                left out since the last report because they were not finite, 0 included (`MaskedSamples`).
             step: Generator updates so far.
 
         Example:

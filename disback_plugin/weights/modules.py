@@ -43,7 +43,8 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
         keep_peft: Whether to stop at a `PeftModel`, which calls the network past its hooks.
 
     Raises:
-        RoleError: If FSDP1 wraps it with `use_orig_params=False`, or inductor compiles it with `freezing`.
+        RoleError: If FSDP1 wraps it with `use_orig_params=False`, inductor compiles it with `freezing`, or it is
+            TorchScript.
 
     Example:
         >>> plain = nn.Linear(1, 1)
@@ -65,6 +66,10 @@ def unwrap(module: nn.Module, *, keep_peft: bool = False) -> nn.Module:
             module = getattr(module, attribute)
             break
         else:
+            if isinstance(module, torch.jit.ScriptModule):
+                found = f"a {type(module).__name__}, whose forward and weights TorchScript has compiled"
+                cure = "pass the module from before torch.jit.script or trace, and torch.compile it instead"
+                raise RoleError(found, expected="a torch.nn.Module that runs in Python", cure=cure)
             return module
 
 

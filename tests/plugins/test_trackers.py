@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from itertools import count
 from types import ModuleType
 
@@ -138,6 +139,30 @@ def test_a_tracker_that_was_asked_for_and_breaks_raises(tmp_path):
     accelerator.init_trackers("run")
     with pytest.raises(PluginError, match="no network"):
         walk(tmp_path, Trackers(accelerator))
+
+
+@pytest.mark.parametrize("end", ["detached", "error", "done"])
+def test_a_run_that_stops_before_its_end_says_how_far_it_came(tmp_path, end):
+    run, rows = Run(), []
+
+    class Rows:
+        @disback.hookimpl
+        def disback_log(self, values, step):
+            rows.append((step, dict(values)))
+
+    with (
+        suppress(KeyError),
+        disback.attach(
+            **run.roles(), path=tmp_path / "path", record=4, every=2, schedule="ramp:10", plugins=(Rows(),)
+        ) as handle,
+    ):
+        run.steps(4 + (20 if end == "done" else 5))
+        position = handle.position
+        if end == "error":
+            raise KeyError
+    step, last = next((step, row) for step, row in reversed(rows) if "disback/position" in row)
+    assert (last["disback/position"], last.get("disback/detached")) == (position, None if end == "done" else 1.0)
+    assert (step, "disback/swap_ms" in last) == ((10, True) if end == "done" else (5, False))
 
 
 def test_without_a_listener_the_numbers_are_in_the_log(tmp_path, caplog):

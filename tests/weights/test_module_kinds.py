@@ -155,6 +155,32 @@ def test_dense_parameters_of_other_classes_are_taken(tmp_path, make):
     path.verify()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", ["script", "trace", "a part", "frozen", "fake score"])
+def test_torchscript_is_refused_by_name_and_nothing_is_left(tmp_path, compiled):
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh()).eval()
+    other, generator = copy.deepcopy(net), nn.Linear(2, 2)
+    scripts = {
+        "trace": lambda: torch.jit.trace(net, torch.zeros(1, 2)),
+        "a part": lambda: nn.Sequential(torch.jit.script(net[0]), net[1]),
+        "frozen": lambda: torch.jit.freeze(torch.jit.script(net)),
+    }
+    teacher = scripts.get(compiled, lambda: torch.jit.script(net))()
+    if compiled == "fake score":
+        teacher, other = other, teacher
+    generator_optimizer, fake_score_optimizer = (torch.optim.Adam(n.parameters()) for n in (generator, other))
+    with pytest.raises(RoleError, match=r"Module, whose forward and weights TorchScript.*torch\.jit\.script"):
+        disback.attach(
+            teacher=teacher,
+            fake_score=other,
+            generator_optimizer=generator_optimizer,
+            fake_score_optimizer=fake_score_optimizer,
+            path=tmp_path / "path",
+        )
+    assert not generator_optimizer._optimizer_step_pre_hooks
+    assert not (tmp_path / "path").exists()
+
+
 def test_a_packed_parameter_is_refused():
     net = nn.Linear(2, 2)
     net.weight = nn.Parameter(Packed(torch.zeros(2, 2)), requires_grad=False)
