@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
     parser.add_argument("--halves", action="store_true", help=f"with --out: auto's halves ({', '.join(ABLATED)})")
     parser.add_argument("--keep", type=Path, help="folder of results to copy into convergence.jsonl and EVIDENCE.md")
-    parser.add_argument("--figures", type=Path, help="folder of teachers, and for figures")
+    parser.add_argument("--figures", type=Path, help="folder for figures")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.regimes if name not in REGIMES]
     if unknown or sum(folder is not None for folder in (arguments.out, arguments.keep, arguments.figures)) != 1:
@@ -173,7 +173,7 @@ def main() -> None:
     elif arguments.figures:
         from convergence_figures import draw
 
-        draw(arguments.figures, REGIMES, METHODS, Distillation)
+        draw(arguments.figures, REGIMES)
     else:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with tqdm(arguments.regimes or REGIMES, unit="regime") as bar:

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from disback_plugin.demo import principal_components
 from disback_plugin.demo.networks import Denoiser, ResidualMLP, UNet
-from disback_plugin.demo.trainer import digits
+from disback_plugin.demo.worlds import digits, mixture, principal_components
 from disback_plugin.metrics import frechet_distance
 
 State = dict[str, Tensor]
@@ -57,7 +56,7 @@ class World:
             case "shapes":
                 self.data = coloured_shapes.images()
             case _:
-                self.data = mixture(name)
+                self.data = mixture(ring() if subject == "ring" else None)
         self.sigma_data = 0.75 if subject == "digits" else float(self.data.std())
         self.size = self.data.shape[1]
         # Students of larger images are distilled under more noise: at EDM's noise scales this one only gets worse.
@@ -113,17 +112,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def mixture(name: str) -> Tensor:
-    """Return 4,000 points of a mixture of Gaussians with standard deviation 0.3."""
-    stream = seeded(0)
-    if name == "ring-2d":
-        angles = torch.arange(8) * 2 * math.pi / 8
-        centres = 4 * torch.stack([angles.cos(), angles.sin()], 1)
-    else:
-        centres = torch.rand(10, 2, generator=stream) * 10 - 5
-    return centres[torch.randint(len(centres), (4_000,), generator=stream)] + 0.3 * torch.randn(
-        4_000, 2, generator=stream
-    )
+def ring() -> Tensor:
+    """Return the means of eight Gaussians on a circle of radius 4."""
+    angles = torch.arange(8) * 2 * math.pi / 8
+    return 4 * torch.stack([angles.cos(), angles.sin()], 1)
 
 
 def first_weight(name: str, weight: Tensor, stream: torch.Generator) -> Tensor:

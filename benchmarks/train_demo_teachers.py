@@ -1,6 +1,6 @@
 """Train the teachers of `disback demo` again: `python benchmarks/train_demo_teachers.py --out DIR`, in five minutes.
 
-Eq. 5 with the noise levels and the weight of EDM (arXiv 2206.00364, Table 1), on all of the digits. The teacher is an
+Eq. 5 with the noise levels and the weight of EDM (arXiv 2206.00364, Table 1), on all of the data. The teacher is an
 average of the weights over the last part of the training.
 """
 
@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import save_file
 
 from disback_plugin.demo.networks import ensemble, random_weights
-from disback_plugin.demo.trainer import denoising_loss, digits
+from disback_plugin.demo.trainer import denoising_loss
+from disback_plugin.demo.worlds import data_of
 from disback_plugin.noise import lognormal_sigma
 
 # Updates, batch, and the peak of Adam's learning rate, which rises for 100 updates and falls as a cosine to zero.
-RECIPES = {"mlp": (8_000, 256, 2e-3), "conv": (6_000, 128, 4e-3)}
+RECIPES = {"mlp": (8_000, 256, 2e-3), "conv": (6_000, 128, 4e-3), "plane": (5_000, 256, 2e-3)}
 AVERAGE = 0.999
 
 
 def train(network, steps, batch, rate):
     """Return the averaged weights of one denoiser (E = 1)."""
-    data, stream = digits(), torch.Generator().manual_seed(0)
+    data, stream = data_of(network), torch.Generator().manual_seed(0)
     teacher = ensemble(network, [random_weights(network, stream)])
     average = [parameter.detach().clone() for parameter in teacher.parameters()]
     optimizer = torch.optim.Adam(teacher.parameters(), lr=rate, betas=(0.9, 0.99))

@@ -70,6 +70,7 @@ def test_wrong_use_is_exit_code_2(arguments, capsys):
     [
         (["--seeds", "0"], "found --seeds 0; expected a number >= 1"),
         (["--schedule", "cosine"], "found schedule 'cosine'"),
+        (["--network", "conv", "--world", "gaussians"], "found --network conv --world gaussians"),
     ],
 )
 def test_a_wrong_value_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):

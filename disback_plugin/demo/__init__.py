@@ -1,55 +1,61 @@
-"""Demonstrate DisBack: distil one-step generators of handwritten digits, with and without a degradation path.
+"""Demonstrate DisBack: distil one-step generators of digits, or of Gaussians in the plane, with and without a path.
 
-Four runs from the same seeds, with the same trainer and at equal compute:
+Five runs from the same seeds and first weights, on the same noise, in as many rounds of the trainer's loop:
 
-| run           | recording | s_phi starts from | teacher                   | generator's gradient        |
-|---------------|-----------|-------------------|---------------------------|-----------------------------|
-| diff-instruct | no        | s'_0              | s'_0                      | as it is                    |
-| warm          | yes       | s'_N              | s'_0                      | as it is                    |
-| grad-ramp     | no        | s'_0              | s'_0                      | 1 - 0.99 (1 - u / 100)+     |
-| disback       | yes       | s'_N              | moves back along the path | as the schedule says        |
+| run                         | recording | s_phi starts from | teacher | generator's gradient  | rate |
+|-----------------------------|-----------|-------------------|---------|-----------------------|------|
+| Diff-Instruct               | no        | s'_0              | s'_0    | as it is              | 1    |
+| DisBack                     | yes       | s'_N              | as the schedule says            || 1    |
+| warm start                  | yes       | s'_N              | s'_0    | as it is              | 1    |
+| gradient ramp, no path      | no        | s'_0              | s'_0    | 1 - 0.99 (1 - u / 100)+ | 1    |
+| ... at 1.25 times the rate  | no        | s'_0              | s'_0    | as it is              | 1.25 |
 
-With another loss the first run is named "dmd" or "sid", and all four use that loss. `warm` and `grad-ramp` are
-controls: each has one half of what DisBack does, and no path.
+DisBack is `disback.attach` as it is, with its default schedule. The last three runs are controls: each has a part of
+what DisBack does. With another loss the first and the last run are named after it, and all use that loss.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import disback_plugin as disback
-from disback_plugin.demo.networks import PIXELS
-from disback_plugin.demo.trainer import Regime, Streams, Trainer, digits, generate, regime_of
-from disback_plugin.errors import OptionError
-from disback_plugin.metrics import frechet_distance
+from disback_plugin.demo.figures import GRID, Frame, draw
+from disback_plugin.demo.networks import load_teacher
+from disback_plugin.demo.trainer import Regime, Streams, Trainer, generate, regime_of
+from disback_plugin.demo.worlds import data_of, distance_to
+from disback_plugin.metrics import mismatch_degree
+from disback_plugin.plugins.run_log import SUFFIX
+from disback_plugin.prediction import Prediction
 from disback_plugin.report.figures import crossing
 from disback_plugin.schedules import GradientRamp, Schedule, WarmStart, parse
 
-# Forward passes of one network in a round of training, a backward pass being two. Diff-Instruct: the fake score's
-# update takes a generator and a fake-score forward and a backward (4), the generator's two more forwards, its own and
-# its backward (5). SiD goes back through both networks to their input, which counts as one more for each.
-COST_OF_ROUND = {"diff-instruct": 9, "dmd": 9, "sid": 11}
-COST_OF_RECORDING = 4
-RECORD = 25  # recording iterations at most, and between two nodes
+TITLES = {"diff-instruct": "Diff-Instruct", "dmd": "DMD", "sid": "SiD"}
+RECORD = 25  # recording iterations, and between two nodes, of a schedule that does not end the recording itself
+FASTER = 1.25
 EVALUATE_EVERY, SAMPLES, EMA = 20, 1_000, 0.99
+# Noise scales of the mismatch (Eq. 9), and the share of the samples on which it is measured; the others define the
+# samples' own score. Below these noise scales the value measures little but the noise of that score.
+SIGMAS, MEASURED = (2.0, 5.0), 0.2
+# Parts of a run after which samples are shown. In the plane, the scores of both networks at this noise scale, too.
+SHOWN, GRID_SIGMA = (0.0, 0.05, 0.15, 0.3, 1.0), 1.0
 # Purposes of a seed's noise streams; the trainer's own is 1.
 RECORDING, EVALUATION = 2, 3
-# These colours are distinguishable without colour vision (Okabe and Ito).
-COLOURS = ("#555555", "#E69F00", "#56B4E9", "#D55E00")
 
 
 @dataclass
@@ -57,14 +63,16 @@ class Run:
     """The result of one run.
 
     Attributes:
-        recorded: Recording iterations.
-        rounds: Rounds of training at each evaluation, the recording included at its share of a round's compute.
-        distance: Distances of the averaged generators to the digits: E values an evaluation.
+        recorded: Recording iterations, in rounds of the loop.
+        rounds: Rounds of the loop at each evaluation, the recording included.
+        distance: Distances of the averaged generators to the data: E values an evaluation.
+        mismatch: Mismatch degrees (Eq. 9) of the pre-trained teacher on the same samples.
     """
 
-    recorded: int
+    recorded: int = 0
     rounds: list[int] = field(default_factory=list)
     distance: list[list[float]] = field(default_factory=list)
+    mismatch: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,47 +83,54 @@ class Warm(WarmStart):
 
 
 class Study:
-    """Distil E generators side by side, and measure their distance to the digits.
+    """Distil E generators side by side, and measure their distance to the data.
 
     Args:
         regime: Everything that a run depends on, except its seeds.
         seeds: One seed for each generator.
-        folder: Folder for the log of each run, NAME.log.jsonl, and for the path of "disback".
+        folder: Folder for the log of each run, NAME.log.jsonl, and for the path of DisBack.
 
     Attributes:
-        samples: Images of the first seed at the end of each run, shape (n, 64).
+        data: The data, shape (n, d).
+        teacher: The pre-trained teacher, once.
+        frames: For each run, by rounds: samples of the first seed, and in the plane the direction of s_phi.
     """
 
     def __init__(self, regime: Regime, seeds: Sequence[int], folder: Path) -> None:
         self.regime, self.seeds, self.folder = regime, seeds, folder
-        self.samples: dict[str, Tensor] = {}
-        data = digits()
-        self._features = principal_components(data)
-        self._real = self._features(data)
-        self._z = Streams(seeds, EVALUATION).randn(SAMPLES, PIXELS)
+        self.frames: dict[str, dict[int, Frame]] = {}
+        self.data = data_of(regime.network)
+        self._distance = distance_to(self.data)
+        self.teacher = load_teacher(regime.network, 1)
+        self._z = Streams(seeds, EVALUATION).randn(SAMPLES, regime.size)
+        self._shown = {EVALUATE_EVERY * round(part * regime.rounds / EVALUATE_EVERY) for part in SHOWN}
 
-    def distil_all(self, schedule: Schedule) -> dict[str, Run]:
-        """Distil four times, with `schedule` for DisBack; return the runs by name. An earlier path is replaced."""
+    def distil_all(self, schedule: Schedule, name: str) -> dict[str, Run]:
+        """Distil with `schedule` as `name`, and its baseline and controls; return all runs. An old path is replaced."""
         path = self.folder / "path"
         if disback.DegradationPath.exists(path):
             shutil.rmtree(path)
-        warm, loss = Warm(until_fitted=schedule.until_fitted), self.regime.loss
-        with tempfile.TemporaryDirectory() as control:
-            return {
-                loss: self.distil(loss, schedule=WarmStart(), record=0),
-                "warm": self.distil("warm", schedule=warm, record=RECORD, every=RECORD, path=control),
-                "grad-ramp": self.distil("grad-ramp", schedule=GradientRamp(), record=0),
-                "disback": self.distil("disback", schedule=schedule, record=RECORD, every=RECORD, path=path),
-            }
+        title, warm = TITLES[self.regime.loss], Warm(until_fitted=schedule.until_fitted)
+        recording = {} if schedule.until_fitted else {"record": RECORD, "every": RECORD}
+        runs = {
+            title: self.distil(title, schedule=WarmStart(), record=0),
+            name: self.distil(name, schedule=schedule, path=path, **recording),
+        }
+        if not isinstance(schedule, WarmStart):
+            with tempfile.TemporaryDirectory() as folder:
+                runs["warm start"] = self.distil("warm start", schedule=warm, path=folder, **recording)
+        ramp, faster = "gradient ramp, no path", f"{title} at {FASTER} times the rate"
+        runs[ramp] = self.distil(ramp, schedule=GradientRamp(), record=0)
+        runs[faster] = self.distil(faster, FASTER, schedule=WarmStart(), record=0)
+        return runs
 
-    def distil(self, name: str, **options: Any) -> Run:
-        """Distil once, with the `options` of `disback.attach`; the name is that of the log."""
-        from timm.utils.model_ema import ModelEmaV3
-
-        log = self.folder / f"{name}.log.jsonl"
+    def distil(self, name: str, faster: float = 1.0, **options: Any) -> Run:
+        """Distil once, at `faster` times the rate, with `options` of `disback.attach`; the log has the run's name."""
+        log = self.folder / f"{name}{SUFFIX}"
         log.unlink(missing_ok=True)
-        trainer = Trainer(self.regime, self.seeds)
-        average = ModelEmaV3(trainer.generator, decay=EMA)
+        trainer = Trainer(replace(self.regime, rate=faster * self.regime.rate), self.seeds)
+        average = copy.deepcopy(trainer.generator).requires_grad_(False)
+        run, losses, frames = Run(), {}, self.frames.setdefault(name, {})
         with disback.attach(
             teacher=trainer.teacher,
             fake_score=trainer.fake_score,
@@ -124,118 +139,114 @@ class Study:
             log=log,
             **options,
         ) as handle:
-            training, trainer.streams = trainer.streams, Streams(self.seeds, RECORDING)
-            while handle.phase == "recording":
-                handle.log({"loss of s_phi": trainer.fake_step()})
-                trainer.generator_optimizer.step()  # without gradients, which would be computed for nothing
-            trainer.streams = training  # all runs train on the same noise
-            run = Run(handle.fake_score_updates)
-            before = math.ceil(COST_OF_RECORDING * run.recorded / COST_OF_ROUND[self.regime.loss])
-            last, losses = self.regime.rounds - before, {}
-            for update in tqdm(range(last + 1), desc=name, unit="update", disable=None):
-                if update:
+            training, recording = trainer.streams, Streams(self.seeds, RECORDING)
+            for done in tqdm(range(self.regime.rounds + 1), desc=name, unit="round", mininterval=0.5):
+                if done:
+                    # All runs train on the same noise.
+                    trainer.streams = recording if handle.phase == "recording" else training
+                    run.recorded += handle.phase == "recording"
                     losses = dict(zip(("loss of s_phi", "loss of the generator"), trainer.step(), strict=True))
-                    average.update(trainer.generator)
-                if update % EVALUATE_EVERY == 0 or update == last:
-                    run.rounds.append(before + update)
-                    run.distance.append(self.distances(average.module))
-                    handle.log({"distance": median(run.distance[-1])} | losses)
-        self.samples[name] = self._generate(average.module)[0]
+                    torch._foreach_lerp_([*average.parameters()], [*trainer.generator.parameters()], 1 - EMA)
+                if done in self._shown:
+                    frames[done] = self._generate(trainer.generator)[0], self.directions(trainer.fake_score)
+                if done % EVALUATE_EVERY == 0 or done == self.regime.rounds:
+                    run.rounds.append(done)
+                    samples = self._generate(average)
+                    run.distance.append([*map(self._distance, samples)])
+                    run.mismatch.append([*map(self.mismatch, samples)])
+                    measured = {"distance": median(run.distance[-1]), "mismatch": median(run.mismatch[-1])}
+                    handle.log(losses if handle.phase == "recording" else losses | measured)
         return run
 
-    def distances(self, generator: nn.Module) -> list[float]:
-        """Return the Frechet distance of each seed's samples to the digits, in 20 principal components."""
-        return [frechet_distance(features, self._real) for features in self._features(self._generate(generator))]
+    def floor(self) -> float:
+        """Return the mismatch of the pre-trained teacher on data, which a student's comes down to."""
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))
+        return self.mismatch(self.data[order[:SAMPLES]])
+
+    def mismatch(self, samples: Tensor) -> float:
+        """Return how far the pre-trained teacher's scores are from those of some samples, shape (n, d) (Eq. 9)."""
+        count = int(MEASURED * len(samples))
+        return mismatch_degree(
+            lambda x_t, sigma: self.teacher(x_t[None], sigma.T)[0],
+            samples[:count],
+            samples[count:],
+            SIGMAS,
+            prediction=Prediction.X0,
+            batch_size=count,
+        )["total"]
+
+    @torch.no_grad()
+    def directions(self, network: nn.Module) -> Tensor:
+        """Return sigma^2 s(x_t, sigma) = D(x_t, sigma) - x_t of the first member, on a grid in the plane (Fig. 9).
+
+        Of images, return none.
+        """
+        if self.regime.size != 2:
+            return torch.empty(0, 2)
+        grid = GRID.expand(len(next(network.parameters())), -1, -1)
+        directions: Tensor = (network(grid, torch.tensor(GRID_SIGMA)) - grid)[0]
+        return directions
+
+    def summarise(self, runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+        """Return the runs as plain numbers: for each, medians over the seeds of what was found seed by seed.
+
+        "final" is the distance at the end; "ratio" its ratio to the first run's, with its "range"; "needed" the part of
+        the rounds until it was as low as the first run's is at its end, None if the median seed never is.
+        """
+        baseline, found = next(iter(runs.values())), {}
+        for name, run in runs.items():
+            ratios = [a / b for a, b in zip(run.distance[-1], baseline.distance[-1], strict=True)]
+            curves = (list(zip(run.rounds, curve, strict=True)) for curve in zip(*run.distance, strict=True))
+            reached = map(crossing, curves, baseline.distance[-1])
+            rounds = median(math.inf if value is None else value for value in reached)
+            found[name] = asdict(run) | {
+                "final": median(run.distance[-1]),
+                "ratio": median(ratios),
+                "range": [min(ratios), max(ratios)],
+                "needed": rounds / self.regime.rounds if math.isfinite(rounds) else None,
+            }
+        return found
 
     @torch.no_grad()
     def _generate(self, generator: nn.Module) -> Tensor:
         return generate(generator, self._z, self.regime)
 
 
-def principal_components(data: Tensor, count: int = 20) -> Callable[[Tensor], Tensor]:
-    """Return a function from samples, shape (..., d), to their first principal components, shape (..., count).
-
-    The Frechet distance on 20 components is quiet: 1,000 samples are enough to see a difference of a few per cent.
-
-    Args:
-        data: Samples that define the components, shape (n, d).
-        count: Number of components, 1 <= count <= min(n, d).
-
-    Example:
-        >>> principal_components(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), count=1)(torch.tensor([[5.0, 3.0]])).abs()
-        tensor([[2.]])
-    """
-    mean = data.double().mean(dim=0)
-    directions = torch.linalg.svd(data.double() - mean, full_matrices=False).Vh[:count].mT.float()
-    return lambda x: (x - mean.float()) @ directions
-
-
-def summarise(run: Run, baseline: Run) -> dict[str, Any]:
-    """Return a run as plain numbers: curves of each seed, medians at the end, and the rounds to the baseline's end.
-
-    A seed that never comes to its baseline's final distance counts as infinitely many rounds in the median; a median
-    of infinity is None.
-    """
-    curves = (list(zip(run.rounds, curve, strict=True)) for curve in zip(*run.distance, strict=True))
-    reached = map(crossing, curves, baseline.distance[-1])
-    rounds = median(math.inf if value is None else value for value in reached)
-    reached_at = rounds if math.isfinite(rounds) else None
-    return {"final": median(run.distance[-1]), "rounds_to_baseline": reached_at} | asdict(run)
-
-
-def draw(runs: dict[str, Run], samples: dict[str, Tensor], folder: Path) -> None:
-    """Draw the distances over the rounds (median, and a band from best to worst seed), and samples side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for (name, run), colour in zip(runs.items(), COLOURS, strict=True):
-        axes.plot(run.rounds, [*map(median, run.distance)], color=colour, label=name, linewidth=2)
-        axes.fill_between(run.rounds, [*map(min, run.distance)], [*map(max, run.distance)], color=colour, alpha=0.12)
-    axes.set(xlabel="rounds of training, recording included", ylabel="Fréchet distance to the digits", yscale="log")
-    axes.legend(frameon=False)
-    figure.savefig(folder / "convergence.png", dpi=150)
-
-    loss, images = next(iter(runs)), {"the digits": digits()}
-    images |= {f"one step, {name}": samples[name] for name in (loss, "disback")}
-    figure = Figure(figsize=(3 * len(images), 3.3), layout="constrained")
-    for axes, (title, batch) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
-        framed = F.pad(batch[:36].reshape(6, 6, 8, 8), (1, 1, 1, 1), value=-1.0)
-        axes.imshow(framed.permute(0, 2, 1, 3).reshape(60, 60).numpy(), cmap="gray", vmin=-1, vmax=1)
-        axes.set_title(title, fontsize=10)
-        axes.set_axis_off()
-    figure.savefig(folder / "samples.png", dpi=150)
-
-
-def demo(*, seeds: int, student: str, network: str, schedule: str, loss: str, out: Path) -> dict[str, Any]:
-    """Distil one-step generators of digits with and without DisBack, and write figures, path, logs and result.
+def demo(
+    *, seeds: int, world: str, student: str, network: str, schedule: str | None, loss: str, out: Path
+) -> dict[str, Any]:
+    """Distil one-step generators with and without DisBack, and write figures, path, logs and result.
 
     Args:
         seeds: Number of seeds, 0 to seeds - 1, >= 1.
+        world: "digits", or "gaussians" in the plane.
         student: "scratch", "teacher" or "far".
-        network: "mlp" or "conv".
-        schedule: Of DisBack, as `schedules.parse` reads it.
+        network: "mlp" or "conv", of digits; points in the plane have an "mlp".
+        schedule: Of DisBack, as `schedules.parse` reads it; None is the default of `disback.attach`.
         loss: Of the generator: "diff-instruct", "dmd" or "sid".
-        out: Folder for convergence.png, samples.png, result.json, path/, and the log of each run.
+        out: Folder for the figures (`figures.draw`), result.json, path/, and the log of each run.
 
     Returns:
         The content of result.json.
 
     Raises:
-        OptionError: If a value is out of its domain.
+        OptionError: If scikit-learn or matplotlib is not installed.
         PathError: If `out` holds something else at `path/`.
     """
-    if seeds < 1:
-        raise OptionError(f"--seeds {seeds}", expected="a number >= 1", cure="omit it for 5")
-    began, parsed, regime = time.perf_counter(), parse(schedule), regime_of(network, student, loss)
+    began, default = time.perf_counter(), inspect.signature(disback.attach).parameters["schedule"].default
+    parsed = parse(schedule or default)
+    regime = regime_of("plane" if world == "gaussians" else network, student, loss)
     out.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError, ValueError, KeyError):  # the logs of an earlier run, whose names may be others
+        for name in json.loads((out / "result.json").read_text(encoding="utf-8"))["runs"]:
+            (out / f"{name}{SUFFIX}").unlink(missing_ok=True)
     study = Study(regime, range(seeds), out)
-    runs = study.distil_all(parsed)
-    draw(runs, study.samples, out)
+    runs = study.distil_all(parsed, f"DisBack ({schedule or default})")
+    draw(study, runs)
     result = asdict(regime) | {
-        "schedule": schedule,
+        "schedule": str(schedule or default),
         "seeds": seeds,
-        "runs": {name: summarise(run, runs[loss]) for name, run in runs.items()},
+        "runs": study.summarise(runs),
         "seconds": round(time.perf_counter() - began, 1),
     }
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,17 @@
-r"""Small denoisers of 8 x 8 images with an ensemble axis: one module holds E independent networks.
+r"""Small denoisers, of 8 x 8 images and of points in the plane, with an ensemble axis: one module is E networks.
 
 Preconditioning of EDM (arXiv 2206.00364, Eq. 7 and Table 1), with d = sigma_data and s^2 = sigma^2 + d^2:
 
     D(x_t, sigma) = d^2 / s^2 x_t + sigma d / s F(x_t / s, ln(sigma) / 4)
 
-Every parameter has shape (E, ...) and every batch shape (E, B, 64): the seeds of a comparison train side by side in one
-set of matrix products, and no member sees another (Adam acts on each element alone).
+Every parameter has shape (E, ...) and every batch shape (E, B, d), d being 64 or 2: the seeds of a comparison train
+side by side in one set of matrix products, and no member sees another (Adam acts on each element alone).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -133,9 +133,6 @@ class UNet(nn.Module):
         return self.last(F.silu(h)).reshape(batch, members, numbers).transpose(0, 1)
 
 
-NETWORKS = {"mlp": ResidualMLP, "conv": UNet}
-
-
 class Denoiser(nn.Module):
     """D of the preconditioning: E x_0-predictors (`Prediction.X0` at alpha_t = 1).
 
@@ -152,13 +149,21 @@ class Denoiser(nn.Module):
         """Return the prediction of x_0, shape (E, B, d).
 
         Args:
-            x_t: Noisy images x_0 + sigma eps, shape (E, B, d).
+            x_t: Noisy samples x_0 + sigma eps, shape (E, B, d).
             sigma: Noise scale > 0 in data units, shape (E, B) or broadcast against it.
         """
         d, sigma = self.sigma_data, sigma.expand(x_t.shape[:2])
         s = (sigma**2 + d**2).sqrt()
         skip = (d / s)[..., None] ** 2 * x_t
         return skip + (sigma * d / s)[..., None] * self.body(x_t / s[..., None], sigma.log() / 4)
+
+
+# The last is of the ten Gaussians in the plane, whose coordinates have a standard deviation of 2.8.
+NETWORKS: dict[str, Callable[[int], Denoiser]] = {
+    "mlp": lambda members: Denoiser(ResidualMLP(members)),
+    "conv": lambda members: Denoiser(UNet(members)),
+    "plane": lambda members: Denoiser(ResidualMLP(members, size=2, width=64, depth=3), sigma_data=2.8),
+}
 
 
 def embed_noise(c_noise: Tensor) -> Tensor:
@@ -172,17 +177,17 @@ def ensemble(network: str, members: Sequence[Mapping[str, Tensor]]) -> Denoiser:
     """Return one denoiser that holds the given networks.
 
     Args:
-        network: "mlp" or "conv".
+        network: A name in NETWORKS.
         members: The weights of E networks, each of shape (1, ...).
     """
-    denoiser = Denoiser(NETWORKS[network](len(members)))
+    denoiser = NETWORKS[network](len(members))
     denoiser.load_state_dict({name: torch.cat([member[name] for member in members]) for name in members[0]})
     return denoiser
 
 
 def random_weights(network: str, generator: torch.Generator) -> dict[str, Tensor]:
     """Return random weights of one network, shape (1, ...): N(0, gain^2 / fan_in), and zero for a bias."""
-    weights = Denoiser(NETWORKS[network](1)).state_dict()
+    weights = NETWORKS[network](1).state_dict()
     for name, weight in weights.items():
         if name.endswith("weight"):
             gain = 0.5 if ".outer." in name else 1.0
@@ -194,7 +199,7 @@ def load_teacher(network: str, members: int) -> Denoiser:
     """Return the teacher that comes with this package, E times over.
 
     Args:
-        network: "mlp" or "conv".
+        network: A name in NETWORKS.
         members: E >= 1.
 
     Example:

@@ -1,4 +1,4 @@
-"""Train E one-step generators of digits side by side, by Diff-Instruct, DMD or SiD. This trainer knows no DisBack.
+"""Train E one-step generators side by side, by Diff-Instruct, DMD or SiD. This trainer knows no DisBack.
 
 fake score   min_phi  E w(sigma) |D_phi(x + sigma eps, sigma) - x|^2,   x = G(z)         (Eq. 5)
 generator    dL/dx  = D_phi(x_t, sigma) - D_theta(x_t, sigma),          G(z) = D_G(sigma_init z, sigma_init)
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin import losses
-from disback_plugin.demo.networks import PIXELS, SIGMA_DATA, Denoiser, ensemble, load_teacher, random_weights
-from disback_plugin.errors import OptionError
+from disback_plugin.demo.networks import PIXELS, Denoiser, ensemble, load_teacher, random_weights
 from disback_plugin.noise import add_noise, lognormal_sigma
 from disback_plugin.prediction import Prediction
 
@@ -31,6 +30,9 @@ RATES = {
     ("conv", "scratch"): (2e-3, 2e-3, 1e-3),
     ("conv", "teacher"): (1e-3, 5e-4, 5e-4),
     ("conv", "far"): (2e-3, 2e-3, 2e-3),
+    ("plane", "scratch"): (2e-3, 2e-3, 1e-3),
+    ("plane", "teacher"): (5e-4, 5e-4, 5e-4),
+    ("plane", "far"): (1e-3, 1e-3, 1e-3),
 }
 
 
@@ -39,7 +41,7 @@ class Regime:
     """Everything that a run depends on, except its seeds.
 
     Attributes:
-        network: "mlp" or "conv".
+        network: "mlp" or "conv", of digits; or "plane", of ten Gaussians in the plane.
         student: First weights: "scratch" (random), "teacher" (the teacher's) or "far" (a teacher of negatives).
         rate: Learning rate of both Adams.
         rounds: Rounds of training; each is an update of the fake score and one of the generator.
@@ -56,12 +58,17 @@ class Regime:
     batch: int = 64
     loss: str = "diff-instruct"
 
+    @property
+    def size(self) -> int:
+        """Return d, the numbers of a sample."""
+        return 2 if self.network == "plane" else PIXELS
+
 
 def regime_of(network: str, student: str, loss: str = "diff-instruct") -> Regime:
     """Return the regime of a network, a student and a loss."""
-    rounds = 800 if (network, student, loss) == ("mlp", "scratch", "diff-instruct") else 300
-    sigma_init, batch = 80.0 if student == "scratch" else 2.5, 64 if network == "mlp" else 32
-    return Regime(network, student, RATES[network, student][LOSSES.index(loss)], rounds, sigma_init, batch, loss)
+    sigma_init = 10.0 if network == "plane" else 80.0 if student == "scratch" else 2.5
+    rate, batch = RATES[network, student][LOSSES.index(loss)], 32 if network == "conv" else 64
+    return Regime(network, student, rate, 300, sigma_init, batch, loss)
 
 
 class Streams:
@@ -129,11 +136,11 @@ class Trainer:
         return self._update(self.generator_optimizer, value)
 
     def sample(self) -> Tensor:
-        """Return generated samples x = G(z), shape (E, B, 64)."""
-        return generate(self.generator, self.streams.randn(self.regime.batch, PIXELS), self.regime)
+        """Return generated samples x = G(z), shape (E, B, d)."""
+        return generate(self.generator, self.streams.randn(self.regime.batch, self.regime.size), self.regime)
 
     def _noise(self) -> tuple[Tensor, Tensor]:
-        return self.streams.sigma(self.regime.batch), self.streams.randn(self.regime.batch, PIXELS)
+        return self.streams.sigma(self.regime.batch), self.streams.randn(self.regime.batch, self.regime.size)
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -146,31 +153,17 @@ class Trainer:
         return torch.optim.Adam(network.parameters(), lr=self.regime.rate, betas=(0.0, 0.999))
 
 
-def digits() -> Tensor:
-    """Return scikit-learn's handwritten digits as float32 in [-1, 1], shape (1797, 64), in their stored order.
-
-    Raises:
-        OptionError: If scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError as error:
-        cure = "pip install 'disback-plugin[demo]'"
-        raise OptionError("no scikit-learn", expected="the package that holds the digits", cure=cure) from error
-    return torch.from_numpy(load_digits().data).float() / 8 - 1
-
-
 def denoising_loss(denoiser: Denoiser, x_0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
     """Return Eq. 5 with the weight of EDM, shape ().
 
     Args:
         denoiser: E denoisers.
-        x_0: Clean images, shape (E, B, 64).
+        x_0: Clean samples, shape (E, B, d).
         sigma: Noise scales, shape (E, B, 1).
-        eps: Unit Gaussian noise, shape (E, B, 64).
+        eps: Unit Gaussian noise, shape (E, B, d).
     """
     output = denoiser(add_noise(x_0, eps, alpha=1.0, sigma=sigma), sigma[..., 0])
-    weight = losses.edm_weight(sigma, sigma_data=SIGMA_DATA)
+    weight = losses.edm_weight(sigma, sigma_data=denoiser.sigma_data)
     return losses.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
 
 
@@ -180,7 +173,7 @@ def first_student(regime: Regime, seeds: Sequence[int]) -> Denoiser:
         states = [random_weights(regime.network, torch.Generator().manual_seed(seed)) for seed in seeds]
         return ensemble(regime.network, states)
     student = load_teacher(regime.network, len(seeds))
-    if regime.student == "far":  # -D(-x, sigma): the teacher of the digits' negatives
+    if regime.student == "far":  # -D(-x, sigma): the teacher of the data's negatives
         state = student.state_dict()
         for name in ("body.first.weight", "body.last.weight", "body.last.bias"):
             state[name].neg_()
@@ -188,6 +181,6 @@ def first_student(regime: Regime, seeds: Sequence[int]) -> Denoiser:
 
 
 def generate(generator: torch.nn.Module, z: Tensor, regime: Regime) -> Tensor:
-    """Return G(z) = D_G(sigma_init z, sigma_init), shape (E, B, 64), for unit Gaussian z of that shape."""
+    """Return G(z) = D_G(sigma_init z, sigma_init), shape (E, B, d), for unit Gaussian z of that shape."""
     samples: Tensor = generator(regime.sigma_init * z, torch.tensor(regime.sigma_init))
     return samples
