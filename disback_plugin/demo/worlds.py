@@ -49,8 +49,8 @@ def mixture(centres: Tensor | None = None) -> Tensor:
         centres: Means, shape (k, 2); None draws ten in [-5, 5]^2, as the paper's E.1 does.
 
     Example:
-        >>> mixture(torch.tensor([[4.0, 0.0]])).mean(dim=0).round(decimals=1)
-        tensor([4., 0.])
+        >>> mixture(torch.tensor([[4.0, 1.0]])).mean(dim=0).round(decimals=1)
+        tensor([4., 1.])
     """
     stream = torch.Generator().manual_seed(0)
     centres = torch.rand(10, 2, generator=stream) * 10 - 5 if centres is None else centres
