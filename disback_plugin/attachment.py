@@ -56,6 +56,8 @@ def attach(
     plugins: PluginManager | Sequence[object] = (),
     restore: Restorable = "schedulers",
     log: str | os.PathLike[str] | None = None,
+    evaluate: Callable[[], Mapping[str, Any] | None] | None = None,
+    evaluate_every: int = 1_000,
 ) -> Handle:
     """Add DisBack to a training loop and return a handle, whose `detach()` removes it without a trace.
 
@@ -106,6 +108,12 @@ def attach(
             beside the path, as "PATH.log.jsonl", and none without a path. `plugins=("no:run_log",)` disables it. With
             record=0, a file is also how to ask whether the fake score follows the student: its gradients' agreement is
             logged, and a run that stalls or diverges is warned of, as while backtracking.
+        evaluate: Measures the student and returns numbers and pictures by name, which are logged as by `Handle.log`;
+            None logs nothing. It is called before the student's first update, not while recording, and then every
+            `evaluate_every` updates: after the step, with the original teacher in place and without gradient; the
+            global random states are restored. What else it changes, as a network's mode, it changes back. What it
+            raises ends the run. On several ranks all call it, and what rank 0 returns is logged.
+        evaluate_every: Generator updates between two evaluations, >= 1.
 
     Returns:
         The handle; as a context manager it detaches at the end of its block.
@@ -167,12 +175,14 @@ def attach(
         found = replace(found, sample=sample or found.sample, loss=loss or found.loss)
         plan = _plan_recording(path, record, every, codec, keep_teacher)
         options: dict[str, Any] = {"folder": None if plan is None else path, "monitors": log is not None}
+        options |= {"evaluate": evaluate, "evaluate_every": evaluate_every}
         return Session(found, parse(schedule), plugins=manager, restore=restore, **options), plan
 
     session, plan = distributed.on_every_rank(build, "have its roles")
     folder = None if path is None else Path(path).absolute()
     settings = {"record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
     settings |= {"schedule": repr(session.schedule)}
+    settings |= {} if evaluate is None else {"evaluate_every": evaluate_every}
     resumes = state is not None
     distributed.agree({"path": str(folder), "resumes": resumes, **settings})
     if distributed.is_main_process():

@@ -85,7 +85,7 @@ class _GradientTest:
     """
 
     def __init__(self, network: ScoreNetwork) -> None:
-        self._sample = WeightSample(network)
+        self._sample = WeightSample.of(network)
         self._last: Tensor | None = None
 
     @torch.no_grad()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from disback_plugin import distributed
 from disback_plugin.errors import StateError
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.plugins.run_log import valid_values
 from disback_plugin.session import Session
+from disback_plugin.session_measures import log_values
 
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
@@ -157,14 +155,4 @@ class Handle:
             >>> def after_a_while(handle: Handle, loss: Any) -> None:
             ...     handle.log({"loss": loss, "distance": 3.2, "samples": Path("samples/000100.png")})
         """
-        if not distributed.is_main_process():
-            return
-        session, update, recorded = self._session, self.generator_updates, self._session.recorded
-        found = valid_values(values)
-        pictures = {name: value for name, value in found.items() if isinstance(value, Path)}
-        numbers = {f"disback/{name.removeprefix('disback/')}": found[name] for name in found if name not in pictures}
-        if numbers:
-            now = {} if recorded is None else {"disback/recording": recorded}
-            session.plugins.call("disback_log", values=now | numbers, step=update)
-        if pictures and session.log is not None:
-            session.log.log(pictures, update, recording=recorded)
+        log_values(self._session, values)

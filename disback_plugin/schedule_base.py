@@ -50,6 +50,8 @@ class Schedule:
             (`disback_should_advance`).
         until_fitted: Whether recording ends as soon as s' is fitted. The schedule then takes its length from the
             recording (`settle`), and backtracking ends for good if s_phi diverges.
+        effective_step: How the schedule changes the generator's effective step, in a sentence for the log with a %d for
+            the schedule's length; "" if it does not.
         version: Version of the arguments' meaning. A state of another version is refused.
 
     Example:
@@ -68,6 +70,7 @@ class Schedule:
 
     discrete: bool = False
     until_fitted: bool = False
+    effective_step: str = ""
     version: int = 1
 
     def __call__(self, updates: int, nodes: int) -> Target:

@@ -29,6 +29,7 @@ from disback_plugin.plugins.run_log import RunLog
 from disback_plugin.progress import Phase, Progress
 from disback_plugin.recorder import Recorder
 from disback_plugin.schedule_base import Schedule
+from disback_plugin.session_measures import Evaluate, Measures
 from disback_plugin.weights.network import ScoreNetwork
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Session:
 
     Args:
         given: The four roles. Of the fake score's optimizers, those that do not step s_phi are left alone.
-        schedule, plugins, restore: As in `attach`, resolved.
+        schedule, plugins, restore, evaluate, evaluate_every: As in `attach`, resolved.
         folder: Folder of the path; None for none.
         monitors: Whether to say if s_phi follows the student although there is no path.
 
@@ -56,6 +57,7 @@ class Session:
         roles: Teacher, fake score and the optimizers of generator and fake score.
         signal: The value that `disback_should_advance` is given.
         monitor: What s_phi's gradients show while backtracking, else None.
+        measures: What is measured after each update of the generator.
         restorable: The objects that a recording advances; `to_restore` is the text of their states before it.
         warning: A text to be logged at the first generator step, unless a state is loaded before.
 
@@ -74,6 +76,8 @@ class Session:
         restore: Restorable,
         folder: str | os.PathLike[str] | None = None,
         monitors: bool = False,
+        evaluate: Evaluate | None = None,
+        evaluate_every: int = 1,
     ) -> None:
         self.generator_optimizers = unwrap(given.generator_optimizer, role="generator_optimizer")
         self._stand_in: Any = given.stand_in() if given.stand_in and folder is not None else nullcontext()
@@ -106,6 +110,7 @@ class Session:
         self.to_restore = ""  # the objects' states before the recording, until they are restored
         moved = None if folder is None else self.teacher
         self.hooks = OptimizerHooks(self.generator_optimizers, self.fake_score_optimizers, self.fake_score, self, moved)
+        self.measures = Measures(self, evaluate, evaluate_every)
         self._written = WrittenWeights(self.fake_score, self.fake_score_optimizers)
         self._until_recorded = ExitStack()
         self._unseen: list[UnseenUpdates] = []
@@ -131,6 +136,8 @@ class Session:
     def before_step(self, optimizer: Optimizer) -> None:
         """Capture the learning-rate schedulers before recording advances them, and restore them afterwards."""
         trains = optimizer in self.fake_score_optimizers
+        if optimizer in self.generator_optimizers:
+            self.measures.before_generator_step()
         if trains and self._written.left:
             self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
@@ -179,9 +186,10 @@ class Session:
         if self.scheduler is not None and updated:
             try:
                 self.scheduler.step(self.signal)
-                self._read_monitor(self.scheduler)
+                self.measures.read_monitor()
             except distributed.AbsentRankError as error:
                 self._end_early(error.found)
+            self.measures.after_update()
             if self._forwards is not None and self._forwards.check(self.position):
                 self._forwards = None
         if self.scheduler is not None:
@@ -208,20 +216,6 @@ class Session:
     def _end_early(self, found: str) -> None:
         logger.warning("found %s: backtracking ends here, and the teacher is s'_0 again", found)
         self._restore_teacher()
-
-    def _read_monitor(self, scheduler: TrajectoryScheduler) -> None:
-        """Read a finished window of s_phi's gradients, and perhaps end backtracking."""
-        if scheduler.done and self.path is not None:
-            self.monitor = None
-        if self.monitor is None or self.monitor.updates_left > 0:
-            return
-        from disback_plugin.monitor import report
-
-        ends = self.path is not None and self.schedule.until_fitted
-        update = self.progress.generator_updates
-        if report(self.monitor, self.plugins, update=update, position=scheduler.position, ends=ends):
-            scheduler.end_backtracking()
-            self.monitor = None
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 
@@ -295,6 +289,9 @@ class Session:
                     self._forwards = self._forwards or ForwardWatch(self.teacher)
                 monitored = moving or (self.path is None and self.monitors)
                 self.monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
+                self.measures.begin()
+                if moving and saved is None and self.schedule.effective_step:
+                    logger.info(self.schedule.effective_step, scheduler.plan.horizon)
 
     def _restore_teacher(self) -> None:
         if self.scheduler is not None:

@@ -42,6 +42,7 @@ def test_every_python_block_of_the_pages_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run()
     names = {
+        "generator": run.generator,
         "teacher": run.teacher,
         "fake_score": run.fake_score,
         "generator_optimizer": run.optimizer_g,

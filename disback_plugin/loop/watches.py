@@ -163,7 +163,7 @@ class WrittenWeights:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Surround a write of s_phi."""
-        self._sample = WeightSample(self._network)
+        self._sample = WeightSample.of(self._network)
         earlier = self._sample.weights()
         copies = [*master_copies(self._network, self._optimizers)]
         yield

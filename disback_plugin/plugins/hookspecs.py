@@ -205,9 +205,11 @@ class Specs:
                 then: "disback/recording", the recording iteration; "disback/agreement", the cosine between two
                 successive gradients of the fake score; and, where it is known, "disback/loss". At its end:
                 "disback/path_bytes", the size of the path, and "disback/node_seconds", the mean time of a node's write.
-                Once, as 1.0: "disback/stalled" or "disback/diverged", if a run stops converging. Every number given to
-                `Handle.log`. Every 50 updates: "disback/masked_samples", how many samples the losses on this process
-                left out since the last report because they were not finite, 0 included (`MaskedSamples`).
+                Once, as 1.0: "disback/stalled" or "disback/diverged", if a run stops converging. Now and then:
+                "disback/effective_step", the root mean square of the generator's steps over their learning rate. Every
+                number given to `Handle.log`, or returned by an evaluation (`attach(evaluate=)`). Every 50 updates:
+                "disback/masked_samples", how many samples the losses on this process left out since the last report
+                because they were not finite, 0 included (`MaskedSamples`).
             step: Generator updates so far.
 
         Example:

@@ -31,12 +31,17 @@ FOLLOWS = (
     "Mean cosine between gradients of the fake score in a row, in each window: near 0 it follows the student; above "
     "0.6, twice in a row, it does not."
 )
+EFFECTIVE_STEP = (
+    "Root mean square of the generator's steps in units of its learning rate, on a sample of its weights: a settled "
+    "Adam's is at most 1, and a larger one acts as a higher learning rate."
+)
 OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
     "position": ("position", POSITION, "", "steps", 0),
     "gradient": ("gradient factor", "Factor on the generator's gradient; 1 is the trainer's own.", "", "steps", 1),
     "swap_ms": ("swap time", "Time of the host for each move of the teacher.", "ms", "points", None),
     "masked_samples": ("masked samples", "Samples without a gradient, because they were not finite.", "", "points", 0),
     "agreement": ("agreement of s_phi's gradients", FOLLOWS, "", "points", None),
+    "effective_step": ("effective step", EFFECTIVE_STEP, "", "line", None),
     "stalled": ("stalled", "A point: the fake score no longer followed the student.", "", "points", 0),
     "diverged": ("diverged", "A point: the student ran away from the fake score.", "", "points", 0),
 }

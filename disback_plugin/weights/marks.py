@@ -26,27 +26,28 @@ SAMPLE = 4096
 
 
 class WeightSample:
-    """The places of a sample. Of a sharded network each rank samples its own shards.
+    """The places of a sample. Of sharded weights each rank samples its own shards.
 
     Args:
-        network: The network. Only its parameters are sampled.
+        weights: The weights.
+
+    Attributes:
+        parts: Each weight that has an element in the sample, the first of these, and how many there are.
 
     Example:
-        >>> from disback_plugin.weights.network import ScoreNetwork
         >>> net = nn.Linear(2, 1)
-        >>> WeightSample(ScoreNetwork(net)).weights().tolist() == [*net.weight[0].tolist(), net.bias.item()]
+        >>> WeightSample(net.parameters()).weights().tolist() == [*net.weight[0].tolist(), net.bias.item()]
         True
     """
 
-    def __init__(self, network: ScoreNetwork) -> None:
-        self.parameters = [tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter)]
-        elements = [_flat(weight).numel() for weight in self.parameters]
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        weights = [*weights]
+        elements = [_flat(weight).numel() for weight in weights]
         self._stride = max(-(-sum(elements) // SAMPLE), 1)
         first = [-offset % self._stride for offset in accumulate(elements, initial=0)]
-        # Parameter, its first element that is sampled, and the number of elements that are.
-        self._parts = [
+        self.parts = [
             (weight, start, -(-(count - start) // self._stride))
-            for weight, start, count in zip(self.parameters, first, elements, strict=False)
+            for weight, start, count in zip(weights, first, elements, strict=False)
             if start < count
         ]
 
@@ -70,15 +71,20 @@ class WeightSample:
             return found if found is not None and found.layout is torch.strided else None
 
         sample = self._draw(gradient)
-        if all(gradient(weight) is not None for weight, _, _ in self._parts):
+        if all(gradient(weight) is not None for weight, _, _ in self.parts):
             return sample, None
-        taking_part = [sample.new_full((n,), float(gradient(weight) is not None)) for weight, _, n in self._parts]
+        taking_part = [sample.new_full((n,), float(gradient(weight) is not None)) for weight, _, n in self.parts]
         return sample, torch.cat(taking_part) if taking_part else None
+
+    @classmethod
+    def of(cls, network: ScoreNetwork) -> WeightSample:
+        """Return a sample of a network's parameters."""
+        return cls(tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter))
 
     @torch.no_grad()
     def _draw(self, values_of: Callable[[Tensor], Tensor | None]) -> Tensor:
         drawn = []
-        for weight, first, count in self._parts:
+        for weight, first, count in self.parts:
             values = values_of(weight)
             if values is None:
                 drawn.append(torch.zeros(count, device=weight.device))

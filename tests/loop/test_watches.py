@@ -14,6 +14,7 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 import disback_plugin.convergence
+import disback_plugin.loop.effective_step
 import disback_plugin.recorder
 from disback_plugin.errors import DisbackError, RoleError, StateError, TrainingError
 
@@ -330,6 +331,7 @@ class Waits(TorchDispatchMode):
 def test_the_hooks_and_checks_never_wait_for_the_device(tmp_path, stage, monkeypatch):
     for module in (disback_plugin.convergence, disback_plugin.recorder):  # the fit is read every so many updates
         monkeypatch.setattr(module, "EVERY", 10**6)
+    monkeypatch.setattr(disback_plugin.loop.effective_step, "is_due", lambda update: update == 1000)
 
     def waits(attached):
         run = Run(optimizer="sgd-momentum")  # Adam on a CPU reads its counters
