@@ -63,20 +63,25 @@ def summary(run: History) -> str:
     Example:
         >>> from disback_plugin.plugins.log_reader import last_run
         >>> summary(last_run([{"update": 0, "position": 2.0}, {"update": 9, "position": 0.5}]))
-        'The teacher moved back from node 2 to position 0.5 by generator update 9.'
+        'The teacher moved back from position 2 to position 0.5 by generator update 9.'
     """
     completed, nodes, parts = run.completed(), len(run.nodes()), []
     if completed is not None:
         fit = f"fitted after {completed['fitted']}" if completed.get("fitted") else "not seen to be fitted"
-        parts.append(f"{nodes} node{'s' * (nodes != 1)} were recorded in {completed['iterations']} iterations ({fit})")
+        were = "node was" if nodes == 1 else "nodes were"
+        parts.append(f"{nodes} {were} recorded in {completed['iterations']} iterations ({fit})")
     elif run.recorded:
         parts.append(f"the recording came to iteration {run.recorded} and {nodes} node{'s' * (nodes != 1)}")
     moves = [(update, position) for update, position in run.curves().get("position", []) if position is not None]
-    if moves:
-        (_, first), (update, last) = moves[0], moves[-1]
+    if moves and moves[0][1]:
+        first, last = moves[0][1], moves[-1][1]
         where = "itself" if last == 0 else f"position {last:g}"
-        when = f"generator update {update}" if run.detached is None else f"update {run.detached}, where it was detached"
-        parts.append(f"the teacher moved back from node {first:g} to {where} by {when}")
+        when = f"generator update {next(update for update, position in moves if position == last)}"
+        if run.detached is not None:
+            when = f"update {run.detached}, where it was detached"
+        parts.append(f"the teacher moved back from position {first:g} to {where} by {when}")
+    elif moves and "gradient" in run.curves():
+        parts.append(f"the teacher did not move, and the generator's gradient was scaled to update {moves[-1][0]}")
     if not parts or run.updates > (moves[-1][0] if moves else 0):
         parts.append(f"the log ends at generator update {run.updates}")
     text = "; ".join(parts)

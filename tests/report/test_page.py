@@ -343,6 +343,23 @@ def test_the_page_begins_with_a_sentence_on_what_happened(tmp_path, text, steps,
     assert summary(history) in first_screen
 
 
+def test_the_sentence_tells_a_gradient_ramp_from_a_path_and_the_last_move_from_the_last_line(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), record=0, schedule=GradientRamp(3), log=tmp_path / "ramp.log.jsonl"):
+        run.steps(5)
+    assert summary(read(tmp_path / "ramp.log.jsonl")).startswith(
+        "The teacher did not move, and the generator's gradient was scaled to update 3"
+    )
+    lines = [{"update": u, "position": p, "gradient": g} for u, p, g in ((0, 0.9, 0.1), (2, 0.0, 0.4), (6, 0.0, 1.0))]
+    assert summary(last_run(lines)) == "The teacher moved back from position 0.9 to itself by generator update 2."
+    node = {"index": 1, "iteration": 3, "bytes": 1}
+    recorded = [
+        {"update": 0, "recording": 3, key: value}
+        for key, value in (("recorded", node), ("completed", {"iterations": 3}))
+    ]
+    assert summary(last_run([*recorded, *lines])).startswith("1 node was recorded in 3 iterations")
+
+
 def test_pictures_are_shown_though_no_number_was_logged(tmp_path):
     (tmp_path / "x.png").write_bytes(PNG)
     log = RunLog(tmp_path / "x.log.jsonl")
