@@ -60,7 +60,8 @@ class Options:
     """Hold the arguments of the trainer, which have the same names on the command line.
 
     Raises:
-        OptionError: If a recipe is given with one of the options that it sets, or a LoRA for a student that has none.
+        OptionError: If a recipe is given with one of the options that it sets, or a LoRA for a student that has none,
+            or if the evaluation is not known.
 
     Example:
         >>> Options(teacher="sd15", prompts="prompts.txt", output="out", recipe="sdxl").recording["record"]
@@ -97,6 +98,11 @@ class Options:
     resume: str | None = _option("folder of a checkpoint, or latest", None)
     sample_every: int = _option("generator updates between two grids of samples; 0 for none", 0)
     sample_count: int = _option("samples in a grid, of the first prompts", 4)
+    evaluate: str | None = _option(
+        "frechet:TIMM_MODEL, the distance from the teacher's samples; none unless given", None
+    )
+    evaluate_every: int = _option("generator updates between two evaluations", 1_000)
+    evaluate_count: int = _option("the last prompts, held out of the training for --evaluate", 256)
     report_to: str | None = _option("a tracker of accelerate: tensorboard, wandb, ...", None)
     seed: int = _option("seed of weights, prompts and noise", 0)
     push_to_hub: bool = _option("publish the output folder's weights and card", False)
@@ -104,6 +110,10 @@ class Options:
 
     def __post_init__(self) -> None:
         _ = self.recording
+        kind, _, model = (self.evaluate or "").partition(":")
+        if self.evaluate is not None and (kind != "frechet" or not model or self.evaluate_count < 2):
+            found = f"--evaluate {self.evaluate} --evaluate_count {self.evaluate_count}"
+            raise OptionError(found, expected="frechet:TIMM_MODEL on 2 prompts or more", cure="name a model of timm")
         if self.student == "full" and self.student_lora is not None:
             raise OptionError("--student full and --student_lora", expected="one of them", cure="omit one")
         if self.push_to_hub:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from diffusers.training_utils import EMAModel
+from disback_adapters.lcm_lora.evaluation import FrechetDistance
 from disback_adapters.lcm_lora.pipelines import Denoiser, load
 from disback_adapters.lcm_lora.roles import LOSSES, SUMMED, Options, assign_roles, noised
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -59,6 +60,11 @@ class Trainer:
         self.roles = assign_roles(options, self.pipeline, denoiser)
         size = pixels // self.pipeline.vae_scale_factor
         self.shape = (options.batch_size, denoiser.channels, size, size)
+        held_out = options.evaluate_count if options.evaluate else 0
+        self.prompts = self.embeddings.count - held_out  # those that the student is trained on, the first ones
+        if self.prompts < 1:
+            found = f"--evaluate_count {held_out} of {self.embeddings.count} prompts"
+            raise OptionError(found, expected="prompts to train on, too", cure="add prompts, or lower --evaluate_count")
         self.weights, self.fake_score_weights = self.roles.student.trainable(), self.roles.fake_score.trainable()
         self.optimizer, self.fake_score_optimizer = self.accelerator.prepare(
             Adam(self.weights, lr=options.learning_rate),
@@ -83,6 +89,8 @@ class Trainer:
             generator_optimizer=self.optimizer,
             fake_score_optimizer=self.fake_score_optimizer,
             path=None if recording.get("record") == 0 else options.path or self.output / "path",
+            evaluate=FrechetDistance(self, options.evaluate.partition(":")[2]) if options.evaluate else None,
+            evaluate_every=options.evaluate_every,
             plugins=(Trackers(accelerator),) if accelerator.is_main_process and accelerator.trackers else (),
             **recording,
         )
@@ -123,22 +131,27 @@ class Trainer:
 
     def update_generator(self) -> Tensor:
         """Move the student along the score difference; return the loss, shape (), which measures no progress."""
-        name, guidance = self.options.loss, self.options.guidance
+        name = self.options.loss
         x, conditions = self._sample()
         x_t, t, eps, at_t = noised(self.roles.teacher.noise, x.detach(), *COMPARED)
         options = {"prediction": self.roles.teacher.prediction, "weight": LOSSES[name](**at_t)} | at_t
         options |= {"eps": eps} if name == "dmd" else {}
         with torch.no_grad(), self.accelerator.autocast():
             fake = self.roles.fake_score(x_t, t, conditions)
-            if guidance != 1:  # both branches in one batch, that of no prompt first
-                options["guidance"], null = guidance, self.embeddings.null
-                conditions = {k: torch.cat([null[k].to(own).expand_as(own), own]) for k, own in conditions.items()}
-                x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
-            real = self.roles.teacher(x_t, t, conditions)
-        loss = getattr(kernels, name)(x, real, fake, **options)
+            real, guidance = self.run_teacher(x_t, t, conditions)
+        loss = getattr(kernels, name)(x, real, fake, guidance=guidance, **options)
         clip = CLIP * (x[0].numel() if name in SUMMED else 1)
         self._step(loss, self.roles.student, self.optimizer, self.weights, clip)
         return loss.detach()
+
+    def run_teacher(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, float | None]:
+        """Return the teacher's output and None, or its output on the doubled batch and the scale of its guidance."""
+        guidance, null = self.options.guidance, self.embeddings.null
+        if guidance == 1:
+            return self.roles.teacher(x_t, t, conditions), None
+        # Both branches in one batch, that of no prompt first.
+        both = {name: torch.cat([null[name].to(own).expand_as(own), own]) for name, own in conditions.items()}
+        return self.roles.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both), guidance
 
     def _step(
         self, loss: Tensor, role: Denoiser, optimizer: Any, weights: list[nn.Parameter], clip: float = CLIP
@@ -156,7 +169,7 @@ class Trainer:
     def _sample(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return samples of the student for random prompts, and their conditions."""
         # All numbers are drawn from the global streams, which a checkpoint holds.
-        rows = self.embeddings.rows(torch.randint(self.embeddings.count, self.shape[:1]).tolist())
+        rows = self.embeddings.rows(torch.randint(self.prompts, self.shape[:1]).tolist())
         device = self.accelerator.device
         conditions = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
         with self.accelerator.autocast():
@@ -217,23 +230,28 @@ class Trainer:
 
         The prompts are the first ones and the noise is the same each time; the global random streams are not used.
         """
-        options, device, vae = self.options, self.accelerator.device, getattr(self.pipeline, "vae", None)
+        options, device = self.options, self.accelerator.device
         count = min(options.sample_count, self.embeddings.count)
         z = torch.randn((count, *self.shape[1:]), generator=torch.Generator().manual_seed(options.seed))
         conditions = {name: value.to(device) for name, value in self.embeddings.rows(range(count)).items()}
         with torch.no_grad(), self.accelerator.autocast():
-            x = self.roles.student.generate(z.to(device), conditions)
-            if vae is not None:
-                vae.to(device)
-                shift = getattr(vae.config, "shift_factor", None) or 0.0
-                x = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
-                vae.to("cpu")  # training does not need it
-        grid = make_grid(x.float().cpu(), nrow=count, normalize=True, value_range=(-1, 1))
+            images = self.decode(self.roles.student.generate(z.to(device), conditions))
+        grid = make_grid(images.cpu(), nrow=count, normalize=True, value_range=(-1, 1))
         (self.output / "samples").mkdir(exist_ok=True)
         save_image(grid, self.output / "samples" / f"{updates:06d}.png")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"samples": grid[None]}, step=updates)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the images of samples, shape (B, C, H, W), in float32."""
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is not None:
+            vae.to(x.device)
+            shift = getattr(vae.config, "shift_factor", None) or 0.0
+            x = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
+            vae.to("cpu")  # training does not need it
+        return x.float()
 
     def export(self) -> None:
         """Write weights, scheduler and card into the output folder, and publish them if asked."""

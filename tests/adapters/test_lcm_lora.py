@@ -13,16 +13,24 @@ import pytest
 import tiny_pipelines
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from disback_adapters.lcm_lora import pipelines, training
+from disback_adapters.lcm_lora.evaluation import FrechetDistance, teacher_samples
 from disback_adapters.lcm_lora.pipelines import Embeddings
 from disback_adapters.lcm_lora.roles import Options, noised, read
 from disback_adapters.lcm_lora.training import Trainer
 from safetensors.torch import load_file
 
 import disback_plugin as disback
-from disback_plugin import noise
+from disback_plugin import metrics, noise
 from disback_plugin.errors import DisbackError, MismatchError, OptionError, RoleError
+from disback_plugin.plugins.log_reader import read as read_log
 
 PROMPTS = ("the digit seven", "the digit one", "a red cube")
 # Options of a short run that records, backtracks and ends.
@@ -202,6 +210,53 @@ def test_grids_of_samples_go_to_folder_and_tracker_and_change_no_weight(teachers
     written = events.read_bytes()
     assert b"samples" in written
     assert b"disback/position" in written
+
+
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sd3", marks=slow)])
+def test_a_student_is_followed_on_prompts_held_out_and_does_not_notice(teachers, tmp_path, monkeypatch, kind):
+    plain, asked, found = metrics.features, [], []
+    monkeypatch.setattr(metrics, "features", lambda name, **more: plain(name, pretrained=False, **more))
+    for name in ("seen", "unseen"):
+        more = {"evaluate": "frechet:resnet10t", "evaluate_every": 2, "evaluate_count": 2, "ema_decay": 0.5}
+        trainer = Trainer(options(teachers[kind], tmp_path / name, **more))
+        rows = trainer.embeddings.rows
+        monkeypatch.setattr(trainer.embeddings, "rows", lambda i, rows=rows: asked.extend(i) or rows(i))
+        if name == "unseen":
+            monkeypatch.setattr(FrechetDistance, "__call__", lambda self: None)
+            asked.clear()
+        trainer.run()
+        found.append(student_of(trainer))
+        AcceleratorState._reset_state(True)
+    assert same(*found)
+    assert set(asked) == {0}, "of three prompts two are held out"
+    curve = read_log(tmp_path / "seen" / "path.log.jsonl").curves()["distance_frechet"]
+    assert [update for update, _ in curve] == [0, 2, 4]
+    assert all(value > 0 for _, value in curve)
+    assert len({value for _, value in curve}) == 3
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd3"])
+def test_the_teachers_own_samples_are_those_of_its_pipeline(teachers, tmp_path, kind):
+    trainer = Trainer(options(teachers[kind], tmp_path, guidance=3.0))
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditions = trainer.embeddings.rows([0, 1])
+    with torch.no_grad():
+        found = teacher_samples(trainer, z, conditions)
+    pipeline = DiffusionPipeline.from_pretrained(teachers[kind])
+    pipeline.set_progress_bar_config(disable=True)
+    if kind == "sd15":
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    arguments = {"latents": z.clone(), "guidance_scale": 3.0, "output_type": "latent", "num_inference_steps": 25}
+    expected = pipeline(list(PROMPTS[:2]), **arguments).images
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_evaluation_that_is_not_known_or_leaves_no_prompt_stops_before_the_first_step(teachers, tmp_path):
+    for more in ({"evaluate": "fid"}, {"evaluate": "frechet:"}, {"evaluate": "frechet:a", "evaluate_count": 1}):
+        with pytest.raises(OptionError, match="TIMM_MODEL"):
+            options(teachers["sd15"], tmp_path, **more)
+    with pytest.raises(OptionError, match="3 of 3 prompts"):
+        Trainer(options(teachers["sd15"], tmp_path, evaluate="frechet:resnet10t", evaluate_count=3))
 
 
 def test_in_bfloat16_the_frozen_weights_are_and_the_trained_are_not(teachers, tmp_path):
