@@ -57,6 +57,12 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         logger.warning(
             "training.dmd.div_loss takes its targets from the teacher, which is at an earlier node while it moves back"
         )
+    if getattr(trainer, "fake_low_high_model", None) is not None:
+        logger.warning(
+            "training.dmd.phased.enable_fake_low_high compares the low expert's student with the high expert's teacher, "
+            "which moves along nodes that were recorded on the high expert's samples, and with a third fake score, "
+            "which is left alone. Set it to false to have each teacher follow its own student alone"
+        )
     if not phased:
         return Adapter(
             teacher=trainer.teacher_model.denoiser_module(),

@@ -20,7 +20,7 @@ from disback_plugin.weights import lora
 from disback_plugin.weights.marks import weights_checksum
 from disback_plugin.weights.modules import check_layout, named_modules, roots_of
 from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import FullState, Weight, increment_versions
+from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of, whole_shape
 from disback_plugin.weights.tensors import Checksum, Source, pieces
 
 # Layers whose adapter is W + s B A, or its transpose. FSDP2 makes subclasses; layers of quantised bases are others.
@@ -113,32 +113,53 @@ class MergedTeacher(ScoreNetwork):
     """A whole teacher whose nodes are LoRA adapters of another network on an equal base, which no optimizer steps.
 
     The base is the memory from which node 0 is restored, so it has to stay as it is; the teacher's other weights, and
-    its buffers, are never written. Under FSDP the two networks have to be sharded alike.
+    its buffers, are never written. Where FSDP cuts the two networks at other places, as FSDP1 does, each rank keeps the
+    base's values of its part of the teacher on the host.
 
     Args:
         teacher: The teacher.
         adapter: The LoRA adapter.
 
     Raises:
-        RoleError: If the adapter has layers of other kinds, or the networks are sharded differently.
+        RoleError: If the adapter has layers of other kinds, or the teacher is cut along another dimension than 0.
         MismatchError: If the base is another architecture.
     """
 
     def __init__(self, teacher: ScoreNetwork, adapter: ScoreNetwork) -> None:
         vars(self).update(vars(teacher))
         self._adapter = adapter
+        self._kept, self._differs = self._gather_base()
         layout = {weight.name: weight.meta.shape for weight in adapter._weights()}
-        for merge, weight, base in self._targets():
+        for merge, weight, _ in self._targets():
             shape, up, down = weight.meta.shape, layout[merge.up], layout.get(merge.down or "")
             fits = down is None or (up[1] == down[0] and up[0] * down[1:].numel() == shape.numel())
-            if shape != base.meta.shape or not fits:
+            if shape != whole_shape(merge.base) or not fits:
                 found = f"{merge.target} of shape {tuple(shape)} under a LoRA of another shape"
                 raise MismatchError(found, expected="an ungrouped layer of one shape in both networks", cure=_COPY)
-            if weight.part != base.part or (weight.part.dim and weight.part.stop is not None):
-                found = f"{merge.target}, of which a rank holds other elements in the teacher than in the base"
-                cure = "shard both alike, along dimension 0 (fully_shard), or neither"
-                raise RoleError(found, expected="a teacher and a fake score that are sharded alike", cure=cure)
+            if weight.part.dim and weight.part.stop is not None:
+                found = f"{merge.target} of the teacher, cut along dimension {weight.part.dim}"
+                cure = "shard it along dimension 0 (fully_shard), or not at all"
+                raise RoleError(found, expected="a teacher cut along dimension 0", cure=cure)
         self._base = self._base_checksum()
+
+    def _gather_base(self) -> tuple[dict[str, Tensor], set[str]]:
+        """Return this rank's part of the teacher's weights, as the base has them, where the base is cut elsewhere.
+
+        All ranks must call. Of weights that are never written, the names of those that differ are returned instead.
+        """
+        kept, differs, base = dict[str, Tensor](), set[str](), dict(self._base_parameters())
+        written = {merge.target for merge in self._merges()}
+        for weight in self._weights():
+            if weight.name not in base or whole_shape(base[weight.name]) != weight.meta.shape:
+                continue
+            like = Weight.of(weight.name, base[weight.name])
+            if like.part != weight.part:
+                part, own = part_of(like.whole().detach(), weight.part), weight.local()
+                if weight.name in written:
+                    kept[weight.name] = part.cpu().clone()
+                elif not torch.equal(part.to(own), own):
+                    differs.add(weight.name)
+        return kept, differs
 
     # -- what a path sees: the adapter ---------------------------------------------------------------------------------
 
@@ -157,7 +178,9 @@ class MergedTeacher(ScoreNetwork):
             if not weight.is_parameter:
                 continue
             like, own = base.get(weight.name), weight.local()
-            if like is None or like.part != weight.part or not torch.equal(like.local().to(own), own):
+            if like is not None and like.part != weight.part:
+                like = Weight(weight.name, self._kept.get(weight.name, own))
+            if like is None or weight.name in self._differs or not torch.equal(like.local().to(own), own):
                 raise MismatchError(
                     f"{weight.name} of the teacher, which differs from the base of LoRA adapter "
                     f"{self._adapter.lora_adapter!r} of the fake score",
@@ -205,7 +228,7 @@ class MergedTeacher(ScoreNetwork):
 
     def _base_checksum(self) -> str:
         """Return the checksum of what this rank holds of the base's weights under the adapter."""
-        return weights_checksum([base for _, _, base in self._targets()], alone=True)
+        return weights_checksum([Weight.of(merge.target, merge.base) for merge in self._merges()], alone=True)
 
     def _merged(self, source: Source, total: Checksum) -> Iterator[tuple[Weight, Tensor, Tensor, Tensor | None]]:
         """Yield pieces of the teacher's weights, flat: the entry, the teacher's, the base's, and what is added or None.
@@ -244,16 +267,20 @@ class MergedTeacher(ScoreNetwork):
             for name, parameter in lora.base_parameters(root):
                 yield f"{prefix}{name}", parameter
 
+    def _merges(self) -> Iterator[Merge]:
+        names = {weight.name for weight in self._adapter._weights()}
+        for prefix, root in self._adapter.modules().items():
+            yield from _merges(root, prefix, str(self._adapter.lora_adapter), names)
+
     def _targets(self) -> Iterator[tuple[Merge, Weight, Weight]]:
         """Yield each change of a weight, with the teacher's and the base's entry of that weight."""
-        names = {weight.name for weight in self._adapter._weights()}
         own = {weight.name: weight for weight in self._weights()}
-        for prefix, root in self._adapter.modules().items():
-            for merge in _merges(root, prefix, str(self._adapter.lora_adapter), names):
-                if merge.target not in own:
-                    found = f"a teacher without {merge.target}, on which the fake score has a LoRA"
-                    raise MismatchError(found, expected="the network that is the fake score's base", cure=_COPY)
-                yield merge, own[merge.target], Weight.of(merge.target, merge.base)
+        for merge in self._merges():
+            if merge.target not in own:
+                found = f"a teacher without {merge.target}, on which the fake score has a LoRA"
+                raise MismatchError(found, expected="the network that is the fake score's base", cure=_COPY)
+            kept = self._kept.get(merge.target)
+            yield merge, own[merge.target], Weight.of(merge.target, merge.base if kept is None else kept)
 
 
 _COPY = (
