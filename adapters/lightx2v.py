@@ -59,9 +59,9 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         )
     if getattr(trainer, "fake_low_high_model", None) is not None:
         logger.warning(
-            "training.dmd.phased.enable_fake_low_high compares the low expert's student with the high expert's teacher, "
-            "which moves along nodes that were recorded on the high expert's samples, and with a third fake score, "
-            "which is left alone. Set it to false to have each teacher follow its own student alone"
+            "training.dmd.phased.enable_fake_low_high compares the low expert's student with the high expert's "
+            "teacher, whose nodes are of the high expert's samples, and with a third fake score, which is left alone. "
+            "Set it to false to have each student follow its own teacher alone"
         )
     if not phased:
         return Adapter(

@@ -96,10 +96,10 @@ class UnseenUpdates:
 
 
 class ForwardWatch:
-    """Notices whether a network runs with its own weights: forward hooks, removed by the first such call.
+    """Notices in the first generator updates whether a network runs with its own weights, and as more than a score.
 
     Args:
-        network: The network.
+        network: The teacher.
     """
 
     def __init__(self, network: ScoreNetwork) -> None:
@@ -111,17 +111,26 @@ class ForwardWatch:
             logger.warning("a compiled teacher has its weights as constants (freezing), and cannot be moved")
         self._hooks = [module.register_forward_pre_hook(self._remember) for module in modules]
         self.seen, self._updates = not self._hooks, 0
+        # Of the present update, whether gradients reached the inputs of its forwards, and the updates with both kinds.
+        self._differentiated, self._both = set[bool](), 0
+        # The fake score's own network may be the base of the teacher's adapter.
+        alone = modules and network.lora_adapter is None
+        self._roots = [root.register_forward_pre_hook(self._inspect, with_kwargs=True) for root in roots if alone]
 
     def remove(self) -> None:
         """Remove the hooks."""
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._roots):
             hook.remove()
         self._hooks.clear()
 
     def check(self, position: float) -> bool:
-        """Return whether the answer is known, after a generator update; warn if it has not run in the first."""
+        """Return whether the answers are known, after a generator update; warn if the teacher has not run, or also so
+        that gradients reach its inputs.
+        """
         self._updates += 1
-        if not self.seen and self._updates < TEACHER_UPDATES:
+        self._both += len(self._differentiated) == 2
+        self._differentiated.clear()
+        if self._updates < TEACHER_UPDATES:
             return False
         self.remove()
         # A region that was compiled before runs without these hooks.
@@ -133,6 +142,12 @@ class ForwardWatch:
                 "Pass the very module that the loop runs as the teacher",
                 *(position, self._updates),
             )
+        if self._both == TEACHER_UPDATES:
+            logger.warning(
+                "in each generator update the teacher runs both with and without gradients to its inputs: beside the "
+                "score it seems to give features to a discriminator or another loss, and these are the active node's "
+                "during backtracking. disback_plugin.plugins.OriginalFeatures keeps those of the original teacher"
+            )
         return True
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -140,7 +155,16 @@ class ForwardWatch:
             return
         if self._own is None or any(id(tensor) in self._own for tensor in module._parameters.values()):
             self.seen = True
-            self.remove()
+            for hook in self._hooks:
+                hook.remove()
+
+    def _inspect(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A forward that somebody has replaced, as OriginalFeatures does, may not be the teacher's.
+        if torch.compiler.is_compiling() or "forward" in vars(module):
+            return
+        given = [t for value in (*args, *kwargs.values()) for t in (value if isinstance(value, list) else [value])]
+        reached = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given)
+        self._differentiated.add(reached)
 
 
 class WrittenWeights:

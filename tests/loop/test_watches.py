@@ -17,6 +17,7 @@ import disback_plugin.convergence
 import disback_plugin.loop.effective_step
 import disback_plugin.recorder
 from disback_plugin.errors import DisbackError, RoleError, StateError, TrainingError
+from disback_plugin.plugins import OriginalFeatures
 
 
 def weights_of(net):
@@ -227,6 +228,43 @@ def test_a_loop_that_runs_something_else_than_the_teacher_is_warned_once(recorde
         run.steps(8)
         assert not any(module._forward_pre_hooks for module in plain.modules())
     assert sum("no forward of it was seen" in record.message for record in caplog.records) == 1
+
+
+class SecondJob(Run):
+    """A loop whose teacher does more than one thing in a generator update."""
+
+    def __init__(self, jobs):
+        super().__init__()
+        self.jobs, self.count = jobs, 0
+
+    def generator_loss(self):
+        x, sigma, total = self.generator(self.randn(16, 2)), self.randn(16, 1).exp(), 0.0
+        self.count += 1
+        for job in self.jobs:
+            with torch.set_grad_enabled(job != "score" and (job != "evaluation" or self.count == 7)):
+                output = self.teacher(x, sigma)
+            total = total + (output.square().mean() if job != "score" else (x * output.detach()).mean())
+        return total
+
+
+@pytest.mark.parametrize(
+    ("jobs", "kept", "told"),
+    [
+        (["score", "features"], False, 1),
+        (["score", "score", "features", "features"], False, 1),
+        (["score", "features"], True, 0),  # by OriginalFeatures
+        (["score", "score"], False, 0),  # with and without a condition
+        (["SiD's gradient", "SiD's gradient"], False, 0),
+        (["score", "evaluation"], False, 0),  # once
+    ],
+)
+def test_a_teacher_with_a_second_job_is_named_once(recorded, caplog, jobs, kept, told):
+    run = SecondJob(jobs)
+    plugins = (OriginalFeatures(run.teacher, lambda active, original, *args: active(*args)),) if kept else ()
+    with disback.attach(**run.roles(), path=recorded, schedule="fixed:30", plugins=plugins):
+        run.steps(8)
+        assert not any(module._forward_pre_hooks for module in run.teacher.modules())
+    assert sum("features to a discriminator" in record.message for record in caplog.records) == told
 
 
 @pytest.mark.parametrize("part", ["all", "the last layer"])

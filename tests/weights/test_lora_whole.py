@@ -271,7 +271,7 @@ def on_a_rank(folder, forms):
             phase = handle.phase
         said.append((phase, len(set(held)), held, ScoreNetwork(run.teacher).fingerprint()))
         other = WholeTeacherRun(base_seed=4)
-        with pytest.raises(DisbackError, match="differs from the base|recorded with another"):
+        with pytest.raises(DisbackError, match=r"differs from the base|recorded with another"):
             disback.attach(**run.roles() | {"teacher": teacher(other.teacher)}, path=f"{folder}/other", **PLAN)
     return said
 
