@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     rows = [["", "recording", "distance at the end", "its ratio [min, max]", "rounds to the same distance"]]
     for name, found in result["runs"].items():
         low, high = found["range"]
-        rounds = "never" if found["needed"] is None else f"{found['needed']:.2f}"
+        rounds = "never" if found["rounds_ratio"] is None else f"{found['rounds_ratio']:.2f}"
         span = f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"
         rows.append([name, str(found["recorded"]), f"{found['final']:.2f}", span, rounds])
     print(aligned(rows, right=range(1, 5), indent=""))

@@ -190,20 +190,22 @@ class Study:
     def summarise(self, runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
         """Return the runs as plain numbers: for each, medians over the seeds of what was found seed by seed.
 
-        "final" is the distance at the end; "ratio" its ratio to the first run's, with its "range"; "needed" the part of
-        the rounds until it was as low as the first run's is at its end, None if the median seed never is.
+        "final" is the distance at the end, and "ratio" its ratio to the first run's, with its "range". "rounds_ratio"
+        is that of the rounds until a run is as low as the first run's end, None if the median seed never is.
         """
-        baseline, found = next(iter(runs.values())), {}
+        baseline, found, first = next(iter(runs.values())), {}, [1.0] * len(self.seeds)
         for name, run in runs.items():
             ratios = [a / b for a, b in zip(run.distance[-1], baseline.distance[-1], strict=True)]
             curves = (list(zip(run.rounds, curve, strict=True)) for curve in zip(*run.distance, strict=True))
             reached = map(crossing, curves, baseline.distance[-1])
-            rounds = median(math.inf if value is None else value for value in reached)
+            needed = [math.inf if rounds is None else max(rounds, 1.0) for rounds in reached]
+            first = needed if run is baseline else first
+            rounds = median(a / b for a, b in zip(needed, first, strict=True))
             found[name] = asdict(run) | {
                 "final": median(run.distance[-1]),
                 "ratio": median(ratios),
                 "range": [min(ratios), max(ratios)],
-                "needed": rounds / self.regime.rounds if math.isfinite(rounds) else None,
+                "rounds_ratio": rounds if math.isfinite(rounds) else None,
             }
         return found
 

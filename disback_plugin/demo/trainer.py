@@ -68,7 +68,7 @@ def regime_of(network: str, student: str, loss: str = "diff-instruct") -> Regime
     """Return the regime of a network, a student and a loss."""
     sigma_init = 10.0 if network == "plane" else 80.0 if student == "scratch" else 2.5
     rate, batch = RATES[network, student][LOSSES.index(loss)], 32 if network == "conv" else 64
-    return Regime(network, student, rate, 300, sigma_init, batch, loss)
+    return Regime(network, student, rate, 240, sigma_init, batch, loss)
 
 
 class Streams:
@@ -150,7 +150,7 @@ class Trainer:
         return loss.detach()
 
     def _adam(self, network: Denoiser) -> torch.optim.Optimizer:
-        return torch.optim.Adam(network.parameters(), lr=self.regime.rate, betas=(0.0, 0.999))
+        return torch.optim.Adam(network.parameters(), lr=self.regime.rate, betas=(0.0, 0.999), fused=True)
 
 
 def denoising_loss(denoiser: Denoiser, x_0: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
