@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.loop.optimizers import groups_of, parameters
 from disback_plugin.path.manifest import CONFIG, Manifest
-from disback_plugin.weights.modules import roots_of
+from disback_plugin.weights.modules import NO_DEEPSPEED, roots_of
 from disback_plugin.weights.network import Network, ScoreNetwork
 from disback_plugin.weights.sharding import local_tensor, whole_shape
 from disback_plugin.weights.tensors import memory_span, overlap
@@ -185,6 +186,8 @@ def check_roles(
     ):
         if missing:
             cure = "pass the very module that the optimizer was built from, or swap the two optimizers back"
+            if "deepspeed" in sys.modules:
+                cure += f". DeepSpeed in half precision steps float32 copies instead: {NO_DEEPSPEED}"
             raise RoleError(found, expected="the optimizer that trains it", cure=cure)
 
 

@@ -6,6 +6,9 @@ then copies the partition into the weights, which `link_hp_params` (:841) has ma
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
@@ -111,6 +114,14 @@ def test_a_fake_score_under_zero_is_refused_with_the_way_out(form, tmp_path):
     with pytest.raises(RoleError, match=r"fake score is trained by DeepSpeed \(ZeRO-1, ZeRO-2\).*fully_shard"):
         disback.attach(**roles, path=tmp_path / "path")
     assert not (tmp_path / "path").exists()
+
+
+def test_a_fake_score_in_half_precision_without_zero_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    run = Run()  # as DeepSpeed's stage 0 in bf16: the optimizer steps float32 copies, and nothing marks the weights
+    run.optimizer_f = torch.optim.Adam([p.detach().clone().requires_grad_() for p in run.fake_score.parameters()])
+    with pytest.raises(RoleError, match=r"steps nothing of the fake score.*DeepSpeed in half precision.*fully_shard"):
+        disback.attach(**run.roles() | {"fake_score": Engine(run.fake_score)}, path=tmp_path / "path")
 
 
 def test_an_engine_without_zero_is_seen_through(tmp_path):

@@ -265,9 +265,12 @@ def on_a_rank(folder, forms):
         run.optimizer_f = torch.optim.Adam(run.trained, lr=1e-2)
         held = []
         with disback.attach(**run.roles(), path=f"{folder}/{form}", **PLAN) as handle:
-            for _ in range(12):
+            for step in range(12):
                 run.step()
                 held.append(ScoreNetwork(run.teacher).fingerprint())
+                if step in (3, 8):  # in each stage, its own state fits
+                    handle.load_state_dict(handle.state_dict())
+                    assert ScoreNetwork(run.teacher).fingerprint() == held[-1]
             phase = handle.phase
         said.append((phase, len(set(held)), held, ScoreNetwork(run.teacher).fingerprint()))
         other = WholeTeacherRun(base_seed=4)
