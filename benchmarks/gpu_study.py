@@ -264,7 +264,7 @@ def main(arguments=None):
     began = time.time()
     torch.set_float32_matmul_precision("high")  # TF32
     options.out.mkdir(parents=True, exist_ok=True)
-    data = draw(plan["images"], plan["pixels"]).to(DEVICE)
+    data = draw(plan["images"], plan["pixels"], device=DEVICE)
     features = Features(data)
     if options.until:
         teacher = Denoiser(plan["pixels"], plan["channels"]).to(DEVICE).requires_grad_(False)
@@ -277,7 +277,7 @@ def main(arguments=None):
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU", "torch": torch.__version__,
         "weights": sum(p.numel() for p in teacher.parameters()), "plan": plan, "teacher losses": losses,
         "teacher": features.distance(sampled(teacher, plan)),
-        "other data": features.distance(draw(plan["samples"], plan["pixels"], seed=1).to(DEVICE)),
+        "other data": features.distance(draw(plan["samples"], plan["pixels"], seed=1, device=DEVICE)),
     }  # fmt: skip
     until = began + 0.94 * budget
     script = [sys.executable, __file__, "--out", options.out, "--until", until, *["--tiny"] * options.tiny, "--rates"]
