@@ -34,7 +34,7 @@ COMMON, *REST = BLOCKS
 SETTINGS = [block for block in REST if "SCRIPT=" in block]
 FIVE, LCM_FIVE = (block for block in REST if "RAMP=" in block)
 LCM_SETTINGS = [block for block in REST if "START=" in block]
-(EVALUATION,) = [block for block in REST if "fid.log" in block]
+(EVALUATION,) = [block for block in REST if "sid_metrics" in block]
 # The stand-in of a script, and the flags of its folder and of its rounds.
 STAND_INS = {
     "di_train.py": ("di_train.py", "--outdir", "--rounds"),
@@ -42,6 +42,7 @@ STAND_INS = {
     "main/train_sd.py": ("train_sd.py", "--output_path", "--train_iters"),
 }
 UPDATES = 10
+NAMES = ["baseline", "disback", "paper", "ramp", "faster"]
 
 RECORDER = """#!{python}
 import json, os, sys
@@ -49,6 +50,8 @@ with open({log!r}, "a") as f:
     print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=f)
 if "--ramp" in sys.argv:
     print(21)
+if "--fid" in sys.argv:  # as torch-fidelity prints it
+    print("frechet_inception_distance: 36.37")
 """
 
 
@@ -73,7 +76,7 @@ def expand(tmp_path):
         values |= {"SNAPSHOT": "a.pkl", "FOLDER": "runs", "OUT": "runs"}
         (tmp_path / "runs").mkdir(exist_ok=True)
         (tmp_path / "di_train.py").write_text("    resume_specs = {\n        'cifar10-uncond': 'a',\n    }\n")
-        for name in ("baseline", "disback", "paper", "ramp", "faster"):
+        for name in NAMES:
             (tmp_path / "runs" / "lcm-sd15" / name).mkdir(parents=True, exist_ok=True)
             (tmp_path / "runs" / "lcm-sdxl" / name).mkdir(parents=True, exist_ok=True)
         environment = os.environ | values | {"PATH": f"{programs}:{os.environ['PATH']}"}
@@ -143,7 +146,7 @@ def test_the_five_commands_of_a_setting_start_and_make_ten_updates(setting, expa
             assert "disback: attached to" in capsys.readouterr().err
             progress(tmp_path / value(ours, "--path"), out.name)
         assert (out / "losses.json").exists()
-    assert names == ["baseline", "disback", "paper", "ramp", "faster"]
+    assert names == NAMES
     assert flags[0] == flags[1] == flags[2] == flags[3]
     rates = [name for name in flags[0] if name in ("lr", "glr", "generator_lr", "guidance_lr")]
     assert len(rates) == 2
@@ -232,10 +235,12 @@ def test_the_commands_of_the_lcm_lora_trainer_start_and_make_ten_updates(setting
         if path := value(arguments, "--path"):
             records = recipes()[value(arguments, "--recipe")].record // 50 if "--recipe" in arguments else 6
             assert disback.DegradationPath(tmp_path / path).manifest.iterations == records
-    assert [Path(value(c, "--output")).name for c in trained] == ["baseline", "disback", "paper", "ramp", "faster"]
+    assert [Path(value(c, "--output")).name for c in trained] == NAMES
     ramp, *shown = shown
     assert ramp[2] == "--ramp"
     assert [c[0] for c in shown] == ["python", "fidelity"] * 5
+    logged = {(tmp_path / setting.split("OUT=")[1].split(";")[0] / out / "fid.log").read_text() for out in NAMES}
+    assert logged == {"checkpoint _10000 fid 36.37\n"}
     _, script, *arguments = shown[0]
     assert script == str(FOLDER / "sample.py")
     (tmp_path / "coco-30k.txt").write_text("the digit one\n")
