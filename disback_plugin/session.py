@@ -106,6 +106,8 @@ class Session:
         self.monitor: DivergenceMonitor | None = None  # while backtracking
         self._generator_steps = 0
         self._student_alone = False  # the fake score has not stepped yet, and the generator has
+        self._first = ""  # the role that steps first in a round of the loop
+        self._fake_score_waits = False  # at s'_N for the generator's first update
         self.restorable = RestorableObjects(restore, (*self.generator_optimizers, *self.fake_score_optimizers))
         self.to_restore = ""  # the objects' states before the recording, until they are restored
         moved = None if folder is None else self.teacher
@@ -136,6 +138,7 @@ class Session:
     def before_step(self, optimizer: Optimizer) -> None:
         """Capture the learning-rate schedulers before recording advances them, and restore them afterwards."""
         trains = optimizer in self.fake_score_optimizers
+        self._first = self._first or ("fake_score" if trains else "generator")
         if optimizer in self.generator_optimizers:
             self.measures.before_generator_step()
         if trains and self._written.left:
@@ -159,8 +162,10 @@ class Session:
             return 1.0 if self._student_alone else None
         return self.scheduler.gradient_factor
 
-    def learning_rate_factor(self) -> int:
-        """Return the factor on the learning rate of s_phi."""
+    def learning_rate_factor(self) -> int | None:
+        """Return the factor on the learning rate of s_phi; None where the generator is to be updated before it."""
+        if self._fake_score_waits:
+            return None
         return 1 if self.recorder is None else self.recorder.learning_rate_factor
 
     def after_fake_score_step(self, updated: bool, idle: set[int]) -> None:
@@ -184,6 +189,7 @@ class Session:
             logger.warning("%s", self.warning)
             self.warning = ""
         if self.scheduler is not None and updated:
+            self._fake_score_waits = False
             try:
                 self.scheduler.step(self.signal)
                 self.measures.read_monitor()
@@ -198,6 +204,7 @@ class Session:
             # A teacher in train mode may have changed its running statistics meanwhile.
             distributed.on_every_rank(self._restore_teacher, "read node 0")
             self._backtrack()
+            self._fake_score_waits = self._first == "generator" and not self.separate
             logger.info("%r", self)
         elif not self.progress.fake_score_updates and not self.progress.recorded:
             self._student_alone = True
@@ -289,9 +296,7 @@ class Session:
                     self._forwards = self._forwards or ForwardWatch(self.teacher)
                 monitored = moving or (self.path is None and self.monitors)
                 self.monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
-                self.measures.begin()
-                if moving and saved is None and self.schedule.effective_step:
-                    logger.info(self.schedule.effective_step, scheduler.plan.horizon)
+                self.measures.begin(scheduler, resumes=saved is not None)
 
     def _restore_teacher(self) -> None:
         if self.scheduler is not None:
@@ -327,7 +332,7 @@ class Session:
         recording = progress.phase is Phase.RECORDING
         if self.log is not None and self.hooks.installed:
             self.log.resume(update=progress.generator_updates, recording=progress.recorded if recording else None)
-        self.warning, self.to_restore = "", restore
+        self.warning, self.to_restore, self._fake_score_waits = "", restore, False
         self._written.left = 0
         if self.scheduler is None:
             distributed.on_every_rank(self._restore_teacher, "read node 0")

@@ -23,6 +23,7 @@ from disback_plugin.monitor import report
 from disback_plugin.plugins.run_log import valid_values
 
 if TYPE_CHECKING:
+    from disback_plugin.scheduler import TrajectoryScheduler
     from disback_plugin.session import Session
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,11 @@ class Measures:
         self._step: EffectiveStep | None = None
         self._begins = False  # whether no update was made since `begin`
 
-    def begin(self) -> None:
-        """Begin to measure the generator's step, where somebody reads the numbers."""
-        session = self._session
+    def begin(self, scheduler: TrajectoryScheduler, *, resumes: bool) -> None:
+        """Say how the schedule changes the generator's step, and measure it where somebody reads the numbers."""
+        session, plan = self._session, scheduler.plan
+        if session.schedule.effective_step and plan.nodes and not (resumes or scheduler.done):
+            logger.info(session.schedule.effective_step, plan.horizon)
         reads = session.log is not None or session.plugins.listens("disback_log")
         self._step = EffectiveStep(session.hooks.generator) if reads and distributed.is_main_process() else None
         self._begins = True

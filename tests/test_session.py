@@ -292,3 +292,50 @@ def test_detach_while_recording_leaves_the_teacher_as_it_was(tmp_path):
     with disback.attach(**run.roles(), path=tmp_path, record=9, every=3):
         run.steps(3)
     assert difference(ScoreNetwork(run.teacher).state_dict(), original) == []
+
+
+class GeneratorFirst(Run):
+    """A loop in the order of Algorithm 2: the generator's update, then those of s_phi."""
+
+    fake_steps = 1
+
+    def step(self):
+        self.generator_step()
+        for _ in range(self.fake_steps):
+            self.fake_step()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd-momentum"])
+@pytest.mark.parametrize("fake_steps", [1, 2, 3])
+def test_with_the_generator_first_in_a_round_its_first_update_sees_the_last_node_as_algorithm_2(
+    tmp_path, fake_steps, optimizer
+):
+    run, hand = GeneratorFirst(optimizer=optimizer), GeneratorFirst(optimizer=optimizer)
+    run.fake_steps = hand.fake_steps = fake_steps
+    plan = {"record": 6, "every": 2, "codec": "exact", "schedule": "fixed:2,2"}
+    with disback.attach(**run.roles(), path=tmp_path / "p", **plan) as handle:
+        while handle.phase == "recording":
+            run.step()
+        assert handle.generator_updates == 0
+        start, last = run.checkpoint(), dict(handle.path[3])
+        # Forwards in training mode go on changing the running statistics.
+        assert all(torch.equal(weight, last[name]) for name, weight in run.fake_score.named_parameters())
+        run.steps(6)
+        found = everything(run)
+    hand.load(start)
+    scheduler = disback.TrajectoryScheduler(tmp_path / "p", hand.teacher, schedule="fixed:2,2")
+    scheduler.start()
+    for _ in range(6):
+        hand.generator_step()
+        scheduler.step()
+        for _ in range(fake_steps):
+            hand.fake_step()
+    assert difference(everything(hand), found) == []
+
+
+def test_with_the_fake_score_first_it_is_updated_before_the_generator_as_ever(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "p", record=4, every=2, schedule="warm") as handle:
+        run.steps(4)
+        run.fake_step()
+        assert (handle.generator_updates, handle.fake_score_updates) == (0, 5)

@@ -63,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VARIABLE",
         help="object, beside the learning-rate schedulers, that goes back to its beginning after the recording",
     )
+    add(
+        "--evaluate",
+        default="",
+        metavar="MODULE:FUNCTION",
+        help="function that measures the student and returns numbers by name; each of its arguments is the script's "
+        "variable of that name",
+    )
+    add("--evaluate-every", type=int, metavar="N", help="generator updates between two evaluations (1000)")
     add("script", metavar="SCRIPT", help="Python file; it runs as __main__")
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
     parser.set_defaults(runs_user_code=True)
@@ -87,8 +95,12 @@ def run(options: argparse.Namespace) -> None:
         roles: dict[str, str] = {}
         for role, _, variable in (each.partition("=") for each in options.roles):
             roles[role] = f"{roles[role]},{variable}" if role in roles else variable
-        shared = {name: getattr(options, name) for name in ("plugins", "codec", "watch", "saves", "restore")}
+        shared = {
+            name: getattr(options, name) for name in ("plugins", "codec", "watch", "saves", "restore", "evaluate")
+        }
         shared["roles"] = roles
+        if options.evaluate_every is not None:
+            shared["evaluate_every"] = options.evaluate_every
         ScriptRunner(options.adapter, options.path, **shared, **runner_options).run(options.script, options.arguments)
     finally:
         logger.removeHandler(handler)

@@ -33,6 +33,7 @@ from disback_plugin.attachment import attach
 from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleError
 from disback_plugin.handle import Handle
 from disback_plugin.launch import ROLES, Watch, validated_roles, validated_watch, watches_of
+from disback_plugin.launch.evaluations import find_evaluation
 from disback_plugin.launch.forwards import FirstForward
 from disback_plugin.launch.imports import call_after_import, replace
 from disback_plugin.launch.states import SavedStates
@@ -59,7 +60,8 @@ class ScriptRunner:
             forward with gradients.
         saves: Further functions that write the trainer's checkpoint.
         restore: Variables of the script whose objects are passed as `restore` to `attach`; none for its default.
-        options: Further arguments of `attach`: record, every, codec, schedule.
+        evaluate: "module:function" that is passed as `evaluate` to `attach`, with variables of the script.
+        options: Further arguments of `attach`: record, every, codec, schedule, evaluate_every.
 
     Attributes:
         handle: The handle that `attach` returned, or None before that.
@@ -80,6 +82,7 @@ class ScriptRunner:
         watch: str = "",
         saves: Sequence[str] = (),
         restore: Sequence[str] = (),
+        evaluate: str = "",
         **options: Any,
     ) -> None:
         self.handle: Handle | None = None
@@ -92,7 +95,7 @@ class ScriptRunner:
             watches = (Watch(validated_watch(watch), frame="", knows="", needs=ROLES),)
         self._watches = tuple(with_fields(each, saves=(*each.saves, *saves)) for each in watches)
         self._roles, self._restore = validated_roles(roles or {}, adapter, self._watches), restore
-        self._states = SavedStates(self._path)
+        self._states, self._evaluate = SavedStates(self._path), evaluate
         self._forwards: FirstForward | None = None
         self._generator: ScoreNetwork | None = None
         self._until_attached, self._until_exit = ExitStack(), ExitStack()
@@ -234,6 +237,7 @@ class ScriptRunner:
                 plugins=self._plugins,
                 **self._options,
                 **self._find_restorable(watch, frame),
+                evaluate=find_evaluation(self._evaluate, frame) if self._evaluate else None,
             )
         except DisbackError as error:
             self._failure = error  # a script that catches the error is stopped at its first optimizer step

@@ -56,8 +56,8 @@ class StepListener(Protocol):
     def gradient_factor(self) -> float | None:
         """Return the factor on the generator's gradient in its next step; None holds the generator still."""
 
-    def learning_rate_factor(self) -> int:
-        """Return the factor on the fake score's learning rate in its next step."""
+    def learning_rate_factor(self) -> int | None:
+        """Return the factor on the fake score's learning rate in its next step; None holds the fake score still."""
 
     def after_generator_step(self, updated: bool) -> None:
         """Handle a finished update of the generator, with whether it changed a weight."""
@@ -181,18 +181,21 @@ class OptimizerHooks:
         self._running.add(optimizer)
         self._listener.before_step(optimizer)
         factor: float | None = 1.0
+        rate: int | None = 1
         if optimizer in self.generator.optimizers:
             # Asked before an update may end here: these gradients were computed with the present teacher.
             factor = self._listener.gradient_factor()
         roles = [role for role in self._roles if optimizer in role.optimizers]
         for role in roles:
             role.before_step(optimizer)
-        if self.fake_score in roles and (rate := self._listener.learning_rate_factor()) != 1:
+        if self.fake_score in roles:
+            rate = self._listener.learning_rate_factor()
+        if rate not in (None, 1):
             self._rates[optimizer] = scale_learning_rates(optimizer, self.fake_score.weights(optimizer), rate)
 
         def change_gradients() -> None:
             for role in roles:
-                held = role is self.generator and factor is None
+                held = (factor if role is self.generator else rate) is None
                 role.had_gradients[optimizer] = not held and has_gradients(role.weights(optimizer))
                 if held:
                     self._hidden[optimizer] = hide_gradients(role.weights(optimizer))

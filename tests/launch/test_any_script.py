@@ -10,6 +10,7 @@ from scripts import PLAN, TRAINERS, disback_run, networks, run_plain
 from worlds import difference
 
 import disback_plugin as disback
+from disback_plugin.plugins.log_reader import read
 
 SID = ("--role", "teacher=true_score", "--role", "generator_optimizer=g_optimizer")
 PLAIN = (
@@ -55,6 +56,20 @@ def test_a_script_without_functions_runs_and_resumes_from_its_own_checkpoint(run
     assert code == 0, errors
     assert "backtracking: position 1 (N = 3" in errors
     assert "5 generator updates" in errors
+
+
+def test_a_function_of_the_user_measures_the_scripts_variables(run, tmp_path, monkeypatch):
+    (tmp_path / "measures.py").write_text(
+        "import torch\n"
+        "def student(nets):\n"
+        "    return {'distance': nets['student'](torch.ones(1, 2), torch.ones(1, 1)).norm()}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    measured = ("--evaluate", "measures:student", "--evaluate-every", "4")
+    code, errors = run(*PLAIN, *PLAN, *measured, script="plain_loop.py")
+    assert code == 0, errors
+    assert "disback: update 4: distance " in errors
+    assert [update for update, _ in read(tmp_path / "path.log.jsonl").curves()["distance"]] == [0, 4, 8, 12]
 
 
 def test_what_the_user_names_goes_back_to_its_beginning_after_the_recording(run):
@@ -107,6 +122,8 @@ def test_a_script_that_fails_before_its_first_step_is_not_told_about_optimizers(
          "own, each role an optimizer of its own: first, last, optimizer in the script"),
         (("--role", "teacher=nets.-1"), "plain_loop.py", "found --role teacher=nets.-1"),
         ((*PLAIN, "--restore", "rampe"), "plain_loop.py", "no variable 'rampe'"),
+        ((*PLAIN, "--evaluate", "nowhere:f"), "plain_loop.py", "no function 'nowhere:f'"),
+        ((*PLAIN, "--evaluate", "shutil:copyfile"), "plain_loop.py", "among src, dst"),
         ((), "sid_train.py", "use --adapter sid, which knows this trainer"),
         (PLAIN, "train_edm.py", "use --adapter dmd2, which knows this trainer"),
     ],
