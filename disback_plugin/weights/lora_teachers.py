@@ -128,7 +128,7 @@ class MergedTeacher(ScoreNetwork):
     def __init__(self, teacher: ScoreNetwork, adapter: ScoreNetwork) -> None:
         vars(self).update(vars(teacher))
         self._adapter = adapter
-        self._kept, self._differs = self._gather_base()
+        self._kept = dict(self._gather_base())
         layout = {weight.name: weight.meta.shape for weight in adapter._weights()}
         for merge, weight, _ in self._targets():
             shape, up, down = weight.meta.shape, layout[merge.up], layout.get(merge.down or "")
@@ -142,24 +142,16 @@ class MergedTeacher(ScoreNetwork):
                 raise RoleError(found, expected="a teacher cut along dimension 0", cure=cure)
         self._base = self._base_checksum()
 
-    def _gather_base(self) -> tuple[dict[str, Tensor], set[str]]:
-        """Return this rank's part of the teacher's weights, as the base has them, where the base is cut elsewhere.
+    def _gather_base(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield this rank's part of the teacher's parameters as the base has them, where the base is cut elsewhere.
 
-        All ranks must call. Of weights that are never written, the names of those that differ are returned instead.
+        All ranks must call.
         """
-        kept, differs, base = dict[str, Tensor](), set[str](), dict(self._base_parameters())
-        written = {merge.target for merge in self._merges()}
-        for weight in self._weights():
-            if weight.name not in base or whole_shape(base[weight.name]) != weight.meta.shape:
-                continue
-            like = Weight.of(weight.name, base[weight.name])
-            if like.part != weight.part:
-                part, own = part_of(like.whole().detach(), weight.part), weight.local()
-                if weight.name in written:
-                    kept[weight.name] = part.cpu().clone()
-                elif not torch.equal(part.to(own), own):
-                    differs.add(weight.name)
-        return kept, differs
+        own = {weight.name: weight for weight in self._weights()}
+        for name, parameter in self._base_parameters():
+            like, weight = Weight.of(name, parameter), own.get(name)
+            if weight is not None and like.meta.shape == weight.meta.shape and like.part != weight.part:
+                yield name, part_of(like.whole().detach(), weight.part).cpu().clone()
 
     # -- what a path sees: the adapter ---------------------------------------------------------------------------------
 
@@ -178,9 +170,8 @@ class MergedTeacher(ScoreNetwork):
             if not weight.is_parameter:
                 continue
             like, own = base.get(weight.name), weight.local()
-            if like is not None and like.part != weight.part:
-                like = Weight(weight.name, self._kept.get(weight.name, own))
-            if like is None or weight.name in self._differs or not torch.equal(like.local().to(own), own):
+            base_values = self._kept.get(weight.name, None if like is None else like.local())
+            if base_values is None or not torch.equal(base_values.to(own), own):
                 raise MismatchError(
                     f"{weight.name} of the teacher, which differs from the base of LoRA adapter "
                     f"{self._adapter.lora_adapter!r} of the fake score",
