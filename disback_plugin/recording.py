@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from disback_plugin import distributed
 from disback_plugin.errors import OptionError, TrainingError

@@ -115,7 +115,7 @@ def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
 def _distances(path: DegradationPath) -> tuple[int, list[float]]:
     """Return the number of weights, and each node's distance to the teacher."""
     import torch
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     from disback_plugin.path.delta import NodeSource
     from disback_plugin.weights.tensors import pieces

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import disback_plugin as disback
 from disback_plugin.demo.figures import GRID, Frame, draw
