@@ -3,6 +3,7 @@
     python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; all regimes unless some are named: hours
     python benchmarks/bench_convergence.py REGIME... --out DIR --own       # also each method at its own best rate
     python benchmarks/bench_convergence.py REGIME... --out DIR --halves    # also warm start and path of auto alone
+    python benchmarks/bench_convergence.py REGIME... --out DIR --compare   # the candidates for the default and controls
     python benchmarks/bench_convergence.py --keep DIR              # results in DIR into convergence.jsonl, EVIDENCE.md
     python benchmarks/bench_convergence.py --figures DIR           # figures of the kept results into DIR
     pytest -m slow benchmarks/bench_convergence.py                 # one tiny regime
@@ -26,7 +27,7 @@ import convergence_results as results
 import convergence_tables as tables
 import pytest
 import torch
-from convergence_methods import ABLATED, BASELINE, HALVES, METHODS, REGIMES, Regime
+from convergence_methods import ABLATED, BASELINE, COMPARISON, HALVES, METHODS, NEW_REGIMES, REGIMES, Regime
 from convergence_runs import Distillation
 from convergence_worlds import RECIPES, students, world
 from tqdm import tqdm
@@ -37,21 +38,22 @@ RATES = (5e-4, 1e-3, 2e-3)
 CLOSE = 1.1
 
 
-def distil(regime, methods, rates, part, folder, title, *, curves=True):
+def distil(regime, methods, rates, part, folder, title, *, curves=True, steps=False, seeds=None):
     """Run the methods of one regime; return each method's curves and its recordings."""
-    place, seeds = world(regime.world), regime.seeds(part)
+    place, seeds = world(regime.world), seeds or regime.seeds(part)
     bank = students(place, "teacher", part, seeds, folder)
     student = students(place, regime.student, part, seeds, folder)
     runs = Distillation(place, regime, methods, rates, seeds, bank, student)
     runs.record()
     excess = runs.excess()
     with tqdm(total=regime.updates, desc=title, unit="update", leave=False) as bar:
-        found = runs.train(regime.updates, bar.update, curves=curves)
+        found = runs.train(regime.updates, bar.update, curves=curves, steps=steps)
     result = {}
     for i, method in enumerate(methods):
         mine = slice(i * len(seeds), (i + 1) * len(seeds))
         fitted = [runs.clock(member) for member in range(len(runs.methods))[mine]]
-        result[method.name] = {
+        more = {"steps": found["steps"][mine]} if steps else {}
+        result[method.name] = more | {
             "updates": found["updates"],
             "ema": [values[mine] for values in found["ema"]],
             "raw": [values[mine] for values in found["raw"]],
@@ -154,16 +156,44 @@ def study(name: str, folder: Path, *, own: bool = False, halves: bool = False) -
             partial.rename(file)
 
 
+def compare(name: str, folder: Path, times: float, seeds: list[int]) -> None:
+    """Run candidates and controls at Diff-Instruct's rate, or a multiple, and add a line to those that are kept."""
+    line = {"regime": name, "times": times, "seeds": seeds}
+    if any(line.items() <= known.items() for known in results.compared()):
+        return
+    regime = (REGIMES | NEW_REGIMES)[name]
+    known = [entry["base"] for entry in results.compared() if entry["regime"] == name]
+    base = known[0] if known else results.kept()[name]["rate"] if name in REGIMES else quick_rate(name, folder)
+    rates = [times * base] * len(COMPARISON)
+    found = distil(regime, COMPARISON, rates, "compared", folder, f"{name} x {times:g}", steps=True, seeds=seeds)
+    with results.COMPARED_LINES.open("a") as lines:
+        lines.write(json.dumps(line | {"base": base, "runs": results.rounded(found)}) + "\n")
+
+
+def quick_rate(name, folder):
+    """Return Diff-Instruct's best of `RATES` on two tuning seeds, ten in 2-D: all that is chosen in a new regime."""
+    regime = NEW_REGIMES[name]
+    seeds = list(range(100, 110 if regime.world.endswith("2d") else 102))
+    methods = [replace(BASELINE, name=f"{rate:g}") for rate in RATES]
+    runs = distil(regime, methods, RATES, "compared", folder, f"{name}: rate", curves=False, seeds=seeds)
+    scores = {rate: median(map(results.final, results.curves(run["ema"]))) for rate, run in runs.items()}
+    print(name, scores, flush=True)
+    return best(scores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of: {', '.join(REGIMES)}")
     parser.add_argument("--out", type=Path, help="folder for teachers and results")
     parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
     parser.add_argument("--halves", action="store_true", help=f"with --out: auto's halves ({', '.join(ABLATED)})")
+    parser.add_argument("--compare", action="store_true", help="with --out: candidates for the default, and controls")
+    parser.add_argument("--times", type=float, default=1.0, help="with --compare: multiple of Diff-Instruct's rate")
+    parser.add_argument("--seeds", type=int, nargs="+", help="with --compare: other seeds than the regime's")
     parser.add_argument("--keep", type=Path, help="folder of results to copy into convergence.jsonl and EVIDENCE.md")
     parser.add_argument("--figures", type=Path, help="folder for figures")
     arguments = parser.parse_args()
-    unknown = [name for name in arguments.regimes if name not in REGIMES]
+    unknown = [name for name in arguments.regimes if name not in REGIMES | NEW_REGIMES]
     if unknown or sum(folder is not None for folder in (arguments.out, arguments.keep, arguments.figures)) != 1:
         parser.error(f"no regime {unknown[0]!r}" if unknown else "one of --out, --keep and --figures")
     torch.set_num_threads(1)
@@ -179,6 +209,10 @@ def main() -> None:
         with tqdm(arguments.regimes or REGIMES, unit="regime") as bar:
             for name in bar:
                 bar.set_description(name)
+                if arguments.compare:
+                    seeds = arguments.seeds or (REGIMES | NEW_REGIMES)[name].seeds("compared")
+                    compare(name, arguments.out, arguments.times, seeds)
+                    continue
                 study(name, arguments.out, own=arguments.own, halves=arguments.halves)
 
 

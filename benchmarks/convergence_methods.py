@@ -9,7 +9,17 @@
 | fixed         | 50              | 3/4, 2/4, 1/4: 20, 60, 60 updates | as it is                  |
 | auto          | until fitted    | moves back in F updates           | whole after 3F            |
 
-auto's recording has twice the learning rate until s' is fitted.
+A recording until fitted has twice the learning rate until s' is fitted. Candidates for the default and the controls that they
+have to beat, which have F from the same recording ("auto" is among them, unchanged):
+
+| method             | recording    | teacher                 | generator's gradient                                        |
+|--------------------|--------------|-------------------------|-------------------------------------------------------------|
+| warm, fitted       | until fitted | s'_0                    | as it is                                                    |
+| walk               | until fitted | moves back in F updates | as it is                                                    |
+| walk, divided      | until fitted | moves back in F updates | 1 / (1 - position / N)                                      |
+| walk, capped       | until fitted | moves back in F updates | as it is; RMS of the step over the rate <= 1 for 10F        |
+| ramp 3F            | not charged  | s'_0                    | as auto's: a control                                        |
+| diff-instruct 1.25 | none         | s'_0                    | as it is; 1.25 times the rate, of both networks: a control  |
 
 The path has one node: the straight line from s'_0 to s'_N. "fixed" has its positions on quarters of that line,
 not on recorded nodes between.
@@ -23,7 +33,19 @@ import torch
 
 from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Schedule, Target, WarmStart
 
-__all__ = ["ABLATED", "BASELINE", "HALVES", "METHODS", "REGIMES", "Method", "Regime", "SingleAuto"]
+__all__ = [
+    "ABLATED",
+    "BASELINE",
+    "CANDIDATES",
+    "COMPARISON",
+    "HALVES",
+    "METHODS",
+    "NEW_REGIMES",
+    "REGIMES",
+    "Method",
+    "Regime",
+    "SingleAuto",
+]
 
 
 # In forward passes: an update of s_phi is the generator's samples, and a pass forwards and back.
@@ -39,6 +61,10 @@ class Method:
     """Add a recording (None: until s' is fitted) and a schedule on a path of N nodes to Diff-Instruct.
 
     Without `warm`, s_phi and its optimizer still start from the teacher.
+
+    Attributes:
+        times: Multiple of the regime's rate.
+        capped: Whether a step's RMS is at most the rate for the first 10F updates.
     """
 
     name: str
@@ -46,6 +72,8 @@ class Method:
     record: int | None = 0
     nodes: int = 1
     warm: bool = True
+    times: float = 1.0
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,20 @@ class SingleAuto(Auto):
             0.9 * (1 - updates / torch.tensor(float(end))).clamp(min=0) for end in (self.fitted, 3 * self.fitted)
         )
         return Target(nodes * float(position), float(1 - shrunk))
+
+
+@dataclass(frozen=True)
+class Altered(SingleAuto):
+    """Keep auto's position ("walk", "divided") or its gradient ("ramp") alone."""
+
+    kept: str = "walk"
+
+    def __call__(self, updates: int, nodes: int) -> Target:
+        """Return the target after `updates` generator updates."""
+        position, gradient = super().__call__(updates, nodes)
+        if self.kept == "ramp":
+            return Target(0.0, gradient)
+        return Target(position, 1 / (1 - position / nodes) if self.kept == "divided" else 1.0)
 
 
 BASELINE = Method("diff-instruct", WarmStart())
@@ -73,6 +115,22 @@ HALVES = (Method("warm start only", WarmStart(), None), Method("path only", Sing
 ABLATED = ("mlp scratch", "conv teacher 20", "conv rolled", "gauss far")
 
 
+# From the simplest on, as the rule for the default prefers them (EVIDENCE.md).
+CANDIDATES = (
+    Method("warm, fitted", WarmStart(), None),
+    Method("walk", Altered(), None),
+    Method("walk, divided", Altered(kept="divided"), None),
+    METHODS[-1],
+)
+COMPARISON = (
+    BASELINE,
+    Method("diff-instruct 1.25", WarmStart(), times=1.25),
+    Method("ramp 3F", Altered(kept="ramp"), None, warm=False),
+    *CANDIDATES,
+    Method("walk, capped", Altered(), None, capped=True),
+)
+
+
 @dataclass(frozen=True)
 class Regime:
     """Describe one comparison: a world, the first student, and the distillation.
@@ -83,6 +141,7 @@ class Regime:
         loss: "diff-instruct", "dmd" or "sid".
         ratio: Updates of s_phi in a round.
         rate: Learning rate of all methods; None: to be searched.
+        second: Noise scale of a two-step student's second step; None: one step.
     """
 
     world: str
@@ -92,18 +151,22 @@ class Regime:
     loss: str = "diff-instruct"
     ratio: int = 1
     rate: float | None = None
+    second: float | None = None
 
     @property
     def batch(self) -> int:
-        return {"digits-conv": 32, "shapes-conv": 16}.get(self.world, 64)
+        return {"digits-conv": 32, "mnist-conv": 32, "shapes-conv": 16}.get(self.world, 64)
 
     @property
     def cost(self) -> int:
         """Return the cost of a round in forward passes of one network, a backward pass being two."""
-        return COST_OF_FAKE_STEP * self.ratio + (7 if self.loss == "sid" else 5)
+        one = COST_OF_FAKE_STEP * self.ratio + (7 if self.loss == "sid" else 5)
+        return one + (self.ratio + 1 if self.second else 0)
 
     def seeds(self, part: str) -> list[int]:
         planar = self.world.endswith("2d")
+        if part == "compared":
+            return list(range(210, 222) if planar else range(10, 12))
         if part == "shown":
             return list(range(200, 300) if planar else range(10, 20))
         return list(range(100, 140 if planar else 103))
@@ -131,4 +194,10 @@ REGIMES = {
     "conv teacher five to one": Regime("digits-conv", "teacher", 20.0, 150, ratio=5),
     "mlp teacher slow": Regime("digits-mlp", "teacher", 2.5, 1_000, rate=1e-4),
     "mlp teacher slower": Regime("digits-mlp", "teacher", 2.5, 4_000, rate=1e-5),
+}
+# Judged once, and no part of any choice: not of auto's constants either.
+NEW_REGIMES = {
+    "mnist teacher": Regime("mnist-conv", "teacher", 2.5, 260),
+    "gauss two steps": Regime("gauss10-2d", "teacher", 10.0, 400, second=0.8),
+    "mlp two steps": Regime("digits-mlp", "teacher", 80.0, 300, second=2.0),
 }

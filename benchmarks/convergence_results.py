@@ -43,6 +43,8 @@ THRESHOLDS = (2.0, 1.3)
 COMPARED = ((0, "updates to 2x", 1), (1, "updates to 1.3x", 1), (4, "final", -1), (5, "final at equal compute", -1))
 # One line a regime: its name and its result.
 KEPT = Path(__file__).parent / "convergence.jsonl"
+# One line a run of the candidates for the default: regime, multiple of the rate, seeds.
+COMPARED_LINES = KEPT.with_name("convergence_compared.jsonl")
 
 
 def file_name(regime: str) -> str:
@@ -51,6 +53,11 @@ def file_name(regime: str) -> str:
 
 def kept() -> dict[str, dict]:
     return dict(json.loads(line) for line in KEPT.read_text().splitlines()) if KEPT.exists() else {}
+
+
+def compared() -> list[dict]:
+    """Return the runs of the candidates for the default."""
+    return [json.loads(line) for line in COMPARED_LINES.read_text().splitlines()] if COMPARED_LINES.exists() else []
 
 
 def keep(folder: Path, regimes: dict[str, Regime]) -> None:

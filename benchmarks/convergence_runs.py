@@ -23,6 +23,8 @@ EMA = 0.99
 SAMPLES = 1_000
 # Updates between two evaluations.
 EVALUATE_EVERY = 20
+# Updates at which the windows of the effective step end; the last is the run's end.
+WINDOWS = (10, 30, 90)
 # Purposes of a seed's noise.
 TRAINING, RECORDING, EVALUATION = 1, 2, 3
 
@@ -36,15 +38,28 @@ class Adam:
         self.updates = torch.zeros(len(rates))
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], moving: Tensor) -> None:
-        """Update the members for which `moving`, shape (E,), is 1, and not those for which it is 0."""
+    def step(self, gradients: Sequence[Tensor], moving: Tensor, capped: Tensor | None = None) -> Tensor | None:
+        """Update the members for which `moving`, shape (E,), is 1, and not those for which it is 0.
+
+        With `capped`, return each member's effective step, the RMS of its step over its rate, which is at most 1 for
+        the members for which `capped` is 1.
+        """
         self.updates += moving
-        correction = (1 - 0.999 ** self.updates.clamp(min=1)).sqrt()
+        correction, steps, lengths = (1 - 0.999 ** self.updates.clamp(min=1)).sqrt(), [], None
         for weight, g, second in zip(self.weights, gradients, self.second, strict=True):
             second.lerp_(g * g, along(0.001 * moving, weight))
             # With v^ = second / correction^2: rate g / (sqrt(v^) + 1e-8).
             denominator = second.sqrt().add_(along(1e-8 * correction, weight))
-            weight.sub_(denominator.reciprocal_().mul_(g).mul_(along(self.rates * moving * correction, weight)))
+            steps.append(denominator.reciprocal_().mul_(g))
+        scale = self.rates * moving * correction
+        if capped is not None:
+            squares = sum(step.flatten(1).square().sum(1) for step in steps)
+            lengths = correction * (squares / sum(step[0].numel() for step in steps)).sqrt()
+            factor = torch.where((capped > 0) & (lengths > 1), 1 / lengths, 1.0)
+            scale, lengths = scale * factor, lengths * factor
+        for weight, step in zip(self.weights, steps, strict=True):
+            weight.sub_(step.mul_(along(scale, weight)))
+        return lengths
 
     def forget(self, members: Tensor) -> None:
         """Reset the state of the members for which `members` is 1."""
@@ -93,11 +108,12 @@ class Distillation:
             network.load_state_dict({name: weight[self._seed_of] for name, weight in state.items()})
         self.fake.requires_grad_(True)
         self.generator.requires_grad_(True)
-        each = torch.tensor([rate for rate in rates for _ in seeds])
+        pairs = zip(methods, rates, strict=True)
+        each = torch.tensor([rate * method.times for method, rate in pairs for _ in seeds])
         self._fake_adam = Adam(list(self.fake.parameters()), each)
         self._generator_adam = Adam(list(self.generator.parameters()), each)
         self.average = [weight.detach().clone() for weight in self.generator.parameters()]
-        self._z = self._noise(EVALUATION, SAMPLES, world.size)
+        self._z = self._noise(EVALUATION, SAMPLES, world.size * (2 if regime.second else 1))
         self.recorded = [0] * len(self.methods)
         self.fitted = [0] * len(self.methods)
 
@@ -134,7 +150,8 @@ class Distillation:
     def excess(self) -> list[float]:
         """Return each member's excess loss L_teacher / L_s'N - 1 on the student's samples."""
         stream, shape = seeded(77), (256, self.world.size)
-        z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (shape, shape[:1], shape))
+        latent = (256, self._z.shape[-1])
+        z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (latent, shape[:1], shape))
         z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))
         x_0 = self._generate(z)
         ours, fitted = (
@@ -142,11 +159,20 @@ class Distillation:
         )
         return (ours / fitted - 1).tolist()
 
-    def train(self, updates: int, tick: Callable[[], object] = lambda: None, *, curves: bool = True) -> dict[str, list]:
+    def train(
+        self,
+        updates: int,
+        tick: Callable[[], object] = lambda: None,
+        *,
+        curves: bool = True,
+        steps: bool = False,
+    ) -> dict[str, list]:
         """Run Algorithm 2; return distances of the averaged generator, and at the last evaluations of the raw one.
 
-        Without `curves` only the last evaluations of the average are made.
+        Without `curves` only the last evaluations of the average are made. With `steps` the generator's effective steps
+        are returned too, averaged in `WINDOWS`, and the capped methods are capped.
         """
+        lengths: list[Tensor] = []
         origin, end = (
             [weight.detach().clone() for weight in network.parameters()] for network in (self.target, self.fake)
         )
@@ -176,7 +202,13 @@ class Distillation:
                 with torch.no_grad():
                     for weight, a, b in zip(self.target.parameters(), origin, end, strict=True):
                         torch.lerp(a, b, along(position, a), out=weight)
-            self._generator_step(torch.tensor([aim.gradient for aim in aims]), everyone)
+            capped = None
+            if steps:
+                ends = [10 * self.clock(i) if method.capped else 0 for i, method in enumerate(self.methods)]
+                capped = torch.tensor([float(update < end) for end in ends])
+            length = self._generator_step(torch.tensor([aim.gradient for aim in aims]), everyone, capped)
+            if length is not None:
+                lengths.append(length)
             last = update >= updates - LAST * EVALUATE_EVERY
             if (update + 1) % EVALUATE_EVERY == 0 and (curves or last):
                 found["updates"].append(update + 1)
@@ -184,6 +216,10 @@ class Distillation:
                 if curves and last:
                     found["raw"].append(self._distances())
             tick()
+        if steps:
+            ends = (*WINDOWS, updates)
+            parts = [torch.stack(lengths[a:b]).mean(0) for a, b in zip((0, *ends), ends, strict=False)]
+            found["steps"] = torch.stack(parts, 1).tolist()
         return found
 
     def fake_step(self, purpose: int, moving: Tensor) -> tuple[Tensor, ...]:
@@ -196,21 +232,34 @@ class Distillation:
         self._fake_adam.step(gradients, moving)
         return gradients
 
-    def _generator_step(self, factor: Tensor, everyone: Tensor) -> None:
+    def _generator_step(self, factor: Tensor, everyone: Tensor, capped: Tensor | None) -> Tensor | None:
         z, log_sigma, eps = self._draws(TRAINING)
         sigma = (self.world.p_mean + P_STD * log_sigma).exp()[..., None]
         x = self._generate(z)
         gradients = LOSSES[self.regime.loss](x, eps, sigma, self.target, self.fake, list(self.generator.parameters()))
-        self._generator_adam.step([g * along(factor, g) for g in gradients], everyone)
+        length = self._generator_adam.step([g * along(factor, g) for g in gradients], everyone, capped)
         with torch.no_grad():
             torch._foreach_lerp_(self.average, [w.detach() for w in self.generator.parameters()], 1 - EMA)
+        return length
 
-    def _generate(self, z: Tensor) -> Tensor:
-        return self.generator(self.regime.sigma_init * z, torch.tensor(self.regime.sigma_init))
+    def _generate(self, z: Tensor, generator: Callable[..., Tensor] | None = None, last: bool = False) -> Tensor:
+        """Return samples, of a two-step student half of them of its first step, or with `last` all of its second."""
+        generator = generator or self.generator
+        first, *more = z.split(self.world.size, -1)
+        x = generator(self.regime.sigma_init * first, torch.tensor(self.regime.sigma_init))
+        if not more:
+            return x
+        # As in DMD2, the second step's input is the student's own sample under noise, without a gradient.
+        begun, sigma = x.detach() + self.regime.second * more[0], torch.tensor(self.regime.second)
+        if last:
+            return generator(begun, sigma)
+        half = x.shape[1] // 2
+        return torch.cat([x[:, :half], generator(begun[:, half:], sigma)], 1)
 
     def _draws(self, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
         batch, size = self.regime.batch, self.world.size
-        z, log_sigma, eps = (self._noise(purpose, *shape) for shape in ((batch, size), (batch,), (batch, size)))
+        latent = size * (2 if self.regime.second else 1)
+        z, log_sigma, eps = (self._noise(purpose, *shape) for shape in ((batch, latent), (batch,), (batch, size)))
         return z, log_sigma, eps
 
     def _noise(self, purpose: int, *shape: int) -> Tensor:
@@ -220,12 +269,13 @@ class Distillation:
     def _distances(self, weights: list[Tensor] | None = None) -> list[float]:
         """Return each member's distance with these weights of the generator instead of its own."""
         if weights is None:
-            return self.world.distance(self._generate(self._z))
+            return self.world.distance(self._generate(self._z, last=True))
         named = dict(zip(self.generator.state_dict(), weights, strict=True))
-        scale = torch.tensor(self.regime.sigma_init)
-        return self.world.distance(
-            torch.func.functional_call(self.generator, named, (self.regime.sigma_init * self._z, scale))
-        )
+
+        def averaged(*arguments: Tensor) -> Tensor:
+            return torch.func.functional_call(self.generator, named, arguments)
+
+        return self.world.distance(self._generate(self._z, averaged, last=True))
 
 
 def sampled(gradients: Sequence[Tensor]) -> Tensor:

