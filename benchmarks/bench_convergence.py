@@ -2,7 +2,6 @@
 
     python benchmarks/bench_convergence.py REGIME... --out DIR     # resumable; all regimes unless some are named: hours
     python benchmarks/bench_convergence.py REGIME... --out DIR --own       # also each method at its own best rate
-    python benchmarks/bench_convergence.py REGIME... --out DIR --halves    # also warm start and path of auto alone
     python benchmarks/bench_convergence.py REGIME... --out DIR --compare   # the candidates for the default and controls
     python benchmarks/bench_convergence.py --keep DIR              # results in DIR into convergence.jsonl, EVIDENCE.md
     python benchmarks/bench_convergence.py --figures DIR           # figures of the kept results into DIR
@@ -27,7 +26,7 @@ import convergence_results as results
 import convergence_tables as tables
 import pytest
 import torch
-from convergence_methods import ABLATED, BASELINE, COMPARISON, HALVES, METHODS, NEW_REGIMES, REGIMES, Regime
+from convergence_methods import BASELINE, COMPARISON, METHODS, NEW_REGIMES, REGIMES, Regime
 from convergence_runs import Distillation
 from convergence_worlds import RECIPES, students, world
 from tqdm import tqdm
@@ -45,7 +44,6 @@ def distil(regime, methods, rates, part, folder, title, *, curves=True, steps=Fa
     student = students(place, regime.student, part, seeds, folder)
     runs = Distillation(place, regime, methods, rates, seeds, bank, student)
     runs.record()
-    excess = runs.excess()
     with tqdm(total=regime.updates, desc=title, unit="update", leave=False) as bar:
         found = runs.train(regime.updates, bar.update, curves=curves, steps=steps)
     result = {}
@@ -56,9 +54,7 @@ def distil(regime, methods, rates, part, folder, title, *, curves=True, steps=Fa
         result[method.name] = more | {
             "updates": found["updates"],
             "ema": [values[mine] for values in found["ema"]],
-            "raw": [values[mine] for values in found["raw"]],
             "recorded": [*zip(runs.recorded[mine], fitted, strict=True)],
-            "excess": excess[mine],
         }
     return result
 
@@ -108,8 +104,7 @@ def part_runs(name, folder, content):
     """Run all methods at that rate."""
     runs = distil(REGIMES[name], METHODS, [content["rate"]] * len(METHODS), "shown", folder, name)
     recorded = [run.pop("recorded") for run in runs.values()][-1]
-    signs = [run.pop("excess") for run in runs.values()][-1]
-    return {"R": {"auto": recorded}, "runs": runs, "excess": signs}
+    return {"R": {"auto": recorded}, "runs": runs}
 
 
 def part_own_rates(name, folder, content):
@@ -131,23 +126,15 @@ def part_own_runs(name, folder, content):
     return {"own_runs": runs}
 
 
-def part_halves(name, folder, content):
-    """Run the warm start alone and the path alone, at Diff-Instruct's rate."""
-    if name not in ABLATED:
-        return {"halves": {}}
-    return {"halves": distil(REGIMES[name], HALVES, [content["rate"]] * 2, "shown", folder, f"{name}: halves")}
-
-
 # Parts of a result, by a key that the result has once the part is done.
 PARTS = {"rate": part_rate, "runs": part_runs}
 OWN = {"own_rates": part_own_rates, "own_runs": part_own_runs}
-HALF = {"halves": part_halves}
 
 
-def study(name: str, folder: Path, *, own: bool = False, halves: bool = False) -> None:
+def study(name: str, folder: Path, *, own: bool = False) -> None:
     """Run the unfinished parts of a regime; its JSON is written after each."""
     file = folder / results.file_name(name)
-    for key, part in (PARTS | (OWN if own else {}) | (HALF if halves else {})).items():
+    for key, part in (PARTS | (OWN if own else {})).items():
         content = json.loads(file.read_text()) if file.exists() else {}
         if key not in content:
             content |= part(name, folder, content)
@@ -166,7 +153,7 @@ def compare(name: str, folder: Path, times: float, seeds: list[int]) -> None:
     base = known[0] if known else results.kept()[name]["rate"] if name in REGIMES else quick_rate(name, folder)
     rates = [times * base] * len(COMPARISON)
     found = distil(regime, COMPARISON, rates, "compared", folder, f"{name} x {times:g}", steps=True, seeds=seeds)
-    with results.COMPARED_LINES.open("a") as lines:
+    with results.COMPARED.open("a") as lines:
         lines.write(json.dumps(line | {"base": base, "runs": results.rounded(found)}) + "\n")
 
 
@@ -186,7 +173,6 @@ def main() -> None:
     parser.add_argument("regimes", nargs="*", metavar="REGIME", help=f"of: {', '.join(REGIMES)}")
     parser.add_argument("--out", type=Path, help="folder for teachers and results")
     parser.add_argument("--own", action="store_true", help="with --out: each method at its own best rate, too")
-    parser.add_argument("--halves", action="store_true", help=f"with --out: auto's halves ({', '.join(ABLATED)})")
     parser.add_argument("--compare", action="store_true", help="with --out: candidates for the default, and controls")
     parser.add_argument("--times", type=float, default=1.0, help="with --compare: multiple of Diff-Instruct's rate")
     parser.add_argument("--seeds", type=int, nargs="+", help="with --compare: other seeds than the regime's")
@@ -200,6 +186,7 @@ def main() -> None:
     if arguments.keep:
         results.keep(arguments.keep, REGIMES)
         tables.write(REGIMES)
+        print(f"default: {tables.decided(results.comparisons(REGIMES | NEW_REGIMES))}")
     elif arguments.figures:
         from convergence_figures import draw
 
@@ -213,7 +200,7 @@ def main() -> None:
                     seeds = arguments.seeds or (REGIMES | NEW_REGIMES)[name].seeds("compared")
                     compare(name, arguments.out, arguments.times, seeds)
                     continue
-                study(name, arguments.out, own=arguments.own, halves=arguments.halves)
+                study(name, arguments.out, own=arguments.own)
 
 
 @pytest.mark.slow
@@ -230,9 +217,8 @@ def bench_a_small_regime_runs_to_its_table_and_is_not_run_twice(tmp_path, monkey
     assert content["own_runs"].keys() == {m for m, r in content["own_rates"].items() if r != content["rate"]}
     monkeypatch.setattr(results, "KEPT", tmp_path / "kept.jsonl")
     results.keep(tmp_path, REGIMES)
-    text = tables.text(results.read(REGIMES), REGIMES)
-    assert all(method.name in text for method in METHODS)
-    assert "not measured" in text
+    found = results.read(REGIMES)
+    assert [row.split(" | ")[0] for row in tables.by_regime(found, {})[2:-1]] == ["| gauss teacher, 0.001"]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_text_to_image.py --out DIR      # 20 minutes of one core; resumes after a stop
     ... --out SLOW --seeds 1 2 3 --set learning_rate=2e-4 steps=200
-    ... --table DIR SLOW                                    # into EVIDENCE.md
+    ... --table DIR SLOW                                    # into text_to_image.md
 
 The teacher (`digits_pipeline`) is distilled by `disback_adapters.lcm_lora` with the timestep of the paper's SDXL
 recipe, t = 399, where one step from pure noise is far from the teacher's samples. Settings were chosen on seed 0, which
@@ -30,7 +30,7 @@ from disback_adapters.lcm_lora.training import Trainer
 
 import disback_plugin as disback
 
-EVIDENCE = Path(__file__).parent / "EVIDENCE.md"
+PAGE = Path(__file__).parent / "text_to_image.md"
 MARKERS = ("<!-- text to image: made by bench_text_to_image.py -->", "<!-- end of text to image -->")
 SETTING = {
     "prompts": PROMPTS,
@@ -134,9 +134,9 @@ def bench_a_student_of_a_teacher_that_has_learned_little_still_learns(tmp_path):
 
 
 def section(outs):
-    """Return the section of EVIDENCE.md, made from the numbers alone; the first folder's setting is the standard."""
+    """Return the text of text_to_image.md, made from the numbers alone; the first folder's setting is the standard."""
     teacher = json.loads((outs[0] / "teacher.json").read_text())
-    lines = [MARKERS[0], "", "## Text to image: one-step digits from prompts", "", *setting(teacher), ""]
+    lines = [MARKERS[0], "", *setting(teacher), ""]
     for out in outs:
         lines += [*tables(out), ""]
     return "\n".join([*lines, *textwrap.wrap(LIMITS, 120), "", MARKERS[1]])
@@ -206,10 +206,10 @@ def sentence(of, seeds, last, arm, against):
 
 
 def write(outs):
-    text = EVIDENCE.read_text()
+    text = PAGE.read_text()
     before, _, rest = text.partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
-    EVIDENCE.write_text(f"{before.rstrip()}\n\n{section(outs)}\n{after.lstrip()}")
+    PAGE.write_text(f"{before.rstrip()}\n\n{section(outs)}\n{after.lstrip()}")
 
 
 if __name__ == "__main__":

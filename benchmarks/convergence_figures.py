@@ -1,42 +1,38 @@
-"""Draw the results of `bench_convergence` in figures like some of the paper's (arXiv 2408.15991).
+"""Draw the kept results of `bench_convergence` like the paper's Figure 1 (arXiv 2408.15991).
 
-| file          | like the paper's | from                                                                            |
-|---------------|------------------|---------------------------------------------------------------------------------|
-| default.png   | Figure 1         | the kept results of four regimes, for the README: the default and its control   |
-| distances.png | Figure 1         | the results: medians over seeds, and the range of auto's and Diff-Instruct's    |
-| ablation.png  | Table 3          | the results of `--halves`: auto, and its warm start and its path alone          |
-
-Figures 4, 8 and 9 are drawn by `disback demo --world gaussians`.
+| file          | what                                                                              |
+|---------------|-----------------------------------------------------------------------------------|
+| default.png   | four regimes, for the README: Diff-Instruct, the default and the gradient ramp    |
+| distances.png | all regimes: medians over seeds, ranges of Diff-Instruct's and auto with factor    |
 """
 
 from __future__ import annotations
 
 from statistics import median
 
-from convergence_results import BASELINE, OURS, read
+from convergence_methods import NEW_REGIMES, REGIMES
+from convergence_results import BASELINE, OURS, comparisons, read
 from matplotlib.figure import Figure
 
 # The README's figure: regimes and methods with their labels. In the last regime the default loses.
 FRONT = {
-    "mlp scratch": "digits, MLP, random student",
-    "conv teacher 80": "digits, U-Net, the teacher as student",
-    "shapes teacher": "shapes, U-Net, the teacher as student",
-    "conv rolled": "digits, U-Net, student far from the data",
+    "mlp scratch": "MLP, random student",
+    "conv teacher 20": "U-Net, student = teacher",
+    "mnist teacher": "16 x 16, U-Net, student = teacher",
+    "conv rolled": "U-Net, student far from the data",
 }
 FRONT_METHODS = {
     BASELINE: ("Diff-Instruct", "0.35"),
-    "grad-ramp": ("gradient ramp, no path (control)", "tab:cyan"),
-    OURS: ('DisBack, "auto" (default)', "tab:orange"),
+    "ramp 3F": ("gradient ramp, no path (control)", "tab:cyan"),
+    "walk": ('DisBack, "auto" (default)', "tab:orange"),
 }
 
 
 def draw(folder, regimes) -> None:
-    """Write all figures into a folder."""
+    """Write both figures into a folder."""
     results = read(regimes)
-    save(folder, "default", default(results))
+    save(folder, "default", default(comparisons(regimes | NEW_REGIMES)))
     save(folder, "distances", distances(results))
-    if halves := {name: result for name, result in results.items() if result.halves}:
-        save(folder, "ablation", ablation(halves))
 
 
 def save(folder, name, figure) -> None:
@@ -71,7 +67,7 @@ def default(results):
     for axis, (name, title) in zip(figure.subplots(1, len(FRONT)), FRONT.items(), strict=True):
         result = results[name]
         for method, (label, colour) in FRONT_METHODS.items():
-            recorded = median(seed[0] for seed in result.fitted[method]) if method == OURS else 0
+            recorded = median(seed[0] for seed in result.recorded[method])
             seeds = list(zip(*result.ema[method], strict=True))
             rounds = [recorded + updates for updates in result.updates]
             axis.plot(rounds, [median(values) for values in seeds], label=label, color=colour, lw=2)
@@ -83,28 +79,7 @@ def default(results):
     return figure
 
 
-def ablation(results):
-    figure = Figure((2.6 * len(results) + 1, 3.2), layout="constrained")
-    for axis, (name, result) in zip(figure.subplots(1, len(results), squeeze=False).flat, results.items(), strict=True):
-        all_of = {
-            "neither": result.ema[BASELINE],
-            **result.halves,
-            "both: auto": result.ema[OURS],
-        }
-        all_of[BASELINE] = result.ema[BASELINE]
-        ends = {label: median(result.last(label, all_of)) for label in ("neither", *result.halves, "both: auto")}
-        axis.bar(range(len(ends)), ends.values(), color=["0.6", "tab:blue", "tab:orange", "tab:green"])
-        axis.set_xticks(range(len(ends)), [label.replace(" ", "\n") for label in ends], fontsize=7)
-        axis.set(title=name)
-        for i, end in enumerate(ends.values()):
-            axis.text(i, end, f"{end:.2f}", ha="center", va="bottom", fontsize=8)
-    figure.supylabel("final distance over Diff-Instruct's")
-    return figure
-
-
 if __name__ == "__main__":
     from pathlib import Path
 
-    from convergence_methods import REGIMES
-
-    save(Path(__file__).parent, "default", default(read(REGIMES)))
+    save(Path(__file__).parent, "default", default(comparisons(REGIMES | NEW_REGIMES)))

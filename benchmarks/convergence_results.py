@@ -4,8 +4,12 @@ A result is a JSON: `runs[method]` has `updates` (n,), `ema` (n, seeds) and `raw
 has the recorded updates and F of each seed; `own_runs` has the methods whose own best rate is not Diff-Instruct's. All
 ratios are to Diff-Instruct with the same seed, at its best rate.
 
+A recording has two prices. In the quick start an unedited loop goes on computing the generator's gradients, so that a
+recording iteration costs a round, or 1/k of one that has k updates of s_phi. Apart from a loop (`disback.record`) it is
+an update of s_phi, of `COST_OF_FAKE_STEP` forward passes. The quick start's is meant unless `apart` is said.
+
 The label of a run is its method, and its rate if that is the method's own. The last result of each regime is kept
-beside this file, to four digits (`KEPT`).
+beside this file, to four digits (`KEPT`), and so are the runs of the candidates for the default (`COMPARED`).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import math
 from pathlib import Path
 from statistics import geometric_mean, median
 
+from convergence_methods import BASELINE as DIFF_INSTRUCT
 from convergence_methods import COST_OF_FAKE_STEP, LAST, Regime
 
 __all__ = [
@@ -22,29 +27,30 @@ __all__ = [
     "COMPARED",
     "CONTROLS",
     "OURS",
-    "RECORDED",
     "Result",
     "at",
+    "compared",
+    "comparisons",
     "crossing",
     "curves",
     "file_name",
     "final",
     "keep",
+    "kept",
     "over_all",
     "read",
+    "rounded",
+    "verdict",
 ]
 
-BASELINE, OURS = "diff-instruct", "auto"
-CONTROLS = ("fixed", "plain-ramp", "warm", "grad-ramp")
+BASELINE, OURS = DIFF_INSTRUCT.name, "auto"
+CONTROLS = ("grad-ramp", "plain-ramp", "warm", "fixed")
 RECORDED = {"diff-instruct": 0, "warm": 25, "grad-ramp": 0, "plain-ramp": 25, "fixed": 50}
-# Thresholds, as multiples of Diff-Instruct's median final distance.
-THRESHOLDS = (2.0, 1.3)
-# Columns of `over_all` in which auto is to be ahead, and whether more is better.
-COMPARED = ((0, "updates to 2x", 1), (1, "updates to 1.3x", 1), (4, "final", -1), (5, "final at equal compute", -1))
-# One line a regime: its name and its result.
+# Thresholds, as multiples of Diff-Instruct's median final distance, and that above which a seed has diverged.
+THRESHOLDS, DIVERGED = (2.0, 1.3), 20
+# One line a regime: its name and its result; and one line a run: regime, multiple of the rate, seeds, methods.
 KEPT = Path(__file__).parent / "convergence.jsonl"
-# One line a run of the candidates for the default: regime, multiple of the rate, seeds.
-COMPARED_LINES = KEPT.with_name("convergence_compared.jsonl")
+COMPARED = KEPT.with_name("convergence_compared.jsonl")
 
 
 def file_name(regime: str) -> str:
@@ -57,7 +63,7 @@ def kept() -> dict[str, dict]:
 
 def compared() -> list[dict]:
     """Return the runs of the candidates for the default."""
-    return [json.loads(line) for line in COMPARED_LINES.read_text().splitlines()] if COMPARED_LINES.exists() else []
+    return [json.loads(line) for line in COMPARED.read_text().splitlines()] if COMPARED.exists() else []
 
 
 def keep(folder: Path, regimes: dict[str, Regime]) -> None:
@@ -74,7 +80,7 @@ def rounded(value):
             return float(f"{value:.4g}")
         case dict():
             return {key: rounded(one) for key, one in value.items()}
-        case list():
+        case list() | tuple():
             return [rounded(one) for one in value]
     return value
 
@@ -82,7 +88,27 @@ def rounded(value):
 def read(regimes: dict[str, Regime]) -> dict[str, Result]:
     """Return the kept results of the regimes, in their order."""
     found = kept()
-    return {name: Result(found[name], regime.cost) for name, regime in regimes.items() if name in found}
+    return {name: Result(found[name], regime.ratio, regime.cost) for name, regime in regimes.items() if name in found}
+
+
+def comparisons(regimes: dict[str, Regime], times: float = 1.0) -> dict[str, Result]:
+    """Return the runs of the candidates at a multiple of the rate, the seeds of a regime's lines side by side."""
+    found: dict[str, dict] = {}
+    for line in compared():
+        if line["times"] != times:
+            continue
+        known = found.setdefault(line["regime"], {"rate": times * line["base"], "runs": {}, "seeds": []})
+        known["seeds"] += line["seeds"]
+        for method, run in line["runs"].items():
+            mine = known["runs"].setdefault(
+                method, {"updates": run["updates"], "ema": [[] for _ in run["ema"]], "recorded": [], "steps": []}
+            )
+            mine["ema"] = [[*a, *b] for a, b in zip(mine["ema"], run["ema"], strict=True)]
+            for key in ("recorded", "steps"):
+                mine[key] += run[key]
+    ratios = {name: regime.ratio for name, regime in regimes.items()}
+    order = [*regimes, *(name for name in found if name not in regimes)]
+    return {name: Result(found[name], ratios.get(name, 1)) for name in order if name in found}
 
 
 def curves(values: list[list[float]]) -> list[list[float]]:
@@ -98,32 +124,38 @@ def final(curve: list[float]) -> float:
 class Result:
     """Hold the runs of one regime, seed by seed."""
 
-    def __init__(self, content: dict, cost_of_round: int = 9) -> None:
+    def __init__(self, content: dict, ratio: int = 1, cost: int = 9) -> None:
         self.rate, runs = content["rate"], dict(content["runs"])
-        self.fitted = {OURS: content["R"][OURS]}
-        self.excess = median(content["excess"]) if "excess" in content else None
-        # Of each method the label of its run at its own best rate.
-        self.own, self.best = "own_runs" in content, {method: method for method in runs}
+        # Of each method the label of its run at its own best rate, if that was looked for.
+        self.searched, self.best = bool(content.get("own_tuning")), {method: method for method in runs}
+        recorded = {OURS: content["R"][OURS]} if "R" in content else {}
         for method, run in content.get("own_runs", {}).items():
             self.best[method] = label = f"{method}, {content['own_rates'][method]:g}"
             runs[label] = run
-            if method == OURS:
-                self.fitted[label] = run["recorded"]
-        self.halves = {half: curves(run["ema"]) for half, run in content.get("halves", {}).items()}
+        # In "ramp 3F" s_phi and its optimizer start from the teacher: nothing is charged.
+        free = ("ramp 3F", BASELINE)
+        self.recorded = {
+            label: recorded.get(label)
+            or ([(0, 0)] * len(run["ema"][0]) if label in free else run.get("recorded"))
+            or [(RECORDED[label.partition(",")[0]], 0)] * len(run["ema"][0])
+            for label, run in runs.items()
+        }
         self.updates = runs[BASELINE]["updates"]
         self.ema = {label: curves(run["ema"]) for label, run in runs.items()}
-        self.raw = {label: curves(run["raw"]) for label, run in runs.items()}
+        self.steps = {label: run["steps"] for label, run in runs.items() if "steps" in run}
         self.seeds = len(self.ema[BASELINE])
-        self._round = cost_of_round
+        self._ratio, self._cost = ratio, cost
         self.finals = [final(curve) for curve in self.ema[BASELINE]]
         self.thresholds = [factor * median(self.finals) for factor in THRESHOLDS]
 
-    def head_start(self, label: str, seed: int) -> float:
+    def head_start(self, label: str, seed: int, apart: bool = False) -> float:
         """Return the cost of the recording in generator updates."""
-        recorded = self.fitted[label][seed][0] if label in self.fitted else RECORDED[label.partition(",")[0]]
-        return COST_OF_FAKE_STEP * recorded / self._round
+        recorded = self.recorded[label][seed][0]
+        return recorded * COST_OF_FAKE_STEP / self._cost if apart else recorded / self._ratio
 
-    def speed(self, method: str, threshold: float, seed: int, compute: bool = False) -> float | None:
+    def speed(
+        self, method: str, threshold: float, seed: int, compute: bool = False, apart: bool = False
+    ) -> float | None:
         """Return how many times sooner than Diff-Instruct a seed reaches a threshold; None if it starts below.
 
         A method that never reaches it counts as reaching it at twice the run's length, and Diff-Instruct at its end; if
@@ -136,35 +168,36 @@ class Result:
             return 1.0
         end = self.updates[-1]
         sooner = 2.0 * end if math.isinf(ours) else ours
-        return min(plain, end) / (sooner + (self.head_start(method, seed) if compute else 0.0))
+        return min(plain, end) / (sooner + (self.head_start(method, seed, apart) if compute else 0.0))
 
-    def median_speed(self, method: str, threshold: float, compute: bool = False) -> float | None:
-        found = [self.speed(method, threshold, seed, compute) for seed in range(self.seeds)]
+    def median_speed(self, method: str, threshold: float, compute: bool = False, apart: bool = False) -> float | None:
+        found = [self.speed(method, threshold, seed, compute, apart) for seed in range(self.seeds)]
         known = [value for value in found if value is not None]
         return median(known) if 2 * len(known) > self.seeds else None
 
-    def last(self, method: str, curves: dict[str, list[list[float]]]) -> list[float]:
+    def last(self, method: str) -> list[float]:
         """Return each seed's final distance over Diff-Instruct's."""
-        return [final(a) / final(b) for a, b in zip(curves[method], curves[BASELINE], strict=True)]
+        return [final(a) / final(b) for a, b in zip(self.ema[method], self.ema[BASELINE], strict=True)]
 
-    def equal_compute(self, method: str) -> list[float]:
+    def equal_compute(self, method: str, apart: bool = False) -> list[float]:
         """Return the same with the cost of the recording taken off the end of the run."""
         ratios = []
         for seed, curve in enumerate(self.ema[method]):
-            ends = [u - self.head_start(method, seed) for u in self.updates[-LAST:]]
+            ends = [max(u - self.head_start(method, seed, apart), 0.0) for u in self.updates[-LAST:]]
             ratios.append(sum(at(self.updates, curve, u) for u in ends) / len(ends) / self.finals[seed])
         return ratios
 
-    def least(self, method: str) -> list[float]:
-        """Return each seed's least distance over Diff-Instruct's: the result of stopping at the best moment."""
-        return [min(a) / min(b) for a, b in zip(self.ema[method], self.ema[BASELINE], strict=True)]
+    def above(self, method: str, factor: float) -> int:
+        """Return how many seeds end above a multiple of Diff-Instruct's median final distance, or are not finite."""
+        return sum(not final(curve) <= factor * median(self.finals) for curve in self.ema[method])
 
-    def stalled(self, method: str) -> list[bool]:
-        """Return for each seed whether it ends above twice Diff-Instruct's median final distance, or is not finite."""
-        return [not final(curve) <= 2 * median(self.finals) for curve in self.ema[method]]
-
-    def diverged(self, method: str) -> int:
-        return sum(not math.isfinite(final(curve)) for curve in self.raw[method])
+    def windows(self, method: str, relative: bool = False) -> list[float]:
+        """Return the median effective step in each window, or its ratio to Diff-Instruct's of the same seed."""
+        rows = self.steps[method]
+        if relative:
+            pairs = zip(rows, self.steps[BASELINE], strict=True)
+            rows = [[a / b for a, b in zip(mine, plain, strict=True)] for mine, plain in pairs]
+        return [median(column) for column in zip(*rows, strict=True)]
 
 
 def crossing(updates: list[int], curve: list[float], threshold: float) -> float:
@@ -184,8 +217,15 @@ def at(updates: list[int], curve: list[float], u: float) -> float:
     return curve[i - 1] + part * (curve[i] - curve[i - 1])
 
 
-def over_all(results: dict[str, Result], *, own: bool = True) -> dict[str, list[float]]:
-    """Return each method's geometric means over regimes: updates to 2x, to 1.3x, compute to both, final distances.
+def verdict(better: int, seeds: int) -> int:
+    """Return 1 if the seeds are better beyond chance, -1 if worse, by a two-sided sign test at 5 %; else 0."""
+    rarer = max(better, seeds - better)
+    chance = 2 * sum(math.comb(seeds, k) for k in range(rarer, seeds + 1)) / 2**seeds
+    return 0 if chance >= 0.05 else 1 if 2 * better > seeds else -1
+
+
+def over_all(results: dict[str, Result], *, own: bool = False, apart: bool = False) -> dict[str, list[float]]:
+    """Return each method's geometric means: updates to 2x, to 1.3x, compute to both, final, final at equal compute.
 
     Each method is at its own best rate where that was searched, or all are at Diff-Instruct's.
     """
@@ -196,13 +236,12 @@ def over_all(results: dict[str, Result], *, own: bool = True) -> dict[str, list[
     means = {}
     for method in (BASELINE, *CONTROLS, OURS):
         columns = [
-            [r.median_speed(label(r, method), r.thresholds[i], compute) for r in results.values()]
+            [r.median_speed(label(r, method), r.thresholds[i], compute, apart) for r in results.values()]
             for compute in (False, True)
             for i in range(len(THRESHOLDS))
         ]
-        columns.append([median(r.last(label(r, method), r.ema)) for r in results.values()])
-        columns.append([median(r.equal_compute(label(r, method))) for r in results.values()])
-        columns.append([median(r.last(label(r, method), r.raw)) for r in results.values()])
+        columns.append([median(r.last(label(r, method))) for r in results.values()])
+        columns.append([median(r.equal_compute(label(r, method), apart)) for r in results.values()])
         known = [[value for value in column if value is not None] for column in columns]
         means[method] = [geometric_mean(column) if column else math.nan for column in known]
     return means

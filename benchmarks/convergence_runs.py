@@ -146,19 +146,6 @@ class Distillation:
         hastened = self.methods[member].record is None
         return self.fitted[member] or (LEARNING_RATE_FACTOR if hastened else 1) * self.recorded[member]
 
-    @torch.no_grad()
-    def excess(self) -> list[float]:
-        """Return each member's excess loss L_teacher / L_s'N - 1 on the student's samples."""
-        stream, shape = seeded(77), (256, self.world.size)
-        latent = (256, self._z.shape[-1])
-        z, log_sigma, eps = (torch.randn(s, generator=stream) for s in (latent, shape[:1], shape))
-        z, log_sigma, eps = (t.expand(len(self.methods), *t.shape) for t in (z, log_sigma, eps))
-        x_0 = self._generate(z)
-        ours, fitted = (
-            denoising(network, x_0, eps, log_sigma, self.world.p_mean) for network in (self.target, self.fake)
-        )
-        return (ours / fitted - 1).tolist()
-
     def train(
         self,
         updates: int,
@@ -167,7 +154,7 @@ class Distillation:
         curves: bool = True,
         steps: bool = False,
     ) -> dict[str, list]:
-        """Run Algorithm 2; return distances of the averaged generator, and at the last evaluations of the raw one.
+        """Run Algorithm 2; return distances of the averaged generator.
 
         Without `curves` only the last evaluations of the average are made. With `steps` the generator's effective steps
         are returned too, averaged in `WINDOWS`, and the capped methods are capped.
@@ -186,7 +173,7 @@ class Distillation:
             for i, method in enumerate(self.methods)
         ]
         everyone, current = torch.ones(len(self.methods)), torch.zeros(len(self.methods))
-        found: dict[str, list] = {"updates": [], "ema": [], "raw": []}
+        found: dict[str, list] = {"updates": [], "ema": []}
         if curves:
             found["updates"].append(0)
             found["ema"].append(self._distances(self.average))
@@ -213,8 +200,6 @@ class Distillation:
             if (update + 1) % EVALUATE_EVERY == 0 and (curves or last):
                 found["updates"].append(update + 1)
                 found["ema"].append(self._distances(self.average))
-                if curves and last:
-                    found["raw"].append(self._distances())
             tick()
         if steps:
             ends = (*WINDOWS, updates)
@@ -266,10 +251,8 @@ class Distillation:
         return torch.stack([torch.randn(shape, generator=stream) for stream in self._streams[purpose]])[self._seed_of]
 
     @torch.no_grad()
-    def _distances(self, weights: list[Tensor] | None = None) -> list[float]:
+    def _distances(self, weights: list[Tensor]) -> list[float]:
         """Return each member's distance with these weights of the generator instead of its own."""
-        if weights is None:
-            return self.world.distance(self._generate(self._z, last=True))
         named = dict(zip(self.generator.state_dict(), weights, strict=True))
 
         def averaged(*arguments: Tensor) -> Tensor:
