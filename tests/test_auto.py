@@ -170,7 +170,7 @@ def test_a_recording_too_short_to_fit_gives_its_own_length(tmp_path):
     with attached(run, tmp_path, record=3, every=3) as handle:
         run.steps(3)
         assert handle.path.manifest.fitted is None
-        assert handle.scheduler.timeline()[-1][0] == 3 * 3 * 2  # its rate was twice the trainer's
+        assert handle.scheduler.timeline()[-1][0] == 3 * 2  # its rate was twice the trainer's
 
 
 def test_auto_without_a_path_changes_nothing(tmp_path):
@@ -244,7 +244,7 @@ def test_a_standalone_recording_notes_the_fit(tmp_path):
     assert path.manifest.fitted in range(5, 41, 5)
     scheduler = disback.TrajectoryScheduler(path, run.teacher, run.fake_score)
     scheduler.start()
-    assert scheduler.timeline()[-1][0] == 3 * path.manifest.fitted
+    assert scheduler.timeline()[-1][0] == path.manifest.fitted
 
 
 class Mine(Schedule):

@@ -249,9 +249,8 @@ def test_a_divergence_is_logged_once_and_ends_backtracking(tmp_path, caplog):
         run.steps(5)
         assert handle.position > 0
         explode(run)
-        run.steps(20)
+        run.steps(10)
         assert (handle.phase, handle.position) == ("done", 0.0)
-        assert handle.scheduler.gradient_factor == 1.0
         assert handle.generator_updates < handle.scheduler.plan.horizon
         assert f"generator update {log.seen[0][1]}  teacher at position 0" in repr(handle)
         assert difference(dict(run.teacher.state_dict()), before) == []
