@@ -111,11 +111,14 @@ def check_memory(teacher: ScoreNetwork, fake_score: ScoreNetwork, student: Itera
         student: The parameters of the generator.
     """
     base = dict.fromkeys([*fake_score.base_parameters(), *teacher.base_parameters()])
+    known = set(map(id, base))  # an optimizer of the whole model holds the frozen base, too
     roles: dict[str, list[tuple[str, Tensor]]] = {
         "teacher": teacher.named_tensors(),
         "fake score": fake_score.named_tensors(),
         "base of LoRA adapters": [(f"parameter {index}", tensor) for index, tensor in enumerate(base)],
-        "generator": [(f"parameter {index}", tensor) for index, tensor in enumerate(student)],
+        "generator": [
+            (f"parameter {index}", tensor) for index, tensor in enumerate(student) if id(tensor) not in known
+        ],
     }
     local = [(role, name, local_tensor(tensor)) for role, tensors in roles.items() for name, tensor in tensors]
     spans = [(str(t.device), *memory_span(t), role, name, t) for role, name, t in local if t.numel()]
