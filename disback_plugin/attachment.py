@@ -181,8 +181,7 @@ def attach(
     session, plan = distributed.on_every_rank(build, "have its roles")
     folder = None if path is None else Path(path).absolute()
     settings = {"record": record, "every": every, "codec": codec, "keep_teacher": keep_teacher}
-    settings |= {"schedule": repr(session.schedule)}
-    settings |= {} if evaluate is None else {"evaluate_every": evaluate_every}
+    settings |= {"schedule": repr(session.schedule)} | ({} if evaluate is None else {"evaluate_every": evaluate_every})
     resumes = state is not None
     distributed.agree({"path": str(folder), "resumes": resumes, **settings})
     if distributed.is_main_process():

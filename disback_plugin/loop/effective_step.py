@@ -2,7 +2,7 @@
 
     RMS over weights and updates of (w_u - w_{u-1}) / rate
 
-A settled Adam's is at most 1. It is larger where the second moments are older and smaller than the present gradient,
+A settled Adam's is near 1. It is larger where the second moments are older and smaller than the present gradient,
 as after gradients that were scaled down, and then stands for a higher learning rate.
 """
 

@@ -33,7 +33,7 @@ FOLLOWS = (
 )
 EFFECTIVE_STEP = (
     "Root mean square of the generator's steps in units of its learning rate, on a sample of its weights: a settled "
-    "Adam's is at most 1, and a larger one acts as a higher learning rate."
+    "Adam's is near 1, and a larger one acts as a higher learning rate."
 )
 OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
     "position": ("position", POSITION, "", "steps", 0),
