@@ -175,8 +175,10 @@ def one_memory(run):
 
 def second_adapter(run):
     inject(run.fake_score, "second")
-    second = [p.requires_grad_() for n, p in run.fake_score.named_parameters() if ".second." in n]
-    run.optimizer_f.add_param_group({"params": second})
+    weights = dict(run.fake_score.named_parameters())
+    for name in [name for name in weights if ".fake." in name or ".second." in name]:
+        weights[name].requires_grad_()  # peft 0.17 freezes the first one
+    run.optimizer_f.add_param_group({"params": [weights[name] for name in weights if ".second." in name]})
 
 
 def trained_base(run):
