@@ -390,7 +390,8 @@ def loud(form, folder, who):
     handler.emit = lambda record: warned.append(record.getMessage()) if record.levelname == "WARNING" else None
     logging.getLogger("disback_plugin").addHandler(handler)
     original = ScoreNetwork(run.teacher).fingerprint()
-    with disback.attach(**run.roles(), path=folder, record=4, every=4) as handle:
+    schedule = disback.schedules.Auto(20)  # which does not end by itself before
+    with disback.attach(**run.roles(), path=folder, record=4, every=4, schedule=schedule) as handle:
         growth = [1.0]
         run.optimizer_f.register_step_pre_hook(
             lambda *_: [p.grad.mul_(growth[0]) for p in run.fake_score.parameters() if p.grad is not None] and None

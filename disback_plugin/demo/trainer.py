@@ -163,7 +163,8 @@ def denoising_loss(denoiser: Denoiser, x_0: Tensor, sigma: Tensor, eps: Tensor) 
         eps: Unit Gaussian noise, shape (E, B, d).
     """
     output = denoiser(add_noise(x_0, eps, alpha=1.0, sigma=sigma), sigma[..., 0])
-    weight = losses.edm_weight(sigma, sigma_data=denoiser.sigma_data)
+    whole = getattr(denoiser, "module", denoiser)  # in DDP
+    weight = losses.edm_weight(sigma, sigma_data=whole.sigma_data)
     return losses.denoising(output, x_0, eps, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=weight)
 
 
