@@ -19,7 +19,6 @@ from disback_plugin import distributed
 from disback_plugin.errors import OptionError
 from disback_plugin.loop.effective_step import EffectiveStep
 from disback_plugin.loop.optimizers import parameters
-from disback_plugin.monitor import report
 from disback_plugin.plugins.run_log import valid_values
 
 if TYPE_CHECKING:
@@ -99,11 +98,14 @@ class Measures:
     def read_monitor(self) -> None:
         """Read a finished window of s_phi's gradients, and perhaps end backtracking."""
         session, scheduler = self._session, self._session.scheduler
-        if scheduler is None or session.monitor is None:
+        if scheduler is None:
             return
         if scheduler.done and session.path is not None:
             session.monitor = None
+        if session.monitor is None or session.monitor.updates_left > 0:
             return
+        from disback_plugin.monitor import report
+
         ends = session.path is not None and session.schedule.until_fitted
         update, position = session.progress.generator_updates, scheduler.position
         if report(session.monitor, session.plugins, update=update, position=position, ends=ends):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 
@@ -115,6 +116,15 @@ def test_a_resumed_run_neither_repeats_nor_skips_an_evaluation(tmp_path, moment,
     assert found == expected
 
 
+def test_the_agreement_of_the_fake_scores_gradients_is_logged_once_a_window(tmp_path):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path / "path", record=4, every=4, schedule="ramp:40"):
+        run.steps(40)
+    lines = map(json.loads, (tmp_path / "path.log.jsonl").read_text().splitlines())
+    updates = [line["update"] for line in lines if "agreement" in json.dumps(line) and line["update"]]
+    assert updates == [5, 10, 15, 20, 25, 30, 35]
+
+
 def test_what_the_function_raises_ends_the_run_and_names_the_update_with_the_node_in_place_again(tmp_path):
     run, calls = Run(), []
 
@@ -175,6 +185,7 @@ def of_ranks(folder):
     return {"seen": seen}
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_sharded_run_evaluates_with_the_original_teacher_and_rank_0_logs(nursery, tmp_path):
     first, second = returned(nursery.play(of_ranks, 2, str(tmp_path)))
     assert first == second

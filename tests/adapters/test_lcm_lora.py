@@ -195,6 +195,7 @@ def test_times_are_drawn_from_both_ends_of_the_range_as_dmd2_does():
     assert (t.min().item(), t.max().item()) == (0, 999)
 
 
+@slow
 def test_gradient_checkpointing_changes_no_gradient_though_roles_are_switched_in_between(teachers, trained, tmp_path):
     checkpointed = train(options(teachers["sd15"], tmp_path, gradient_checkpointing=True))
     for name, weight in student_of(trained).items():
@@ -212,7 +213,8 @@ def test_grids_of_samples_go_to_folder_and_tracker_and_change_no_weight(teachers
     assert b"disback/position" in written
 
 
-@pytest.mark.parametrize("kind", ["sd15", pytest.param("sd3", marks=slow)])
+@slow
+@pytest.mark.parametrize("kind", ["sd15", "sd3"])
 def test_a_student_is_followed_on_prompts_held_out_and_does_not_notice(teachers, tmp_path, monkeypatch, kind):
     plain, asked, found = metrics.features, [], []
     monkeypatch.setattr(metrics, "features", lambda name, **more: plain(name, pretrained=False, **more))

@@ -62,7 +62,11 @@ def test_every_row_has_medians_of_ratios_to_the_baseline_seed_by_seed(short, tmp
     assert runs["Diff-Instruct"]["ratio"] == runs["Diff-Instruct"]["rounds_ratio"] == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["--world", "gaussians", "--student", "teacher"]], ids=["digits", "plane"])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], pytest.param(["--world", "gaussians", "--student", "teacher"], marks=pytest.mark.slow)],
+    ids=["digits", "plane"],
+)
 def test_without_an_option_the_schedule_is_the_packages_default_and_the_demo_can_be_run_again(
     arguments, short, tmp_path, capsys
 ):

@@ -136,7 +136,7 @@ FORMS = ["nested", "root", "kept", "bf16", "wrapped", "columns"]
     [
         pytest.param(2, FORMS, ["int8"], marks=pytest.mark.slow),
         (2, ["nested"], CODECS),
-        (3, ["nested"], CODECS),
+        pytest.param(3, ["nested"], CODECS, marks=pytest.mark.slow),
         (4, ["replicas"], ["int8"]),
     ],
     ids=["forms", "codecs", "three", "replicas"],
