@@ -145,7 +145,7 @@ def bench_codecs(teacher, rate, tmp_path):
 @pytest.mark.slow
 def bench_students_of_coded_paths(tmp_path):
     """Ten seeds of the demonstration's first regime, along the same recording in five nodes, stored by both codecs."""
-    regime = regime_of("mlp", "scratch")
+    regime = regime_of("digits", "scratch")
     finals = {}
     for codec in ("exact", "int8"):
         run = Study(regime, range(200, 210), tmp_path).distil(

@@ -1,7 +1,7 @@
 """Train the teachers of `disback demo` again: `python benchmarks/train_demo_teachers.py --out DIR`, in five minutes.
 
 Eq. 5 with the noise levels and the weight of EDM (arXiv 2206.00364, Table 1), on all of the data. The teacher is an
-average of the weights over the last part of the training.
+average of the weights over the last part of the training. "digits-conv" is a teacher of `bench_convergence.py`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import math
 from pathlib import Path
 
 import torch
+from ensemble_unet import UNet
 from safetensors.torch import save_file
 
-from disback_plugin.demo.networks import ensemble, random_weights
 from disback_plugin.demo.trainer import denoising_loss
-from disback_plugin.demo.worlds import data_of
+from disback_plugin.demo.worlds import DATA, NETWORKS, Denoiser, ensemble, random_weights
 from disback_plugin.noise import lognormal_sigma
 
 # Updates, batch, and the peak of Adam's learning rate, which rises for 100 updates and falls as a cosine to zero.
-RECIPES = {"mlp": (8_000, 256, 2e-3), "conv": (6_000, 128, 4e-3), "plane": (5_000, 256, 2e-3)}
+RECIPES = {"digits": (8_000, 256, 2e-3), "digits-conv": (6_000, 128, 4e-3), "gaussians": (5_000, 256, 2e-3)}
 AVERAGE = 0.999
+NETWORKS["digits-conv"] = lambda members: Denoiser(UNet(members))
 
 
 def train(network, steps, batch, rate):
     """Return the averaged weights of one denoiser (E = 1)."""
-    data, stream = data_of(network), torch.Generator().manual_seed(0)
+    data, stream = DATA[network.removesuffix("-conv")](), torch.Generator().manual_seed(0)
     teacher = ensemble(network, [random_weights(network, stream)])
     average = [parameter.detach().clone() for parameter in teacher.parameters()]
     optimizer = torch.optim.Adam(teacher.parameters(), lr=rate, betas=(0.9, 0.99))

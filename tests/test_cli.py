@@ -56,7 +56,7 @@ def test_help_names_the_commands_and_is_formatted_at_any_width(monkeypatch, caps
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["demo", "--seeds", "x"], ["demo", "--network", "unet"], ["demo", "--seed", "3"]],
+    [[], ["fly"], ["demo", "--seeds", "x"], ["demo", "--world", "moons"], ["demo", "--seed", "3"]],
 )
 def test_wrong_use_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -70,7 +70,6 @@ def test_wrong_use_is_exit_code_2(arguments, capsys):
     [
         (["--seeds", "0"], "found --seeds 0; expected a number >= 1"),
         (["--schedule", "cosine"], "found schedule 'cosine'"),
-        (["--network", "conv", "--world", "gaussians"], "found --network conv --world gaussians"),
     ],
 )
 def test_a_wrong_value_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):

@@ -1,14 +1,14 @@
 """Distil one-step generators, of digits or in the plane, with and without DisBack.
 
 Distil one-step generators from a teacher that comes with this package, of scikit-learn's digits or of ten Gaussians in
-the plane: Diff-Instruct, or another loss, the package's default and controls, from the same seeds. Takes a minute or
-two on a CPU, and half a minute with --seeds 1. `disback report` makes a page of the logs that it leaves in --out.
+the plane: Diff-Instruct, the package's default and controls, from the same seeds. Takes a minute or two on a CPU, and
+half a minute with --seeds 1. `disback report` makes a page of the logs that it leaves in --out.
 
 Example:
   disback demo --seeds 1
   disback demo --world gaussians --out gaussians
   disback demo --student teacher && disback report disback-demo
-  disback demo --seeds 3 --network conv --student far --loss sid --out results --json > result.json
+  disback demo --seeds 3 --student far --schedule ramp:50 --out results --json > result.json
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ from disback_plugin.errors import OptionError
 
 CAVEAT = (
     "What the controls reach without a path is not the path's merit. Other regimes gain less or lose "
-    '(--student teacher, --network conv): README, "Does it help?".'
+    '(--student teacher): README, "Does it help?".'
 )
 CHOICES = {
     "world": (("digits", "gaussians"), "the data: images, or points in the plane, whose figures show more"),
     "student": (("scratch", "teacher", "far"), "the student's first weights: random, the teacher's, or of negatives"),
-    "loss": (("diff-instruct", "dmd", "sid"), "the student's loss"),
-    "network": (("mlp", "conv"), "architecture of all three networks, of digits"),
 }
 
 
@@ -51,8 +49,6 @@ def run(options: argparse.Namespace) -> None:
 
     if options.seeds < 1:
         raise OptionError(f"--seeds {options.seeds}", expected="a number >= 1", cure="omit it for 5")
-    if (options.world, options.network) == ("gaussians", "conv"):
-        raise OptionError("--network conv --world gaussians", expected="an mlp for points", cure="omit --network")
     if options.schedule is not None:
         parse(options.schedule)
     print("Loading PyTorch; then come five runs with a progress bar each.", file=sys.stderr, flush=True)
@@ -62,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
     # The seeds' matrices are small: a second thread gains little, and waits if another process has its core.
     torch.set_num_threads(1)
-    names = ("seeds", "world", "student", "network", "schedule", "loss", "out")
+    names = ("seeds", "world", "student", "schedule", "out")
     result = demo(**{name: getattr(options, name) for name in names})
     if options.json:
         print(json.dumps(result))

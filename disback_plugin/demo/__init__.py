@@ -11,7 +11,7 @@ Five runs from the same seeds and first weights, on the same noise, in as many r
 | ... at 1.25 times the rate  | no        | s'_0              | s'_0    | as it is              | 1.25 |
 
 DisBack is `disback.attach` as it is, with its default schedule. The last three runs are controls: each has a part of
-what DisBack does. With another loss the first and the last run are named after it, and all use that loss.
+what DisBack does.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ from tqdm import tqdm
 
 import disback_plugin as disback
 from disback_plugin.demo.figures import GRID, Frame, draw
-from disback_plugin.demo.networks import load_teacher
 from disback_plugin.demo.trainer import Regime, Streams, Trainer, generate, regime_of
-from disback_plugin.demo.worlds import data_of, distance_to
+from disback_plugin.demo.worlds import DATA, distance_to, load_teacher
 from disback_plugin.metrics import mismatch_degree
 from disback_plugin.plugins.run_log import SUFFIX
 from disback_plugin.prediction import Prediction
 from disback_plugin.report.figures import crossing
 from disback_plugin.schedules import GradientRamp, Schedule, WarmStart, parse
 
-TITLES = {"diff-instruct": "Diff-Instruct", "dmd": "DMD", "sid": "SiD"}
+BASELINE = "Diff-Instruct"
 RECORD = 25  # recording iterations, and between two nodes, of a schedule that does not end the recording itself
 FASTER = 1.25
 EVALUATE_EVERY, SAMPLES, EMA = 20, 1_000, 0.99
@@ -99,9 +98,9 @@ class Study:
     def __init__(self, regime: Regime, seeds: Sequence[int], folder: Path) -> None:
         self.regime, self.seeds, self.folder = regime, seeds, folder
         self.frames: dict[str, dict[int, Frame]] = {}
-        self.data = data_of(regime.network)
+        self.data = DATA[regime.world]()
         self._distance = distance_to(self.data)
-        self.teacher = load_teacher(regime.network, 1)
+        self.teacher = load_teacher(regime.world, 1)
         self._z = Streams(seeds, EVALUATION).randn(SAMPLES, regime.size)
         self._shown = {EVALUATE_EVERY * round(part * regime.rounds / EVALUATE_EVERY) for part in SHOWN}
 
@@ -110,16 +109,16 @@ class Study:
         path = self.folder / "path"
         if disback.DegradationPath.exists(path):
             shutil.rmtree(path)
-        title, warm = TITLES[self.regime.loss], Warm(until_fitted=schedule.until_fitted)
         recording = {} if schedule.until_fitted else {"record": RECORD, "every": RECORD}
         runs = {
-            title: self.distil(title, schedule=WarmStart(), record=0),
+            BASELINE: self.distil(BASELINE, schedule=WarmStart(), record=0),
             name: self.distil(name, schedule=schedule, path=path, **recording),
         }
         if not isinstance(schedule, WarmStart):
+            warm = Warm(until_fitted=schedule.until_fitted)
             with tempfile.TemporaryDirectory() as folder:
                 runs["warm start"] = self.distil("warm start", schedule=warm, path=folder, **recording)
-        ramp, faster = "gradient ramp, no path", f"{title} at {FASTER} times the rate"
+        ramp, faster = "gradient ramp, no path", f"{BASELINE} at {FASTER} times the rate"
         runs[ramp] = self.distil(ramp, schedule=GradientRamp(), record=0)
         runs[faster] = self.distil(faster, FASTER, schedule=WarmStart(), record=0)
         return runs
@@ -193,14 +192,11 @@ class Study:
         "final" is the distance at the end, and "ratio" its ratio to the first run's, with its "range". "rounds_ratio"
         is that of the rounds until a run is as low as the first run's end, None if the median seed never is.
         """
-        baseline, found, first = next(iter(runs.values())), {}, [1.0] * len(self.seeds)
+        baseline, found = runs[BASELINE], {}
+        goals = baseline.distance[-1]
         for name, run in runs.items():
-            ratios = [a / b for a, b in zip(run.distance[-1], baseline.distance[-1], strict=True)]
-            curves = (list(zip(run.rounds, curve, strict=True)) for curve in zip(*run.distance, strict=True))
-            reached = map(crossing, curves, baseline.distance[-1])
-            needed = [math.inf if rounds is None else max(rounds, 1.0) for rounds in reached]
-            first = needed if run is baseline else first
-            rounds = median(a / b for a, b in zip(needed, first, strict=True))
+            ratios = [a / b for a, b in zip(run.distance[-1], goals, strict=True)]
+            rounds = median(a / b for a, b in zip(rounds_to(goals, run), rounds_to(goals, baseline), strict=True))
             found[name] = asdict(run) | {
                 "final": median(run.distance[-1]),
                 "ratio": median(ratios),
@@ -214,18 +210,21 @@ class Study:
         return generate(generator, self._z, self.regime)
 
 
-def demo(
-    *, seeds: int, world: str, student: str, network: str, schedule: str | None, loss: str, out: Path
-) -> dict[str, Any]:
+def rounds_to(goals: Sequence[float], run: Run) -> list[float]:
+    """Return for each seed the rounds until its distance is as low as its goal, at least 1; inf if it never is."""
+    curves = (list(zip(run.rounds, distances, strict=True)) for distances in zip(*run.distance, strict=True))
+    reached = map(crossing, curves, goals)
+    return [math.inf if rounds is None else max(rounds, 1.0) for rounds in reached]
+
+
+def demo(*, seeds: int, world: str, student: str, schedule: str | None, out: Path) -> dict[str, Any]:
     """Distil one-step generators with and without DisBack, and write figures, path, logs and result.
 
     Args:
         seeds: Number of seeds, 0 to seeds - 1, >= 1.
         world: "digits", or "gaussians" in the plane.
         student: "scratch", "teacher" or "far".
-        network: "mlp" or "conv", of digits; points in the plane have an "mlp".
         schedule: Of DisBack, as `schedules.parse` reads it; None is the default of `disback.attach`.
-        loss: Of the generator: "diff-instruct", "dmd" or "sid".
         out: Folder for the figures (`figures.draw`), result.json, path/, and the log of each run.
 
     Returns:
@@ -235,18 +234,18 @@ def demo(
         OptionError: If scikit-learn or matplotlib is not installed.
         PathError: If `out` holds something else at `path/`.
     """
-    began, default = time.perf_counter(), inspect.signature(disback.attach).parameters["schedule"].default
-    parsed = parse(schedule or default)
-    regime = regime_of("plane" if world == "gaussians" else network, student, loss)
+    began = time.perf_counter()
+    schedule = schedule or inspect.signature(disback.attach).parameters["schedule"].default
+    parsed, regime = parse(schedule), regime_of(world, student)
     out.mkdir(parents=True, exist_ok=True)
     with suppress(OSError, ValueError, KeyError):  # the logs of an earlier run, whose names may be others
         for name in json.loads((out / "result.json").read_text(encoding="utf-8"))["runs"]:
             (out / f"{name}{SUFFIX}").unlink(missing_ok=True)
     study = Study(regime, range(seeds), out)
-    runs = study.distil_all(parsed, f"DisBack ({schedule or default})")
+    runs = study.distil_all(parsed, f"DisBack ({schedule})")
     draw(study, runs)
     result = asdict(regime) | {
-        "schedule": str(schedule or default),
+        "schedule": schedule,
         "seeds": seeds,
         "runs": study.summarise(runs),
         "seconds": round(time.perf_counter() - began, 1),

@@ -1,9 +1,7 @@
-"""Train E one-step generators side by side, by Diff-Instruct, DMD or SiD. This trainer knows no DisBack.
+"""Train E one-step generators side by side by Diff-Instruct. This trainer knows no DisBack.
 
 fake score   min_phi  E w(sigma) |D_phi(x + sigma eps, sigma) - x|^2,   x = G(z)         (Eq. 5)
 generator    dL/dx  = D_phi(x_t, sigma) - D_theta(x_t, sigma),          G(z) = D_G(sigma_init z, sigma_init)
-
-The second line is Diff-Instruct's; the other generator losses are `losses.dmd` and `losses.sid`.
 """
 
 from __future__ import annotations
@@ -15,24 +13,15 @@ import torch
 from torch import Tensor
 
 from disback_plugin import losses
-from disback_plugin.demo.networks import PIXELS, Denoiser, ensemble, load_teacher, random_weights
+from disback_plugin.demo.worlds import Denoiser, ensemble, load_teacher, random_weights
 from disback_plugin.noise import add_noise, lognormal_sigma
 from disback_plugin.prediction import Prediction
 
-LOSSES = ("diff-instruct", "dmd", "sid")
-# Learning rate of each network and student, for these losses: the best of several for the loss without DisBack, found
-# on seeds 100 to 104 (or 100 to 102), of which no seed diverged (SiD diverges at 2e-3); for "far" with a teacher that
-# was trained on negatives.
+# Learning rate of each world and student: the best of several without DisBack, found on seeds 100 to 104, of which no
+# seed diverged; for "far" with a teacher that was trained on negatives.
 RATES = {
-    ("mlp", "scratch"): (1e-3, 1e-3, 5e-4),
-    ("mlp", "teacher"): (5e-4, 5e-4, 5e-4),
-    ("mlp", "far"): (2e-3, 2e-3, 1e-3),
-    ("conv", "scratch"): (2e-3, 2e-3, 1e-3),
-    ("conv", "teacher"): (1e-3, 5e-4, 5e-4),
-    ("conv", "far"): (2e-3, 2e-3, 2e-3),
-    ("plane", "scratch"): (2e-3, 2e-3, 1e-3),
-    ("plane", "teacher"): (5e-4, 5e-4, 5e-4),
-    ("plane", "far"): (1e-3, 1e-3, 1e-3),
+    "digits": {"scratch": 1e-3, "teacher": 5e-4, "far": 2e-3},
+    "gaussians": {"scratch": 2e-3, "teacher": 5e-4, "far": 1e-3},
 }
 
 
@@ -41,34 +30,31 @@ class Regime:
     """Everything that a run depends on, except its seeds.
 
     Attributes:
-        network: "mlp" or "conv", of digits; or "plane", of ten Gaussians in the plane.
+        world: "digits" or "gaussians".
         student: First weights: "scratch" (random), "teacher" (the teacher's) or "far" (a teacher of negatives).
         rate: Learning rate of both Adams.
         rounds: Rounds of training; each is an update of the fake score and one of the generator.
         sigma_init: Noise scale that the generator is fed with, in data units.
         batch: Samples B of an update, a member.
-        loss: Of the generator: "diff-instruct", "dmd" or "sid".
     """
 
-    network: str
+    world: str
     student: str
     rate: float
     rounds: int
     sigma_init: float
     batch: int = 64
-    loss: str = "diff-instruct"
 
     @property
     def size(self) -> int:
         """Return d, the numbers of a sample."""
-        return 2 if self.network == "plane" else PIXELS
+        return 2 if self.world == "gaussians" else 64
 
 
-def regime_of(network: str, student: str, loss: str = "diff-instruct") -> Regime:
-    """Return the regime of a network, a student and a loss."""
-    sigma_init = 10.0 if network == "plane" else 80.0 if student == "scratch" else 2.5
-    rate, batch = RATES[network, student][LOSSES.index(loss)], 32 if network == "conv" else 64
-    return Regime(network, student, rate, 240, sigma_init, batch, loss)
+def regime_of(world: str, student: str) -> Regime:
+    """Return the regime of a world and a student."""
+    sigma_init = 10.0 if world == "gaussians" else 80.0 if student == "scratch" else 2.5
+    return Regime(world, student, RATES[world][student], 240, sigma_init)
 
 
 class Streams:
@@ -103,40 +89,29 @@ class Trainer:
         self.regime = regime
         self.members = len(seeds)
         self.streams = Streams(seeds, purpose=1)
-        self.teacher = load_teacher(regime.network, len(seeds)).requires_grad_(False)
-        self.fake_score = load_teacher(regime.network, len(seeds))
+        self.teacher = load_teacher(regime.world, len(seeds)).requires_grad_(False)
+        self.fake_score = load_teacher(regime.world, len(seeds))
         self.generator = first_student(regime, seeds)
         self.generator_optimizer = self._adam(self.generator)
         self.fake_score_optimizer = self._adam(self.fake_score)
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Update the fake score, then the generator; return the losses before these updates."""
-        return self.fake_step(), self.generator_step()
-
-    def fake_step(self) -> Tensor:
-        """Update s_phi on samples of the generator, by Eq. 5."""
+        """Update the fake score by Eq. 5 on samples of the generator, then the generator by Eq. 8 in the weighting of
+        Diff-Instruct's authors; return the losses before these updates.
+        """
         with torch.no_grad():
-            x_0 = self.sample()
-        return self._update(self.fake_score_optimizer, denoising_loss(self.fake_score, x_0, *self._noise()))
-
-    def generator_step(self) -> Tensor:
-        """Update the generator by Eq. 8 in the weighting of Diff-Instruct's authors, or by another loss."""
-        x, loss = self.sample(), self.regime.loss
-        sigma, eps = self._noise()
-        # The gradient of SiD flows through both networks.
-        x_t = add_noise(x if loss == "sid" else x.detach(), eps, alpha=1.0, sigma=sigma)
-        with torch.set_grad_enabled(loss == "sid"):
+            x_0 = self._sample()
+        fake_loss = self._update(self.fake_score_optimizer, denoising_loss(self.fake_score, x_0, *self._noise()))
+        x, (sigma, eps) = self._sample(), self._noise()
+        x_t = add_noise(x.detach(), eps, alpha=1.0, sigma=sigma)
+        with torch.no_grad():
             real, fake = self.teacher(x_t, sigma[..., 0]), self.fake_score(x_t, sigma[..., 0])
         # The loss sees the members as one batch of E * B samples.
-        x, real, fake, eps, sigma = (tensor.flatten(0, 1) for tensor in (x, real, fake, eps, sigma))
-        # With the weight of Diff-Instruct's authors, and alpha of SiD's.
-        own = {"diff-instruct": {"weight": sigma**2}, "dmd": {"eps": eps}, "sid": {"eps": eps, "alpha_sid": 1.2}}[loss]
-        compute = getattr(losses, loss.replace("-", "_"))
-        value = compute(x, real, fake, alpha=1.0, sigma=sigma, prediction=Prediction.X0, **own)
-        return self._update(self.generator_optimizer, value)
+        x, real, fake, sigma = (tensor.flatten(0, 1) for tensor in (x, real, fake, sigma))
+        loss = losses.diff_instruct(x, real, fake, alpha=1.0, sigma=sigma, prediction=Prediction.X0, weight=sigma**2)
+        return fake_loss, self._update(self.generator_optimizer, loss)
 
-    def sample(self) -> Tensor:
-        """Return generated samples x = G(z), shape (E, B, d)."""
+    def _sample(self) -> Tensor:
         return generate(self.generator, self.streams.randn(self.regime.batch, self.regime.size), self.regime)
 
     def _noise(self) -> tuple[Tensor, Tensor]:
@@ -171,9 +146,9 @@ def denoising_loss(denoiser: Denoiser, x_0: Tensor, sigma: Tensor, eps: Tensor) 
 def first_student(regime: Regime, seeds: Sequence[int]) -> Denoiser:
     """Return the generators before training: random ones, each from its own seed, or copies of one network."""
     if regime.student == "scratch":
-        states = [random_weights(regime.network, torch.Generator().manual_seed(seed)) for seed in seeds]
-        return ensemble(regime.network, states)
-    student = load_teacher(regime.network, len(seeds))
+        states = [random_weights(regime.world, torch.Generator().manual_seed(seed)) for seed in seeds]
+        return ensemble(regime.world, states)
+    student = load_teacher(regime.world, len(seeds))
     if regime.student == "far":  # -D(-x, sigma): the teacher of the data's negatives
         state = student.state_dict()
         for name in ("body.first.weight", "body.last.weight", "body.last.bias"):

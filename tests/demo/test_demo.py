@@ -14,7 +14,7 @@ from timm.utils.model_ema import ModelEmaV3
 import disback_plugin as disback
 from disback_plugin import cli, demo
 from disback_plugin.demo import trainer
-from disback_plugin.demo.networks import load_teacher
+from disback_plugin.demo.worlds import load_teacher
 from disback_plugin.metrics import sliced_wasserstein
 from disback_plugin.schedules import Ramp
 
@@ -70,8 +70,8 @@ def test_every_row_has_medians_of_ratios_to_the_baseline_seed_by_seed(short, tmp
 def test_without_an_option_the_schedule_is_the_packages_default_and_the_demo_can_be_run_again(
     arguments, short, tmp_path, capsys
 ):
-    for earlier in ("sid", "diff-instruct"):
-        assert cli.main(["demo", "--seeds", "1", "--out", str(tmp_path), "--loss", earlier, *arguments]) == 0
+    for schedule in (["--schedule", "ramp:3"], []):
+        assert cli.main(["demo", "--seeds", "1", "--out", str(tmp_path), *schedule, *arguments]) == 0
         captured = capsys.readouterr()
         assert captured.err.startswith("Loading PyTorch")
     assert f"DisBack ({DEFAULT})" in captured.out
@@ -94,7 +94,7 @@ def test_a_seed_does_not_depend_on_the_other_seeds(short, tmp_path, capsys):
 
 
 def test_the_runs_start_alike_and_the_trainer_without_disback_is_untouched(short, tmp_path):
-    regime = demo.regime_of("mlp", "scratch")
+    regime = demo.regime_of("digits", "scratch")
     study = demo.Study(regime, [7], tmp_path)
     runs = study.distil_all(Ramp(3), "DisBack")
     assert len({found.distance[0][0] for found in runs.values()}) == 1
@@ -111,7 +111,7 @@ def test_the_runs_start_alike_and_the_trainer_without_disback_is_untouched(short
 
 
 def test_a_default_without_backtracking_is_not_its_own_control(short, tmp_path):
-    study = demo.Study(demo.regime_of("plane", "scratch"), [0], tmp_path)
+    study = demo.Study(demo.regime_of("gaussians", "scratch"), [0], tmp_path)
     assert list(study.distil_all(demo.WarmStart(), "DisBack (warm)")) == [
         "Diff-Instruct",
         "DisBack (warm)",
@@ -119,41 +119,17 @@ def test_a_default_without_backtracking_is_not_its_own_control(short, tmp_path):
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss", ["dmd", "sid"])
-def test_each_loss_has_its_own_baseline(loss, short, tmp_path, capsys):
-    result = run(tmp_path, capsys, "--loss", loss, "--student", "far", "--seeds", "2")
-    assert next(iter(result["runs"])) == demo.TITLES[loss]
-    assert (result["loss"], result["student"]) == (loss, "far")
-    first, *others = (found["distance"][0] for found in result["runs"].values())
-    assert all(other == first for other in others), "all runs begin with the same student"
-    ends = [found["distance"][-1] for found in result["runs"].values()]
-    assert len({tuple(end) for end in ends}) == 5
-
-
-def test_the_three_losses_train_differently():
-    ends = set()
-    for loss in trainer.LOSSES:
-        plain = trainer.Trainer(replace(trainer.regime_of("mlp", "teacher", loss), batch=8), [0])
-        plain.step()
-        ends.add(tuple(plain.generator.body.last.weight.flatten().tolist()))
-    assert len(ends) == 3
-
-
-@pytest.mark.parametrize("network", ["mlp", "conv", "plane"])
-def test_a_far_student_denoises_negatives(network):
-    far = trainer.first_student(trainer.regime_of(network, "far"), [0])
-    teacher, x_t, sigma = (
-        load_teacher(network, 1),
-        torch.randn(1, 4, 2 if network == "plane" else 64),
-        torch.tensor(0.5),
-    )
+@pytest.mark.parametrize("world", trainer.RATES)
+def test_a_far_student_denoises_negatives(world):
+    regime = trainer.regime_of(world, "far")
+    far, teacher = trainer.first_student(regime, [0]), load_teacher(world, 1)
+    x_t, sigma = torch.randn(1, 4, regime.size), torch.tensor(0.5)
     with torch.no_grad():
         torch.testing.assert_close(far(x_t, sigma), -teacher(-x_t, sigma))
 
 
 def test_in_the_plane_the_teacher_knows_the_gaussians_and_its_directions_lead_to_them(tmp_path):
-    study = demo.Study(trainer.regime_of("plane", "scratch"), [0], tmp_path)
+    study = demo.Study(trainer.regime_of("gaussians", "scratch"), [0], tmp_path)
     x_t = demo.figures.GRID
     reached = x_t + study.directions(study.teacher)
     far = torch.cdist(x_t, study.data).amin(1) > 2

@@ -240,11 +240,11 @@ def digits(form, path, steps):
     from torch.distributed.tensor import Shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from disback_plugin.demo.networks import load_teacher
     from disback_plugin.demo.trainer import Regime, Trainer
+    from disback_plugin.demo.worlds import load_teacher
 
     ranks = dist.get_world_size()
-    trainer = Trainer(Regime("mlp", "scratch", 1e-3, steps, sigma_init=2.5, batch=32 // ranks), [0])
+    trainer = Trainer(Regime("digits", "scratch", 1e-3, steps, sigma_init=2.5, batch=32 // ranks), [0])
     trainer.streams = Share(trainer.streams)
     if form == "fsdp2":  # the first dimension is that of the seeds, one here: rank 1 would hold next to nothing
         for net in (trainer.teacher, trainer.fake_score, trainer.generator):
@@ -262,7 +262,7 @@ def digits(form, path, steps):
         for _ in range(steps):
             trainer.step()
         phase = handle.phase
-    original = ScoreNetwork(load_teacher("mlp", 1)).fingerprint()
+    original = ScoreNetwork(load_teacher("digits", 1)).fingerprint()
     same = ScoreNetwork(trainer.teacher).fingerprint() == original
     torch.save({r: whole(ScoreNetwork(getattr(trainer, r))) for r in ("generator", "fake_score")}, f"{path}-end.pt")
     return {"phase": phase, "teacher is itself": same}
