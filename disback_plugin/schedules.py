@@ -293,6 +293,18 @@ def recipe(name: str) -> Recipe:
     return recipes()[name]
 
 
+def recording_options(options: Any) -> dict[str, Any]:
+    """Return those of `record`, `every` and `schedule` that a command's options give, or its `recipe`'s, not both."""
+    values = {name: getattr(options, name) for name in ("record", "every", "schedule")}
+    given = {name: value for name, value in values.items() if value is not None}
+    if options.recipe is None:
+        return given
+    if given:
+        both = f"--recipe {options.recipe} and {', '.join(f'--{name}' for name in given)}"
+        raise OptionError(both, expected="a recipe, which sets all three, or these", cure="omit one of them")
+    return recipe(options.recipe).options
+
+
 # Names of schedules for `parse`: the class, and the largest number of arguments.
 NAMES: dict[str, tuple[Callable[..., Schedule], float]] = {
     "auto": (Auto, 0),

@@ -13,10 +13,21 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin.cli import parser
-from disback_plugin.commands.run import _recording_and_schedule
 from disback_plugin.errors import OptionError
 from disback_plugin.schedule_base import validate_config
-from disback_plugin.schedules import Auto, Fixed, GradientRamp, Ramp, Target, WarmStart, parse, recipe, recipes, tomllib
+from disback_plugin.schedules import (
+    Auto,
+    Fixed,
+    GradientRamp,
+    Ramp,
+    Target,
+    WarmStart,
+    parse,
+    recipe,
+    recipes,
+    recording_options,
+    tomllib,
+)
 
 counts = st.integers(1, 60)
 schedules = st.one_of(
@@ -220,10 +231,10 @@ def _options(*arguments):
 
 
 def test_the_command_takes_a_recipe_or_the_three_options_but_not_both():
-    assert _recording_and_schedule(_options("--recipe", "sdxl")) == {"record": 1_000, "every": 100, "schedule": "sdxl"}
-    assert _recording_and_schedule(_options("--record", "0")) == {"record": 0}
-    assert _recording_and_schedule(_options()) == {}
+    assert recording_options(_options("--recipe", "sdxl")) == {"record": 1_000, "every": 100, "schedule": "sdxl"}
+    assert recording_options(_options("--record", "0")) == {"record": 0}
+    assert recording_options(_options()) == {}
     with pytest.raises(OptionError, match="--recipe sdxl and --record, --schedule"):
-        _recording_and_schedule(_options("--recipe", "sdxl", "--record", "5", "--schedule", "warm"))
+        recording_options(_options("--recipe", "sdxl", "--record", "5", "--schedule", "warm"))
     with pytest.raises(OptionError, match="one of edm-64"):
-        _recording_and_schedule(_options("--recipe", "edm"))
+        recording_options(_options("--recipe", "edm"))

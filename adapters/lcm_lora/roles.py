@@ -127,14 +127,7 @@ class Options:
     @property
     def recording(self) -> dict[str, Any]:
         """Return the arguments `record`, `every` and `schedule` of `attach` that were given, or those of the recipe."""
-        values = {name: getattr(self, name) for name in ("record", "every", "schedule")}
-        given = {name: value for name, value in values.items() if value is not None}
-        if self.recipe is None:
-            return given
-        if given:
-            found = f"--recipe {self.recipe} and {', '.join(f'--{name}' for name in given)}"
-            raise OptionError(found, expected="a recipe, which sets all three, or these", cure="omit one")
-        return schedules.recipe(self.recipe).options
+        return schedules.recording_options(self)
 
 
 def read(arguments: Sequence[str]) -> Options:

@@ -1,16 +1,18 @@
 """`disback run`: attach DisBack to a trainer's script without editing it.
 
 `Watch` is the public class with which an adapter, or the command line, says where a trainer keeps its networks. This
-module finds the trainer inside a running script, `launch.imports` wraps the script's functions, and `launch.run` runs
-the script. Importing this module loads no torch.
+module finds the trainer inside a running script, `launch.hooks` wraps the script's functions, and `launch.run` runs the
+script. Importing this module loads no torch.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pkgutil import resolve_name
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -71,8 +73,7 @@ class Watch:
         Raises:
             RoleError: If there is no such caller or variable, or the trainer lacks an attribute.
         """
-        found = (variables for name, variables in _callers(start) if name == self.frame)
-        variables = next(found, None)
+        variables = next((held for name, held in _callers(start) if name == self.frame), None)
         if variables is None:
             raise self.mismatch(f"no function {self.frame!r} among the callers of {self.call}")
         if self.take and self.take not in variables:
@@ -94,12 +95,7 @@ class Watch:
         Raises:
             RoleError: If no caller has one of the variables.
         """
-        callers = list(_callers(start))
-        roles = SimpleNamespace()
-        for role, names in ({name: name for name in self.needs} | {**variables}).items():
-            found = tuple(_find(role, name, callers) for name in names.split(","))
-            setattr(roles, role, found if len(found) > 1 else found[0])
-        return roles
+        return SimpleNamespace(**find_variables(start, {name: name for name in self.needs} | {**variables}))
 
     def mismatch(self, found: str, *, fits: str = "") -> RoleError:
         """Return the error for a trainer of another version.
@@ -108,17 +104,31 @@ class Watch:
             found: What is missing, in words.
             fits: Name of the adapter that knows the trainer, if there is one.
         """
-        named = "correct --watch and --role, or omit --watch: DisBack then attaches at the first forward with gradients"
-        other = "use that version" if self.knows else named
-        return RoleError(
-            found,
-            expected=f"the names of {self.knows}, for which this adapter was written"
-            if self.knows
-            else "the roles where the command says",
-            cure=f"use --adapter {fits}, which knows this trainer"
-            if fits
-            else f"{other}, or call disback.attach with the four roles in your script",
-        )
+        expected = "the roles where the command says"
+        cure = "correct --watch and --role, or omit --watch: DisBack then attaches at the first forward with gradients"
+        if self.knows:
+            expected, cure = f"the names of {self.knows}, for which this adapter was written", "use that version"
+        cure += ", or call disback.attach with the four roles in your script"
+        if fits:
+            cure = f"use --adapter {fits}, which knows this trainer"
+        return RoleError(found, expected=expected, cure=cure)
+
+
+def find_variables(start: FrameType | None, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return objects by role, each a variable of the innermost caller of a frame that has it.
+
+    Args:
+        start: Frame at which the search up the stack begins.
+        names: Dotted variable by role; several with commas between them make a tuple.
+
+    Raises:
+        RoleError: If no caller has one of the variables.
+    """
+    callers, found = [*_callers(start)], {}
+    for role, variables in names.items():
+        values = tuple(_find(role, variable, callers) for variable in variables.split(","))
+        found[role] = values if len(values) > 1 else values[0]
+    return found
 
 
 def _find(role: str, variable: str, callers: Sequence[tuple[str, Mapping[str, object]]]) -> object:
@@ -174,6 +184,37 @@ def _get(trainer: object, dotted: str) -> Any:
 
 
 # -- options of the command line ---------------------------------------------------------------------------------------
+
+
+def find_evaluation(name: str, frame: FrameType | None) -> Callable[[], Any]:
+    """Return the function of `--evaluate` without arguments, for `attach`: each one without default is a variable.
+
+    Args:
+        name: "MODULE:FUNCTION"; the script itself is `__main__`.
+        frame: Frame from which on the callers' variables are searched, as they are now.
+
+    Raises:
+        OptionError: If there is no such function.
+        RoleError: If no caller has one of the variables.
+    """
+    try:
+        function = resolve_name(name)
+        given = inspect.signature(function).parameters.values()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise OptionError(
+            f"no function {name!r} ({error})",
+            expected="--evaluate MODULE:FUNCTION, importable from the script's folder, or __main__:FUNCTION",
+            cure="correct the name, or set PYTHONPATH",
+        ) from error
+    needed = {argument.name: argument.name for argument in given if argument.default is argument.empty}
+    try:
+        return partial(function, **find_variables(frame, needed))
+    except RoleError as error:
+        raise RoleError(
+            f"an argument of {name} that is no variable of the script, among {', '.join(needed)}",
+            expected="variables of the script, where its networks are used",
+            cure="rename the argument, or give it a default",
+        ) from error
 
 
 def watches_of(module: object, adapter: str) -> tuple[Watch, ...]:

@@ -3,7 +3,7 @@
 The script runs as `__main__` with its own arguments. When the script imports the module that a `Watch` names, one
 function of that module is wrapped. At the function's first call, before the first optimizer step, `attach` gets the
 trainer that the callers hold, and the wrapper is removed. Without such a function, `attach` is called before the first
-forward with gradients (`forwards`), with the roles that the user named. An optimizer step before that stops the script.
+forward with gradients (`hooks`), with the roles that the user named. An optimizer step before that stops the script.
 
 While the trainer saves its checkpoint, the teacher is s'_0; afterwards the handle's state is kept (`states`). A later
 run that loads that checkpoint resumes there.
@@ -16,26 +16,25 @@ import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace as with_fields
 from functools import partial
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from disback_plugin import distributed
+from disback_plugin import distributed, launch
 from disback_plugin.attachment import attach
 from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleError
 from disback_plugin.handle import Handle
-from disback_plugin.launch import ROLES, Watch, validated_roles, validated_watch, watches_of
-from disback_plugin.launch.evaluations import find_evaluation
-from disback_plugin.launch.forwards import FirstForward
-from disback_plugin.launch.imports import call_after_import, replace
+from disback_plugin.launch import ROLES, Watch
+from disback_plugin.launch.hooks import FirstForward, call_after_import, replace
 from disback_plugin.launch.states import SavedStates
 from disback_plugin.loop.held_steps import is_initialization
 from disback_plugin.loop.optimizers import parameters, unwrap
@@ -90,11 +89,11 @@ class ScriptRunner:
         # Absolute: a script may change its working folder.
         self._adapter, self._path, self._options = adapter, Path(path).absolute(), options
         if adapter:
-            watches = watches_of(self._plugins.load(adapter, f"--adapter {adapter}"), adapter)
+            watches = launch.watches_of(self._plugins.load(adapter, f"--adapter {adapter}"), adapter)
         else:
-            watches = (Watch(validated_watch(watch), frame="", knows="", needs=ROLES),)
+            watches = (Watch(launch.validated_watch(watch), frame="", knows="", needs=ROLES),)
         self._watches = tuple(with_fields(each, saves=(*each.saves, *saves)) for each in watches)
-        self._roles, self._restore = validated_roles(roles or {}, adapter, self._watches), restore
+        self._roles, self._restore = launch.validated_roles(roles or {}, adapter, self._watches), restore
         self._states, self._evaluate = SavedStates(self._path), evaluate
         self._forwards: FirstForward | None = None
         self._generator: ScoreNetwork | None = None
@@ -133,7 +132,9 @@ class ScriptRunner:
                 # The script is `__main__` while it runs; its functions exist once it has begun to train (`_attach`).
                 modules = {call.partition(":")[0] for call in calls} - {"", "__main__"}
                 self._until_exit.enter_context(call_after_import(modules, self._wrap_functions))
-                with _as_main(script, arguments):
+                # The arguments and the import path that Python itself would give the script.
+                argv, folder = [os.fspath(script), *arguments], str(Path(script).resolve().parent)
+                with patch.object(sys, "argv", argv), patch.object(sys, "path", [folder, *sys.path]):
                     runpy.run_path(os.fspath(script), run_name="__main__")
             except BaseException as error:
                 self._log_end(error)
@@ -208,7 +209,7 @@ class ScriptRunner:
             others = plugin.group == ADAPTERS and plugin.name != self._adapter
             module = self._plugins.get_plugin(plugin.name) if others else None
             with suppress(RoleError):
-                for watch in watches_of(module, plugin.name):
+                for watch in launch.watches_of(module, plugin.name):
                     if watch.frame and watch.call.partition(":")[0] in sys.modules:
                         watch.find_trainer(frame)
                         return plugin.name
@@ -236,8 +237,8 @@ class ScriptRunner:
                 state=state,
                 plugins=self._plugins,
                 **self._options,
-                **self._find_restorable(watch, frame),
-                evaluate=find_evaluation(self._evaluate, frame) if self._evaluate else None,
+                restore=("schedulers", *launch.find_variables(frame, {name: name for name in self._restore}).values()),
+                evaluate=launch.find_evaluation(self._evaluate, frame) if self._evaluate else None,
             )
         except DisbackError as error:
             self._failure = error  # a script that catches the error is stopped at its first optimizer step
@@ -269,12 +270,6 @@ class ScriptRunner:
             if isinstance(error.__cause__, AttributeError):
                 raise watch.mismatch(f"a trainer of other names ({error.__cause__})") from error
             raise
-
-    def _find_restorable(self, watch: Watch, frame: FrameType | None) -> dict[str, Any]:
-        if not self._restore:
-            return {}
-        found = Watch("", frame="", knows="").find_roles(frame, {name: name for name in self._restore})
-        return {"restore": ("schedulers", *vars(found).values())}
 
     # -- from then on -------------------------------------------------------------------------------------------------
 
@@ -327,15 +322,3 @@ def _generator_of(optimizers: Any) -> ScoreNetwork | None:
         return ScoreNetwork(nn.ParameterList(stepped), role="generator")
     except RoleError:
         return None
-
-
-@contextmanager
-def _as_main(script: str | os.PathLike[str], arguments: Sequence[str]) -> Iterator[None]:
-    """Give a script the arguments and the import path that Python itself would give it."""
-    argv, path = sys.argv[:], sys.path[:]
-    sys.argv[:] = [os.fspath(script), *arguments]
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    try:
-        yield
-    finally:
-        sys.argv[:], sys.path[:] = argv, path

@@ -16,7 +16,7 @@ from worlds import Run, Score, difference
 
 import disback_plugin as disback
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.launch.forwards import FirstForward
+from disback_plugin.launch.hooks import FirstForward
 from disback_plugin.launch.run import ScriptRunner
 from disback_plugin.testing import check_adapter
 from disback_plugin.weights.network import ScoreNetwork
