@@ -32,7 +32,6 @@ from disback_plugin.noise import add_noise, expand, lognormal_sigma
 from disback_plugin.path.codecs import CODECS
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
-from disback_plugin.path.model_card import percent
 from disback_plugin.prediction import Prediction
 from disback_plugin.schedules import Ramp
 from disback_plugin.weights.network import ScoreNetwork
@@ -133,7 +132,8 @@ def bench_codecs(teacher, rate, tmp_path):
         error[codec] = max(errors[codec])
         share = sum(node.bytes for node in path.nodes) / size
         weights = max(node.weight_error for node in path.nodes)
-        print(f"| `{codec}` | {ratio[codec]:.2f} | {percent(error[codec])} | {percent(weights)} | {share:.2f} |")
+        shares = f"{100 * error[codec]:.2g} % | {100 * weights:.2g} %"
+        print(f"| `{codec}` | {ratio[codec]:.2f} | {shares} | {share:.2f} |")
         path.verify()
     assert ratio["int8"] >= 3.9
     assert error["int8"] <= 0.005

@@ -70,6 +70,17 @@ def test_the_last_position_is_the_teacher_bit_for_bit(recorded, schedule, extra)
     assert difference(state(run.teacher), before) == []
 
 
+def test_a_scheduler_shows_where_it_stands(recorded):
+    run = holding(recorded)
+    scheduler = disback.TrajectoryScheduler(recorded, run.teacher, run.fake_score, schedule="fixed:3")
+    assert repr(scheduler).startswith("<TrajectoryScheduler not started: position 0 (N = 4, ")
+    scheduler.start()
+    scheduler.step()
+    assert repr(scheduler).startswith("<TrajectoryScheduler backtracking: position 3 ")
+    assert repr(scheduler).endswith("Fixed(3), 1 generator updates>")
+    assert "no path" in repr(disback.TrajectoryScheduler(None, run.teacher))
+
+
 def test_a_position_between_two_nodes_is_their_mixture(recorded):
     run = holding(recorded)
     scheduler = disback.TrajectoryScheduler(recorded, run.teacher, schedule=Ramp(4, start=0.9))

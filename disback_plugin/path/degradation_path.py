@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import Tensor
 
 from disback_plugin import distributed
@@ -38,6 +38,7 @@ class DegradationPath(
     library_name="disback",
     tags=["disback", "score-distillation", "diffusion-distillation"],
     paper_url="https://arxiv.org/abs/2408.15991",
+    model_card_template=Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"),
 ):
     """The nodes s'_0 (the teacher) to s'_N of one recording, in one folder.
 
@@ -278,7 +279,7 @@ class DegradationPath(
 
         def write() -> dict[str, Any]:
             self._remove_unlisted()  # the training state goes first: a complete path does not hold it
-            self._write_card(self.folder)
+            files.write_text(self.folder / "README.md", str(self.generate_model_card()))
             self.lock.release()  # before the mark: nobody locks a complete path, and would remove what a crash leaves
             return {"complete": True}
 
@@ -329,13 +330,11 @@ class DegradationPath(
         for entry in self.manifest.entries:
             if entry.sha256:
                 files.copy(self.folder / entry.file, save_directory / entry.file)
-        self._write_card(save_directory)
         self.manifest.write(save_directory)
 
-    def _write_card(self, folder: Path) -> None:
-        from disback_plugin.path.model_card import model_card  # for people: to attach needs none of it
-
-        files.write_text(folder / "README.md", model_card(self.manifest))
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """Return the model card: teacher, nodes, codec and errors, and how to use the path."""
+        return super().generate_model_card(manifest=self.manifest, version=FORMAT)
 
 
 def _training_metadata(iteration: int, training: Mapping[str, Tensor]) -> str:

@@ -156,14 +156,13 @@ class PathReader:
         """Return in words how weights differ from node 0; "" if the path does not hold it."""
         if not self.manifest.teacher.sha256:
             return ""
-        known, own = self._node(0).teacher, state.layout
-        if names := sorted(known.keys() ^ own.keys()):
+        known, own = self._node(0), state.layout
+        layout = known.layout()
+        if names := sorted(layout.keys() ^ own.keys()):
             return f", {len(names)} names that only one of them has, as {names[0]}"
-        metas = {name: TensorMeta(tensor.dtype, tensor.shape) for name, tensor in known.items()}
-        odd = sorted(name for name in known if metas[name] != own[name])
-        if odd:
-            return f", {odd[0]} of {own[odd[0]].dtype} and {tuple(own[odd[0]].shape)} instead of {known[odd[0]].dtype}"
-        odd = sorted(name for name in state.own() if not equal_bits(state.flat(name), known[name].view(-1)))
+        if odd := sorted(name for name in layout if layout[name] != own[name]):
+            return f", {odd[0]} of {own[odd[0]].dtype} and {tuple(own[odd[0]].shape)} instead of {layout[odd[0]].dtype}"
+        odd = sorted(name for name in state.own() if not equal_bits(state.flat(name), known.teacher[name].view(-1)))
         return f", other {'buffers' if state.buffers.issuperset(odd) else 'weights'} {odd[:3]}"
 
     def verify_checksum(self, index: int, found: str, expected: str | None = None) -> None:
@@ -189,18 +188,14 @@ class PathReader:
         # Without the teacher no node can be decoded: then the files are verified again once it is there.
         decodable = self._teacher is not None or manifest.teacher.sha256 != ""
         if decodable:
-            self._verify_values()
+            last, expected = self._node(len(self) - 1), manifest.teacher.fingerprint
+            if fingerprint(last.teacher) != expected:
+                found = f"a teacher in {self.folder} that is not the one it was recorded from"
+                raise damaged(found, f"fingerprint {expected[:12]}...")
+            whole = {name: Part(meta.shape) for name, meta in last.layout().items()}
+            for index, found in enumerate(self._checksums(whole)):
+                self.verify_checksum(index, found)
         self._verified = stamps if decodable else {}
-
-    def _verify_values(self) -> None:
-        """Decode all nodes in one pass and compare their checksums."""
-        last, expected = self._node(len(self) - 1), self.manifest.teacher.fingerprint
-        if fingerprint(last.teacher) != expected:
-            found = f"a teacher in {self.folder} that is not the one it was recorded from"
-            raise damaged(found, f"fingerprint {expected[:12]}...")
-        whole = {name: Part(meta.shape) for name, meta in last.layout().items()}
-        for index, found in enumerate(self._checksums(whole)):
-            self.verify_checksum(index, found)
 
     def _checksums(self, parts: Mapping[str, Part]) -> list[str]:
         """Return the checksum of some parts of each node; raise PathError if a node holds a NaN there."""
@@ -213,21 +208,9 @@ class PathReader:
                     totals[index].add(name, masked(value, cell))
         return [total.digest() for total in totals]
 
-    # -- show ----------------------------------------------------------------------------------------------------------
-
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         state = "complete" if self.complete else "unfinished"
         return f"DegradationPath({str(self.folder)!r}, nodes 0 to {len(self) - 1}, {state})"
-
-    def __repr__(self) -> str:
-        from disback_plugin.path.model_card import aligned, node_table
-
-        return f"{self}\n{aligned(node_table(self.manifest))}"
-
-    def _repr_html_(self) -> str:
-        from disback_plugin.path.model_card import html_table, node_table
-
-        return html_table(str(self), node_table(self.manifest))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

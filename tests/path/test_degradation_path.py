@@ -39,6 +39,7 @@ def recorded(tmp_path):
 
 def test_what_was_written_is_read_back_bit_for_bit(recorded):
     again = DegradationPath.from_pretrained(recorded.folder)
+    assert repr(again) == f"DegradationPath({str(recorded.folder)!r}, nodes 0 to 2, complete)"
     assert len(again) == 3
     assert again.complete
     for i, state in enumerate(states(3)):
