@@ -31,14 +31,12 @@ class History:
         file: The log.
         begun: Lines with which a process began: settings, versions, fingerprints. The last is the latest process's.
         lines: All other lines.
-        torn: Number of lines that cannot be parsed, as a process leaves one when it is killed while it writes.
     """
 
     name: str = ""
     file: Path = Path()
     begun: list[Line] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
-    torn: int = 0
 
     @property
     def updates(self) -> int:
@@ -150,7 +148,7 @@ def _moment(line: Line) -> tuple[int, int]:
 
 
 def read(file: Path) -> History:
-    """Return the history in a log.
+    """Return the history in a log, without lines that cannot be parsed: a process that is killed may leave half of one.
 
     Raises:
         PathError: If there is no such file, or it has no line of a log.
@@ -159,12 +157,11 @@ def read(file: Path) -> History:
         texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise _no_log(f"{file}, which cannot be read ({error.strerror})") from error
-    parsed = [_parsed(text) for text in texts if text.strip()]
-    lines = [line for line in parsed if line is not None]
+    lines = [line for text in texts if (line := _parsed(text)) is not None]
     if not lines:
         raise _no_log(f"no line of a log in {file}")
     history = last_run(lines)
-    history.name, history.file, history.torn = file.name.removesuffix(SUFFIX), file, len(parsed) - len(lines)
+    history.name, history.file = file.name.removesuffix(SUFFIX), file
     return history
 
 
@@ -189,9 +186,7 @@ def load_all(runs: Iterable[Path]) -> list[History]:
 
 
 def find(run: Path) -> list[Path]:
-    """Return the logs that a run's name stands for: a log, the log of a path, or all logs in a folder.
-
-    The log of a path lies beside the path under its name, or under another one (`attach(log=)`) that names the path.
+    """Return the logs that a run's name stands for: a log, the log beside a path, or all logs in a folder.
 
     Raises:
         PathError: If there is none.
@@ -201,9 +196,8 @@ def find(run: Path) -> list[Path]:
     beside = RunLog.beside(run).file
     if os.path.isfile(beside):
         return [beside]
-    neighbours = sorted(run.absolute().parent.glob(f"*{SUFFIX}"))
-    inside = sorted(run.glob(f"*{SUFFIX}")) or [file for file in neighbours if _is_log_of(file, run)]
-    if not os.path.isdir(run) or not inside:
+    inside = sorted(run.glob(f"*{SUFFIX}")) if os.path.isdir(run) else []
+    if not inside:
         raise _no_log(f"no log of a run at {run}")
     return inside
 
@@ -216,16 +210,10 @@ def _no_log(found: str) -> PathError:
     )
 
 
-def _is_log_of(file: Path, path: Path) -> bool:
-    with suppress(PathError):
-        return Path(str(_last_begin(read(file).begun).get("folder"))).name == path.absolute().name
-    return False
-
-
 def _parsed(text: str) -> Line | None:
     with suppress(ValueError):
         line = json.loads(text)
-        counts = [line[key] for key in ("update", "recording") if key in line] if isinstance(line, dict) else []
-        if counts and "update" in line and all(type(count) is int and count >= 0 for count in counts):
+        counts = [line.get("update"), line.get("recording", 0)] if isinstance(line, dict) else [None]
+        if all(type(count) is int and count >= 0 for count in counts):
             return line  # type: ignore[no-any-return]
     return None

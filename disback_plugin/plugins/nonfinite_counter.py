@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from disback_plugin import distributed
-from disback_plugin.errors import OptionError
 from disback_plugin.plugins.manager import PluginManager
 
 logger = logging.getLogger(__name__)
+
+# Generator updates from one report to the next: each waits for the device.
+EVERY = 50
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,14 +29,10 @@ class MaskedSamples:
     `logging`. Only a report waits for the device. Each process counts its own samples; the main process reports.
 
     Args:
-        every: Generator updates from one report to the next, >= 50.
         plugins: A `PluginManager`, or the names and objects for one.
 
     Attributes:
         steps: Generator updates so far; set it when a run is resumed.
-
-    Raises:
-        OptionError: If `every` is below 50.
 
     Example:
         >>> from disback_plugin import losses
@@ -49,11 +47,8 @@ class MaskedSamples:
         2
     """
 
-    def __init__(self, every: int = 50, *, plugins: PluginManager | Sequence[object] = ()) -> None:
-        if every < 50:
-            raise OptionError(f"every={every}", expected="50 or more", cure="omit it: each report waits for the device")
+    def __init__(self, *, plugins: PluginManager | Sequence[object] = ()) -> None:
         self._plugins = PluginManager.of(plugins)
-        self.every = every
         self.steps = 0
         self._counts: dict[torch.device, Tensor] = {}
 
@@ -72,9 +67,9 @@ class MaskedSamples:
         return watched
 
     def step(self) -> None:
-        """Count a finished generator update, and report every `every` updates."""
+        """Count a finished generator update, and report every 50 updates."""
         self.steps += 1
-        if self.steps % self.every == 0:
+        if self.steps % EVERY == 0:
             self.report()
 
     def report(self) -> int:

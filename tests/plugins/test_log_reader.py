@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import Run
 
-import disback_plugin as disback
 from disback_plugin.errors import PathError
 from disback_plugin.plugins.log_reader import find, last_run, read
 from disback_plugin.plugins.run_log import RunLog
-
-OPTIONS = {"record": 10, "every": 5, "schedule": "ramp:4"}
 
 
 def test_a_run_goes_on_from_one_of_its_own_path_not_from_the_last_one():
@@ -38,19 +34,6 @@ def test_a_line_that_a_killed_process_left_half_does_not_hide_the_next(tmp_path)
     again.log({"loss": 2.0}, 2)
     history = read(log.file)
     assert history.curves() == {"loss": [(2, 2.0)]}
-    assert history.torn == 1
-
-
-def test_a_path_whose_log_has_another_name_is_found_by_what_the_logs_beside_it_say(tmp_path):
-    for name in ("path", "other"):
-        run = Run()
-        with disback.attach(**run.roles(), path=tmp_path / name, **OPTIONS, log=tmp_path / f"on {name}.log.jsonl"):
-            run.step()
-    RunLog(tmp_path / "plain.log.jsonl").begin("plain")
-    (tmp_path / "damaged.log.jsonl").write_text("[1]")
-    assert find(tmp_path / "path") == [tmp_path / "on path.log.jsonl"]
-    with pytest.raises(PathError, match="no log of a run"):
-        find(tmp_path / "pa")
 
 
 @pytest.mark.parametrize("text", [None, "", "not json\n", '{"loss": 1}\n', '{"update": -1}\n', "[1]\n"])

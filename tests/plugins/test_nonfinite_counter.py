@@ -12,7 +12,6 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin import hookimpl, kernels, losses
-from disback_plugin.errors import OptionError
 from disback_plugin.plugins import MaskedSamples
 from disback_plugin.prediction import Prediction
 
@@ -158,8 +157,3 @@ def test_the_fused_form_counts_the_same():
     masked = MaskedSamples()
     masked.watch(some_loss)(broken=3, loss=kernels.fuse(losses.dmd, compile=True))
     assert masked.report() == 3
-
-
-def test_reading_more_often_than_every_50_steps_is_refused():
-    with pytest.raises(OptionError, match="every=10; expected 50 or more"):
-        MaskedSamples(every=10)
