@@ -39,8 +39,7 @@ from disback_plugin.launch.states import SavedStates
 from disback_plugin.loop.held_steps import is_initialization
 from disback_plugin.loop.optimizers import parameters, unwrap
 from disback_plugin.loop.roles import find_networks, same_weights
-from disback_plugin.plugins.entry_points import ADAPTERS
-from disback_plugin.plugins.hookspecs import Adapter
+from disback_plugin.plugins.hookspecs import ADAPTERS, Adapter
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.weights.network import ScoreNetwork
 

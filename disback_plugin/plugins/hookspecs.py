@@ -1,4 +1,4 @@
-"""The six hooks that a plug-in may implement, the marker `hookimpl`, and the answer of an adapter. Imports no torch.
+"""What a plug-in is: the six hooks, the marker `hookimpl`, an adapter's answer, and how plug-ins are installed.
 
 | hook                           | called                                                     | implementations called |
 |--------------------------------|------------------------------------------------------------|------------------------|
@@ -15,12 +15,24 @@ arguments than the hook has, by name; pluggy never passes an argument that has a
 plug-ins are isolated from each other.
 
 `disback_log` is called on the main process of a distributed run, the other hooks on every process.
+
+Installed plug-ins are listed by their entry points without importing any; a plug-in's name is that of its entry point:
+
+    [project.entry-points."disback.adapters"]     # imported only when a trainer needs an adapter
+    my_trainer = "my_package.disback_adapter"
+
+    [project.entry-points."disback.hooks"]        # imported by every run
+    my_tracker = "my_package.disback_tracker"
+
+Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -35,6 +47,10 @@ if TYPE_CHECKING:
     from disback_plugin.weights.network import ScoreNetwork
 
 PROJECT = "disback"
+ADAPTERS, HOOKS = "disback.adapters", "disback.hooks"
+# If several distributions have a plug-in of one name, this distribution's is used.
+OURS = "disback-plugin"
+
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -228,3 +244,68 @@ class Specs:
 HOOK_NAMES = tuple(name for name in vars(Specs) if name.startswith(PROJECT))
 # Hooks that only report: a plug-in that implements no other hook cannot change what a run trains.
 REPORTING = {"disback_log", "disback_after_node_recorded", "disback_after_path_completed"}
+
+
+# -- installed plug-ins ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plugin:
+    """An entry in the list of plug-ins.
+
+    Attributes:
+        name: Name of the entry point; for an object that the script passed, the name of its class.
+        distribution: The distribution that has the entry point; "" for an object.
+        version: The distribution's version.
+        group: `ADAPTERS` or `HOOKS`; "" for an object.
+        value: The entry point's value, "package.module" or "package.module:object".
+        status: "installed" (not imported yet), "ready" (imported and valid), "blocked" or "broken".
+        reason: The error of a broken plug-in, the option that blocks a blocked one; else "".
+        hooks: The hooks that it implements, once it is ready.
+
+    Example:
+        >>> print(Plugin("mine", "disback-mine", "1.0", HOOKS, "mine.plugin"))
+        mine of disback-mine 1.0
+    """
+
+    name: str
+    distribution: str = ""
+    version: str = ""
+    group: str = ""
+    value: str = ""
+    status: str = "installed"
+    reason: str = ""
+    hooks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} of " + (f"{self.distribution} {self.version}" if self.distribution else "the script")
+
+
+def installed() -> list[Plugin]:
+    """Return the plug-ins of all installed distributions without importing any, the one to use of each name first.
+
+    A second plug-in of one name is marked as broken, and so is a distribution whose entry points are unreadable.
+
+    Example:
+        >>> [plugin.value for plugin in installed() if plugin.name == "dmd2"]
+        ['disback_adapters.dmd2']
+    """
+    found: dict[str, list[Plugin]] = {}
+    for distribution in distributions():
+        name, version = "an unknown distribution", ""
+        try:
+            if f"{PROJECT}." not in (distribution.read_text("entry_points.txt") or ""):
+                continue
+            name, version = distribution.metadata["Name"] or name, distribution.metadata["Version"] or version
+            points = [point for point in distribution.entry_points if point.group in (ADAPTERS, HOOKS)]
+            plugins = [Plugin(point.name, name, version, point.group, point.value) for point in points]
+        except Exception as error:  # one unreadable distribution must not hide the plug-ins of the others
+            reason = f"its entry points cannot be read ({error})"
+            plugins = [Plugin(name, name, version, HOOKS, status="broken", reason=reason)]
+        found.setdefault(name, plugins)  # a distribution that is on sys.path twice is imported from the first
+    used: dict[str, Plugin] = {}
+    listed = [*found.pop(OURS, []), *chain.from_iterable(found[name] for name in sorted(found))]
+    for plugin in listed:
+        if used.setdefault(plugin.name, plugin) is not plugin:
+            plugin.status, plugin.reason = "broken", f"its name is taken by {used[plugin.name]}"
+    return listed

@@ -21,8 +21,8 @@ import pluggy
 
 from disback_plugin import distributed
 from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleError
-from disback_plugin.plugins.entry_points import ADAPTERS, HOOKS, Plugin, installed
-from disback_plugin.plugins.hookspecs import HOOK_NAMES, PROJECT, REPORTING, Adapter, Specs
+from disback_plugin.plugins import hookspecs
+from disback_plugin.plugins.hookspecs import ADAPTERS, HOOKS, Adapter, Plugin, installed
 from disback_plugin.plugins.run_log import NAME, RunLog
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class PluginManager(pluggy.PluginManager):
     """
 
     def __init__(self, *wanted: object, autoload: bool | None = None) -> None:
-        super().__init__(PROJECT)
-        self.add_hookspecs(Specs)
+        super().__init__(hookspecs.PROJECT)
+        self.add_hookspecs(hookspecs.Specs)
         self._traced = _is_set("DISBACK_TRACE_PLUGINS")
         if self._traced:  # warnings, which are seen without any logging handler
             self.trace.root.setwriter(lambda text: logger.warning("trace: %s", text.strip()))
@@ -143,11 +143,11 @@ class PluginManager(pluggy.PluginManager):
         except (ValueError, pluggy.PluginValidationError) as error:
             raise OptionError(
                 f"a {type(plugin).__qualname__} as plug-in: {' '.join(str(error).split())}",
-                expected=f"an object or module that implements some of {', '.join(HOOK_NAMES)}",
+                expected=f"an object or module that implements some of {', '.join(hookspecs.HOOK_NAMES)}",
                 cure="mark the functions with disback_plugin.hookimpl, and give them a hook's name and arguments",
             ) from error
         self._known[entry.name] = entry
-        if not name or not REPORTING.issuperset(entry.hooks):
+        if not name or not hookspecs.REPORTING.issuperset(entry.hooks):
             self._asked.add(entry.name)
 
     def find_adapter(self, trainer: object, name: str | None = None) -> Adapter:
@@ -274,7 +274,7 @@ class PluginManager(pluggy.PluginManager):
         """Validate and register a plug-in. Raises ValueError or pluggy's PluginValidationError."""
         if isinstance(plugin, type):
             raise ValueError("it is a class, not a module or an instance")
-        for name in HOOK_NAMES:
+        for name in hookspecs.HOOK_NAMES:
             if callable(getattr(plugin, name, None)) and self.parse_hookimpl_opts(plugin, name) is None:
                 raise ValueError(f"{name} is not marked with @hookimpl")
         try:

@@ -16,7 +16,7 @@ import disback_plugin as disback
 from disback_plugin import hookimpl
 from disback_plugin.errors import OptionError, PluginError, RoleError
 from disback_plugin.plugins import find_adapter
-from disback_plugin.plugins.entry_points import ADAPTERS
+from disback_plugin.plugins.hookspecs import ADAPTERS
 from disback_plugin.weights.network import ScoreNetwork
 
 
