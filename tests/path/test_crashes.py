@@ -11,13 +11,17 @@ import pytest
 # One process imports torch once and forks the recordings, each of which it kills at a random moment: again and again,
 # until one gets to its end. A fork has no memory of the one before it: all that survives is on disk.
 NURSERY = """
-import hashlib, json, logging, os, random, signal, sys, time
+import hashlib, json, logging, os, random, signal, sys, threading, time
 from pathlib import Path
 import torch
 import torch._dynamo  # a first optimizer step would import it, in every fork anew
 from torch import nn
 import disback_plugin as disback
+from tqdm import tqdm
 
+# By default all forks share one semaphore, which a fork that is killed while it holds it never releases.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread that could hold a lock in the moment of a fork
 torch.set_num_threads(1)
 logging.disable(logging.CRITICAL)
 folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
