@@ -12,8 +12,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple, Protocol
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,18 +154,15 @@ def host_tensor(elements: int, dtype: torch.dtype, *, pinned: bool = False) -> T
 
 
 def memory_span(tensor: Tensor) -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte and of the end of its last element.
+    """Return the addresses of the first byte of a tensor that is not empty, and of the end of its last element.
 
     Example:
         >>> start, end = memory_span(torch.zeros(3, 2)[:, 0])
         >>> end - start
         20
     """
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (reach + 1) * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -174,18 +173,15 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         >>> overlap(both[:, :2], both[:, 2:]), overlap(both[:, :2], both[0])
         (False, True)
     """
-    (start, end), (other, until) = memory_span(a), memory_span(b)
-    if start >= until or other >= end or (a.is_contiguous() and b.is_contiguous()):
-        return start < until and other < end
-    size, first = min(a.element_size(), b.element_size()), min(start, other)
-    touched = torch.zeros((max(end, until) - first) // size, dtype=torch.bool, device="cpu")
-    for at, tensor in ((start, a), (other, b)):
-        strides = [stride * tensor.element_size() // size for stride in tensor.stride()]
-        cells = touched.as_strided(tensor.shape, strides, (at - first) // size)
-        if cells.any():
-            return True
-        cells.fill_(True)
-    return False
+    return np.shares_memory(_addresses(a), _addresses(b))
+
+
+def _addresses(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return an array at the addresses of a tensor on any device; its values must not be read."""
+    size = tensor.element_size()
+    strides = tuple(stride * size for stride in tensor.stride())
+    memory = {"data": (tensor.data_ptr(), True), "shape": tuple(tensor.shape), "strides": strides}
+    return np.asarray(SimpleNamespace(__array_interface__=memory | {"typestr": f"|V{size}", "version": 3}))
 
 
 def pieces(elements: int) -> Iterator[tuple[int, int]]:
