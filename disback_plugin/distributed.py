@@ -14,9 +14,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from itertools import count
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from disback_plugin.errors import RankError
+
+if TYPE_CHECKING:
+    from disback_plugin.weights.sharding import FullState
 
 T = TypeVar("T")
 
@@ -34,16 +37,6 @@ class AbsentRankError(RankError):
 
 class _Absence(str):
     """What a rank found that does not come, instead of its value."""
-
-
-class ShardServer(Protocol):
-    """Weights of which the main process can read everything while the other ranks send their parts."""
-
-    sharded: bool
-
-    def serve(self, name: str) -> None:
-        """Send this rank's part of what the main process has asked for with `broadcast(name)`."""
-        ...
 
 
 def is_main_process() -> bool:
@@ -68,7 +61,7 @@ def is_distributed() -> bool:
     return group is not None and group.get_world_size() > 1 and not _ALONE.get()
 
 
-def on_main_process(action: Callable[[], T], shards: ShardServer | None = None) -> T:
+def on_main_process(action: Callable[[], T], shards: FullState | None = None) -> T:
     """Run `action` on rank 0 only, and return its result on every rank; all ranks raise if it failed there.
 
     The result is sent along, because a rank that reads the disk itself may see an older or newer state than rank 0.
@@ -173,7 +166,7 @@ def gather(value: T) -> list[T]:
         >>> gather("alone")
         ['alone']
     """
-    return _exchanged(value, sys.modules["torch.distributed"].get_world_size()) if is_distributed() else [value]
+    return _exchanged(value, _process_group().get_world_size()) if is_distributed() else [value]
 
 
 def broadcast(value: T) -> T:
@@ -190,7 +183,7 @@ def broadcast(value: T) -> T:
 
 def _exchanged(value: T, senders: int) -> list[T]:
     """Return the values of the first ranks, as many as send one, on every rank."""
-    store, rank, number = _store(), sys.modules["torch.distributed"].get_rank(), next(_NUMBERS)
+    store, rank, number = _store(), _process_group().get_rank(), next(_NUMBERS)
     keys = [f"disback/{number}/{sender}" for sender in range(senders)]
     if rank < senders:
         _send(number, value)
@@ -219,13 +212,13 @@ def _exchanged(value: T, senders: int) -> list[T]:
 
 def _send(number: int, value: object) -> None:
     """Leave this rank's value of an exchange in the store."""
-    key = f"disback/{number}/{sys.modules['torch.distributed'].get_rank()}"
+    key = f"disback/{number}/{_process_group().get_rank()}"
     _store().set(key, pickle.dumps(value))
     _SENT.append(key)
 
 
 def _store() -> Any:
-    return sys.modules["torch.distributed"].distributed_c10d._get_default_store()
+    return _process_group().distributed_c10d._get_default_store()
 
 
 def _process_group() -> Any:
