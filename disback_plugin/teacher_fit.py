@@ -145,7 +145,7 @@ class TeacherRecorder(Recorder):
         until_fitted: bool,
         plugins: PluginManager,
     ) -> None:
-        super().__init__(path, network, progress, training=self._state, until_fitted=until_fitted, plugins=plugins)
+        super().__init__(path, network, progress, until_fitted=until_fitted, plugins=plugins)
         if not path.complete and (sample is None or loss is None):
             raise OptionError(
                 "a teacher and a fake score of different architectures, and no finished path",
@@ -155,7 +155,6 @@ class TeacherRecorder(Recorder):
             )
         self._functions: tuple[Any, Any] = sample, loss
         self._fit: Fit | None = None
-        self._in_turn = False
         progress.recorded = 0
 
     def start(self) -> None:
@@ -173,9 +172,7 @@ class TeacherRecorder(Recorder):
         return self.path.nodes[-1].iteration if self.path.nodes else 0
 
     def observe_gradients(self, idle: Set[int] = NOBODY) -> None:
-        """Observe the gradients of the LoRA, not those of the fake score's update."""
-        if self._in_turn:
-            super().observe_gradients()
+        """Ignore the gradients of the fake score's update: `update` observes those of the LoRA."""
 
     def update(self, loss: object = None) -> None:
         """Count an update of the fake score; fit the LoRA too unless the path has this iteration. Collective."""
@@ -189,13 +186,12 @@ class TeacherRecorder(Recorder):
         with self.network.training() as module, torch.enable_grad(), private_random_stream(seed):
             if self._fit is None:
                 self._fit = Fit(self.network, module, *self._functions, LEARNING_RATE)
+                self._training = self._fit.state
                 with private_random_stream(0):
                     self._resume(self._fit)
-            self._in_turn = True
-            try:
-                super().update(self._fit.step())
-            finally:
-                self._in_turn = False
+            loss = self._fit.step()
+            super().observe_gradients()
+            super().update(loss)
 
     def _resume(self, fit: Fit) -> None:
         """Continue with the LoRA of the last node."""
@@ -205,6 +201,3 @@ class TeacherRecorder(Recorder):
             super().load_fit(saved["fit"])
         elif self._last:
             self.network.load_state_dict(self.path[-1])
-
-    def _state(self) -> dict[str, Tensor]:
-        return {} if self._fit is None else self._fit.state()
