@@ -44,7 +44,7 @@ class AddedLora(ScoreNetwork):
 
     def __init__(self, network: ScoreNetwork, layers: Mapping[str, LoraLayer], identity: list[str]) -> None:
         vars(self).update(vars(network))
-        self.role, self.lora_adapter, self._layers = "teacher", "teacher", layers
+        self.role, self.lora_adapter, self.layers = "teacher", "teacher", layers
         self._matrices = list(chain.from_iterable(layer.matrices(name) for name, layer in layers.items()))
         select = lambda modules: self._matrices  # noqa: E731
         self._enumerate = partial(WeightTable, {"": nn.Module()}, [], select=select, names=identity)
@@ -68,7 +68,7 @@ class AddedLora(ScoreNetwork):
 
     def install(self) -> None:
         """Install the hooks."""
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             hook = partial(layer.add, self._switch)
             self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
 
@@ -108,32 +108,42 @@ class LoraLayer:
         module: The layer, perhaps peft's around another.
         rank: r.
         scale: s.
-        like: A tensor of the dtype and on the device of A and B.
+        dtype: The dtype of A and B.
+        device: Their device, until the layer runs on another.
         bias: Whether B has a bias.
     """
 
-    def __init__(self, module: Any, rank: int, scale: float, like: Tensor, *, bias: bool = False) -> None:
+    def __init__(
+        self, module: Any, rank: int, scale: float, dtype: torch.dtype, device: torch.device, *, bias: bool = False
+    ) -> None:
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        make = partial(skip_init, device=local_tensor(like).device, dtype=like.dtype)  # draws no random numbers
-        self.module, self.scale, self._infix = module, scale, ""
-        self._down: Any = nn.Module()
-        self._up: Any = nn.Module()
+        make = partial(skip_init, device=device, dtype=dtype)  # draws no random numbers
+        self.module, self.scale, self.embeds = module, scale, isinstance(base, nn.Embedding)
         kind = next((each for each in CONVOLUTIONS if isinstance(base, each)), None)
-        if isinstance(base, nn.Embedding):
-            self._infix = "embedding_"
-            for matrix, shape in ((self._down, (rank, base.num_embeddings)), (self._up, (base.embedding_dim, rank))):
-                matrix.weight = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=local_tensor(like).device))
-        elif kind is not None:
+        if kind is not None:
             geometry = base.kernel_size, base.stride, base.padding, base.dilation
-            self._down = make(kind, base.in_channels, rank, *geometry, bias=False, padding_mode=base.padding_mode)
-            self._up = make(kind, rank, base.out_channels, 1, bias=bias)
+            self._down: Any = make(kind, base.in_channels, rank, *geometry, bias=False, padding_mode=base.padding_mode)
+            self._up: Any = make(kind, rank, base.out_channels, 1, bias=bias)
         else:
-            self._down = make(nn.Linear, module.in_features, rank, bias=False)
-            self._up = make(nn.Linear, rank, module.out_features, bias=bias)
+            names = ("num_embeddings", "embedding_dim") if self.embeds else ("in_features", "out_features")
+            inputs, outputs = (getattr(base if self.embeds else module, name) for name in names)
+            self._down = make(nn.Linear, inputs, rank, bias=False)
+            self._up = make(nn.Linear, rank, outputs, bias=bias)
 
     def matrices(self, name: str) -> Modules:
         """Return the modules of A and B under the names that peft has for those of a layer `name`."""
-        return [(f"{name}lora_{self._infix}{matrix}.", each) for matrix, each in (("A", self._down), ("B", self._up))]
+        infix = "embedding_" if self.embeds else ""
+        return [(f"{name}lora_{infix}A.", self._down), (f"{name}lora_{infix}B.", self._up)]
+
+    def changes(self, name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the names of the weights of a layer `name`, and two float64 matrices whose product is added to each."""
+        left, right = self._up.weight.detach().flatten(1), self._down.weight.detach().flatten(1)
+        if self.embeds or getattr(self.module, "fan_in_fan_out", False):
+            left, right = right.T, left.T
+        yield f"{name}weight", self.scale * left.double(), right.double()
+        if self._up.bias is not None:
+            bias = self._up.bias.detach().double().view(-1, 1)
+            yield f"{name}bias", self.scale * bias, torch.ones_like(bias[:1])
 
     def add(self, switch: Mapping[str, bool], module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         """Return the layer's output with s B A x, in the output's dtype, if the switch is on: a forward hook."""
@@ -143,11 +153,8 @@ class LoraLayer:
         for matrix in (self._down, self._up):
             if matrix.weight.device != x.device:  # the network has been moved
                 matrix.to(x.device)
-        if self._infix:
-            added = embedding(x, self._down.weight.T) @ self._up.weight.T
-        else:
-            added = self._up(self._down(x.to(self._down.weight.dtype)))
-        result: Tensor = (output + added * self.scale).to(output.dtype)
+        below = embedding(x, self._down.weight.T) if self.embeds else self._down(x.to(self._down.weight.dtype))
+        result: Tensor = (output + self._up(below) * self.scale).to(output.dtype)
         return result
 
 
@@ -161,9 +168,10 @@ def switched_off(adapter: ScoreNetwork) -> AddedLora:
     for prefix, root in adapter.modules().items():
         for at, layer in lora.adapter_layers(root, name, "fake score"):
             embeds = name in layer.lora_embedding_A
-            like = layer.lora_embedding_A[name] if embeds else layer.lora_A[name].weight
+            dtype = (layer.lora_embedding_A[name] if embeds else layer.lora_A[name].weight).dtype
             bias = not embeds and layer.lora_B[name].bias is not None
-            layers[f"{prefix}{at}"] = LoraLayer(layer, layer.r[name], layer.scaling[name], like, bias=bias)
+            host = torch.device("cpu")
+            layers[f"{prefix}{at}"] = LoraLayer(layer, layer.r[name], layer.scaling[name], dtype, host, bias=bias)
     return AddedLora(adapter, layers, [name for name, tensor in adapter.named_tensors() if "on base " in name])
 
 
@@ -180,8 +188,7 @@ def beside(teacher: ScoreNetwork) -> AddedLora:
             # Attention of torch.nn reads the weights of such a layer, and does not call it.
             read = type(module).__name__ == "NonDynamicallyQuantizableLinear"
             if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and getattr(module, "groups", 1) == 1 and not read:
-                like = torch.empty(0, device=local_tensor(module.weight).device)
-                layers[name] = LoraLayer(module, RANK, 1.0, like)
+                layers[name] = LoraLayer(module, RANK, 1.0, torch.float32, local_tensor(module.weight).device)
     if not layers:
         found = "a teacher of another architecture than the fake score, without linear or convolution layers"
         cure = "record with a copy of the teacher: disback.record(teacher, sample=..., loss=...)"
