@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Record a path and print its nodes, or print what a dry run measured."""
+    import sys
+    from unittest.mock import patch
+
     from disback_plugin.commands.inspect import describe
     from disback_plugin.recording import record
 
     plan = {name: getattr(options, name) for name in ("iterations", "every", "codec", "keep_teacher")}
-    with build_networks(options.build, learning_rate=options.learning_rate) as networks:
+    # The working folder is on the import path, as for `python -m`.
+    with patch.object(sys, "path", [str(Path.cwd()), *sys.path]):
+        networks = build_networks(options.build, learning_rate=options.learning_rate)
         if not options.dry_run:
             path = record(**networks, path=options.path, **plan, plugins=tuple(options.plugins))
             describe(path, as_json=options.json)
@@ -69,16 +74,12 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(found) if options.json else aligned(rows, right=[1], indent=""))
 
 
-@contextmanager
-def build_networks(target: str, *, learning_rate: float | None = None) -> Iterator[dict[str, Any]]:
-    """Call `pkg.module:build`. Inside the `with` block the working folder is on the import path, as for `python -m`.
+def build_networks(target: str, *, learning_rate: float | None = None) -> dict[str, Any]:
+    """Call `pkg.module:build`, and return the keyword arguments of `record` that it returns, with the learning rate.
 
     Args:
         target: Module and function; the function takes no argument.
         learning_rate: Learning rate of a recording with sample and loss; None for the default of `record`.
-
-    Yields:
-        The keyword arguments of `record` that the function returned, and the learning rate if it was given.
 
     Raises:
         OptionError: If there is no such module or function, or a learning rate is given with a fake_step.
@@ -87,47 +88,42 @@ def build_networks(target: str, *, learning_rate: float | None = None) -> Iterat
         Errors of the module and of the function are passed on.
 
     Example:
-        >>> with build_networks("json:absent") as networks:  # doctest: +ELLIPSIS
-        ...     pass
+        >>> build_networks("json:absent")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         disback_plugin.errors.OptionError: found no function json:absent; expected ...
     """
     import pkgutil
-    import sys
 
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
+    module, _, name = target.partition(":")
     try:
-        module, _, name = target.partition(":")
-        try:
-            function = pkgutil.resolve_name(target) if name else None
-        except (ValueError, AttributeError, ModuleNotFoundError) as error:
-            if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
-                raise  # of an import inside the module
-            function = None
-        if not callable(function):
-            raise OptionError(
-                f"no function {target}",
-                expected=f"pkg.module:build, for build() in pkg/module.py, importable from {folder}",
-                cure="correct the name, or run the command from the folder that holds the package",
-            )
-        networks = function()
-        found = sorted(map(str, networks)) if isinstance(networks, Mapping) else type(networks).__name__
-        if set(found) not in FORMS:
-            raise RoleError(
-                f"{found} from {target}()",
-                expected="a mapping with teacher, fake_score and fake_step, or with teacher, sample and loss",
-                cure="return one of the two, with all keys and no more",
-            )
-        if learning_rate is not None and "loss" not in networks:
-            raise OptionError(
-                f"--learning-rate and fake_step of {target}",
-                expected="no rate: fake_step() has an optimizer of its own",
-                cure="omit --learning-rate",
-            )
-        yield {**networks} if learning_rate is None else {**networks, "learning_rate": learning_rate}
-    finally:
-        sys.path.remove(folder)
+        function = pkgutil.resolve_name(target) if name else None
+    except (ValueError, AttributeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and not f"{module}.".startswith(f"{error.name}."):
+            raise  # of an import inside the module
+        function = None
+    if not callable(function):
+        raise OptionError(
+            f"no function {target}",
+            expected=f"pkg.module:build, for build() in pkg/module.py, importable from {Path.cwd()}",
+            cure="correct the name, or run the command from the folder that holds the package",
+        )
+    networks = function()
+    found = sorted(map(str, networks)) if isinstance(networks, Mapping) else type(networks).__name__
+    if set(found) not in FORMS:
+        raise RoleError(
+            f"{found} from {target}()",
+            expected="a mapping with teacher, fake_score and fake_step, or with teacher, sample and loss",
+            cure="return one of the two, with all keys and no more",
+        )
+    if learning_rate is None:
+        return dict(networks)
+    if "loss" not in networks:
+        raise OptionError(
+            f"--learning-rate and fake_step of {target}",
+            expected="no rate: fake_step() has an optimizer of its own",
+            cure="omit --learning-rate",
+        )
+    return {**networks, "learning_rate": learning_rate}
 
 
 class _FittedError(Exception):
@@ -154,8 +150,11 @@ def dry_run(
         and move_seconds of a move of the teacher onto a node; nodes, node_bytes and path_bytes of the path to come.
     """
     import tempfile
+    import time
     from itertools import pairwise
     from statistics import median
+
+    import torch
 
     from disback_plugin.convergence import EVERY  # a node as often as `record` tests whether s' is fitted
     from disback_plugin.path.degradation_path import DegradationPath
@@ -165,49 +164,44 @@ def dry_run(
 
     if iterations < 2 * EVERY:
         raise OptionError(f"--iterations {iterations}", expected=f"at least {2 * EVERY} with --dry-run", cure="omit it")
-    begins: list[float] = []
-    first = "fake_step" if "fake_step" in networks else "sample"  # what an iteration calls first
+    seconds: list[float] = []  # at the beginning of each iteration
+
+    def now() -> float:
+        """Return the time after all work of the GPU."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     with tempfile.TemporaryDirectory(prefix="disback-dry-run-") as folder:
         path = Path(folder) / "path"
+        first = "fake_step" if "fake_step" in networks else "sample"  # what an iteration calls first
 
         def timed() -> object:
-            begins.append(_now())
-            saved, remainder = divmod(len(begins) - 1, EVERY)
+            seconds.append(now())
+            saved, remainder = divmod(len(seconds) - 1, EVERY)
             if saved and not remainder and DegradationPath(path).manifest.fitted is not None:
                 raise _FittedError
             return networks[first]()
 
-        changed: dict[str, Any] = {first: timed, "path": path, "iterations": iterations, "every": EVERY, "codec": codec}
         with suppress(_FittedError):
-            record(**{**networks, **changed}, plugins=PluginManager(autoload=False))
-        recorded = DegradationPath(path)
-        teacher = ScoreNetwork.of(networks["teacher"], role="teacher")
-        begin = _now()
+            arguments = {**networks, first: timed, "plugins": PluginManager(autoload=False)}
+            record(**arguments, path=path, iterations=iterations, every=EVERY, codec=codec)
+        recorded, teacher = DegradationPath(path), ScoreNetwork.of(networks["teacher"], role="teacher")
+        begin = now()
         teacher.load_state_dict(recorded[len(recorded) - 1])
-        move_seconds = _now() - begin
+        move_seconds = now() - begin
         teacher.load_state_dict(recorded[0])
-        lengths = [end - begin for begin, end in pairwise(begins)]
-        iteration_seconds = median(lengths)  # four of five iterations save no node
-        nodes, node_bytes = -(-iterations // every), max(node.bytes for node in recorded.nodes)
-        teacher_bytes = sum(tensor.numel() * tensor.element_size() for tensor in teacher.state_dict().values())
-        return {
-            "iterations": recorded.nodes[-1].iteration,
-            "fitted": recorded.manifest.fitted,
-            "iteration_seconds": iteration_seconds,
-            "write_seconds": max(median(lengths[EVERY - 1 :: EVERY]) - iteration_seconds, 0.0),
-            "move_seconds": move_seconds,
-            "nodes": nodes,
-            "node_bytes": node_bytes,
-            "path_bytes": nodes * node_bytes + teacher_bytes * keep_teacher,
-        }
-
-
-def _now() -> float:
-    """Return the time after all work of the GPU."""
-    import time
-
-    import torch
-
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    lengths = [end - begin for begin, end in pairwise(seconds)]
+    iteration_seconds = median(lengths)  # four of five iterations save no node
+    nodes, node_bytes = -(-iterations // every), max(node.bytes for node in recorded.nodes)
+    teacher_bytes = sum(tensor.nbytes for tensor in teacher.state_dict().values())
+    return {
+        "iterations": recorded.nodes[-1].iteration,
+        "fitted": recorded.manifest.fitted,
+        "iteration_seconds": iteration_seconds,
+        "write_seconds": max(median(lengths[EVERY - 1 :: EVERY]) - iteration_seconds, 0.0),
+        "move_seconds": move_seconds,
+        "nodes": nodes,
+        "node_bytes": node_bytes,
+        "path_bytes": nodes * node_bytes + teacher_bytes * keep_teacher,
+    }
