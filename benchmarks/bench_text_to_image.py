@@ -70,7 +70,7 @@ class Measured(Trainer):
     def measure(self):
         z = torch.randn(10 * COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(12345))
         with torch.no_grad(), self.averaged():
-            x = self.roles.student.generate(z, self.embeddings.rows(list(range(10)) * COUNT))
+            x = self.student.generate(z, self.embeddings.rows(list(range(10)) * COUNT))
         return measures(x, self.answer)
 
 

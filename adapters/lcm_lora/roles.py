@@ -14,7 +14,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
@@ -159,16 +159,8 @@ class Student(Denoiser):
         return scheduler.step(self(z, t, conditions), time, z, return_dict=False)[0]
 
 
-class Roles(NamedTuple):
-    """The three roles."""
-
-    teacher: Denoiser
-    fake_score: Denoiser
-    student: Student
-
-
-def assign_roles(options: Options, pipeline: Any, denoiser: Denoiser) -> Roles:
-    """Make the networks and LoRA adapters of the three roles; the student becomes the pipeline's network.
+def assign_roles(options: Options, pipeline: Any, denoiser: Denoiser) -> tuple[Denoiser, Denoiser, Student]:
+    """Return teacher, fake score and student with their networks and LoRA adapters; the pipeline gets the student's.
 
     Raises:
         OptionError: If a rank does not fit.
@@ -198,7 +190,7 @@ def assign_roles(options: Options, pipeline: Any, denoiser: Denoiser) -> Roles:
     if options.gradient_checkpointing:
         for role in (fake_score, student):
             role.network.enable_gradient_checkpointing()
-    return Roles(teacher, fake_score, student)
+    return teacher, fake_score, student
 
 
 def _add_lora(network: Any, name: str, rank: int, targets: tuple[str, ...]) -> None:

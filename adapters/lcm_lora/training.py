@@ -1,5 +1,9 @@
 """Train a one-step student: the updates of the fake score (Eq. 7) and of the generator (Eq. 8), and the loop around.
 
+A student is measured while it trains: the Frechet distance of its samples from the teacher's, for prompts held out. The
+features are a timm model's, so that the distance is NOT the FID. The references are samples of the original teacher
+under its guidance, in many steps: no data set is needed, and the teacher is what the student is distilled from.
+
 DisBack is attached by one statement. Gradients are averaged over processes here and not by DDP, which does not support
 several roles in one network.
 """
@@ -7,16 +11,17 @@ several roles in one network.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
-from disback_adapters.lcm_lora.evaluation import FrechetDistance
 from disback_adapters.lcm_lora.pipelines import Denoiser, load
 from disback_adapters.lcm_lora.roles import LOSSES, SUMMED, Options, assign_roles, noised
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -25,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torchvision.utils import make_grid, save_image
 
-from disback_plugin import Handle, attach, kernels
+from disback_plugin import Handle, attach, kernels, metrics, noise
 from disback_plugin.errors import OptionError
 from disback_plugin.plugins import Trackers
 
@@ -34,6 +39,7 @@ LOG_EVERY = 10
 CLIP = 10.0
 # Times at which the two scores are compared, as shares of the longest one, as in DMD2 (main/sd_guidance.py:179).
 COMPARED = (0.02, 0.98)
+TEACHER_STEPS = 25  # of the sampler of the references
 PARTIAL = "checkpoint.partial"
 PUBLISHED = ["README.md", "pytorch_lora_weights.safetensors", "scheduler/*", "unet/*", "transformer/*"]
 
@@ -57,7 +63,7 @@ class Trainer:
         with self.accelerator.main_process_first():  # the other processes find the embeddings on disk
             shutil.rmtree(self.output / PARTIAL, ignore_errors=True)
             self.pipeline, denoiser, self.embeddings, pixels = load(options, self.accelerator.device)
-        self.roles = assign_roles(options, self.pipeline, denoiser)
+        self.teacher, self.fake_score, self.student = assign_roles(options, self.pipeline, denoiser)
         size = pixels // self.pipeline.vae_scale_factor
         self.shape = (options.batch_size, denoiser.channels, size, size)
         held_out = options.evaluate_count if options.evaluate else 0
@@ -65,12 +71,12 @@ class Trainer:
         if self.prompts < 1:
             found = f"--evaluate_count {held_out} of {self.embeddings.count} prompts"
             raise OptionError(found, expected="prompts to train on, too", cure="add prompts, or lower --evaluate_count")
-        self.weights, self.fake_score_weights = self.roles.student.trainable(), self.roles.fake_score.trainable()
+        self.weights, self.fake_score_weights = self.student.trainable(), self.fake_score.trainable()
         self.optimizer, self.fake_score_optimizer = self.accelerator.prepare(
             Adam(self.weights, lr=options.learning_rate),
             Adam(self.fake_score_weights, lr=options.fake_score_learning_rate),
         )
-        self.accelerator.register_for_checkpointing(self.roles.student.weights, self.roles.fake_score.weights)
+        self.accelerator.register_for_checkpointing(self.student.weights, self.fake_score.weights)
         self.ema = EMAModel(self.weights, decay=options.ema_decay) if options.ema_decay else None
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema)
@@ -84,12 +90,12 @@ class Trainer:
             accelerator.init_trackers("disback-lcm-lora")
         bar = tqdm(total=options.steps, disable=not accelerator.is_main_process or None)
         attached = attach(
-            teacher=self.roles.teacher.weights,
-            fake_score=self.roles.fake_score.weights,
+            teacher=self.teacher.weights,
+            fake_score=self.fake_score.weights,
             generator_optimizer=self.optimizer,
             fake_score_optimizer=self.fake_score_optimizer,
             path=None if recording.get("record") == 0 else options.path or self.output / "path",
-            evaluate=FrechetDistance(self, options.evaluate.partition(":")[2]) if options.evaluate else None,
+            evaluate=frechet_distance(self, options.evaluate.partition(":")[2]) if options.evaluate else None,
             evaluate_every=options.evaluate_every,
             plugins=(Trackers(accelerator),) if accelerator.is_main_process and accelerator.trackers else (),
             **recording,
@@ -122,36 +128,36 @@ class Trainer:
         """Fit s_phi to samples of the present student; return the loss, shape ()."""
         with torch.no_grad():
             x, conditions = self._sample()
-        x_t, t, eps, at_t = noised(self.roles.teacher.noise, x)
+        x_t, t, eps, at_t = noised(self.teacher.noise, x)
         with self.accelerator.autocast():
-            output = self.roles.fake_score(x_t, t, conditions)
-        loss = kernels.denoising(output, x, eps, prediction=self.roles.teacher.prediction, **at_t)
-        self._step(loss, self.roles.fake_score, self.fake_score_optimizer, self.fake_score_weights)
+            output = self.fake_score(x_t, t, conditions)
+        loss = kernels.denoising(output, x, eps, prediction=self.teacher.prediction, **at_t)
+        self._step(loss, self.fake_score, self.fake_score_optimizer, self.fake_score_weights)
         return loss.detach()
 
     def update_generator(self) -> Tensor:
         """Move the student along the score difference; return the loss, shape (), which measures no progress."""
         name = self.options.loss
         x, conditions = self._sample()
-        x_t, t, eps, at_t = noised(self.roles.teacher.noise, x.detach(), *COMPARED)
-        options = {"prediction": self.roles.teacher.prediction, "weight": LOSSES[name](**at_t)} | at_t
+        x_t, t, eps, at_t = noised(self.teacher.noise, x.detach(), *COMPARED)
+        options = {"prediction": self.teacher.prediction, "weight": LOSSES[name](**at_t)} | at_t
         options |= {"eps": eps} if name == "dmd" else {}
         with torch.no_grad(), self.accelerator.autocast():
-            fake = self.roles.fake_score(x_t, t, conditions)
+            fake = self.fake_score(x_t, t, conditions)
             real, guidance = self.run_teacher(x_t, t, conditions)
         loss = getattr(kernels, name)(x, real, fake, guidance=guidance, **options)
         clip = CLIP * (x[0].numel() if name in SUMMED else 1)
-        self._step(loss, self.roles.student, self.optimizer, self.weights, clip)
+        self._step(loss, self.student, self.optimizer, self.weights, clip)
         return loss.detach()
 
     def run_teacher(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, float | None]:
         """Return the teacher's output and None, or its output on the doubled batch and the scale of its guidance."""
         guidance, null = self.options.guidance, self.embeddings.null
         if guidance == 1:
-            return self.roles.teacher(x_t, t, conditions), None
+            return self.teacher(x_t, t, conditions), None
         # Both branches in one batch, that of no prompt first.
         both = {name: torch.cat([null[name].to(own).expand_as(own), own]) for name, own in conditions.items()}
-        return self.roles.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both), guidance
+        return self.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both), guidance
 
     def _step(
         self, loss: Tensor, role: Denoiser, optimizer: Any, weights: list[nn.Parameter], clip: float = CLIP
@@ -169,11 +175,20 @@ class Trainer:
     def _sample(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return samples of the student for random prompts, and their conditions."""
         # All numbers are drawn from the global streams, which a checkpoint holds.
-        rows = self.embeddings.rows(torch.randint(self.prompts, self.shape[:1]).tolist())
-        device = self.accelerator.device
-        conditions = {name: value.to(device, non_blocking=True) for name, value in rows.items()}
+        conditions = self.conditions(torch.randint(self.prompts, self.shape[:1]).tolist())
+        z = torch.randn(self.shape, device=self.accelerator.device)
         with self.accelerator.autocast():
-            return self.roles.student.generate(torch.randn(self.shape, device=device), conditions), conditions
+            return self.student.generate(z, conditions), conditions
+
+    def conditions(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """Return the conditions of the prompts at these indices, on the device."""
+        rows = self.embeddings.rows(prompts)
+        return {name: value.to(self.accelerator.device, non_blocking=True) for name, value in rows.items()}
+
+    def same_noise(self, count: int) -> Tensor:
+        """Return unit noise for so many samples, the same at each call, without the global random streams."""
+        stream = torch.Generator().manual_seed(self.options.seed)
+        return torch.randn((count, *self.shape[1:]), generator=stream).to(self.accelerator.device)
 
     # -- after an update ----------------------------------------------------------------------------------------------
 
@@ -226,16 +241,10 @@ class Trainer:
     # -- samples, and the export --------------------------------------------------------------------------------------
 
     def save_grid(self, updates: int) -> None:
-        """Write a grid of one-step samples and send it to the trackers.
-
-        The prompts are the first ones and the noise is the same each time; the global random streams are not used.
-        """
-        options, device = self.options, self.accelerator.device
-        count = min(options.sample_count, self.embeddings.count)
-        z = torch.randn((count, *self.shape[1:]), generator=torch.Generator().manual_seed(options.seed))
-        conditions = {name: value.to(device) for name, value in self.embeddings.rows(range(count)).items()}
+        """Write a grid of one-step samples and send it to the trackers: of the first prompts, with the same noise."""
+        count = min(self.options.sample_count, self.embeddings.count)
         with torch.no_grad(), self.accelerator.autocast():
-            images = self.decode(self.roles.student.generate(z.to(device), conditions))
+            images = self.decode(self.student.generate(self.same_noise(count), self.conditions(range(count))))
         grid = make_grid(images.cpu(), nrow=count, normalize=True, value_range=(-1, 1))
         (self.output / "samples").mkdir(exist_ok=True)
         save_image(grid, self.output / "samples" / f"{updates:06d}.png")
@@ -255,7 +264,7 @@ class Trainer:
 
     def export(self) -> None:
         """Write weights, scheduler and card into the output folder, and publish them if asked."""
-        options, output, student = self.options, self.output, self.roles.student
+        options, output, student = self.options, self.output, self.student
         component, adapter, network = student.component, student.lora_adapter, student.network
         if adapter is None:
             network.save_pretrained(output / component)
@@ -277,3 +286,58 @@ class Trainer:
             api = HfApi()
             repository = api.create_repo(options.hub_id or output.name, exist_ok=True).repo_id
             api.upload_folder(repo_id=repository, folder_path=output, allow_patterns=PUBLISHED)
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def frechet_distance(trainer: Trainer, model: str) -> Callable[[], dict[str, float]]:
+    """Return a function for `attach(evaluate=)`, which draws the same noise for the same prompts at each call.
+
+    Args:
+        trainer: The trainer; the last `evaluate_count` of its prompts are the held-out ones.
+        model: Name of the timm model, whose weights are downloaded.
+
+    Raises:
+        OptionError: If timm has no such model.
+    """
+    size, first, count = trainer.options.batch_size, trainer.prompts, trainer.options.evaluate_count
+    features = metrics.features(model, device=trainer.accelerator.device)
+    batches = [*zip(trainer.same_noise(count).split(size), torch.arange(first, first + count).split(size), strict=True)]
+
+    def extract(generate: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Tensor:
+        found = []
+        with torch.no_grad(), trainer.accelerator.autocast():
+            for z, prompts in batches:
+                x = generate(z, trainer.conditions(prompts.tolist()))
+                found.append(features(trainer.decode(x).clamp(-1, 1)))
+        return torch.cat(found)
+
+    references = cache(partial(extract, partial(teacher_samples, trainer)))
+
+    def evaluate() -> dict[str, float]:
+        if not trainer.accelerator.is_main_process:
+            return {}
+        expected = references()
+        with trainer.averaged():
+            return {"distance_frechet": metrics.frechet_distance(extract(trainer.student.generate), expected)}
+
+    return evaluate
+
+
+def teacher_samples(trainer: Trainer, z: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    """Return the teacher's samples from unit noise z under its guidance: DDIM, or Euler for flow matching."""
+    teacher, config = trainer.teacher, trainer.pipeline.scheduler.config
+    if isinstance(teacher.noise, noise.RectifiedFlow):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, use_dynamic_shifting=False)
+    else:
+        scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+    scheduler.set_timesteps(TEACHER_STEPS, device=z.device)
+    x = z
+    for time in scheduler.timesteps:
+        output, guidance = trainer.run_teacher(x, (time / teacher.time_scale).expand(len(x)), conditions)
+        if guidance is not None:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + guidance * (conditional - unconditional)
+        x = scheduler.step(output, time, x, return_dict=False)[0]
+    return x

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-import tiny_pipelines
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import (
@@ -20,69 +18,22 @@ from diffusers import (
     LCMScheduler,
     UNet2DConditionModel,
 )
-from disback_adapters.lcm_lora import pipelines, training
-from disback_adapters.lcm_lora.evaluation import FrechetDistance, teacher_samples
-from disback_adapters.lcm_lora.pipelines import Embeddings
-from disback_adapters.lcm_lora.roles import Options, noised, read
-from disback_adapters.lcm_lora.training import Trainer
+from disback_adapters.lcm_lora import training
+from disback_adapters.lcm_lora.training import Trainer, teacher_samples
+from lcm_students import PROMPTS, options, same, student_of, train
 from safetensors.torch import load_file
 
 import disback_plugin as disback
-from disback_plugin import metrics, noise
-from disback_plugin.errors import DisbackError, MismatchError, OptionError, RoleError
+from disback_plugin import metrics
 from disback_plugin.plugins.log_reader import read as read_log
 
-PROMPTS = ("the digit seven", "the digit one", "a red cube")
-# Options of a short run that records, backtracks and ends.
-SHORT = {
-    "rank": 4, "steps": 4, "batch_size": 2, "learning_rate": 1e-2, "fake_score_learning_rate": 1e-3,
-    "record": 2, "every": 1, "schedule": "fixed:2",
-}  # fmt: skip
 INFERENCE = {
     "sd15": (LCMScheduler, {"timesteps": [999]}),
     "sdxl": (LCMScheduler, {"timesteps": [399]}),
     "sd3": (FlowMatchEulerDiscreteScheduler, {"num_inference_steps": 1}),
 }
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teachers")
-    return {kind: str(tiny_pipelines.save(kind, folder / kind)) for kind in tiny_pipelines.KINDS}
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """Accelerate keeps its state for the process."""
-    yield
-    AcceleratorState._reset_state(True)
-
-
-def options(teacher, output, **more):
-    return Options(teacher=teacher, prompts=PROMPTS, output=str(output), **{**SHORT, **more})
-
-
-def train(options):
-    trainer = Trainer(options)
-    trainer.run()
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def trained(teachers, tmp_path_factory):
-    """A finished run with checkpoints; tests only read it."""
-    trainer = train(options(teachers["sd15"], tmp_path_factory.mktemp("trained"), checkpoint_every=2))
-    AcceleratorState._reset_state(True)
-    return trainer
-
-
-def student_of(trainer):
-    return {name: weight.clone() for name, weight in trainer.roles.student.weights.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def sampled(pipeline, output, kind, z):
@@ -105,7 +56,7 @@ def test_what_is_exported_samples_in_a_pipeline_what_the_trained_student_does(te
     pipeline.load_lora_weights(trainer.output)
     found = sampled(pipeline, trainer.output, kind, z)
     with torch.no_grad():
-        assert torch.equal(found, trainer.roles.student.generate(z, trainer.embeddings.rows([0, 1])))
+        assert torch.equal(found, trainer.student.generate(z, trainer.embeddings.rows([0, 1])))
     assert not torch.allclose(found, untrained, atol=1e-2)
     card = (trainer.output / "README.md").read_text()
     assert INFERENCE[kind][0].__name__ in card
@@ -141,7 +92,7 @@ def test_the_latest_checkpoint_is_the_last_complete_one(teachers, trained, tmp_p
 
 
 def test_one_network_is_held_and_its_own_weights_never_change(teachers, trained):
-    roles = (trained.roles.teacher, trained.roles.fake_score, trained.roles.student)
+    roles = (trained.teacher, trained.fake_score, trained.student)
     assert len({id(role.network) for role in roles}) == 1
     unet = UNet2DConditionModel.from_pretrained(teachers["sd15"], subfolder="unet")
     assert disback.lora.base_checksum(trained.pipeline.unet) == disback.lora.base_checksum(unet)
@@ -159,7 +110,7 @@ def test_the_generator_stands_still_while_recording_and_the_teacher_moves_after(
     def watched():
         if not seen:
             assert same(student_of(trainer), still)
-        seen.append(trainer.roles.teacher.weights.checksum())
+        seen.append(trainer.teacher.weights.checksum())
         return update()
 
     trainer.update_generator = watched
@@ -187,14 +138,6 @@ def test_the_largest_norm_of_a_gradient_follows_the_reduction_of_the_loss(teache
     assert norms == [10.0, 10.0 if loss == "dmd" else 10.0 * 4 * 8 * 8]
 
 
-def test_times_are_drawn_from_both_ends_of_the_range_as_dmd2_does():
-    schedule, stream = noise.Discrete([0.9 - 0.0009 * t for t in range(1000)]), torch.Generator().manual_seed(0)
-    _, t, _, _ = noised(schedule, torch.zeros(50_000, 1), *training.COMPARED, generator=stream)
-    assert (t.min().item(), t.max().item()) == (20, 980)
-    _, t, _, _ = noised(schedule, torch.zeros(50_000, 1), generator=stream)
-    assert (t.min().item(), t.max().item()) == (0, 999)
-
-
 @slow
 def test_gradient_checkpointing_changes_no_gradient_though_roles_are_switched_in_between(teachers, trained, tmp_path):
     checkpointed = train(options(teachers["sd15"], tmp_path, gradient_checkpointing=True))
@@ -216,7 +159,7 @@ def test_grids_of_samples_go_to_folder_and_tracker_and_change_no_weight(teachers
 @slow
 @pytest.mark.parametrize("kind", ["sd15", "sd3"])
 def test_a_student_is_followed_on_prompts_held_out_and_does_not_notice(teachers, tmp_path, monkeypatch, kind):
-    plain, asked, found = metrics.features, [], []
+    plain, make, asked, found = metrics.features, training.frechet_distance, [], []
     monkeypatch.setattr(metrics, "features", lambda name, **more: plain(name, pretrained=False, **more))
     for name in ("seen", "unseen"):
         more = {"evaluate": "frechet:resnet10t", "evaluate_every": 2, "evaluate_count": 2, "ema_decay": 0.5}
@@ -224,7 +167,7 @@ def test_a_student_is_followed_on_prompts_held_out_and_does_not_notice(teachers,
         rows = trainer.embeddings.rows
         monkeypatch.setattr(trainer.embeddings, "rows", lambda i, rows=rows: asked.extend(i) or rows(i))
         if name == "unseen":
-            monkeypatch.setattr(FrechetDistance, "__call__", lambda self: None)
+            monkeypatch.setattr(training, "frechet_distance", lambda *args: make(*args) and (lambda: None))
             asked.clear()
         trainer.run()
         found.append(student_of(trainer))
@@ -253,14 +196,6 @@ def test_the_teachers_own_samples_are_those_of_its_pipeline(teachers, tmp_path, 
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_an_evaluation_that_is_not_known_or_leaves_no_prompt_stops_before_the_first_step(teachers, tmp_path):
-    for more in ({"evaluate": "fid"}, {"evaluate": "frechet:"}, {"evaluate": "frechet:a", "evaluate_count": 1}):
-        with pytest.raises(OptionError, match="TIMM_MODEL"):
-            options(teachers["sd15"], tmp_path, **more)
-    with pytest.raises(OptionError, match="3 of 3 prompts"):
-        Trainer(options(teachers["sd15"], tmp_path, evaluate="frechet:resnet10t", evaluate_count=3))
-
-
 def test_in_bfloat16_the_frozen_weights_are_and_the_trained_are_not(teachers, tmp_path):
     trainer = train(options(teachers["sd15"], tmp_path, mixed_precision="bf16", steps=1))
     optimized = {id(weight) for weight in (*trainer.weights, *trainer.fake_score_weights)}
@@ -275,7 +210,7 @@ def test_a_whole_student_is_exported_as_a_network(teachers, tmp_path):
     z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = sampled(DiffusionPipeline.from_pretrained(teachers["sd15"], unet=unet), tmp_path, "sd15", z)
     with torch.no_grad():
-        assert torch.equal(found, trainer.roles.student.generate(z, trainer.embeddings.rows([0, 1])))
+        assert torch.equal(found, trainer.student.generate(z, trainer.embeddings.rows([0, 1])))
     assert "unet = UNet2DConditionModel.from_pretrained" in (tmp_path / "README.md").read_text()
 
 
@@ -309,121 +244,6 @@ def test_only_weights_scheduler_and_card_are_published(trained, monkeypatch):
     }
 
 
-# -- the student, and what the networks are given ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("prediction", "timestep"), [("epsilon", 999), ("v_prediction", 499), ("sample", 20)])
-def test_the_student_is_lcms_parametrisation(tmp_path, prediction, timestep):
-    teacher = tiny_pipelines.save("sd15", tmp_path / "t", prediction_type=prediction)
-    trainer = Trainer(options(str(teacher), tmp_path / "o", timestep=timestep))
-    z, conditions = torch.randn(2, 4, 8, 8), trainer.embeddings.rows([0, 2])
-    t = torch.tensor([timestep] * 2)
-    with torch.no_grad():
-        output, x = trainer.roles.student(z, t, conditions), trainer.roles.student.generate(z, conditions)
-    alpha, sigma = (value.view(2, 1, 1, 1) for value in trainer.roles.teacher.noise(t))
-    x_0 = {"epsilon": (z - sigma * output) / alpha, "v_prediction": alpha * z - sigma * output, "sample": output}
-    scaled = 10.0 * timestep  # arXiv 2310.04378, Eq. 9, with sigma_data = 0.5
-    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
-    torch.testing.assert_close(x, c_skip * z + c_out * x_0[prediction], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", tiny_pipelines.KINDS)
-def test_the_two_guidance_branches_are_what_the_pipeline_itself_would_ask(teachers, tmp_path, kind):
-    trainer = Trainer(options(teachers[kind], tmp_path))
-    pipeline = DiffusionPipeline.from_pretrained(teachers[kind])
-    asked = []
-    network = getattr(pipeline, trainer.roles.teacher.component)
-    network.register_forward_pre_hook(lambda module, args, kwargs: asked.append((args, kwargs)), with_kwargs=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=5.0, output_type="latent")
-    _, kwargs = asked[0]
-    own = {**kwargs, **(kwargs.get("added_cond_kwargs") or {})}
-    conditions, null = trainer.embeddings.rows([0]), trainer.embeddings.null
-    assert conditions.keys() == set(trainer.roles.teacher.conditions)
-    for name in conditions:
-        torch.testing.assert_close(torch.cat([null[name], conditions[name]]), own[name].to(conditions[name]))
-
-
-# -- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def test_text_is_encoded_once_and_the_encoders_are_let_go(teachers, tmp_path, monkeypatch):
-    first = Trainer(options(teachers["sdxl"], tmp_path))
-    assert first.pipeline.text_encoder is None
-    AcceleratorState._reset_state(True)
-    monkeypatch.setattr(Embeddings, "write", lambda *args: pytest.fail("encoded again"))
-    again = Trainer(options(teachers["sdxl"], tmp_path))
-    assert again.pipeline.text_encoder_2 is None
-    assert same(again.embeddings.rows([2, 0]), first.embeddings.rows([2, 0]))
-
-
-def test_other_prompts_are_encoded_anew(teachers, tmp_path):
-    first = Trainer(options(teachers["sd15"], tmp_path)).embeddings.rows([0])
-    AcceleratorState._reset_state(True)
-    other = Options(teacher=teachers["sd15"], prompts=["a cat"], output=str(tmp_path), rank=4)
-    assert not same(Trainer(other).embeddings.rows([0]), first)
-
-
-def test_rows_come_from_their_files_however_many_there_are(teachers, trained, tmp_path, monkeypatch):
-    whole = [trained.embeddings.rows([index]) for index in range(3)]
-    monkeypatch.setattr(pipelines, "ROWS", 2)
-    parts = Trainer(options(teachers["sd15"], tmp_path / "b")).embeddings
-    assert len(list((tmp_path / "b" / "embeddings").rglob("0*.safetensors"))) == 2
-    for index in range(3):
-        torch.testing.assert_close(parts.rows([index]), whole[index])
-
-
-# -- what does not fit ------------------------------------------------------------------------------------------------
-
-
-def quantised(folder):
-    file = tiny_pipelines.save("sd15", folder) / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "x"}}))
-
-
-def without_added_conditions(folder):
-    tiny_pipelines.save("sd15", folder, **tiny_pipelines.text_time(16))
-
-
-WRONG = {
-    "another prediction": ({}, {"prediction": "v"}, MismatchError, "--prediction v"),
-    "a rank above the layers": ({}, {"rank": 9}, OptionError, "pass --rank 8 or less"),
-    "a quantised base": (quantised, {}, RoleError, "load the teacher without quantisation"),
-    "SDXL without added conditions": (without_added_conditions, {}, OptionError, "two text encoders"),
-    "a consistency model": ({"time_cond_proj_dim": 8}, {}, RoleError, "distilled from as --teacher"),
-    "a checkpoint that is not there": ({}, {"resume": "latest"}, OptionError, "omit --resume"),
-    "a size that the VAE does not have": ({}, {"resolution": 15}, OptionError, "pass 16"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_combination_stops_before_the_first_step_with_the_cure(tmp_path, case, monkeypatch):
-    make, more, kind, cure = WRONG[case]
-    make(tmp_path / "t") if callable(make) else tiny_pipelines.save("sd15", tmp_path / "t", **make)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *args: pytest.fail("a step was taken"))
-    with pytest.raises(kind, match=cure) as caught:
-        train(options(str(tmp_path / "t"), tmp_path / "o", **more))
-    assert isinstance(caught.value, DisbackError)
-
-
-def test_a_lora_of_another_rank_is_refused_as_start_and_in_a_checkpoint(teachers, trained, tmp_path):
-    with pytest.raises(OptionError, match="pass --rank 4"):
-        Trainer(options(teachers["sd15"], tmp_path, student_lora=str(trained.output), rank=2))
-    AcceleratorState._reset_state(True)
-    with pytest.raises(DisbackError, match="shape"):
-        train(options(teachers["sd15"], tmp_path, resume=str(trained.output / "checkpoint-2"), rank=2))
-
-
-def test_a_recipe_says_all_three_or_none_of_them_is_given():
-    least = ["--teacher", "t", "--prompts", "p", "--output", "o"]
-    found = read([*least, "--recipe", "sdxl", "--gradient_checkpointing"])
-    assert found.recording == {"record": 1000, "every": 100, "schedule": "sdxl"}
-    assert found.gradient_checkpointing
-    assert read(least) == Options(teacher="t", prompts="p", output="o")
-    with pytest.raises(OptionError, match="--record"):
-        read([*least, "--recipe", "sdxl", "--record", "5"])
-
-
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +253,7 @@ from disback_adapters.lcm_lora.roles import read
 from disback_adapters.lcm_lora.training import Trainer
 trainer = Trainer(read(sys.argv[1:]))
 trainer.run()
-sys.stdout.write(f"weights {trainer.roles.student.weights.checksum()}\\n")
+sys.stdout.write(f"weights {trainer.student.weights.checksum()}\\n")
 """
 
 
@@ -455,14 +275,3 @@ def test_two_processes_draw_each_their_own_and_end_with_the_same_student(teacher
     assert first != second
     weights = load_file(tmp_path / "o" / "pytorch_lora_weights.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
-
-
-def test_the_command_line_says_what_is_wrong_and_returns_2(teachers, tmp_path, capsys):
-    from disback_adapters.lcm_lora.__main__ import main
-
-    assert main([]) == 2
-    assert "student --teacher" in capsys.readouterr().err
-    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
-    least = ["--teacher", teachers["sd15"], "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "o")]
-    assert main(["student", *least, "--rank", "64"]) == 2
-    assert "pass --rank 8" in capsys.readouterr().err
