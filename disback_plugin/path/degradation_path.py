@@ -86,35 +86,33 @@ class DegradationPath(
         """
         root, state = Path(folder).absolute(), FullState.of(teacher)
         kept = None if recording.keep_teacher else copy_of(state)
-        new: list[Path] = []
 
-        def begin() -> Manifest:
+        def begin() -> DegradationPath:
             if cls.exists(root):
                 raise PathError(f"a path in {root}", expected="an empty or missing folder", cure="pass another path=")
             for name in state.own():
                 if state[name].isnan().any():
                     raise TrainingError(f"NaN in {name} of the teacher", expected="numbers", cure="load it again")
-            manifest = Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator)
+            path = cls(root, Manifest(Teacher(fingerprint(state), checksum(state), teacher_id), recording, generator))
+            new = [parent for parent in (root, *root.parents) if not os.path.exists(parent)]
             with files.writing(root):
-                new.extend(parent for parent in (root, *root.parents) if not parent.exists())
                 root.mkdir(parents=True, exist_ok=True)
-            return manifest
-
-        path = cls(root, distributed.on_main_process(begin, state))
-        path._teacher = kept
-        distributed.on_main_process(path.lock.acquire)
-        with path.lock:
+            path.lock.acquire()
             try:
-                path.update_manifest()  # before the first big file: what a crash leaves is recognized as a path
-                path.write_teacher(state)
-            except PathError:  # on rank 0
-                path.lock.release()
+                with path.lock:
+                    path.update_manifest()  # before the first big file: what a crash leaves is recognized as a path
+                    path.write_teacher(state)
+            except PathError:
                 with suppress(OSError):
                     for file in (CONFIG, path.manifest.teacher.file):
                         (root / file).unlink(missing_ok=True)
                     for parent in new:
                         parent.rmdir()
                 raise
+            return path
+
+        path = distributed.on_main_process(begin, state)
+        path._teacher = kept
         return path
 
     @classmethod

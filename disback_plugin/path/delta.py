@@ -45,13 +45,10 @@ def encode(
     """
     state = FullState.of(state)
     overlapping = state.overlapping()
-    names: dict[str, list[str]] = {name: [name] for name in state.own()}
-    for alias, first in state.aliases.items():
-        names[first].append(alias)
     recorded, checksum, moved, lost = Checksum(), Checksum(), 0.0, 0.0
     entries: dict[str, Entry] = {}
     parts: dict[str, Tensor] = {}
-    for name in names:
+    for name in state.own():
         value, before = state.flat(name), previous.flat(name)
         moved += _squared_distance(value, before)
         whole = name in exactly or name in overlapping
@@ -61,7 +58,7 @@ def encode(
         if code == "plain":
             made = {"": (value.clone() if name in overlapping else value).view(state.layout[name].shape)}
         parts |= {name + part: tensor for part, tensor in made.items()}
-        for each in names[name]:
+        for each in [name, *(alias for alias, first in state.aliases.items() if first == name)]:
             recorded.add(each, value)
             checksum.add(each, decoded)
     if not 0 < moved < math.inf:

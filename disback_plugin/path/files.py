@@ -217,7 +217,7 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
     try:
         # An older file of that name goes first: nothing is written through a link.
         temporary.unlink(missing_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary.touch(exist_ok=False)
         # safetensors makes its files private; a path is as readable as any other file of the user.
         mode = temporary.stat().st_mode
         write(temporary)

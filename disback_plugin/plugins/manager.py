@@ -58,8 +58,7 @@ class PluginManager(pluggy.PluginManager):
     def __init__(self, *wanted: object, autoload: bool | None = None) -> None:
         super().__init__(hookspecs.PROJECT)
         self.add_hookspecs(hookspecs.Specs)
-        self._traced = _is_set("DISBACK_TRACE_PLUGINS")
-        if self._traced:  # warnings, which are seen without any logging handler
+        if _is_set("DISBACK_TRACE_PLUGINS"):  # warnings, which are seen without any logging handler
             self.trace.root.setwriter(lambda text: logger.warning("trace: %s", text.strip()))
         self._autoload = not _is_set("DISBACK_DISABLE_PLUGIN_AUTOLOAD") if autoload is None else autoload
         plugins = installed()
@@ -245,8 +244,7 @@ class PluginManager(pluggy.PluginManager):
                 answer = validated(each.function(*[arguments[name] for name in each.argnames]))
             except Exception as error:
                 errors[each.plugin_name] = error
-            if self._traced:
-                self.trace(f"{each.plugin_name}: {hook}", arguments, "->", repr(errors.get(each.plugin_name, answer)))
+            self.trace(f"{each.plugin_name}: {hook}", arguments, "->", errors.get(each.plugin_name, answer))
             if answer is not None:
                 return each.plugin_name, answer, errors
         return "", None, errors
