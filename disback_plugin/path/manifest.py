@@ -250,39 +250,36 @@ class Manifest:
                 recording=Recording(**recording),
                 nodes=tuple(_from_json(Node, node) for node in nodes),
             )
+            manifest.validate()
         except PathError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise files.damaged(f"a manifest that cannot be read ({error}) in {file}", f"format {version}") from error
-        fault = manifest.fault()
-        if fault:
-            raise files.damaged(f"{fault} in {file}", "the manifest of a recording")
+            raise files.damaged(
+                f"a manifest that no recording writes ({error}) in {file}", f"format {version}"
+            ) from error
         return manifest
 
-    def fault(self) -> str | None:
-        """Return the first statement that no recording can have written, or None."""
+    def validate(self) -> None:
+        """Raise ValueError if the manifest says what no recording can have written."""
         teacher, nodes = self.teacher, self.nodes
         # File names are fixed, so that no manifest can point out of its folder.
-        named = [teacher.file, *(node.file for node in nodes)]
-        if named != ["teacher.safetensors", *(files.node_file(i + 1) for i in range(len(nodes)))]:
-            return f"files {named[:3]}"
+        listed = [(node.file, node.index, node.iteration) for node in nodes]
+        due = [(files.node_file(index), index, self.due_iteration(index)) for index in range(1, len(nodes) + 1)]
+        if teacher.file != "teacher.safetensors" or listed != due:
+            raise ValueError(f"{teacher.file} and nodes {listed[:3]}, where {due[:3]} were due")
         if not all(0 < node.delta_norm < math.inf for node in nodes):
-            return "a node at no distance from the one before"
+            raise ValueError("a node at no distance from the one before")
         counts = [count for count in (self.fitted, self.ended) if count is not None]
         if any(not 1 <= count <= self.recording.iterations for count in counts):
-            return f"a recording that was fitted after {self.fitted} updates and ended after {self.ended}"
+            raise ValueError(f"a recording that was fitted after {self.fitted} updates and ended after {self.ended}")
         if self.learning_rate_factor < 1:
-            return f"a recording at {self.learning_rate_factor} times the learning rate"
-        iterations, due = [n.iteration for n in nodes], [self.due_iteration(i + 1) for i in range(len(nodes))]
-        if [node.index for node in nodes] != list(range(1, len(nodes) + 1)) or iterations != due:
-            return f"nodes of iterations {iterations[:5]}, where {due[:5]} were due,"
+            raise ValueError(f"a recording at {self.learning_rate_factor} times the learning rate")
         if len(nodes) > self.last_node or (self.complete and nodes and len(nodes) != self.last_node):
-            return f"{len(nodes)} of {self.last_node} nodes, complete: {self.complete},"
+            raise ValueError(f"{len(nodes)} of {self.last_node} nodes, complete: {self.complete}")
         if (nodes or self.complete) and self.teacher_missing:
-            return "nodes without a teacher"
+            raise ValueError("nodes without a teacher")
         if teacher.sha256 and not self.recording.keep_teacher:
-            return "a teacher that is kept and not kept"
-        return None
+            raise ValueError("a teacher that is kept and not kept")
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder, whole or not at all; equal manifests give equal bytes."""

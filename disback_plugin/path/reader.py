@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +17,11 @@ from disback_plugin.errors import OptionError, PathError
 from disback_plugin.path import files
 from disback_plugin.path.codecs import Delta, equal_bits
 from disback_plugin.path.delta import InterpolatedSource, NodeSource
-from disback_plugin.path.files import damaged
 from disback_plugin.path.lock import FolderLock
 from disback_plugin.path.manifest import CONFIG, FORMAT, Manifest, Node, Teacher
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import (
-    Checksum,
-    Part,
-    Source,
-    TensorMeta,
-    checksum,
-    dtype_class,
-    fingerprint,
-    masked,
-)
+from disback_plugin.weights.tensors import Checksum, Part, Source, checksum, dtype_class, fingerprint, masked
 
-T = TypeVar("T")
 # What tells a file from its later versions: inode, size, time of its last change, and the SHA-256 in the manifest.
 Stamp = tuple[tuple[int, int, int] | None, str]
 
@@ -137,7 +126,7 @@ class PathReader:
         now = files.stamp(file := self.folder / entry.file)
         if was and now and was[0] == now[0] and was[1] != now[1]:
             # This is the very file that is mapped: to read beyond its end would kill the process.
-            raise damaged(f"{file} cut to {now[1]} bytes", f"{was[1]} bytes")
+            raise files.damaged(f"{file} cut to {now[1]} bytes", f"{was[1]} bytes")
         node = NodeSource(teacher) if teacher is not None else self._node(0)
         self.verify_checksum(0, checksum(node.teacher))
         return node
@@ -170,7 +159,7 @@ class PathReader:
         expected = expected or self.manifest.entries[index].checksum
         if found != expected:
             what = f"node {index} of {self.folder} that decodes to checksum {found[:12]}..."
-            raise damaged(what, f"{expected[:12]}...")
+            raise files.damaged(what, f"{expected[:12]}...")
 
     def verify(self) -> None:
         """Read every file, decode every node, and compare both with what was recorded.
@@ -184,14 +173,14 @@ class PathReader:
             if entry.sha256:
                 files.require_size(file := self.folder / entry.file, entry.bytes)
                 if files.digest(file) != entry.sha256:
-                    raise damaged(f"{file} with another SHA-256", f"{entry.sha256[:12]}... as {CONFIG} lists it")
+                    raise files.damaged(f"{file} with another SHA-256", f"{entry.sha256[:12]}... as {CONFIG} lists it")
         # Without the teacher no node can be decoded: then the files are verified again once it is there.
         decodable = self._teacher is not None or manifest.teacher.sha256 != ""
         if decodable:
             last, expected = self._node(len(self) - 1), manifest.teacher.fingerprint
             if fingerprint(last.teacher) != expected:
                 found = f"a teacher in {self.folder} that is not the one it was recorded from"
-                raise damaged(found, f"fingerprint {expected[:12]}...")
+                raise files.damaged(found, f"fingerprint {expected[:12]}...")
             whole = {name: Part(meta.shape) for name, meta in last.layout().items()}
             for index, found in enumerate(self._checksums(whole)):
                 self.verify_checksum(index, found)
@@ -204,7 +193,7 @@ class PathReader:
             for cell in part.cells():
                 for index, value in enumerate(last.trace(name, cell.start, cell.stop)):
                     if value.isnan().any():
-                        raise damaged(f"NaN in {name} of node {index} of {self.folder}", "numbers")
+                        raise files.damaged(f"NaN in {name} of node {index} of {self.folder}", "numbers")
                     totals[index].add(name, masked(value, cell))
         return [total.digest() for total in totals]
 
@@ -236,13 +225,12 @@ class PathReader:
             deltas.append(self._open(node, lambda node: self._read_fitting(node, teacher, deltas)))
         return NodeSource(teacher, deltas)
 
-    def _open(self, entry: Any, read: Callable[[Any], T]) -> T:
+    def _open(self, entry: Any, read: Callable[[Any], object]) -> Any:
         """Return what a file holds, from memory unless the file has changed."""
         stamp = self._stamp(entry)
         if entry.file not in self._opened or self._opened[entry.file][0] != stamp:
             self._opened[entry.file] = stamp, read(entry)
-        content: T = self._opened[entry.file][1]
-        return content
+        return self._opened[entry.file][1]
 
     def _read_teacher(self, entry: Teacher) -> dict[str, Tensor]:
         self._opened.clear()  # the nodes were compared with another file
@@ -250,7 +238,7 @@ class PathReader:
         try:
             return tensors | {alias: tensors[name] for alias, name in json.loads(aliases).items()}
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise damaged(f"{file} whose tied weights cannot be read ({error})", "a teacher") from error
+            raise files.damaged(f"{file} whose tied weights cannot be read ({error})", "a teacher") from error
 
     def _read_delta(self, node: Node) -> Delta:
         parts, metadata = files.map_tensors(file := self.folder / node.file, size=node.bytes)
@@ -259,11 +247,10 @@ class PathReader:
     def _read_fitting(self, node: Node, teacher: Mapping[str, Tensor], before: list[Delta]) -> Delta:
         """Read a node; raise PathError unless it has the teacher's tensors, and ties the weights that node 1 ties."""
         delta = self._read_delta(node)
-        names = delta.layout.keys() | teacher.keys()
-        odd = sorted(name for name in names if not _same_kind(delta.layout.get(name), teacher.get(name)))
+        odd = sorted({name for name, _ in _kinds(delta.layout).items() ^ _kinds(teacher).items()})
         if odd or any(delta.aliases != first.aliases for first in before[:1]):
             found = f"{self.folder / node.file} with other weights than the teacher, as {odd[:3]}"
-            raise damaged(found, "the same names, shapes, kinds of dtype and tied weights")
+            raise files.damaged(found, "the same names, shapes, kinds of dtype and tied weights")
         return delta
 
 
@@ -283,5 +270,6 @@ def copy_of(teacher: FullState) -> dict[str, Tensor]:
     return own | {alias: own[name] for alias, name in teacher.aliases.items()}
 
 
-def _same_kind(a: TensorMeta | None, b: Tensor | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and dtype_class(a.dtype) == dtype_class(b.dtype)
+def _kinds(tensors: Mapping[str, Any]) -> dict[str, tuple[torch.Size, str]]:
+    """Return shape and class of dtype of each tensor or `TensorMeta`."""
+    return {name: (each.shape, dtype_class(each.dtype)) for name, each in tensors.items()}

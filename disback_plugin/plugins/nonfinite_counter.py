@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from disback_plugin import distributed
 from disback_plugin.plugins.manager import PluginManager
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class MaskedSamples:
         steps: Generator updates so far; set it when a run is resumed.
 
     Example:
+        >>> import torch
         >>> from disback_plugin import losses
         >>> from disback_plugin.prediction import Prediction
         >>> masked = MaskedSamples()

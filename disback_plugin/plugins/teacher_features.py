@@ -11,16 +11,13 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from disback_plugin.errors import RoleError
 from disback_plugin.plugins.hookspecs import hookimpl
-from disback_plugin.weights.copies import frozen_copy
-from disback_plugin.weights.network import ScoreNetwork
 
 if TYPE_CHECKING:
-    from disback_plugin.scheduler import TrajectoryScheduler
+    from torch import nn
 
+    from disback_plugin.scheduler import TrajectoryScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,7 @@ class OriginalFeatures:
     Example:
         >>> def forward(active, original, x, *, features=False):
         ...     return original(x, features=True) if features else active(x)
+        >>> from torch import nn
         >>> teacher = nn.Linear(2, 2)
         >>> plugins = (OriginalFeatures(teacher, forward),)  # of attach(...)
     """
@@ -69,6 +67,9 @@ class OriginalFeatures:
     def disback_after_node_swapped(self, scheduler: TrajectoryScheduler, position: float) -> None:
         """Replace the function while `position` is above 0; s'_0 is read from the path of `scheduler`."""
         if position and self._attributes is None and scheduler.path is not None:
+            from disback_plugin.weights.copies import frozen_copy
+            from disback_plugin.weights.network import ScoreNetwork
+
             original = frozen_copy(self._teacher)
             ScoreNetwork(original).write(scheduler.path.teacher_source())
             self._replace(original)
