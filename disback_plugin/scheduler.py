@@ -276,7 +276,8 @@ class TrajectoryScheduler:
         try:
             if self.plan.may_be_overruled(step):
                 updates = self.progress.generator_updates - self.progress.node_since
-                leave = self._plugins.should_advance(self, self.plan.target(step).position, updates, signal)
+                asked = {"position": self.plan.target(step).position, "updates_in_node": updates, "signal": signal}
+                leave = self._plugins.should_advance(scheduler=self, **asked)
         finally:
             self._commit(self.plan.next_step(step, leave))
 

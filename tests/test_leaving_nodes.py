@@ -132,13 +132,13 @@ from disback_plugin.plugins.manager import PluginManager
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 if rank == 0:  # without such a plug-in nothing is exchanged: the other rank is not there
-    assert PluginManager("no:theirs").should_advance(None, 1.0, 1, None) is None
+    assert PluginManager("no:theirs").should_advance(position=1.0, updates_in_node=1) is None
 plugins, answers = PluginManager(), []
 for updates in (1, 2, 3):
-    answers.append(plugins.should_advance(None, 1.0, updates, None))
+    answers.append(plugins.should_advance(position=1.0, updates_in_node=updates))
 answers.append([plugin.reason for plugin in plugins.list_plugins() if plugin.name == "theirs"])
 try:
-    PluginManager("theirs").should_advance(None, 1.0, 2, None)
+    PluginManager("theirs").should_advance(position=1.0, updates_in_node=2)
 except PluginError as error:
     answers.append(str(error))
 open(f"{sys.argv[1]}/rank{rank}.json", "w").write(json.dumps(answers))

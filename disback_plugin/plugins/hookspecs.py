@@ -179,7 +179,7 @@ class Specs:
             ...     @hookimpl
             ...     def disback_should_advance(self, updates_in_node, signal):
             ...         return None if signal is None else signal < 0.1 or updates_in_node >= 1_000
-            >>> PluginManager(WhenConverged(), autoload=False).should_advance(None, 3.0, 20, 0.05)
+            >>> PluginManager(WhenConverged(), autoload=False).should_advance(updates_in_node=20, signal=0.05)
             True
         """
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pluggy
 
@@ -24,9 +24,6 @@ from disback_plugin.errors import DisbackError, OptionError, PluginError, RoleEr
 from disback_plugin.plugins import hookspecs
 from disback_plugin.plugins.hookspecs import ADAPTERS, HOOKS, Adapter, Plugin, installed
 from disback_plugin.plugins.run_log import NAME, RunLog
-
-if TYPE_CHECKING:
-    from disback_plugin.scheduler import TrajectoryScheduler
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -207,19 +204,16 @@ class PluginManager(pluggy.PluginManager):
         _, _, errors = self._ask(hook, arguments, lambda answer: None)
         self._leave_out_all(errors, hook)
 
-    def should_advance(
-        self, scheduler: TrajectoryScheduler, position: float, updates_in_node: int, signal: Any
-    ) -> bool | None:
+    def should_advance(self, **arguments: Any) -> bool | None:
         """Return rank 0's first answer to `disback_should_advance`, on every rank; None if no plug-in answers.
 
-        Collective, if a plug-in has this hook. A plug-in that raises on one rank is left out on all. The arguments
-        `scheduler`, `position`, `updates_in_node` and `signal` are those of the hook.
+        Collective, if a plug-in has this hook. A plug-in that raises on one rank is left out on all. `arguments` are
+        those of the hook in `Specs`, by name.
         """
         hook = "disback_should_advance"
         if not self.listens(hook):
             return None
-        arguments = {"scheduler": scheduler, "position": position, "updates_in_node": updates_in_node, "signal": signal}
-        _, advance, errors = self._ask(hook, arguments, _as_bool)
+        _, advance, errors = self._ask(hook, arguments, lambda answer: None if answer is None else bool(answer))
         gathered = distributed.gather((advance, {name: _describe(error) for name, error in errors.items()}))
         for rank, (_, descriptions) in enumerate(gathered):
             for name, description in descriptions.items():
@@ -336,10 +330,6 @@ def _is_set(variable: str) -> bool:
 
 def _describe(error: BaseException, where: str = "") -> str:
     return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
-
-
-def _as_bool(answer: Any) -> bool | None:
-    return None if answer is None else bool(answer)
 
 
 def _as_adapter(answer: Any) -> Adapter | None:

@@ -215,8 +215,8 @@ def test_pluggy_orders_plug_ins_and_passes_the_arguments_that_they_name():
 def test_tracing_names_each_call_and_its_answer(site, monkeypatch, caplog):
     install(site, "theirs", "@hookimpl\ndef disback_should_advance(position):\n    return position > 1")
     monkeypatch.setenv("DISBACK_TRACE_PLUGINS", "1")
-    PluginManager().should_advance(None, 3.0, 5, 0.25)
     arguments = {"scheduler": None, "position": 3.0, "updates_in_node": 5, "signal": 0.25}
+    PluginManager().should_advance(**arguments)
     assert f"theirs: disback_should_advance {arguments} -> True" in caplog.text
 
 
