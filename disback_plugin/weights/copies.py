@@ -20,13 +20,12 @@ def copy_of_module(network: nn.Module) -> Any:
 
     What a hook computes before each forward, as that of `weight_norm`, is copied without its graph.
     """
-    computed = [
-        v for module in network.modules() for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf
-    ]
+    held = (value for module in network.modules() for value in vars(module).values())
+    computed = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(network, {id(value): value.detach().clone() for value in computed})
 
 
-def frozen_copy(network: nn.Module) -> nn.Module:
+def frozen_copy(network: nn.Module) -> Any:
     """Return a copy without gradients. Of one that FSDP2 shards, the weights have no values yet; all ranks must call.
 
     Args:
@@ -40,13 +39,12 @@ def frozen_copy(network: nn.Module) -> nn.Module:
     inner_first: list[Any] = [*network.modules()][::-1]
     sharded = [module for module in inner_first if is_fsdp2(module)]
     if not sharded:
-        plain: nn.Module = copy_of_module(network).requires_grad_(False)
-        return plain
+        return copy_of_module(network).requires_grad_(False)
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     for module in sharded:
         module.reshard()  # a root keeps its weights gathered after a forward
-    copies = _unsharded_copies(network)
+    copies = _unsharded_copies(network, sharded)
     parts: list[Any] = [tensor for tensor in network.parameters() if hasattr(tensor, "device_mesh")]
     for module in sharded:
         mesh = next((t.device_mesh for t in module.parameters() if hasattr(t, "device_mesh")), parts[0].device_mesh)
@@ -59,29 +57,25 @@ def frozen_copy(network: nn.Module) -> nn.Module:
             offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy(),
         )
     result = copies[id(network)]
-    result._apply(lambda tensor: torch.empty_like(tensor, device=parts[0].device) if tensor.is_meta else tensor)
-    frozen: nn.Module = result
-    return frozen
+    return result._apply(lambda tensor: torch.empty_like(tensor, device=parts[0].device) if tensor.is_meta else tensor)
 
 
-def _unsharded_copies(network: nn.Module) -> dict[int, Any]:
+def _unsharded_copies(network: nn.Module, sharded: list[Any]) -> dict[int, Any]:
     """Return a copy of each module by the id of the original, without FSDP's hooks; sharded weights are on "meta"."""
     memo: dict[int, Any] = {}
     for tensor in network.parameters():
         if hasattr(tensor, "device_mesh"):
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            memo[id(tensor)] = nn.Parameter(empty, requires_grad=False)
-    for module in network.modules():
-        kind: Any = type(module).__bases__[-1] if is_fsdp2(module) else type(module)  # FSDP2 derives a class of its own
+            memo[id(tensor)] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    for module in sharded:
+        kind: Any = type(module).__bases__[-1]  # FSDP2 derives a class of its own
         memo[id(module)] = kind.__new__(kind)
-    for module in network.modules():
+    for module in sharded:
         held = {name: value for name, value in vars(module).items() if not name.startswith("__composable_api")}
         for name, hooks in held.items():
             if name.endswith("_hooks"):
-                own = {key: hook for key, hook in hooks.items() if not _is_of_fsdp(hook)}
-                held[name] = type(hooks)(own)
+                held[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_fsdp(hook))
         vars(memo[id(module)]).update(copy.deepcopy(held, memo))
-    memo[id(network)].requires_grad_(False)
+    copy.deepcopy(network, memo).requires_grad_(False)
     return memo
 
 
