@@ -46,6 +46,12 @@ def inject(model, name, **options):
     peft.inject_adapter_in_model(config(**options), model, name)
 
 
+def active_adapters(model):
+    """The names of the adapters that a forward would use now; [] for the bare base."""
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    return [] if layer.disable_adapters else list(layer.active_adapters)
+
+
 class Under:
     """The base under one adapter, to be called as a network of its own."""
 

@@ -63,8 +63,7 @@ class AddedLora(ScoreNetwork):
     def first_parameter(self) -> Tensor:
         """Return the network's own first parameter: two handles must not add to one network."""
         parameters = (parameter for root in self._roots.values() for parameter in root.parameters())
-        found: Any = next(parameters, self._matrices[0][1].weight)
-        return found  # type: ignore[no-any-return]
+        return next(parameters, super().first_parameter())
 
     def install(self) -> None:
         """Install the hooks."""

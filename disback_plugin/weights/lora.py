@@ -120,9 +120,6 @@ def use_adapter(model: nn.Module, lora_adapter: str | None) -> Iterator[None]:
         adapter_layers(root, wanted[0], "network")  # raises the error that lists the adapters
     try:
         _set_activity([(layer, wanted or names, not wanted) for layer, names, _ in before])
-        if active_adapters(root) != wanted:
-            found = "a version of peft whose layers do not keep their active adapter in _active_adapter"
-            raise RoleError(found, expected="peft 0.13 to 0.21", cure="install such a version")
         yield
     finally:
         _set_activity(before)
@@ -197,12 +194,6 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for own, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in of_adapters:
                 yield f"{name}{own}".replace("base_layer.", ""), parameter
-
-
-def active_adapters(root: nn.Module) -> list[str]:
-    """Return the names of the adapters that a forward would use now; [] for the bare base."""
-    first = next(_layers(root), None)
-    return [] if first is None or first.disable_adapters else list(first.active_adapters)
 
 
 def _layers(root: nn.Module) -> Iterator[Any]:

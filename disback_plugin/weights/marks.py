@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Set
 from itertools import accumulate
-from math import prod, sqrt
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from disback_plugin import distributed
 from disback_plugin.weights.sharding import Weight, local_tensor
-from disback_plugin.weights.tensors import Checksum, Part, Source, pieces
+from disback_plugin.weights.tensors import Checksum, Part
 
 if TYPE_CHECKING:
     from disback_plugin.weights.network import ScoreNetwork
@@ -184,15 +184,3 @@ def checksum_like(weights: Iterable[Weight], text: str) -> str:
     flat = any(weight.flattened and weight.sharded for weight in weights)
     own = distributed.gather(weights_checksum(weights, alone=True) if flat else "")
     return own[index] if len(own) == number else ""
-
-
-def rounding(weights: Iterable[Weight], source: Source) -> float:
-    """Return what a write of a source into the dtypes of weights rounds away, Euclidean."""
-    layout, square = source.layout(), 0.0
-    for weight in weights:
-        own = weight.meta.dtype
-        if own.is_floating_point and torch.finfo(own).bits < torch.finfo(layout[weight.name].dtype).bits:
-            for start, stop in pieces(weight.meta.shape.numel()):
-                values = source.read(weight.name, start, stop)
-                square += float((values.to(own).double() - values.double()).square().sum())
-    return sqrt(square)

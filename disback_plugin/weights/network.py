@@ -10,15 +10,16 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
-from disback_plugin.weights import marks
+from disback_plugin.weights import lora, marks
 from disback_plugin.weights.modules import WeightTable, check_layout, find
 from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of
-from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,6 @@ class ScoreNetwork:
 
     def select_adapter(self, lora_adapter: str, only: Collection[str] | None = None) -> WeightTable:
         """Make the weights those of `lora_adapter` and return their table; `only` names what identifies the base."""
-        from disback_plugin.weights import lora
-
         names = []  # a node recorded on one base fits no other
         for prefix, root in self._roots.items():
             own = only and {name.removeprefix(prefix) for name in only if name.startswith(prefix)}
@@ -118,8 +117,6 @@ class ScoreNetwork:
         """Return the parameters that a LoRA adapter works on, which must not be trained; none of a whole network."""
         if self.lora_adapter is None:
             return []
-        from disback_plugin.weights import lora
-
         return [parameter for root in self._roots.values() for _, parameter in lora.base_parameters(root)]
 
     def weight_modules(self) -> list[nn.Module]:
@@ -183,7 +180,14 @@ class ScoreNetwork:
 
     def relative_rounding(self, source: Source, distance: float) -> float:
         """Return what a write of a source into this network's dtypes rounds away, Euclidean, over a distance."""
-        return marks.rounding(self._weights(), source) / distance
+        layout, square = source.layout(), 0.0
+        for weight in self._weights():
+            own, read = weight.meta.dtype, layout[weight.name].dtype
+            if own.is_floating_point and torch.finfo(own).bits < torch.finfo(read).bits:
+                for start, stop in pieces(weight.meta.shape.numel()):
+                    values = source.read(weight.name, start, stop)
+                    square += float((values.to(own).double() - values.double()).square().sum())
+        return sqrt(square) / distance
 
     def first_parameter(self) -> Tensor:
         """Return the first live parameter, or the first buffer of a network without parameters."""
@@ -285,16 +289,12 @@ class ScoreNetwork:
             return all(torch.equal(source.read(weight.name, *r).clone(), source.read(first, *r)) for r in ranges)
 
         own = self._untied(weights, equal)
-        names = {weight.name: [weight.name] for weight in own}
-        for weight in weights:
-            if weight.tied_to is not None:
-                names[weight.tied_to].append(weight.name)
         with torch.no_grad():
             for weight in own:
                 dtype, local = layout[weight.name].dtype, weight.local()
                 finer = keep_finer and dtype != torch.promote_types(dtype, local.dtype) == local.dtype
                 before = local.clone() if finer else None
-                _write_weight(weight, source, dtype, total, names[weight.name])
+                _write_weight(weight, source, dtype, total)
                 if before is not None:
                     local.copy_(torch.where(before.to(dtype) == local.to(dtype), before, local))
         increment_versions(own)
@@ -308,8 +308,6 @@ class ScoreNetwork:
             equal: A function that says whether a tied weight and the one of its first name are equal in the state.
         """
         if self.lora_adapter is not None:
-            from disback_plugin.weights import lora
-
             lora.require_unmerged(self._roots.values(), self.role)
         for weight in weights:
             if weight.tied_to is not None and not equal(weight, weight.tied_to):
@@ -322,15 +320,14 @@ class ScoreNetwork:
 Network = ScoreNetwork | nn.Module | Mapping[str, nn.Module]
 
 
-def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Checksum, names: list[str]) -> None:
+def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Checksum) -> None:
     """Write the part that this rank holds of one tensor of a source into the live tensor.
 
     Args:
         weight: The weight.
         source: The source to read from.
         dtype: The dtype of the tensor there.
-        total: A checksum, to which all values are added before any cast.
-        names: The names under which they are added.
+        total: A checksum, to which all values are added before any cast, under each of the weight's names.
     """
     local = weight.local()
     direct, pinned = local.device.type == "cpu" and local.is_contiguous(), local.device.type == "cuda"
@@ -342,7 +339,7 @@ def _write_weight(weight: Weight, source: Source, dtype: torch.dtype, total: Che
         if not decoded:
             piece.copy_(values if cell.keep is None else values[cell.keep])
         counted = masked(values, cell)
-        for name in names:
+        for name in weight.names:
             total.add(name, counted)
     if not direct:
         local.copy_(flat.view(local.shape), non_blocking=pinned)

@@ -42,6 +42,7 @@ class Weight:
         device: The device from which the group sends.
         chunk: This rank in the group, the number of ranks and the dimension that is cut into equal chunks; None if the
             weight is cut at other places, or not at all.
+        names: All names of the tensor, if this is the first of them.
         tied_to: The first name of the same tensor, if this is another of its names.
         sharded: Whether it is distributed over ranks.
         flattened: Whether FSDP1 has flattened it.
@@ -55,6 +56,7 @@ class Weight:
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor, self.is_parameter = name, tensor, isinstance(tensor, nn.Parameter)
         self.meta, self.part, self.device = TensorMeta(tensor.dtype, tensor.shape), Part(tensor.shape), tensor.device
+        self.names: list[str] = []
 
     @staticmethod
     def of(name: str, tensor: Tensor) -> Weight:

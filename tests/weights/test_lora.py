@@ -7,7 +7,7 @@ import copy
 import pytest
 import tiny_pipelines
 import torch
-from lora_worlds import SIGMA, X_T, Eps, Under, adapted
+from lora_worlds import SIGMA, X_T, Eps, Under, active_adapters, adapted
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -16,7 +16,6 @@ from worlds import clone, difference
 import disback_plugin as disback
 from disback_plugin import lora
 from disback_plugin.errors import RoleError
-from disback_plugin.weights.lora import active_adapters
 from disback_plugin.weights.network import ScoreNetwork
 
 # -- a frozen teacher -------------------------------------------------------------------------------------------------
