@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from path_edits import config, edit
 from torch import nn
 from worlds import Run, clone, difference
 
@@ -33,16 +33,6 @@ CHECKSUMS = [
 @pytest.fixture
 def old(tmp_path):
     return shutil.copytree(FORMAT_1 / "int8", tmp_path / "int8")
-
-
-def config(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def edit(folder, change):
-    content = config(folder)
-    change(content)
-    (folder / "config.json").write_text(json.dumps(content))
 
 
 def files_of(folder):
