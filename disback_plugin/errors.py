@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-# The cure of whatever is wrong with a file.
-COPY_AGAIN = "copy the path again, or record it again in an empty folder"
-
 
 class DisbackError(Exception):
     """Base of all errors of this package.

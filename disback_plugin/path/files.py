@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from disback_plugin.errors import COPY_AGAIN, PathError
+from disback_plugin.errors import PathError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ UNKNOWN |= {errno.EXDEV, errno.ENOLCK, errno.EBADF}
 
 def damaged(found: str, expected: str) -> PathError:
     """Return the error for a file that is not as it was recorded."""
-    return PathError(found, expected=expected, cure=COPY_AGAIN)
+    return PathError(found, expected=expected, cure="copy the path again, or record it again in an empty folder")
 
 
 def node_file(index: int) -> str:

@@ -31,12 +31,14 @@ class History:
         file: The log.
         begun: Lines with which a process began: settings, versions, fingerprints. The last is the latest process's.
         lines: All other lines.
+        torn: Number of lines that cannot be parsed, as a process leaves one when it is killed while it writes.
     """
 
     name: str = ""
     file: Path = Path()
     begun: list[Line] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
+    torn: int = 0
 
     @property
     def updates(self) -> int:
@@ -148,7 +150,7 @@ def _moment(line: Line) -> tuple[int, int]:
 
 
 def read(file: Path) -> History:
-    """Return the history in a log, without lines that cannot be parsed: a process that is killed may leave half of one.
+    """Return the history in a log.
 
     Raises:
         PathError: If there is no such file, or it has no line of a log.
@@ -157,11 +159,12 @@ def read(file: Path) -> History:
         texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise _no_log(f"{file}, which cannot be read ({error.strerror})") from error
-    lines = [line for text in texts if (line := _parsed(text)) is not None]
+    parsed = [_parsed(text) for text in texts if text.strip()]
+    lines = [line for line in parsed if line is not None]
     if not lines:
         raise _no_log(f"no line of a log in {file}")
     history = last_run(lines)
-    history.name, history.file = file.name.removesuffix(SUFFIX), file
+    history.name, history.file, history.torn = file.name.removesuffix(SUFFIX), file, len(parsed) - len(lines)
     return history
 
 

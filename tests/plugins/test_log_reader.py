@@ -34,6 +34,7 @@ def test_a_line_that_a_killed_process_left_half_does_not_hide_the_next(tmp_path)
     again.log({"loss": 2.0}, 2)
     history = read(log.file)
     assert history.curves() == {"loss": [(2, 2.0)]}
+    assert history.torn == 1
 
 
 @pytest.mark.parametrize("text", [None, "", "not json\n", '{"loss": 1}\n', '{"update": -1}\n', "[1]\n"])

@@ -66,7 +66,7 @@ def test_the_history_has_each_node_each_move_and_what_the_loop_logged(logged):
     assert recording["loss"] == [(iteration, 2.0) for iteration in range(1, 10)]
     assert [iteration for iteration, _ in recording["agreement"]] == list(range(2, 11))
     assert history.pictures() == {"samples": [(10, file.parent / "pictures" / "last.png")]}
-    assert (history.name, history.updates, history.recorded) == ("path", 10, 10)
+    assert (history.name, history.updates, history.recorded, history.torn) == ("path", 10, 10, 0)
 
 
 def test_a_run_with_a_log_is_the_run_without_bit_for_bit(tmp_path):
