@@ -179,10 +179,11 @@ class WeightTable:
         self.weights += [Weight(name, torch.empty(0)) for name in names]
         # The shape of a tensor of FSDP1 is not that of the weight.
         self._shapes = [weight.tensor.shape for weight in self.weights]
-        first: dict[int, str] = {}
+        first: dict[int, Weight] = {}
         for weight in self.weights:
-            found = first.setdefault(id(weight.tensor), weight.name)
-            weight.tied_to = None if found == weight.name else found
+            found = first.setdefault(id(weight.tensor), weight)
+            found.names.append(weight.name)
+            weight.tied_to = None if found is weight else found.name
 
     def is_current(self) -> bool:
         """Let FSDP free what it has gathered and keeps; return whether the live tensors are those of the table."""
