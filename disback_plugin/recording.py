@@ -26,7 +26,7 @@ from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import Progress
 from disback_plugin.recorder import PATIENCE, Recorder, open_or_create
 from disback_plugin.teacher_fit import Fit, Loss, Sample, private_random_stream
-from disback_plugin.weights.copies import copy_of_module
+from disback_plugin.weights.modules import copy_of_module
 from disback_plugin.weights.network import Network, ScoreNetwork
 
 

@@ -67,7 +67,7 @@ class OriginalFeatures:
     def disback_after_node_swapped(self, scheduler: TrajectoryScheduler, position: float) -> None:
         """Replace the function while `position` is above 0; s'_0 is read from the path of `scheduler`."""
         if position and self._attributes is None and scheduler.path is not None:
-            from disback_plugin.weights.copies import frozen_copy
+            from disback_plugin.weights.modules import frozen_copy
             from disback_plugin.weights.network import ScoreNetwork
 
             original = frozen_copy(self._teacher)

@@ -1,10 +1,15 @@
-"""The table of a network's weights: canonical names and live tensors, enumerated once.
+"""The modules of a network: what is inside its wrappers, the table of their weights, enumerated once, and copies.
 
 Whatever wraps a network, its weights have the names of the plain module: a node from one form fits every other.
+
+A copy runs as the network does: plain, in DDP, or sharded by FSDP2 on the same mesh. `fully_shard` forbids
+`copy.deepcopy`, because its hooks and its state belong to one module. Its modules are therefore copied without them,
+with empty parameters, and the copies are sharded anew. No rank holds more than its part.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -12,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disback_plugin.errors import MismatchError, RoleError
+from disback_plugin.errors import RoleError
 from disback_plugin.weights.sharding import Weight, fsdp1_resharders
-from disback_plugin.weights.tensors import TensorMeta, dtype_class
 
 # Wrapper class -> its package and the attribute that holds the module; by name, as importing torch._dynamo takes long.
 # peft's are around a network whose layers hold the adapters.
@@ -143,6 +147,7 @@ class WeightTable:
 
     Attributes:
         weights: The table; tied tensors stand under each of their names.
+        layout: Dtype and whole shape of each.
         modules: The modules that hold parameters of their own.
 
     Raises:
@@ -177,6 +182,7 @@ class WeightTable:
             self._add(name, module, role, only)
         self.modules = [module for _, module in selected if module._parameters]
         self.weights += [Weight(name, torch.empty(0)) for name in names]
+        self.layout = {weight.name: weight.meta for weight in self.weights}
         # The shape of a tensor of FSDP1 is not that of the weight.
         self._shapes = [weight.tensor.shape for weight in self.weights]
         first: dict[int, Weight] = {}
@@ -265,27 +271,72 @@ def _unwritable(tensor: Tensor) -> tuple[str, str] | None:
     return None
 
 
-def check_layout(
-    given: Mapping[str, TensorMeta], weights: list[Weight], role: str, source: str, hint: str = ""
-) -> None:
-    """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes of the weights."""
-    names = {weight.name for weight in weights}
-    if names != given.keys():
-        odd = {"without {} keys {}": names - given.keys(), "with {} unknown {}": given.keys() - names}
-        found = " and ".join(text.format(len(keys), sorted(keys)[:3]) for text, keys in odd.items() if keys)
-        cure = (
-            "use two networks of one architecture (or parts: ScoreNetwork(module, prefix=...)), or two LoRA adapters "
-            "of the same targets and scales (lora_alpha, use_rslora) on one base: lora.add_teacher(model, like=...), "
-            "and ScoreNetwork(model, lora_adapter=...) for both roles"
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def copy_of_module(network: nn.Module) -> Any:
+    """Return a copy of a module that is not sharded.
+
+    What a hook computes before each forward, as that of `weight_norm`, is copied without its graph.
+    """
+    held = (value for module in network.modules() for value in vars(module).values())
+    computed = [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(network, {id(value): value.detach().clone() for value in computed})
+
+
+def frozen_copy(network: nn.Module) -> Any:
+    """Return a copy without gradients. Of one that FSDP2 shards, the weights have no values yet; all ranks must call.
+
+    Args:
+        network: The network, plain, in DDP or sharded by FSDP2.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> torch.equal(frozen_copy(net).weight, net.weight)
+        True
+    """
+    inner_first: list[Any] = [*network.modules()][::-1]
+    sharded = [module for module in inner_first if is_fsdp2(module)]
+    if not sharded:
+        return copy_of_module(network).requires_grad_(False)
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    for module in sharded:
+        module.reshard()  # a root keeps its weights gathered after a forward
+    copies = _unsharded_copies(network, sharded)
+    parts: list[Any] = [tensor for tensor in network.parameters() if hasattr(tensor, "device_mesh")]
+    for module in sharded:
+        mesh = next((t.device_mesh for t in module.parameters() if hasattr(t, "device_mesh")), parts[0].device_mesh)
+        offloads = parts[0].device.type != mesh.device_type
+        fully_shard(
+            copies[id(module)],
+            mesh=mesh,
+            reshard_after_forward=True,
+            mp_policy=module._get_fsdp_state()._mp_policy,  # FSDP2 has no public name for it
+            offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy(),
         )
-        keys = f"the {len(names)} keys of the {role}, no more and no less"
-        raise MismatchError(f"{source} {found}", expected=keys, cure=hint or cure)
-    for weight in weights:
-        own, other = weight.meta, given[weight.name]
-        same_class = other.dtype == own.dtype or dtype_class(other.dtype) == dtype_class(own.dtype)
-        if other.shape != own.shape or not same_class:
-            raise MismatchError(
-                f"{weight.name} of shape {tuple(other.shape)} and {other.dtype} in {source}",
-                expected=f"shape {tuple(own.shape)} and a dtype of the class of {own.dtype}, as in the {role}",
-                cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
-            )
+    result = copies[id(network)]
+    return result._apply(lambda tensor: torch.empty_like(tensor, device=parts[0].device) if tensor.is_meta else tensor)
+
+
+def _unsharded_copies(network: nn.Module, sharded: list[Any]) -> dict[int, Any]:
+    """Return a copy of each module by the id of the original, without FSDP's hooks; sharded weights are on "meta"."""
+    memo: dict[int, Any] = {}
+    for tensor in network.parameters():
+        if hasattr(tensor, "device_mesh"):
+            memo[id(tensor)] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    for module in sharded:
+        kind: Any = type(module).__bases__[-1]  # FSDP2 derives a class of its own
+        memo[id(module)] = kind.__new__(kind)
+    for module in sharded:
+        held = {name: value for name, value in vars(module).items() if not name.startswith("__composable_api")}
+        for name, hooks in held.items():
+            if name.endswith("_hooks"):
+                held[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_of_fsdp(hook))
+        vars(memo[id(module)]).update(copy.deepcopy(held, memo))
+    copy.deepcopy(network, memo).requires_grad_(False)
+    return memo
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError
 from disback_plugin.weights import lora, marks
-from disback_plugin.weights.modules import WeightTable, check_layout, find
+from disback_plugin.weights.modules import WeightTable, find
 from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of
-from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, host_tensor, masked, pieces
+from disback_plugin.weights.tensors import Checksum, Part, Source, TensorMeta, check_layout, host_tensor, masked, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class ScoreNetwork:
         # A wrapper that is not known adds a prefix to all names.
         inner = [name.removesuffix(min(missing)) for name in other.others if name.endswith(f".{min(missing)}")]
         hint = f"pass the module inside, ScoreNetwork(..., prefix={inner[0][:-1]!r})" if inner else ""
-        check_layout({weight.name: weight.meta for weight in others}, own, self.role, other.role, hint)
+        check_layout(other._table.layout, self._table.layout, self.role, other.role, hint)
         ties = {weight.name: weight.tied_to for weight in others}
         for weight in own:
             if weight.tied_to is not None and ties[weight.name] != weight.tied_to:
@@ -257,7 +257,7 @@ class ScoreNetwork:
         # Of a weight that FSDP1 has flattened, the state may hold this rank's part.
         whole = {(weight.name, weight.tensor.shape): weight.meta.shape for weight in weights}
         layout = {name: TensorMeta(t.dtype, whole.get((name, t.shape), t.shape)) for name, t in state.items()}
-        check_layout(layout, weights, self.role, "the state")
+        check_layout(layout, self._table.layout, self.role, "the state")
         given = {weight.name: part_of(state[weight.name], weight.part) for weight in weights}
         own = self._untied(weights, lambda weight, first: torch.equal(given[weight.name], given[first]))
         with torch.no_grad():
@@ -282,7 +282,7 @@ class ScoreNetwork:
                 then the network is half written.
         """
         weights, layout, total = self._weights(), source.layout(), Checksum()
-        check_layout(layout, weights, self.role, "the state")
+        check_layout(layout, self._table.layout, self.role, "the state")
 
         def equal(weight: Weight, first: str) -> bool:
             ranges = [(cell.start, cell.stop) for cell in weight.part.cells()]

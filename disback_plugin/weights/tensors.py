@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from disback_plugin.errors import MismatchError
+
 # The number of elements that are read, decoded and written at once: large enough that a call's fixed costs vanish,
 # small enough for a processor's cache, and a whole number of every codec's blocks.
 PIECE = 1 << 20
@@ -200,6 +202,31 @@ def dtype_class(dtype: torch.dtype) -> str:
     if dtype.is_floating_point:
         return "floating"
     return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
+
+
+def check_layout(
+    given: Mapping[str, TensorMeta], wanted: Mapping[str, TensorMeta], role: str, source: str, hint: str = ""
+) -> None:
+    """Raise MismatchError unless the given layout has the keys, the shapes and the dtype classes that are wanted."""
+    if wanted.keys() != given.keys():
+        odd = {"without {} keys {}": wanted.keys() - given.keys(), "with {} unknown {}": given.keys() - wanted.keys()}
+        found = " and ".join(text.format(len(keys), sorted(keys)[:3]) for text, keys in odd.items() if keys)
+        cure = (
+            "use two networks of one architecture (or parts: ScoreNetwork(module, prefix=...)), or two LoRA adapters "
+            "of the same targets and scales (lora_alpha, use_rslora) on one base: lora.add_teacher(model, like=...), "
+            "and ScoreNetwork(model, lora_adapter=...) for both roles"
+        )
+        keys = f"the {len(wanted)} keys of the {role}, no more and no less"
+        raise MismatchError(f"{source} {found}", expected=keys, cure=hint or cure)
+    for name, own in wanted.items():
+        other = given[name]
+        same_class = other.dtype == own.dtype or dtype_class(other.dtype) == dtype_class(own.dtype)
+        if other.shape != own.shape or not same_class:
+            raise MismatchError(
+                f"{name} of shape {tuple(other.shape)} and {other.dtype} in {source}",
+                expected=f"shape {tuple(own.shape)} and a dtype of the class of {own.dtype}, as in the {role}",
+                cure="use two networks of one configuration; of LoRA, one rank: lora.add_teacher(model, like=...)",
+            )
 
 
 # -- digests -----------------------------------------------------------------------------------------------------------
