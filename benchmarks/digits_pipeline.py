@@ -6,6 +6,10 @@ diffusers requires, is never used. Text encoder and UNet are trained together, o
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -27,7 +31,10 @@ def digits():
 def tokenizer(length):
     """Return CLIP's tokenizer with a vocabulary of letters."""
     names = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
-    return CLIPTokenizer(vocab={name: at for at, name in enumerate(names)}, merges=[], model_max_length=length)
+    with TemporaryDirectory() as folder:  # from files, as every version of transformers takes it
+        Path(folder, "vocab.json").write_text(json.dumps({name: at for at, name in enumerate(names)}))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
 
 
 def text_config(words, width, layers):

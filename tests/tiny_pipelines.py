@@ -13,7 +13,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from digits_pipeline import LETTERS, scheduler, text_config, tokenizer
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 
 def words():
@@ -26,7 +29,10 @@ def text_encoder(kind=CLIPTextModel):
 
 def t5():
     names = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
-    spelt = T5Tokenizer(vocab=[(name, -1.0) for name in names], extra_ids=0, model_max_length=24)
+    unigrams = Tokenizer(Unigram([(name, -1.0) for name in names], unk_id=2))
+    unigrams.pre_tokenizer, unigrams.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    unigrams.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    spelt = T5TokenizerFast(tokenizer_object=unigrams, extra_ids=0, model_max_length=24)
     sizes = T5Config(vocab_size=len(names), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {"text_encoder_3": T5EncoderModel(sizes).eval(), "tokenizer_3": spelt}
 

@@ -34,7 +34,7 @@ def everything(method):
     return clone(state | {"optimizer": method._student_optimizer.state_dict()})
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:.*torch.distributed is:UserWarning", "ignore:TypedStorage:UserWarning")
 @pytest.mark.parametrize("moment", [3, 9])
 def test_a_run_that_was_killed_resumes_in_either_stage(fastvideo, tmp_path, moment):
     from disback_adapters.fastvideo import callback
