@@ -189,10 +189,14 @@ class InterpolatedSource:
         high = delta.decode(name, low, start, memory="high")
         if delta.entries[name].code == "int8" and out is not None and out.dtype == torch.float32 == low.dtype:
             return torch.lerp(low, high, self.fraction, out=out)
-        if not (high.is_floating_point() or high.is_complex()) or _is_singular_vector(name, delta.entries):
+        continuous = high.is_floating_point() or high.is_complex()
+        if low is high or not continuous or _is_singular_vector(name, delta.entries):
             mixed = low if self.fraction < 0.5 else high
         else:
-            mixed = low if low is high else _interpolate(low, high, self.fraction)
+            dtype = torch.promote_types(torch.promote_types(low.dtype, high.dtype), torch.float32)
+            wide = low.to(dtype)
+            # An attention mask's -inf stays: -inf minus -inf would be NaN.
+            mixed = torch.where(low == high, wide, torch.lerp(wide, high.to(dtype), self.fraction))
         return mixed.to(high.dtype) if out is None else out.copy_(mixed)
 
 
@@ -205,10 +209,3 @@ def _is_singular_vector(name: str, entries: Container[str]) -> bool:
     """
     parametrized = re.search(r"(^|\.)parametrizations\.[^.]+\.\d+\._[uv]$", name) is not None
     return parametrized or (name[-2:] in ("_u", "_v") and f"{name[:-2]}_orig" in entries)
-
-
-def _interpolate(low: Tensor, high: Tensor, fraction: float) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(low.dtype, high.dtype), torch.float32)
-    mixed = torch.lerp(low.to(dtype), high.to(dtype), fraction)
-    # An attention mask's -inf stays: -inf minus -inf would be NaN.
-    return torch.where(low == high, low.to(dtype), mixed)

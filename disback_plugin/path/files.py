@@ -82,8 +82,8 @@ def is_leftover(file: Path) -> bool:
         with file.open("rb") as stream:
             begin = stream.read(64)
         return not begin or f'{{"__metadata__":{{"{METADATA}"'.encode() in begin
-    own = re.fullmatch(r"\.(.+)\.tmp", file.name)
-    return own is not None and (own[1] in ("config.json", "README.md") or is_path_file(own[1]))
+    own = file.name.removeprefix(".").removesuffix(".tmp")
+    return file.name == f".{own}.tmp" and (own in ("config.json", "README.md") or is_path_file(own))
 
 
 def visible(folder: Path) -> list[str]:
