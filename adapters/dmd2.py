@@ -63,7 +63,7 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     """Return the roles of a DMD2 `Trainer`; None for anything else.
 
     Raises:
-        RoleError: If the trainer has no teacher, a fake score of LoRA layers, or is a flash-diffusion model.
+        RoleError: If the trainer has no teacher, or is a flash-diffusion model.
     """
     flash = hasattr(trainer, "teacher_denoiser") and hasattr(trainer, "student_denoiser")
     if flash and not hasattr(trainer, "fake_score"):
@@ -83,22 +83,6 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             expected="model.guidance_model.real_unet",
             cure="train without --gan_alone, which has no score distillation that DisBack could help",
         )
-    if any(getattr(parameter, "_is_flat_param", False) for parameter in guidance.parameters()):
-        raise RoleError(
-            "DMD2's FSDP configuration with fsdp_use_orig_params: false, which makes one tensor of several weights",
-            expected="fsdp_use_orig_params: true",
-            cure="change that line of accelerate's --config_file: fsdp_configs/fsdp_1node_debug.yaml, or the file that "
-            "main/sdxl/create_sdxl_fsdp_configs.py wrote",
-        )
-    teacher = ScoreNetwork(guidance, prefix="real_unet", role="teacher")
-    fake_score = ScoreNetwork(guidance, prefix="fake_unet", role="fake score")
-    if any(".lora_" in name for name, _ in fake_score.named_tensors()):
-        raise RoleError(
-            "a fake score that is LoRA layers on frozen weights",
-            expected="one of the teacher's own layers, since s_phi starts as s'_N and s'_N becomes the first target",
-            cure="train the whole fake_unet, without LoRA; a loop of your own can have both as adapters on one base "
-            "(disback_plugin.weights.lora)",
-        )
     if getattr(trainer, "gan_classifier", False) or getattr(trainer, "cls_on_clean_image", False):
         logger.warning(
             "the discriminator's loss also trains the fake score during the recording, unlike Eq. 7; switch the "
@@ -106,8 +90,8 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         )
     tracked = bool(getattr(getattr(trainer, "accelerator", None), "trackers", None))
     return Adapter(
-        teacher=teacher,
-        fake_score=fake_score,
+        teacher=ScoreNetwork(guidance, prefix="real_unet", role="teacher"),
+        fake_score=ScoreNetwork(guidance, prefix="fake_unet", role="fake score"),
         generator_optimizer=trainer.optimizer_generator,
         fake_score_optimizer=trainer.optimizer_guidance,
         plugins={"trackers": lambda: Trackers(trainer.accelerator, step=lambda: int(trainer.step))} if tracked else {},

@@ -1,13 +1,15 @@
-"""DMD2: what its trainers cannot have is refused with the reason, and its trackers get the numbers."""
+"""DMD2: which networks its trainers may have, and what its trackers get."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from scripts import TRAINERS
 from torch import nn
 
@@ -16,23 +18,42 @@ from disback_plugin.errors import RoleError
 from disback_plugin.testing import check_adapter
 
 
-def test_a_lora_fake_score_of_dmd2_is_refused_with_the_reason(tmp_path):
-    guidance = nn.Module()
-    guidance.real_unet, guidance.fake_unet = nn.Linear(2, 2), nn.Module()
-    guidance.fake_unet.to_q = nn.ModuleDict({"base_layer": nn.Linear(2, 2), "lora_A": nn.Linear(2, 2)})
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(guidance_model=guidance),
-        optimizer_generator=torch.optim.Adam(nn.Linear(1, 1).parameters()),
-        optimizer_guidance=torch.optim.Adam(guidance.fake_unet.parameters()),
-    )
-    with pytest.raises(RoleError, match="LoRA layers on frozen weights"):
-        disback.attach(trainer, adapter="dmd2", path=tmp_path)
+class Guidance(nn.Module):
+    """A guidance model whose fake score is a LoRA on weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.real_unet = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).requires_grad_(False)
+        self.fake_unet = inject_adapter_in_model(
+            LoraConfig(r=1, target_modules=["0", "2"]), copy.deepcopy(self.real_unet)
+        )
 
 
-def test_dmd2s_flat_parameters_are_refused_with_the_line_to_change(edm, tmp_path):
+def test_the_fake_score_of_a_fork_may_be_a_lora(tmp_path):
+    guidance, generator = Guidance(), nn.Linear(2, 2)
+    original = disback.ScoreNetwork(guidance, prefix="real_unet").checksum()
+    optimizers = {
+        "optimizer_generator": torch.optim.Adam(generator.parameters(), lr=1e-2),
+        "optimizer_guidance": torch.optim.Adam([p for p in guidance.parameters() if p.requires_grad], lr=1e-2),
+    }
+    trainer = SimpleNamespace(model=SimpleNamespace(guidance_model=guidance), **optimizers)
+    with disback.attach(trainer, adapter="dmd2", path=tmp_path, record=4, every=2, schedule="fixed:2") as handle:
+        for _ in range(7):
+            x = generator(torch.randn(8, 2))
+            optimizers["optimizer_guidance"].zero_grad()
+            (guidance.fake_unet(x.detach()) - x.detach()).square().mean().backward()
+            optimizers["optimizer_guidance"].step()
+            optimizers["optimizer_generator"].zero_grad()
+            ((guidance.fake_unet(x) - guidance.real_unet(x)).detach() * x).sum().backward()
+            optimizers["optimizer_generator"].step()
+        assert handle.phase == "done"
+    assert disback.ScoreNetwork(guidance, prefix="real_unet").checksum() == original
+
+
+def test_dmd2s_flat_parameters_are_refused_with_what_to_change(edm, tmp_path):
     trainer = edm()
-    next(trainer.model.guidance_model.parameters())._is_flat_param = True
-    with pytest.raises(RoleError, match=r"fsdp_use_orig_params: true.*fsdp_1node_debug.yaml"):
+    next(trainer.model.guidance_model.real_unet.parameters())._is_flat_param = True
+    with pytest.raises(RoleError, match=r"several weights in one.*use_orig_params=True"):
         disback.attach(trainer, adapter="dmd2", path=tmp_path)
 
 
