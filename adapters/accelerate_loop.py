@@ -48,7 +48,7 @@ def disback_adapter(trainer: Any) -> Adapter | None:
     """Return the roles of an object with `teacher`, `fake_score`, and `accelerator` or `prepared`; else None.
 
     Raises:
-        RoleError: If teacher and fake score are one network without LoRA, or the optimizers cannot be told apart.
+        RoleError: If the optimizers cannot be told apart.
     """
     prepared = getattr(trainer, "prepared", None)
     accelerator = getattr(trainer, "accelerator", None)
@@ -56,24 +56,24 @@ def disback_adapter(trainer: Any) -> Adapter | None:
         return None
     if prepared is None:
         prepared = [*accelerator._models, *accelerator._optimizers]  # accelerate has no public names for them
-    # With a LoRA of peft, the network with its adapters switched off may be the teacher.
-    if trainer.teacher is trainer.fake_score and not any(hasattr(each, "lora_A") for each in trainer.teacher.modules()):
-        raise RoleError(
-            f"one {type(trainer.teacher).__name__} as both teacher and fake score",
-            expected="two networks: s_phi is trained, and nodes are written into the teacher, which would change both",
-            cure="make the fake score a copy.deepcopy of the teacher, and train that copy, or a LoRA of peft on it",
-        )
     teacher, fake_score = (ScoreNetwork.of(getattr(trainer, role), role=role.replace("_", " ")) for role in ROLES)
-    stepped = {id(tensor) for _, tensor in fake_score.named_tensors()}
+    weights = {id(tensor) for _, tensor in fake_score.named_tensors()}
     optimizers = [each for each in prepared if hasattr(each, "param_groups")]
-    of_fake_score = [each for each in optimizers if stepped & _parameters(each)]
+    of_fake_score = [each for each in optimizers if weights & _parameters(each)]
     others = [each for each in optimizers if each not in of_fake_score]
-    fake_score_optimizer = getattr(trainer, "fake_score_optimizer", None) or _at_least_one(of_fake_score)
+    fake_score_optimizer = getattr(trainer, "fake_score_optimizer", None) or of_fake_score
+    if not fake_score_optimizer:
+        raise RoleError(
+            "a fake score whose parameters no prepared optimizer steps",
+            expected="the network that the script trains on the generator's samples, and its optimizer prepared",
+            cure="correct --role fake_score=VARIABLE, pass that optimizer to Accelerator.prepare, or name it with "
+            "--role fake_score_optimizer=VARIABLE",
+        )
+    named = getattr(trainer, "generator_optimizer", None)
     return Adapter(
         teacher=teacher,
         fake_score=fake_score,
-        generator_optimizer=getattr(trainer, "generator_optimizer", None)
-        or _of_generator(others, prepared, (teacher, fake_score)),
+        generator_optimizer=named or _of_generator(others, prepared, (teacher, fake_score)),
         fake_score_optimizer=fake_score_optimizer,
     )
 
@@ -82,26 +82,14 @@ def _parameters(optimizer: Any) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _at_least_one(optimizers: list[Any]) -> list[Any]:
-    if not optimizers:
-        raise RoleError(
-            "a fake score whose parameters no prepared optimizer steps",
-            expected="the network that the script trains on the generator's samples, and its optimizer prepared",
-            cure="correct --role fake_score=VARIABLE, pass that optimizer to Accelerator.prepare, or name it with "
-            "--role fake_score_optimizer=VARIABLE",
-        )
-    return optimizers
-
-
 def _of_generator(optimizers: list[Any], prepared: list[Any], others: tuple[ScoreNetwork, ...]) -> Any:
     """Return the only optimizer, or the only one that steps a third network of the teacher's class."""
     students = optimizers
     if len(optimizers) > 1:
-        known = {id(module) for network in others for module in network.modules().values()}
-        kinds = {type(module) for network in others for module in network.modules().values()}
-        kinds = {kind for kind in kinds if kind.__module__.partition(".")[0] != "torch"}  # containers tell nothing
+        known = [module for network in others for module in network.modules().values()]
+        kinds = {type(module) for module in known if type(module).__module__.partition(".")[0] != "torch"}  # containers
         inside = [module for each in prepared if hasattr(each, "modules") for module in each.modules()]
-        networks = [module for module in inside if type(module) in kinds and id(module) not in known]
+        networks = [module for module in inside if type(module) in kinds and module not in known]
         weights = {id(parameter) for network in networks for parameter in network.parameters()}
         students = [each for each in optimizers if weights & _parameters(each)]
     if len(students) != 1:

@@ -171,7 +171,7 @@ def test_accelerates_own_fsdp2_resumes_in_both_stages_and_ends_alike(tmp_path):
          "found no variable 'reel_unet' for the teacher where the networks are used; "
          "expected one of the script's own, each role a network of its own: fake_unet, real_unet, unet in the script"),
         ("accelerate_globals.py", ("teacher=real_unet", "fake_score=accelerator"), (), "Accelerator as the fake score"),
-        ("accelerate_globals.py", ("teacher=real_unet", "fake_score=real_unet"), (), "one Net as both teacher and"),
+        ("accelerate_globals.py", ("teacher=fake_unet", "fake_score=fake_unet"), (), "fake score that share weights"),
         ("accelerate_globals.py", ("teacher=fake_unet", "fake_score=real_unet"), (), "no prepared optimizer steps"),
         ("accelerate_globals.py", ("techer=real_unet",), (), "found --role techer=real_unet; expected one of teacher,"),
         ("accelerate_globals.py", ("teacher",), (), "found --role teacher="),
