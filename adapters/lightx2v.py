@@ -70,11 +70,11 @@ def disback_adapter(trainer: Any) -> Adapter | None:
             generator_optimizer=trainer.optimizer,
             fake_score_optimizer=trainer.fake_optimizer,
         )
-    teachers, fakes = (trainer.teacher_model, trainer.teacher_2_model), (trainer.fake_model, trainer.fake_2_model)
-    high_and_low = ("high", "low")
+    teachers = {"high": trainer.teacher_model, "low": trainer.teacher_2_model}
+    fakes = {"high": trainer.fake_model, "low": trainer.fake_2_model}
     return Adapter(
-        teacher={name: model.denoiser_module() for name, model in zip(high_and_low, teachers, strict=True)},
-        fake_score={name: model.denoiser_module() for name, model in zip(high_and_low, fakes, strict=True)},
+        teacher={name: model.denoiser_module() for name, model in teachers.items()},
+        fake_score={name: model.denoiser_module() for name, model in fakes.items()},
         generator_optimizer=[trainer.optimizer, trainer.student_2_optimizer],
         fake_score_optimizer=[trainer.fake_optimizer, trainer.fake_2_optimizer],
     )

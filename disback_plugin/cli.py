@@ -41,9 +41,8 @@ def parser() -> argparse.ArgumentParser:
     width = max(min(shutil.get_terminal_size().columns - 2, 100), 20)
     for name in COMMANDS:
         module = import_module(f"disback_plugin.commands.{name}")
-        summary, description, example = (module.__doc__ or "\n\n\n\n").split(
-            "\n\n", 2
-        )  # `python -OO` has no docstrings
+        # `python -OO` has no docstrings.
+        summary, description, example = (module.__doc__ or "\n\n\n\n").split("\n\n", 2)
         command = commands.add_parser(
             name,
             allow_abbrev=False,

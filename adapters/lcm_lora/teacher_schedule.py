@@ -40,7 +40,7 @@ class StandIn:
         self.scheduler.set_timesteps(1)
         self.scheduler.set_begin_index(0)
         self._student_optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        self._stream: torch.Generator | None = None
+        self._stream = torch.Generator(self.fake_score.device).manual_seed(0)
         self._batch: tuple[torch.Tensor, dict[str, Any]] | None = None
         self._hooks: list[Any] = []
 
@@ -69,7 +69,6 @@ class StandIn:
             cure = "record on one process, with --max_train_steps 1; then all processes use the path"
             raise RoleError(found, expected="one process, as no gradients are averaged here", cure=cure)
         like, kwargs = self._batch
-        self._stream = self._stream or torch.Generator(like.device).manual_seed(0)
         with torch.no_grad():
             z, start = torch.randn(like.shape, generator=self._stream, device=like.device), self.scheduler.timesteps[0]
             output = self.student(z, start.expand(len(z)).to(z.device), **kwargs)[0].float()

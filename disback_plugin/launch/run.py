@@ -135,10 +135,8 @@ class ScriptRunner:
                 argv, folder = [os.fspath(script), *arguments], str(Path(script).resolve().parent)
                 with patch.object(sys, "argv", argv), patch.object(sys, "path", [folder, *sys.path]):
                     runpy.run_path(os.fspath(script), run_name="__main__")
-            except BaseException as error:
-                self._log_end(error)
-                raise
-            self._log_end(None)
+            finally:
+                self._log_end(sys.exc_info()[1])
 
     # -- until the trainer is found -----------------------------------------------------------------------------------
 
@@ -303,9 +301,8 @@ class ScriptRunner:
                 logger.warning("the script ended before a training step: nothing was attached")
             return
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
-        kept = (
-            "" if handle.path is None else f"The path in {handle.path.folder} is kept: the same command goes on with it"
-        )
+        folder = None if handle.path is None else handle.path.folder
+        kept = "" if folder is None else f"The path in {folder} is kept: the same command goes on with it"
         if failed and kept:
             stopped = f"{handle.phase}, after {handle.generator_updates} generator updates"
             logger.warning("stopped while %s. %s, or from the trainer's checkpoint if it loads one", stopped, kept)
