@@ -34,13 +34,15 @@ def page(runs: Sequence[History]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    sections: dict[str, list[tuple[Panel, str]]] = {}
+    sections: dict[str, list[tuple[Panel, list[str], str]]] = {}
     facts = [_facts(run) for run in runs]
     for i, panel in enumerate(panels(runs)):
         if panel.has_course:
-            sections.setdefault(panel.section, []).append((panel, svg(panel, f"p{i}")))
-        for run, known in enumerate(() if panel.has_course else facts):
-            known[f"{panel.title}, {panel.y}" if panel.y else panel.title] = panel.single(run)
+            names = [runs[run].name for run in panel.curves]
+            sections.setdefault(panel.section, []).append((panel, names, svg(panel, f"p{i}")))
+            continue
+        for run, known in enumerate(facts):
+            known[panel.title] = panel.single(run)
     times = sorted(str(line["time"])[:16].replace("T", " ") for run in runs for line in run.lines if "time" in line)
     return environment.get_template("page.html.j2").render(
         runs=runs,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ MEASURES = ("distance", "mismatch")
 MEASURED, BACKTRACKING, RECORDING, NODES = "Measured by the loop", "Backtracking", "Recording", "Nodes"
 UPDATES, ITERATIONS = "generator updates", "recording iterations"
 
-# Panels of the numbers that DisBack logs while backtracking: title, explanation, unit, look, and the value by which
-# nothing has happened.
+# Panels of the numbers that DisBack logs while backtracking: title, explanation, look, and the value by which nothing
+# has happened.
 POSITION = "Position of the teacher on the path: N is the network fitted to the initial student, 0 the teacher itself."
 FOLLOWS = (
     "Mean cosine between gradients of the fake score in a row, in each window: near 0 it follows the student; above "
@@ -35,19 +35,19 @@ EFFECTIVE_STEP = (
     "Root mean square of the generator's steps in units of its learning rate, on a sample of its weights: a settled "
     "Adam's is near 1, and a larger one acts as a higher learning rate."
 )
-OWN_PANELS: dict[str, tuple[str, str, str, str, float | None]] = {
-    "position": ("position", POSITION, "", "steps", 0),
-    "gradient": ("gradient factor", "Factor on the generator's gradient; 1 is the trainer's own.", "", "steps", 1),
-    "swap_ms": ("swap time", "Time of the host for each move of the teacher.", "ms", "points", None),
-    "masked_samples": ("masked samples", "Samples without a gradient, because they were not finite.", "", "points", 0),
-    "agreement": ("agreement of s_phi's gradients", FOLLOWS, "", "points", None),
-    "effective_step": ("effective step", EFFECTIVE_STEP, "", "line", None),
-    "stalled": ("stalled", "A point: the fake score no longer followed the student.", "", "points", 0),
-    "diverged": ("diverged", "A point: the student ran away from the fake score.", "", "points", 0),
+OWN_PANELS: dict[str, tuple[str, str, str, float | None]] = {
+    "position": ("position", POSITION, "steps", 0),
+    "gradient": ("gradient factor", "Factor on the generator's gradient; 1 is the trainer's own.", "steps", 1),
+    "swap_ms": ("swap time, ms", "Time of the host for each move of the teacher.", "points", None),
+    "masked_samples": ("masked samples", "Samples without a gradient, because they were not finite.", "points", 0),
+    "agreement": ("agreement of s_phi's gradients", FOLLOWS, "points", None),
+    "effective_step": ("effective step", EFFECTIVE_STEP, "line", None),
+    "stalled": ("stalled", "A point: the fake score no longer followed the student.", "points", 0),
+    "diverged": ("diverged", "A point: the student ran away from the fake score.", "points", 0),
 }
 NODE_PANELS = (
-    ("step to a node", "delta_norm", "Distance from the node before, in weight space.", 1.0, ""),
-    ("codec error in the weights", "weight_error", "Over the step from the node before.", 100.0, "%"),
+    ("step to a node", "delta_norm", "Distance from the node before, in weight space.", 1.0),
+    ("codec error in the weights, %", "weight_error", "Over the step from the node before.", 100.0),
 )
 # All names of DisBack's own numbers (see the hook `disback_log`). Other numbers are the loop's.
 OWN_NUMBERS = {*OWN_PANELS, "node", "delta_norm", "path_bytes", "node_seconds", "detached"}
@@ -58,59 +58,42 @@ COSINES = (
 
 
 @dataclass(frozen=True)
-class Series:
-    """A curve of one run.
-
-    Attributes:
-        run: Index of the run, which decides the colour.
-        label: Name of the run, or of the curve.
-        points: (x, y) as logged.
-        look: "line"; "steps", where a value holds until the next; or "points".
-    """
-
-    run: int
-    label: str
-    points: Curve
-    look: str = "line"
-
-
-@dataclass(frozen=True)
 class Panel:
     """Curves with one pair of axes.
 
     Attributes:
         section: Heading in the report.
-        title: Name of the number.
+        title: Name of the number, with its unit.
         about: How to read the panel, in a sentence.
         x: Label of the x axis, which counts updates.
-        series: The curves.
-        y: Unit of the y axis; empty for a plain number.
+        curves: (x, y) as logged, by the index of the run, which decides the colour.
+        look: "line"; "steps", where a value holds until the next; or "points".
         level: A horizontal line.
-        marks: Vertical lines: index of the run, and x.
+        marks: Vertical lines: x by the index of the run.
     """
 
     section: str
     title: str
     about: str
     x: str
-    series: tuple[Series, ...]
-    y: str = ""
+    curves: dict[int, Curve]
+    look: str = "line"
     level: float | None = None
-    marks: tuple[tuple[int, int], ...] = ()
+    marks: dict[int, int] = field(default_factory=dict)
 
     @property
     def has_course(self) -> bool:
         """Whether a curve has more than one point; else a line of a table shows as much."""
-        return any(sum(y is not None for _, y in series.points) > 1 for series in self.series)
+        return any(len(_known(curve)) > 1 for curve in self.curves.values())
 
     def single(self, run: int) -> float | None:
         """Return the only value of a run; of a sign, the updates at which it was seen."""
-        known = [point for series in self.series if series.run == run for point in series.points]
-        return known[-1][0 if self.title in ("stalled", "diverged") else 1] if known else None
+        curve = self.curves.get(run)
+        return curve[-1][0 if self.title in ("stalled", "diverged") else 1] if curve else None
 
     def rows(self) -> list[tuple[int, list[float | None]]]:
-        """Return the points as a table: each x with the value of every series."""
-        columns = [dict(series.points) for series in self.series]
+        """Return the points as a table: each x with the value of every curve."""
+        columns = [dict(curve) for curve in self.curves.values()]
         return [(x, [column.get(x) for column in columns]) for x in sorted({x for column in columns for x in column})]
 
 
@@ -128,28 +111,30 @@ def panels(runs: Sequence[History]) -> list[Panel]:
     found = []
     for name in _names(runs):
         about = "The lower the better." if name.startswith(MEASURES) else "As the loop logged it."
-        found.append(Panel(MEASURED, name, about, UPDATES, _series(runs, name)))
-    for name, (title, about, unit, look, still) in OWN_PANELS.items():
-        moved = tuple(each for each in _series(runs, name, look) if any(y != still for _, y in each.points))
-        found.append(Panel(BACKTRACKING, title, about, UPDATES, moved, unit))
-    cosines = _series(runs, "agreement", "points", recording=True)
-    fitted = [(i, (run.completed() or {}).get("fitted")) for i, run in enumerate(runs)]
-    marks = tuple((i, iteration) for i, iteration in fitted if iteration)
-    found.append(Panel(RECORDING, "gradient agreement", COSINES, ITERATIONS, cosines, level=AGREEMENT, marks=marks))
+        found.append(Panel(MEASURED, name, about, UPDATES, _curves(runs, name)))
+    for name, (title, about, look, still) in OWN_PANELS.items():
+        curves = _curves(runs, name)
+        moved = {run: curve for run, curve in curves.items() if any(y != still for _, y in curve)}
+        found.append(Panel(BACKTRACKING, title, about, UPDATES, moved, look))
+    marks = {i: at for i, run in enumerate(runs) if (at := (run.completed() or {}).get("fitted"))}
+    cosines = _curves(runs, "agreement", recording=True)
+    found.append(Panel(RECORDING, "gradient agreement", COSINES, ITERATIONS, cosines, "points", AGREEMENT, marks))
     for name in _names(runs, recording=True):
-        series = _series(runs, name, recording=True)
-        found.append(Panel(RECORDING, f"{name}, while recording", "As it was logged.", ITERATIONS, series, marks=marks))
-    for title, key, about, factor, unit in NODE_PANELS:
-        nodes = [[node for node in run.nodes() if node.get(key) is not None] for run in runs]
-        curves = [[(node["iteration"], factor * node[key]) for node in known] for known in nodes]
-        series = tuple(Series(i, runs[i].name, curve, "points") for i, curve in enumerate(curves) if curve)
-        found.append(Panel(NODES, title, about, ITERATIONS, series, unit))
-    return [panel for panel in found if panel.series]
+        title, curves = f"{name}, while recording", _curves(runs, name, recording=True)
+        found.append(Panel(RECORDING, title, "As it was logged.", ITERATIONS, curves, marks=marks))
+    for title, key, about, factor in NODE_PANELS:
+        nodes = ([node for node in run.nodes() if node.get(key) is not None] for run in runs)
+        curves = _present([(node["iteration"], factor * node[key]) for node in known] for known in nodes)
+        found.append(Panel(NODES, title, about, ITERATIONS, curves, "points"))
+    return [panel for panel in found if panel.curves]
 
 
-def _series(runs: Sequence[History], name: str, look: str = "line", *, recording: bool = False) -> tuple[Series, ...]:
-    curves = [run.curves(recording=recording).get(name, []) for run in runs]
-    return tuple(Series(i, runs[i].name, curve, look) for i, curve in enumerate(curves) if curve)
+def _curves(runs: Sequence[History], name: str, *, recording: bool = False) -> dict[int, Curve]:
+    return _present(run.curves(recording=recording).get(name, []) for run in runs)
+
+
+def _present(curves: Iterable[Curve]) -> dict[int, Curve]:
+    return {i: curve for i, curve in enumerate(curves) if curve}
 
 
 def _names(runs: Sequence[History], *, recording: bool = False) -> list[str]:
@@ -158,17 +143,22 @@ def _names(runs: Sequence[History], *, recording: bool = False) -> list[str]:
     return sorted(found, key=lambda name: not name.startswith(MEASURES))
 
 
-def crossing(curve: Curve, threshold: float) -> float | None:
+def _known(curve: Sequence[tuple[int, float | None]]) -> list[tuple[int, float]]:
+    """Return the points whose value was finite."""
+    return [(x, y) for x, y in curve if y is not None]
+
+
+def crossing(curve: Sequence[tuple[int, float | None]], threshold: float) -> float | None:
     """Return the updates after which a curve is first at or below a threshold, interpolated; None if never.
 
     Example:
         >>> crossing([(0, 5.0), (10, 3.0)], 4.0), crossing([(0, 5.0)], 4.0)
         (5.0, None)
     """
-    known = [(float(x), y) for x, y in curve if y is not None]
+    known = _known(curve)
     at = next((i for i, (_, y) in enumerate(known) if y <= threshold), None)
     if not at:
-        return None if at is None else known[0][0]
+        return None if at is None else float(known[0][0])
     (before, above), (x, y) = known[at - 1 : at + 1]
     return before + (above - threshold) / (above - y) * (x - before)
 
@@ -188,12 +178,11 @@ def compare(runs: Sequence[History]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for name in [name for name in _names(runs) if name.startswith(MEASURES)]:
-        curves = {each.run: [(x, y) for x, y in each.points if y is not None] for each in _series(runs, name)}
-        curves = {run: curve for run, curve in curves.items() if curve}
+        curves = {run: known for run, curve in _curves(runs, name).items() if (known := _known(curve))}
         if len(curves) < 2:
             continue
         threshold = max(min(y for _, y in curve) for curve in curves.values())
-        reached = {each.run: crossing(each.points, threshold) for each in _series(runs, name)}
+        reached = {run: crossing(curve, threshold) for run, curve in curves.items()}
         first = min(curves)
         rows += [
             {
@@ -243,7 +232,7 @@ def svg(panel: Panel, key: str) -> str:
         OptionError: If matplotlib is not installed.
 
     Example:
-        >>> drawn = svg(Panel("", "loss", "", "updates", (Series(0, "run", [(0, 2.0), (9, 1.0)]),)), "a")
+        >>> drawn = svg(Panel("", "loss", "", "updates", {0: [(0, 2.0), (9, 1.0)]}), "a")
         >>> "currentColor" in drawn, "var(--run-0)" in drawn, drawn.count("<svg")
         (True, True, 1)
     """
@@ -270,25 +259,25 @@ def svg(panel: Panel, key: str) -> str:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    end = max((x for series in panel.series for x, _ in series.points), default=0)
-    for series in panel.series:
-        x = [at for at, _ in series.points]
-        y = [math.nan if value is None else value for _, value in series.points]
-        run = series.run % len(DASHES)
+    end = max(x for curve in panel.curves.values() for x, _ in curve)
+    for i, curve in panel.curves.items():
+        x = [at for at, _ in curve]
+        y = [math.nan if value is None else value for _, value in curve]
+        run = i % len(DASHES)
         look: dict[str, Any] = {"dashes": DASHES[run]}
-        if series.look == "steps":
+        if panel.look == "steps":
             x, y, look["drawstyle"] = [*x, max(end, x[-1])], [*y, y[-1]], "steps-post"
-        elif series.look == "points" or sum(value == value for value in y) == 1:
+        elif panel.look == "points" or len(_known(curve)) == 1:
             look = {"linestyle": "none", "marker": MARKERS[run]}
         axes.plot(x, y, color=RUNS[run], **look)
     if panel.level is not None:
         axes.axhline(panel.level, color=INK, linewidth=0.8, linestyle=":")
-    for run, at in panel.marks:
+    for run, at in panel.marks.items():
         axes.axvline(at, color=RUNS[run % len(RUNS)], linewidth=1, linestyle="--")
-    axes.set(xlabel=panel.x, ylabel=panel.y)
+    axes.set_xlabel(panel.x)
     axes.grid(visible=True, axis="y", color=INK, alpha=0.15, linewidth=0.6)
     axes.margins(x=0.02)
-    if panel.level is None and all(series.look == "points" for series in panel.series):  # amounts begin at zero
+    if panel.look == "points" and panel.level is None:  # amounts begin at zero
         axes.set_xlim(0, 1.05 * max(end, 1))
         axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", nbins=6, integer=True)

@@ -121,25 +121,33 @@ def test_each_curve_has_one_figure_and_one_table_with_the_numbers_of_the_log(two
     drawn = [panel for panel in panels(two) if panel.has_course]
     figures = Page(page(two)).figures
     assert [figure["svg"] for figure in figures] == [1] * len(drawn)
-    titles = {figure["title"].partition(", ")[0] for figure in figures}
-    wanted = {"distance", "position", "gradient factor", "swap time", "gradient agreement", "loss"}
-    assert wanted | {"codec error in the weights", "step to a node"} == titles
+    titles = {figure["title"] for figure in figures}
+    wanted = {
+        "distance",
+        "position",
+        "gradient factor",
+        "swap time, ms",
+        "gradient agreement",
+        "loss",
+        "loss, while recording",
+    }
+    assert wanted | {"codec error in the weights, %", "step to a node"} == titles
     for panel, figure in zip(drawn, figures, strict=True):
-        for column, series in enumerate(panel.series, start=1):
+        for column, curve in enumerate(panel.curves.values(), start=1):
             shown = [(row[0], row[column]) for row in figure["rows"] if row[column] is not None]
-            assert shown == [(x, y) for x, y in series.points if y is not None], panel.title
+            assert shown == [(x, y) for x, y in curve if y is not None], panel.title
 
 
 def test_the_panels_hold_what_the_history_holds(two):
     by_title = {(panel.section, panel.title): panel for panel in panels(two)}
     for i, run in enumerate(two):
         curves, recording = run.curves(), run.curves(recording=True)
-        for title, name in (("distance", "distance"), ("position", "position"), ("swap time", "swap_ms")):
+        for title, name in (("distance", "distance"), ("position", "position"), ("swap time, ms", "swap_ms")):
             (panel,) = [panel for (_, known), panel in by_title.items() if known == title]
-            assert [series.points for series in panel.series if series.run == i] == [curves[name]]
+            assert panel.curves[i] == curves[name]
         agreement = by_title["Recording", "gradient agreement"]
-        assert [series.points for series in agreement.series if series.run == i] == [recording["agreement"]]
-        assert (i, 8) in agreement.marks
+        assert agreement.curves[i] == recording["agreement"]
+        assert agreement.marks[i] == 8
 
 
 def test_several_runs_are_compared_with_the_first(two):
@@ -209,7 +217,7 @@ def test_a_figure_takes_its_colours_from_the_page(two):
         text = svg(panel, f"p{i}")
         # White and black of the clip paths and of nothing are matplotlib's own.
         assert not set(re.findall(r"(?:fill|stroke): (#[0-9a-f]+)", text)), panel.title
-        assert {f"var(--run-{series.run})" for series in panel.series} <= set(re.findall(r"var\(--run-\d\)", text))
+        assert {f"var(--run-{run})" for run in panel.curves} <= set(re.findall(r"var\(--run-\d\)", text))
 
 
 def test_the_command_writes_a_page_of_a_folder_and_says_so_in_json(two, tmp_path, capsys):
