@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,13 @@ def pytest_xdist_auto_num_workers(config):
 def _one_thread():
     # Bitwise comparisons between runs need one order of summation.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_search_among_imported_objects():
+    # `attach` looks for learning-rate schedulers among all objects that are not frozen: a million after a few imports.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

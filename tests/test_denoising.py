@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from references import batches
 
 from disback_plugin.losses import (
@@ -21,6 +21,7 @@ KINDS = list(Prediction)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=batches())
 def test_denoising_is_zero_for_the_perfect_output_and_positive_for_any_other(kind, batch):
     x, _, eps, alpha, sigma, real, _ = batch

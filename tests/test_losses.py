@@ -22,6 +22,7 @@ def _gradient(x, real, fake, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=batches(), weight=st.floats(0.1, 10))
 def test_the_gradient_of_diff_instruct_is_the_score_difference_of_equation_8(kind, batch, weight):
     x, x_t, _, alpha, sigma, real, fake = batch
@@ -34,6 +35,7 @@ def test_the_gradient_of_diff_instruct_is_the_score_difference_of_equation_8(kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=batches())
 def test_networks_that_agree_give_no_gradient_and_swapping_them_negates_the_gradient(kind, batch):
     x, _, _, alpha, sigma, real, fake = batch
@@ -93,6 +95,7 @@ def _dmd_gradient(x, real, fake, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=batches())
 def test_the_gradient_of_dmd_is_the_authors_in_every_prediction(kind, batch):
     x, _, eps, alpha, sigma, real, fake = batch
@@ -135,6 +138,7 @@ def trained_outputs(kind, alpha, sigma, dtype, shape=(3, 4, 16, 16)):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=frames())
 def test_dmd_with_a_noise_level_a_frame_has_the_value_and_the_gradient_of_the_x0_form(kind, batch):
     _compare_dmd(kind, *batch, tolerance=1e-9)
@@ -165,6 +169,7 @@ def self_forcing_loss(x, g, mask):
 
 @pytest.mark.parametrize("nonfinite", ["mask", "zero"])
 @pytest.mark.parametrize("kind", [Prediction.EPS, Prediction.FLOW, Prediction.V, Prediction.X0])
+@settings(max_examples=25)
 @given(batch=frames(), seed=st.integers(0, 2**31))
 def test_a_gradient_mask_takes_the_mean_over_its_elements_as_self_forcing_does(kind, nonfinite, batch, seed):
     x, eps, alpha, sigma, real, fake = batch
@@ -250,6 +255,7 @@ def _compare_sid(kind, x, eps, alpha, sigma, alpha_sid, shifts, guidance=(None, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=batches(), alpha_sid=st.floats(0.5, 1.5))
 def test_sid_is_the_authors_with_all_its_gradients(kind, batch, alpha_sid):
     x, _, eps, alpha, sigma, left, right = batch
@@ -257,6 +263,7 @@ def test_sid_is_the_authors_with_all_its_gradients(kind, batch, alpha_sid):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(batch=frames(), alpha_sid=st.floats(0.5, 1.5))
 def test_sid_takes_factors_a_frame_alike_in_all_frames_or_not(kind, batch, alpha_sid):
     x, eps, alpha, sigma, left, right = batch
@@ -266,6 +273,7 @@ def test_sid_takes_factors_a_frame_alike_in_all_frames_or_not(kind, batch, alpha
 
 
 @pytest.mark.parametrize("guidance", [(1.5, 1.5), (4.5, None), (None, 2.0), (1.0, 3.0)], ids=str)
+@settings(max_examples=25)
 @given(batch=batches(), kind=st.sampled_from(KINDS), alpha_sid=st.floats(0.5, 1.5))
 def test_sid_under_guidance_is_that_of_sid_lsg_on_either_network(guidance, batch, kind, alpha_sid):
     x, _, eps, alpha, sigma, left, right = batch

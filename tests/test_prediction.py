@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disback_plugin import losses, prediction
@@ -29,6 +29,7 @@ def samples(draw, limit=8.0):
 
 
 @pytest.mark.parametrize(("source", "to"), PAIRS)
+@settings(max_examples=25)
 @given(world=samples())
 def test_every_conversion_there_and_back_returns_the_output(source, to, world):
     x_0, eps, alpha, sigma = world
@@ -40,6 +41,7 @@ def test_every_conversion_there_and_back_returns_the_output(source, to, world):
 
 
 @pytest.mark.parametrize(("source", "to"), PAIRS)
+@settings(max_examples=25)
 @given(world=samples(limit=4.0))
 def test_a_perfect_output_converts_to_the_perfect_output_of_the_other_kind(source, to, world):
     x_0, eps, alpha, sigma = world
@@ -103,6 +105,7 @@ def test_the_difference_of_two_outputs_does_not_see_x_t():
 
 
 @pytest.mark.parametrize(("source", "to"), [*PAIRS, *((kind, kind) for kind in Prediction)])
+@settings(max_examples=25)
 @given(world=samples())
 def test_the_ratio_is_the_second_coefficient_alone(source, to, world):
     _, _, alpha, sigma = world

@@ -200,6 +200,7 @@ def test_two_schedulers_that_cannot_be_told_apart_are_left_alone_and_named(tmp_p
 def test_a_scheduler_that_the_trainer_dropped_is_not_searched_at_each_step(tmp_path, monkeypatch):
     from disback_plugin.loop import lr_schedulers
 
+    gc.unfreeze()  # what is not found is looked for among frozen objects, too
     run, looked = Scheduled(), []
     objects = lr_schedulers.gc.get_objects
     with disback.attach(**run.roles(), path=tmp_path, record=2, every=1):
