@@ -59,8 +59,8 @@ def describe(path: DegradationPath, *, as_json: bool) -> None:
     fitted = "not seen to be fitted" if manifest.fitted is None else f"s_phi fitted after {manifest.fitted}{faster}"
     done = f"{saved}" if path.complete else f"{saved} of at most {about['iterations']}"
     print(f"{done} iterations, {fitted}; teacher {about['teacher']}\n")
-    cells = [["-" if row[key] is None else form(row[key]) for key, (_, form) in COLUMNS.items()] for row in rows]
-    print(aligned([[name for name, _ in COLUMNS.values()], *cells], right=[1, 2, 3, 5, 6], indent=""))
+    cells = [[form(row[key]) for key, (_, form) in COLUMNS.items()] for row in rows]
+    print(aligned([[name for name, _ in COLUMNS.values()], *cells], right=[1, 2, 4, 5], indent=""))
 
 
 # Name of each column, and how a value of it is written.
@@ -68,24 +68,15 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "node": ("node", str),
     "iteration": ("iteration", str),
     "bytes": ("bytes", "{:,}".format),
-    "ratio": ("ratio", "{:.2f}".format),
     "codec": ("codec", str),
     "weight_error": ("error in weights", "{:.2%}".format),
-    "distance": ("|theta_i - theta_0|", "{:.4g}".format),
+    "delta_norm": ("|theta_i - theta_i-1|", "{:.4g}".format),
     "sha256": ("sha256", lambda digest: digest[:12] or "-"),
 }
 
 
 def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
-    """Verify a path, and return the values of `COLUMNS` for each of its nodes.
-
-    Args:
-        path: Finished or not.
-
-    Returns:
-        For each node: "ratio", the size of the network in float32 over that of the file; "distance",
-        |theta_i - theta_0| over all floating and complex tensors; and entries of the manifest. None where the path does
-        not hold its teacher.
+    """Verify a path, finished or not, and return for each node what the manifest says about the names in `COLUMNS`.
 
     Raises:
         PathError: If the path is broken.
@@ -97,37 +88,10 @@ def node_rows(path: DegradationPath) -> list[dict[str, Any]]:
         >>> folder, plan = tempfile.mkdtemp(), Recording(iterations=1, every=1)
         >>> path = DegradationPath.create(folder, {"w": torch.zeros(2)}, plan)
         >>> path.append({"w": torch.tensor([3.0, 4.0])}, iteration=1)
-        >>> [round(row["distance"], 1) for row in node_rows(path)]
+        >>> [row["delta_norm"] for row in node_rows(path)]
         [0.0, 5.0]
     """
     path.verify()
-    unknown: tuple[int, list[Any]] = 0, [None] * len(path)
-    elements, distances = _distances(path) if path.manifest.recording.keep_teacher else unknown
-    rows = []
-    for index, entry in enumerate(path.manifest.entries):
-        row = {"iteration": 0, "codec": "teacher", "weight_error": 0.0} | vars(entry)
-        row |= {"node": index, "distance": distances[index]}
-        row["ratio"] = 4 * elements / entry.bytes if elements and entry.bytes else None
-        rows.append({key: row[key] for key in COLUMNS})
-    return rows
-
-
-def _distances(path: DegradationPath) -> tuple[int, list[float]]:
-    """Return the number of weights, and each node's distance to the teacher."""
-    import torch
-    from tqdm import tqdm
-
-    from disback_plugin.path.delta import NodeSource
-    from disback_plugin.weights.tensors import pieces
-
-    last = path.source(len(path) - 1)
-    assert isinstance(last, NodeSource)
-    own = {name: meta for name, meta in last.layout().items() if name not in last.aliases}
-    squares = torch.zeros(len(path), dtype=torch.float64)
-    for name, meta in tqdm(own.items(), desc="inspecting", disable=None):
-        wide = torch.complex128 if meta.dtype.is_complex else torch.float64
-        for start, stop in pieces(meta.shape.numel()) if meta.dtype.is_floating_point or meta.dtype.is_complex else ():
-            values = torch.stack([value.to(wide, copy=True) for value in last.trace(name, start, stop)])
-            # Equal elements are at distance 0, be they infinite as in an attention mask.
-            squares += torch.where(values == values[0], 0.0, values - values[0]).abs().square().sum(1)
-    return sum(meta.shape.numel() for meta in own.values()), squares.sqrt().tolist()
+    teacher = {"iteration": 0, "codec": "teacher", "weight_error": 0.0, "delta_norm": 0.0}
+    known = [teacher | vars(entry) | {"node": index} for index, entry in enumerate(path.manifest.entries)]
+    return [{key: row[key] for key in COLUMNS} for row in known]
