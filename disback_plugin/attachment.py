@@ -116,7 +116,7 @@ def attach(
         evaluate_every: Generator updates between two evaluations, >= 1.
 
     Returns:
-        The handle; as a context manager it detaches at the end of its block.
+        The handle: keep it, for its `detach()`. As a context manager it detaches at the end of its block.
 
     Raises:
         RoleError: If a role is no module or cannot be written, or an optimizer steps the wrong network or two of them.
@@ -186,8 +186,14 @@ def attach(
     distributed.agree({"path": str(folder), "resumes": resumes, **settings})
     if distributed.is_main_process():
         session.log = session.plugins.add_run_log(log, folder)
+    handle = Handle(session)
     try:
-        session.begin(None if plan is None or folder is None else _open(session, folder, plan, resumes=resumes), state)
+        if plan is not None and folder is not None:
+            session.path = _open(session, folder, plan, resumes=resumes)
+        if state is None:
+            session.begin()
+        else:
+            handle.load_state_dict(state)
         _log_begin(session, settings, resumes=resumes)
         if session.scheduler is not None:
             logger.info("%r", session)
@@ -200,7 +206,7 @@ def attach(
         if session.path is not None:
             session.path.lock.release()
         raise
-    return Handle(session)
+    return handle
 
 
 def _log_begin(session: Session, settings: dict[str, Any], *, resumes: bool) -> None:

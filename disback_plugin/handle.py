@@ -1,19 +1,27 @@
-"""The handle of an attached loop."""
+"""The handle of an attached loop: where its session stands, in words and as plain scalars, and its end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from disback_plugin import distributed
+from disback_plugin._text_table import aligned
+from disback_plugin.convergence import DivergenceMonitor, FitDetector
 from disback_plugin.errors import StateError
+from disback_plugin.loop.optimizer_hooks import IN_USE
+from disback_plugin.loop.roles import describe_roles
 from disback_plugin.path.degradation_path import DegradationPath
-from disback_plugin.session import Session
+from disback_plugin.path.manifest import Manifest
+from disback_plugin.progress import VERSION, Phase, Progress, validate_form, validate_state
+from disback_plugin.schedule_base import Plan, Target, to_config, validate_config
 from disback_plugin.session_measures import log_values
 
 if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
+    from disback_plugin.session import Session
 
 
 class Handle:
@@ -39,6 +47,16 @@ class Handle:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+
+    @classmethod
+    def attached(cls) -> list[Handle]:
+        """Return a handle of each loop that is attached in this process, as where the result of `attach` was not kept.
+
+        Example:
+            >>> for handle in Handle.attached():
+            ...     handle.detach()
+        """
+        return [cls(session) for session in dict.fromkeys(IN_USE.values())]
 
     # -- where the run stands -----------------------------------------------------------------------------------------
 
@@ -116,9 +134,18 @@ class Handle:
 
         All ranks of sharded networks must call, because what FSDP has gathered is freed.
         """
-        from disback_plugin import session_state
-
-        return session_state.state_of(self._session)
+        session, path = self._session, self._session.path
+        seen = session.measures.monitor if session.recorder is None else session.recorder.fit
+        return {
+            "version": VERSION,
+            "path": "" if path is None else path.identity,
+            "nodes": "" if path is None else path.nodes_digest(session.recorded),
+            "schedule": to_config(session.schedule),
+            **session.progress.to_state(),
+            "fit": "" if seen is None else seen.to_text(),
+            "restore": session.restorable.to_text(),
+            "fake_score": session.fake_score.local_checksum(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was saved. Call it after the trainer's checkpoint was loaded.
@@ -128,12 +155,19 @@ class Handle:
         Raises:
             StateError: If `state` is of a later version or another path or schedule, if the fake score does not hold
                 the weights of that moment, or if the path does not hold its nodes. Then nothing changes.
+            RankError: If the state fits here but not on another rank, or if that rank was given another state.
         """
-        if not self._session.hooks.installed:
+        session = self._session
+        if session.detached:
             raise StateError("a detached handle", expected="an attached one", cure="call attach() again")
-        from disback_plugin import session_state
-
-        session_state.load(self._session, state)
+        saved = distributed.on_every_rank(lambda: validate_form(state), "be given a state")
+        # A rank that saved its own state names its own shard.
+        holds = session.fake_score.matches_checksum(distributed.on_main_process(lambda: str(saved["fake_score"])))
+        facts = {name: saved[name] for name in ("phase", "recorded", "generator_updates")}
+        progress = distributed.on_every_rank(
+            lambda: _validate(session, saved, holds), "be given the state that fits it", facts
+        )
+        session.continue_at(progress, saved["fit"], saved["restore"])
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -156,3 +190,85 @@ class Handle:
             ...     handle.log({"loss": loss, "distance": 3.2, "samples": Path("samples/000100.png")})
         """
         log_values(self._session, values)
+
+
+def describe(session: Session) -> str:
+    """Return where a session stands, its networks, and the events of its run, for people."""
+    progress, schedule, stages = session.progress, session.schedule, []
+    manifest = None if session.path is None else session.path.manifest
+    if session.scheduler is not None:
+        schedule, stages = session.scheduler.plan.schedule, session.scheduler.timeline()
+    elif manifest is not None and not schedule.until_fitted:  # else the recording decides
+        stages = Plan(schedule, manifest.last_node).timeline(progress)
+    nodes = "no path" if session.path is None else f"N = {session.path.manifest.last_node}, {session.path.folder}"
+    rows, phase = timeline(progress, stages, manifest), progress.phase.value
+    if session.detached:
+        rows, phase = [("", *row[1:]) for row in rows], "detached"
+    return (
+        f"<disback {phase}: position {session.position:g} ({nodes}), {schedule!r}, "
+        f"{progress.generator_updates} generator updates, {progress.fake_score_updates} fake-score updates>\n"
+        f"{aligned([*describe_roles(*session.roles).items()])}\n{aligned(rows)}"
+    )
+
+
+def timeline(
+    progress: Progress, stages: Sequence[tuple[int, Target]], manifest: Manifest | None
+) -> list[tuple[str, str, str]]:
+    """Return a row for each event of a run: "->" at the present one, its time, and what happens.
+
+    Args:
+        progress: The phase and the counters.
+        stages: Generator updates, and the target from there on; empty if the recording decides.
+        manifest: The path's manifest; None without a path.
+
+    Example:
+        >>> from disback_plugin.path.manifest import Recording, Teacher
+        >>> manifest = Manifest(Teacher("", ""), Recording(4, 2))
+        >>> progress = Progress(Phase.BACKTRACKING, recorded=4, generator_updates=7)
+        >>> for row in timeline(progress, [(0, Target(1.0)), (30, Target(0.0))], manifest):
+        ...     print(row)
+        ('', 'recording', "4 of 4 fake-score updates, nodes s'_1 to s'_2")
+        ('->', 'generator update 0', 'teacher at position 1')
+        ('', 'generator update 30', 'teacher at position 0')
+    """
+    rows: list[tuple[str, str, str]] = []
+    recording = progress.phase is Phase.RECORDING and manifest is not None and not manifest.complete
+    if manifest is not None:
+        done = progress.recorded if recording else manifest.iterations
+        total = f"{'' if stages else 'at most '}{manifest.iterations}"
+        about = f"{done} of {total} fake-score updates, nodes s'_1 to s'_{manifest.last_node}"
+        rows.append(("->" if recording else "", "recording", about))
+    started = [start for start, _ in stages if start <= progress.generator_updates and not recording]
+    for start, (position, gradient) in stages:
+        scaled = "" if gradient == 1 else f", the generator's gradient times {gradient:.4g}"
+        mark = "->" if start == max(started, default=None) else ""
+        rows.append((mark, f"generator update {start}", f"teacher at position {position:.4g}{scaled}"))
+    return rows
+
+
+def _validate(session: Session, saved: dict[str, Any], holds: bool) -> Progress:
+    """Return the progress in a state, or raise StateError unless the state fits here."""
+    validate_state(saved, like={"path": "" if session.path is None else session.path.identity}, fixed=("path",))
+    validate_config(session.schedule, saved["schedule"])
+    if not holds:
+        raise StateError(
+            "a fake score whose weights are not those of the saved moment",
+            expected="the trainer's checkpoint in it",
+            cure="call attach() first, then load the trainer's checkpoint, then handle.load_state_dict(state); "
+            "or load it before, and call attach(..., state=state)",
+        )
+    progress = Progress.from_state(saved)
+    recording = progress.phase is Phase.RECORDING
+    found = "a state in the phase 'recording', without a path" if session.path is None and recording else ""
+    recorded = progress.recorded if recording else None
+    if session.path is not None and saved["nodes"] != session.path.nodes_digest(recorded):
+        found = f"other nodes in {session.path.folder} than at the saved moment"
+    if found:
+        raise StateError(
+            found,
+            expected="the path that the state was saved with",
+            cure="restore the folder, or start again in an empty one",
+        )
+    session.restorable.validate(saved["restore"])
+    (FitDetector if recording else DivergenceMonitor).validate(saved["fit"])
+    return progress

@@ -6,16 +6,12 @@ The recorder and the scheduler are given this object, read it and change it; not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from disback_plugin.errors import StateError
-
-if TYPE_CHECKING:
-    from disback_plugin.path.manifest import Manifest
-    from disback_plugin.schedule_base import Target
 
 # Version of a state; `upgrade_state` translates the earlier ones.
 VERSION = 2
@@ -158,39 +154,3 @@ def validate_state(state: Mapping[str, Any], *, like: Mapping[str, Any], fixed: 
 
 def _edited(key: str, value: object, expected: str) -> StateError:
     return StateError(f"{key}={value!r} in a state", expected=expected, cure="pass an unedited state")
-
-
-def timeline(
-    progress: Progress, stages: Sequence[tuple[int, Target]], manifest: Manifest | None
-) -> list[tuple[str, str, str]]:
-    """Return a row for each event of a run: "->" at the present one, its time, and what happens.
-
-    Args:
-        progress: The phase and the counters.
-        stages: Generator updates, and the target from there on; empty if the recording decides.
-        manifest: The path's manifest; None without a path.
-
-    Example:
-        >>> from disback_plugin.path.manifest import Manifest, Recording, Teacher
-        >>> from disback_plugin.schedule_base import Target
-        >>> manifest = Manifest(Teacher("", ""), Recording(4, 2))
-        >>> progress = Progress(Phase.BACKTRACKING, recorded=4, generator_updates=7)
-        >>> for row in timeline(progress, [(0, Target(1.0)), (30, Target(0.0))], manifest):
-        ...     print(row)
-        ('', 'recording', "4 of 4 fake-score updates, nodes s'_1 to s'_2")
-        ('->', 'generator update 0', 'teacher at position 1')
-        ('', 'generator update 30', 'teacher at position 0')
-    """
-    rows: list[tuple[str, str, str]] = []
-    recording = progress.phase is Phase.RECORDING and manifest is not None and not manifest.complete
-    if manifest is not None:
-        done = progress.recorded if recording else manifest.iterations
-        total = f"{'' if stages else 'at most '}{manifest.iterations}"
-        about = f"{done} of {total} fake-score updates, nodes s'_1 to s'_{manifest.last_node}"
-        rows.append(("->" if recording else "", "recording", about))
-    started = [start for start, _ in stages if start <= progress.generator_updates and not recording]
-    for start, (position, gradient) in stages:
-        scaled = "" if gradient == 1 else f", the generator's gradient times {gradient:.4g}"
-        mark = "->" if start == max(started, default=None) else ""
-        rows.append((mark, f"generator update {start}", f"teacher at position {position:.4g}{scaled}"))
-    return rows

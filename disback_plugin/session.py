@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from disback_plugin import distributed
-from disback_plugin.convergence import DivergenceMonitor
 from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
 from disback_plugin.loop.optimizer_hooks import OptimizerHooks, UpdateCounter
 from disback_plugin.loop.optimizers import groups_of, parameters, unwrap
@@ -49,6 +48,7 @@ class Session:
 
     Attributes:
         progress: The phase and the counters, which the recorder and the scheduler share.
+        detached: Whether the run has ended with `detach`.
         path: The path, or None with record=0.
         recorder: The recorder while recording, else None.
         scheduler: The scheduler after recording, else None.
@@ -56,9 +56,8 @@ class Session:
         separate: Whether teacher and fake score differ in architecture, so that nodes are the teacher's alone.
         roles: Teacher, fake score and the optimizers of generator and fake score.
         signal: The value that `disback_should_advance` is given.
-        monitor: What s_phi's gradients show while backtracking, else None.
         measures: What is measured after each update of the generator.
-        restorable: The objects that a recording advances; `to_restore` is the text of their states before it.
+        restorable: The objects that a recording advances, with their states before it until they are restored.
         warning: A text to be logged at the first generator step, unless a state is loaded before.
 
     Raises:
@@ -96,20 +95,18 @@ class Session:
         self.fake_score_optimizers = [optimizer for optimizer in trained if groups_of(optimizer, weights)]
         self.roles = self.teacher, self.fake_score, self.generator_optimizers, self.fake_score_optimizers
         self.schedule, self.plugins, self.monitors = schedule, plugins, monitors
-        self.progress = Progress()
+        self.progress, self.detached = Progress(), False
         self.path: DegradationPath | None = None
         self.recorder: Recorder | None = None
         self.scheduler: TrajectoryScheduler | None = None
         self.log: RunLog | None = None
         self.signal: Any = None
         self.warning = ""
-        self.monitor: DivergenceMonitor | None = None  # while backtracking
         self._generator_steps = 0
         self._student_alone = False  # the fake score has not stepped yet, and the generator has
         self._first = ""  # the role that steps first in a round of the loop
         self._fake_score_waits = False  # at s'_N for the generator's first update
         self.restorable = RestorableObjects(restore, (*self.generator_optimizers, *self.fake_score_optimizers))
-        self.to_restore = ""  # the objects' states before the recording, until they are restored
         moved = None if folder is None else self.teacher
         self.hooks = OptimizerHooks(self.generator_optimizers, self.fake_score_optimizers, self.fake_score, self, moved)
         self.measures = Measures(self, evaluate, evaluate_every)
@@ -129,9 +126,9 @@ class Session:
         return None if self.recorder is None else self.progress.recorded
 
     def __repr__(self) -> str:
-        from disback_plugin import session_state
+        from disback_plugin.handle import describe
 
-        return session_state.describe(self)
+        return describe(self)
 
     # -- the loop, as OptimizerHooks calls it -------------------------------------------------------------------------
 
@@ -144,13 +141,11 @@ class Session:
         if trains and self._written.left:
             self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
-            if self.to_restore not in ("", "{}"):
-                self.to_restore = self.restorable.restore(self.to_restore, optimizer)
+            self.restorable.restore(optimizer)
         elif self._student_alone and not trains:
-            self.restorable.restore(self.to_restore)
-            self.to_restore = ""
+            self.restorable.restore()
         else:
-            self.to_restore = self.restorable.capture(self.to_restore, optimizer)
+            self.restorable.capture(optimizer)
 
     def gradient_factor(self) -> float | None:
         """Return the factor on the generator's gradient; None while recording, which holds the generator still.
@@ -179,8 +174,8 @@ class Session:
         if self.recorder is not None:
             self.recorder.observe_gradients(idle)
             self.recorder.update()
-        elif self.monitor is not None:
-            self.monitor.observe(idle)
+        elif self.measures.monitor is not None:
+            self.measures.monitor.observe(idle)
 
     def after_generator_step(self, updated: bool) -> None:
         """Move the teacher after a generator update, or begin backtracking after the last node."""
@@ -192,7 +187,7 @@ class Session:
             self._fake_score_waits = False
             try:
                 self.scheduler.step(self.signal)
-                self.measures.read_monitor()
+                self.measures.read_monitor(self.scheduler)
             except distributed.AbsentRankError as error:
                 self._end_early(error.found)
             self.measures.after_update()
@@ -226,21 +221,13 @@ class Session:
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 
-    def begin(self, path: DegradationPath | None, state: object = None) -> None:
-        """Continue from a state; else record if the path is unfinished, and backtrack if it is complete or None.
-
-        Raises StateError, and writes nothing, if the state does not fit.
-        """
-        self.path = path
-        if state is not None:
-            from disback_plugin import session_state
-
-            session_state.load(self, state)
-        elif path is None or (path.complete and not self.separate):
+    def begin(self) -> None:
+        """Record if the path is unfinished; backtrack if it is complete, or there is none."""
+        if self.path is None or (self.path.complete and not self.separate):
             self._backtrack()
         else:
             with self._written.writing():
-                self._record(path).start()
+                self._record(self.path).start()
 
     def install(self) -> None:
         """Install the hooks and the watches."""
@@ -256,7 +243,7 @@ class Session:
         rates = [group.get("lr") for each in self.fake_score_optimizers for group in each.param_groups]
         scales = all(rate.numel() == 1 if isinstance(rate, Tensor) else rate is not None for rate in rates)
         until = self.schedule.until_fitted
-        self.scheduler = self.monitor = None
+        self.scheduler = self.measures.monitor = None
         if self.separate:
             from disback_plugin.teacher_fit import TeacherRecorder
 
@@ -291,11 +278,8 @@ class Session:
             if scheduler.started:  # even if a plug-in raised when it was called
                 self._until_recorded.close()
                 self.scheduler, self.recorder = scheduler, None
-                moving = not scheduler.done and scheduler.plan.nodes
-                if moving:
+                if scheduler.plan.nodes and not scheduler.done:
                     self._forwards = self._forwards or ForwardWatch(self.teacher)
-                monitored = moving or (self.path is None and self.monitors)
-                self.monitor = DivergenceMonitor(self.fake_score, scheduler.plan.horizon) if monitored else None
                 self.measures.begin(scheduler, resumes=saved is not None)
 
     def _restore_teacher(self) -> None:
@@ -306,8 +290,9 @@ class Session:
 
     def detach(self, *, failed: bool = False) -> None:
         """Remove every hook, and restore teacher and learning-rate schedulers, once; the loop may have `failed`."""
-        if not self.hooks.installed:
+        if self.detached:
             return
+        self.detached = True
         if not failed and not self.progress.fake_score_updates and not self._generator_steps:
             logger.warning("no optimizer step was seen: the loop stepped other optimizers than those attached to")
         with ExitStack() as rest:  # all of it, the last first, whatever raises
@@ -315,12 +300,11 @@ class Session:
             rest.callback(self.teacher.remove)
             if self.path is not None:
                 rest.callback(self.path.lock.release)
-            rest.callback(self.restorable.restore, self.to_restore)
+            rest.callback(self.restorable.restore)
             for watch in (*self._unseen, *([self._forwards] if self._forwards else ())):
                 rest.callback(watch.remove)
             rest.callback(self._until_recorded.close)
             rest.callback(self.hooks.remove)
-        self.to_restore = ""
 
     # -- resume -------------------------------------------------------------------------------------------------------
 
@@ -332,15 +316,16 @@ class Session:
         recording = progress.phase is Phase.RECORDING
         if self.log is not None and self.hooks.installed:
             self.log.resume(update=progress.generator_updates, recording=progress.recorded if recording else None)
-        self.warning, self.to_restore, self._fake_score_waits = "", restore, False
+        self.warning, self._fake_score_waits = "", False
+        self.restorable.load(restore)
         self._written.left = 0
         if self.scheduler is None:
             distributed.on_every_rank(self._restore_teacher, "read node 0")
         if self.path is None or not recording:
             # Without a scheduler, the crash came before this loop saw the end of its recording.
             self._backtrack(progress)
-            if self.monitor is not None:
-                self.monitor.load(fit)
+            if self.measures.monitor is not None:
+                self.measures.monitor.load(fit)
             return
         if self.scheduler is not None:
             self.scheduler.restore_teacher()

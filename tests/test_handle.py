@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from worlds import Run
+import pytest
+from worlds import Run, hooks
 
 import disback_plugin as disback
+from disback_plugin.errors import RoleError
 from disback_plugin.schedules import Fixed, GradientRamp
 
 
@@ -85,3 +87,29 @@ def test_without_a_path_the_timeline_shows_the_gradient_only():
             "-> generator update 0 teacher at position 0, the generator's gradient times 0.01",
             "generator update 50 teacher at position 0",
         ]
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(3, "recording 3 of 6"), (8, "generator update 2 teacher at position 0")])
+def test_a_detached_handle_says_so_and_shows_no_present_event(tmp_path, steps, shown):
+    run = Run()
+    with disback.attach(**run.roles(), path=tmp_path, record=6, every=2, schedule=Fixed(2, 3)) as handle:
+        run.steps(steps)
+        assert lines(handle)[0].startswith(f"<disback {handle.phase}: ")
+        assert "->" in repr(handle)
+    assert lines(handle)[0].startswith("<disback detached: position 0 (")
+    assert lines(handle)[-1 if steps > 6 else 4].startswith(shown)
+    assert "->" not in repr(handle)
+
+
+@pytest.mark.parametrize("again", ["generator_optimizer", "fake_score_optimizer", "teacher"])
+def test_a_handle_that_was_not_kept_is_named_and_can_be_had_and_detached(tmp_path, again):
+    run, other = Run(), Run()
+    disback.attach(**run.roles(), path=tmp_path / "first", record=2, every=1)
+    shared = {again} | ({"fake_score"} if again == "fake_score_optimizer" else set())
+    roles = other.roles() | {role: run.roles()[role] for role in shared}
+    with pytest.raises(RoleError, match=rf"a {again} that a handle .*first'\).*Handle.attached\(\)"):
+        disback.attach(**roles, path=tmp_path / "second")
+    (handle,) = (each for each in disback.Handle.attached() if each.path and each.path.folder == tmp_path / "first")
+    handle.detach()
+    assert hooks(run) == [0, 0, 0, 0]
+    disback.attach(**run.roles(), path=tmp_path / "first", record=2, every=1).detach()

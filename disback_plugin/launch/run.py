@@ -36,8 +36,7 @@ from disback_plugin.handle import Handle
 from disback_plugin.launch import ROLES, Watch
 from disback_plugin.launch.hooks import FirstForward, call_after_import, replace
 from disback_plugin.launch.states import SavedStates
-from disback_plugin.loop.held_steps import is_initialization
-from disback_plugin.loop.optimizers import parameters, unwrap
+from disback_plugin.loop.optimizers import is_initialization, parameters, unwrap
 from disback_plugin.loop.roles import find_networks, same_weights
 from disback_plugin.plugins.hookspecs import ADAPTERS, Adapter
 from disback_plugin.plugins.manager import PluginManager

@@ -65,14 +65,13 @@ class RestorableObjects:
         >>> sgd = torch.optim.SGD([torch.ones(1)], lr=1.0)
         >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
         >>> objects = RestorableObjects("schedulers", [sgd])
-        >>> saved = objects.capture("", sgd)
+        >>> objects.capture(sgd)
         >>> for _ in range(3):
         ...     sgd.step()
         ...     warmup.step()
         >>> warmup.get_last_lr()
         [1.0]
-        >>> objects.restore(saved)
-        '{}'
+        >>> objects.restore()
         >>> warmup.get_last_lr(), sgd.param_groups[0]["lr"]
         ([0.25], 0.25)
     """
@@ -81,8 +80,8 @@ class RestorableObjects:
         given = [*restore] if isinstance(restore, Sequence) and not isinstance(restore, str) else [restore]
         objects = [item for item in given if not (isinstance(item, str) and item == "schedulers")]
         self._searches, self._optimizers = len(objects) < len(given), [*map(ref, optimizers)]
-        self._captured: set[int] = set()  # indices of the optimizers whose states a text has
-        self._listed: Found | None = None  # what one search has found, until the states of every optimizer are captured
+        self._states: dict[str, dict[str, Any]] = {}  # captured and not yet restored, by the objects' names
+        self._captured: set[int] = set()  # indices of the optimizers whose states were captured
         self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
         wrong = [item for item in objects if all(item is not own for own in self._objects)]
         if wrong:
@@ -92,72 +91,14 @@ class RestorableObjects:
                 cure='omit restore=, pass () for nothing, or ("schedulers", ramp) for more',
             )
 
-    def capture(self, text: str, optimizer: Optimizer) -> str:
-        """Add the present states that belong to an optimizer to a text, unless it has them: JSON, by objects' names."""
-        if not text:
-            self._captured.clear()
-            self._listed = None
-        owner = self._index_of(optimizer)
-        if owner is None or owner in self._captured:
-            return text
-        self._captured.add(owner)
-        states = json.loads(text or "{}")
-        if any(saved["owner"] == owner for saved in states.values()):
-            return text  # of a process before this one
-        found = self._owned(owner)
-        if not found and hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # a scheduler was built since the search
-            self._listed = None
-            found = self._owned(owner)
-        if len(self._captured) == len(self._optimizers):
-            self._listed = None
-        lost = False
-        for name, own in found.items():
-            state = _to_json(own[0][0].state_dict())
-            if state is None or len(own) > 1:
-                reason = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
-                logger.warning("%s is advanced by the recording and not restored: %s", name, reason)
-                lost = True
-            else:
-                states[name] = {"owner": owner, "state": json.loads(state)}
-        if (self._searches and not lost) or any(name in states for name in found):
-            settings = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
-            states[f"{SETTINGS} {owner}"] = {"owner": owner, "groups": json.loads(_to_json(settings) or "[]")}
-        if found:
-            logger.info("to be restored after the recording: %s", ", ".join(found.keys() & states.keys()))
-        return json.dumps(states)
+    def to_text(self) -> str:
+        """Return the captured states as JSON, by the objects' names; "" if there are none."""
+        return json.dumps(self._states) if self._states else ""
 
-    def restore(self, text: str, optimizer: Optimizer | None = None) -> str:
-        """Restore the states in a text that belong to one optimizer, or, with None, all; return the text of the rest.
-
-        A scheduler that the trainer has dropped meanwhile is skipped. If the settings of a group have changed and no
-        scheduler of it is known, a warning says so.
-        """
-        states = json.loads(text or "{}")
-        due = [name for name, saved in states.items() if optimizer in (None, self._optimizers[saved["owner"]]())]
-        # A search of all objects is slow: where no scheduler was captured, it waits until a setting has changed.
-        present = self._found() if any(not name.startswith(SETTINGS) for name in due) else None
-        for name in sorted(due, key=lambda name: name.startswith(SETTINGS)):  # groups after the schedulers
-            saved = states.pop(name)
-            for stateful, _ in (present or {}).get(name, ()):
-                stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
-            changed = False
-            for group, settings in zip(
-                getattr(self._optimizers[saved["owner"]](), "param_groups", ()), saved.get("groups", ()), strict=False
-            ):
-                for setting, value in settings.items():
-                    changed |= _to_json(group[setting]) != _to_json(value)
-                    set_in_group(group, setting, _merged(group[setting], value))
-            if not changed:
-                continue
-            present = self._found() if present is None else present
-            if all(index != saved["owner"] for own in present.values() for _, index in own):
-                logger.warning(
-                    "the learning rate, or another setting, of %s was changed by no LRScheduler during the recording. "
-                    "It is restored once, but what the loop counts itself goes on, and a warm-up may be over. If an "
-                    'object counts, pass restore=("schedulers", that object)',
-                    type(self._optimizers[saved["owner"]]()).__name__,
-                )
-        return json.dumps(states) if due else text
+    def load(self, text: str) -> None:
+        """Take over the states that another process has captured."""
+        self._states = json.loads(text or "{}")
+        self._captured = {saved["owner"] for saved in self._states.values()}
 
     def validate(self, text: str) -> None:
         """Raise StateError unless each object that a text restores exists here, once."""
@@ -170,11 +111,60 @@ class RestorableObjects:
                 cure="build the schedulers before the state is loaded, and pass the same restore= as in the saved run",
             )
 
-    def _owned(self, owner: int) -> Found:
-        """Return the objects of one optimizer by name; those without one belong to the first."""
-        if self._listed is None:
-            self._listed = self._found()
-        return {name: own for name, own in self._listed.items() if (own[0][1] or 0) == owner}
+    def capture(self, optimizer: Optimizer) -> None:
+        """Capture the present states that belong to an optimizer, once."""
+        owner = self._index_of(optimizer)
+        if owner is None or owner in self._captured:
+            return
+        self._captured.add(owner)
+        # Objects without an optimizer belong to the first.
+        found = {name: own for name, own in self._found().items() if (own[0][1] or 0) == owner}
+        captured = {}
+        for name, own in found.items():
+            state = _to_json(own[0][0].state_dict())
+            if state is None or len(own) > 1:
+                reason = "its state is not made of numbers" if state is None else "pass restore=(first, second, ...)"
+                logger.warning("%s is advanced by the recording and not restored: %s", name, reason)
+            else:
+                captured[name] = {"owner": owner, "state": json.loads(state)}
+        self._states |= captured
+        if captured or (self._searches and not found):
+            settings = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
+            self._states[f"{SETTINGS} {owner}"] = {"owner": owner, "groups": json.loads(_to_json(settings) or "[]")}
+        if captured:
+            logger.info("to be restored after the recording: %s", ", ".join(captured))
+
+    def restore(self, optimizer: Optimizer | None = None) -> None:
+        """Restore the captured states that belong to one optimizer, or, with None, all.
+
+        A scheduler that the trainer has dropped meanwhile is skipped. If the settings of a group have changed and no
+        scheduler of it is known, a warning says so.
+        """
+        if optimizer is None:
+            self._captured.clear()
+        owners = {saved["owner"]: self._optimizers[saved["owner"]]() for saved in self._states.values()}
+        due = [name for name, saved in self._states.items() if optimizer in (None, owners[saved["owner"]])]
+        # A search of all objects is slow: where no scheduler was captured, it waits until a setting has changed.
+        present = self._found() if any(not name.startswith(SETTINGS) for name in due) else None
+        for name in sorted(due, key=lambda name: name.startswith(SETTINGS)):  # groups after the schedulers
+            saved = self._states.pop(name)
+            for stateful, _ in (present or {}).get(name, ()):
+                stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
+            own, changed = owners[saved["owner"]], False
+            for group, settings in zip(getattr(own, "param_groups", ()), saved.get("groups", ()), strict=False):
+                for setting, value in settings.items():
+                    changed |= _to_json(group[setting]) != _to_json(value)
+                    set_in_group(group, setting, _merged(group[setting], value))
+            if not changed:
+                continue
+            present = self._found() if present is None else present
+            if all(index != saved["owner"] for known in present.values() for _, index in known):
+                logger.warning(
+                    "the learning rate, or another setting, of %s was changed by no LRScheduler during the recording. "
+                    "It is restored once, but what the loop counts itself goes on, and a warm-up may be over. If an "
+                    'object counts, pass restore=("schedulers", that object)',
+                    type(own).__name__,
+                )
 
     def _found(self) -> Found:
         """Return all objects by name, each with the index of its optimizer, if it has one.
@@ -237,20 +227,20 @@ def restored(weights: Iterable[Tensor]) -> Iterator[None]:
         ([0.25], 0.25)
     """
     own = [*weights]
-    saved: dict[Optimizer, tuple[RestorableObjects, str]] = {}
+    captured: dict[Optimizer, RestorableObjects] = {}
 
     def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if optimizer not in saved and groups_of(optimizer, own):
-            objects = RestorableObjects("schedulers", [optimizer])
-            saved[optimizer] = objects, objects.capture("", optimizer)
+        if optimizer not in captured and groups_of(optimizer, own):
+            captured[optimizer] = RestorableObjects("schedulers", [optimizer])
+            captured[optimizer].capture(optimizer)
 
     hook = register_optimizer_step_pre_hook(before_step)
     try:
         yield
     finally:
         hook.remove()
-        for objects, text in saved.values():
-            objects.restore(text)
+        for objects in captured.values():
+            objects.restore()
 
 
 def _to_json(state: Any) -> str | None:

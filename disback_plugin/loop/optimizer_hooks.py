@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Set
+from contextlib import ExitStack
 from traceback import walk_stack
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet, ref
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -27,13 +29,15 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from disback_plugin.errors import RoleError, TrainingError
-from disback_plugin.loop.held_steps import initialize_for_checkpoint, is_initialization, keep_settings
 from disback_plugin.loop.optimizers import (
     Args,
     Kwargs,
     call_with_gradients,
     has_gradients,
     hide_gradients,
+    initialize_for_checkpoint,
+    is_initialization,
+    keep_settings,
     parameters,
     scale_gradients,
     scale_learning_rates,
@@ -41,29 +45,13 @@ from disback_plugin.loop.optimizers import (
 )
 from disback_plugin.weights.network import ScoreNetwork
 
+if TYPE_CHECKING:
+    from disback_plugin.session import Session
+
 logger = logging.getLogger(__name__)
 
-# Optimizers and teachers with a handle: two handles on one loop would both move the teacher.
-_IN_USE: MutableMapping[Any, None] = WeakIdKeyDictionary()
-
-
-class StepListener(Protocol):
-    """The object that the hooks ask and notify: the session."""
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Prepare for a step of any of the optimizers."""
-
-    def gradient_factor(self) -> float | None:
-        """Return the factor on the generator's gradient in its next step; None holds the generator still."""
-
-    def learning_rate_factor(self) -> int | None:
-        """Return the factor on the fake score's learning rate in its next step; None holds the fake score still."""
-
-    def after_generator_step(self, updated: bool) -> None:
-        """Handle a finished update of the generator, with whether it changed a weight."""
-
-    def after_fake_score_step(self, updated: bool, idle: set[int]) -> None:
-        """Handle a finished update of s_phi, with whether it changed a weight, and the ids of those left out."""
+# The session of each optimizer and teacher that has one: two on one loop would both move the teacher.
+IN_USE: MutableMapping[Any, Session] = WeakIdKeyDictionary()
 
 
 class OptimizerHooks:
@@ -74,7 +62,7 @@ class OptimizerHooks:
         fake_score: Optimizers of s_phi, likewise. An optimizer may be in both lists: what it steps beside s_phi is then
             the generator's.
         network: s_phi. Groups of other weights keep their own learning rate.
-        listener: The object that the hooks ask and notify.
+        session: What the hooks ask and notify.
         teacher: The teacher, if it will be moved: no other handle may move it.
 
     Raises:
@@ -86,31 +74,31 @@ class OptimizerHooks:
         generator: list[Optimizer],
         fake_score: list[Optimizer],
         network: ScoreNetwork,
-        listener: StepListener,
+        session: Session,
         teacher: ScoreNetwork | None = None,
     ) -> None:
         fakes = {id(tensor) for _, tensor in network.named_tensors()}
-        self._listener = listener
-        after_step = listener.after_generator_step
+        self._session = session
+        after_step = session.after_generator_step
         self.generator = UpdateCounter("generator", generator, lambda updated, idle: after_step(updated), but=fakes)
-        self.fake_score = UpdateCounter("fake_score", fake_score, listener.after_fake_score_step, only=fakes)
+        self.fake_score = UpdateCounter("fake_score", fake_score, session.after_fake_score_step, only=fakes)
         self._roles = self.fake_score, self.generator
         self._hidden: dict[Optimizer, Callable[[], None]] = {}  # gives hidden gradients back after one step
-        self._rates: dict[Optimizer, Callable[[], None]] = {}  # restores learning rates after one step
-        self._kept: dict[Optimizer, Callable[[], None]] = {}  # restores what a held step has used up
+        self._changed = defaultdict[Optimizer, ExitStack](ExitStack)  # restores settings after one step
         self._held: WeakSet[Optimizer] = WeakSet()  # which have been held still
         self._initializing: set[Optimizer] = set()  # whose present step only initialises their state
         self._running: set[Optimizer] = set()
-        self._known: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # number of groups that were looked at
         self._hooks: dict[Optimizer | None, list[RemovableHandle]] = {}
-        claimed = [*generator, *fake_score, *([] if teacher is None else [teacher.first_parameter()])]
-        self._claimed: list[Any] = [*map(ref, claimed)]
-        if any(each in _IN_USE for each in claimed):
+        claims: list[tuple[str, Any]] = [("generator_optimizer", each) for each in generator]
+        claims += [("fake_score_optimizer", each) for each in fake_score]
+        claims += [] if teacher is None else [("teacher", teacher.first_parameter())]
+        self._claimed = [ref(each) for _, each in claims]
+        for role, other in ((role, IN_USE[each]) for role, each in claims if each in IN_USE):
             raise RoleError(
-                "an optimizer, or a teacher, that a handle is attached to already",
+                f"a {role} that a handle is attached to already (path={other.path and str(other.path.folder)!r})",
                 expected="one handle a loop, and a teacher for each",
-                cure="call detach() of the other handle first, or leave its with block; give a second student a "
-                "copy.deepcopy of the teacher",
+                cure="call detach() of the other handle first, or leave its with block (Handle.attached() returns the "
+                "handles that were not kept); give a second student a copy.deepcopy of the teacher",
             )
 
     @property
@@ -125,7 +113,7 @@ class OptimizerHooks:
             self._hook(optimizer)
         for claim in self._claimed:
             if (claimed := claim()) is not None:
-                _IN_USE[claimed] = None
+                IN_USE[claimed] = self._session
 
     def remove(self) -> None:
         """Remove the hooks; gradients and learning rates are the trainer's again, even after a step that raised."""
@@ -133,14 +121,13 @@ class OptimizerHooks:
             for hook in hooks:
                 hook.remove()
         self._hooks.clear()
-        for optimizer in {*self._hidden, *self._kept, *self._rates}:
+        for optimizer in {*self._hidden, *self._changed}:
             self._undo_changes(optimizer)
         for claim in self._claimed:
             if (claimed := claim()) is not None:
-                _IN_USE.pop(claimed, None)
+                IN_USE.pop(claimed, None)
 
     def _hook(self, optimizer: Optimizer) -> None:
-        self._known[optimizer] = len(optimizer.param_groups)
         self._hooks[optimizer] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -150,11 +137,9 @@ class OptimizerHooks:
 
     def _before_any_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         """Hook an optimizer that is new and steps weights of a role; it replaces those whose weights it steps, too."""
-        groups = len(optimizer.param_groups)
         # An optimizer inside another one that is stepping now is the other one's own business.
-        if optimizer in self._hooks or self._known.get(optimizer) == groups or (self._running and _is_nested()):
+        if optimizer in self._hooks or (self._running and _is_nested()):
             return
-        self._known[optimizer] = groups
         roles = [role for role in self._roles if role.steps(optimizer)]
         if not roles:
             return
@@ -169,29 +154,31 @@ class OptimizerHooks:
             for old in role.replace(optimizer):
                 for hook in self._hooks.pop(old, ()):
                     hook.remove()
-                self._known.pop(old, None)
         logger.info("a new %s steps weights that DisBack knows: it is followed from here on", kind)
         self._hook(optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         self._hidden.pop(optimizer, None)  # the last step may have raised: its gradients are too old
         self._undo_changes(optimizer)
-        if self._initializes(optimizer):
+        if is_initialization(optimizer):
+            self._initializing.add(optimizer)
             return None
+        self._initializing.discard(optimizer)
         self._running.add(optimizer)
-        self._listener.before_step(optimizer)
+        self._session.before_step(optimizer)
         factor: float | None = 1.0
         rate: int | None = 1
         if optimizer in self.generator.optimizers:
             # Asked before an update may end here: these gradients were computed with the present teacher.
-            factor = self._listener.gradient_factor()
+            factor = self._session.gradient_factor()
         roles = [role for role in self._roles if optimizer in role.optimizers]
         for role in roles:
             role.before_step(optimizer)
         if self.fake_score in roles:
-            rate = self._listener.learning_rate_factor()
+            rate = self._session.learning_rate_factor()
         if rate not in (None, 1):
-            self._rates[optimizer] = scale_learning_rates(optimizer, self.fake_score.weights(optimizer), rate)
+            weights = self.fake_score.weights(optimizer)
+            self._changed[optimizer].callback(scale_learning_rates(optimizer, weights, rate))
 
         def change_gradients() -> None:
             for role in roles:
@@ -200,7 +187,7 @@ class OptimizerHooks:
                 if held:
                     self._hidden[optimizer] = hide_gradients(role.weights(optimizer))
                     self._held.add(optimizer)
-                    self._kept[optimizer] = keep_settings(optimizer, role.weights(optimizer))
+                    self._changed[optimizer].callback(keep_settings(optimizer, role.weights(optimizer)))
                 elif role is self.generator and factor not in (None, 1.0):
                     scale_gradients(role.weights(optimizer), factor)
 
@@ -216,19 +203,14 @@ class OptimizerHooks:
             if optimizer in role.optimizers:
                 role.after_step(optimizer, role.had_gradients.pop(optimizer, False) and not skipped)
 
-    def _initializes(self, optimizer: Optimizer) -> bool:
-        found = not optimizer.state and is_initialization(optimizer)
-        (self._initializing.add if found else self._initializing.discard)(optimizer)
-        return found
-
     def _before_state_dict(self, optimizer: Optimizer) -> None:
         self._undo_changes(optimizer)
         if optimizer in self._held:
             initialize_for_checkpoint(optimizer)
 
     def _undo_changes(self, optimizer: Optimizer) -> None:
-        for changes in (self._hidden, self._kept, self._rates):
-            changes.pop(optimizer, lambda: None)()
+        self._hidden.pop(optimizer, lambda: None)()
+        self._changed.pop(optimizer, ExitStack()).close()
 
 
 def _is_nested() -> bool:

@@ -14,8 +14,8 @@ from worlds import Run, clone, difference
 
 import disback_plugin as disback
 import disback_plugin.convergence
-import disback_plugin.loop.effective_step
 import disback_plugin.recorder
+import disback_plugin.session_measures
 from disback_plugin.errors import DisbackError, RoleError, StateError, TrainingError
 from disback_plugin.plugins import OriginalFeatures
 
@@ -298,7 +298,7 @@ def test_a_teacher_belongs_to_one_handle(tmp_path):
     run, second = Run(), Run(seed=1)
     roles = second.roles() | {"teacher": run.teacher}
     handle = disback.attach(**run.roles(), path=tmp_path / "first", record=2, every=1)
-    with pytest.raises(RoleError, match="a teacher, that a handle is attached to already"):
+    with pytest.raises(RoleError, match="a teacher that a handle is attached to already"):
         disback.attach(**roles, path=tmp_path / "second", record=2, every=1)
     assert not (tmp_path / "second").exists()
     handle.detach()
@@ -369,7 +369,7 @@ class Waits(TorchDispatchMode):
 def test_the_hooks_and_checks_never_wait_for_the_device(tmp_path, stage, monkeypatch):
     for module in (disback_plugin.convergence, disback_plugin.recorder):  # the fit is read every so many updates
         monkeypatch.setattr(module, "EVERY", 10**6)
-    monkeypatch.setattr(disback_plugin.loop.effective_step, "is_due", lambda update: update == 1000)
+    monkeypatch.setattr(disback_plugin.session_measures, "is_due", lambda update: update == 1000)
 
     def waits(attached):
         run = Run(optimizer="sgd-momentum")  # Adam on a CPU reads its counters

@@ -10,9 +10,9 @@ from worlds import Run
 
 import disback_plugin as disback
 from disback_plugin import schedules
-from disback_plugin.loop.effective_step import EffectiveStep, is_due
 from disback_plugin.loop.optimizer_hooks import UpdateCounter
 from disback_plugin.plugins.log_reader import read
+from disback_plugin.session_measures import EffectiveStep, is_due
 
 
 class Spied(Run):
