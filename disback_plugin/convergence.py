@@ -57,22 +57,11 @@ def fitted_after(cosines: Sequence[float]) -> int | None:
         >>> fitted_after([0.9] * 10 + [-0.3] * 10), fitted_after([0.9] * 100)
         (15, None)
     """
-    return next((updates for updates, mean in means(cosines) if mean < AGREEMENT), None)
-
-
-def means(cosines: Sequence[float]) -> list[tuple[int, float]]:
-    """Return, at each multiple of five updates, the mean of the last quarter of the cosines, four at least.
-
-    Example:
-        >>> means([1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0])
-        [(5, 0.75), (10, 0.0)]
-    """
-    found = []
     for updates in range(EVERY, len(cosines) + 2, EVERY):
         last = [c for c in cosines[: updates - 1][-max(EVERY - 1, updates // 4) :] if math.isfinite(c)]
-        if len(last) >= EVERY - 1:
-            found.append((updates, sum(last) / len(last)))
-    return found
+        if len(last) >= EVERY - 1 and sum(last) / len(last) < AGREEMENT:
+            return updates
+    return None
 
 
 class _GradientTest:

@@ -20,7 +20,7 @@ from disback_plugin.loop.lr_schedulers import Restorable, RestorableObjects
 from disback_plugin.loop.optimizer_hooks import OptimizerHooks, UpdateCounter
 from disback_plugin.loop.optimizers import groups_of, parameters, unwrap
 from disback_plugin.loop.roles import check_roles, find_networks
-from disback_plugin.loop.watches import ForwardWatch, UnseenUpdates, WrittenWeights, warn_student_alone
+from disback_plugin.loop.watches import ForwardWatch, UnseenUpdates, WrittenWeights
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.hookspecs import Adapter
 from disback_plugin.plugins.manager import PluginManager
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from disback_plugin.scheduler import TrajectoryScheduler
 
 logger = logging.getLogger(__name__)
+
+# Steps of a generator alone before a warning.
+ALONE = 100
 
 
 class Session:
@@ -138,7 +141,7 @@ class Session:
         self._first = self._first or ("fake_score" if trains else "generator")
         if optimizer in self.generator_optimizers:
             self.measures.before_generator_step()
-        if trains and self._written.left:
+        if trains:
             self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
             self.restorable.restore(optimizer)
@@ -167,8 +170,7 @@ class Session:
         """Count an update of s_phi, which may make a node."""
         if not updated:
             return
-        if self._written.left:
-            self._written.after_update()
+        self._written.after_update()
         self._student_alone = False
         self.progress.fake_score_updates += 1
         if self.recorder is not None:
@@ -203,7 +205,13 @@ class Session:
             logger.info("%r", self)
         elif not self.progress.fake_score_updates and not self.progress.recorded:
             self._student_alone = True
-            warn_student_alone(self._generator_steps)
+            if self._generator_steps == ALONE:
+                logger.warning(
+                    "%d generator steps and none of the fake score: the student trains alone, with the original "
+                    "teacher, and recording begins with the fake score's first step. If the loop does train the fake "
+                    "score, pass the network and the optimizer that it uses",
+                    ALONE,
+                )
 
     def _report_unseen(self, counter: UpdateCounter) -> None:
         """End backtracking, since updates of the generator are not seen; raise TrainingError while recording."""
@@ -242,20 +250,15 @@ class Session:
     def _record(self, path: DegradationPath) -> Recorder:
         rates = [group.get("lr") for each in self.fake_score_optimizers for group in each.param_groups]
         scales = all(rate.numel() == 1 if isinstance(rate, Tensor) else rate is not None for rate in rates)
-        until = self.schedule.until_fitted
+        options: dict[str, Any] = {"until_fitted": self.schedule.until_fitted, "plugins": self.plugins}
         self.scheduler = self.measures.monitor = None
         if self.separate:
             from disback_plugin.teacher_fit import TeacherRecorder
 
-            recorder: Recorder = TeacherRecorder(
-                path, self.teacher, self.progress, *self._samples, until_fitted=until, plugins=self.plugins
-            )
+            self.recorder = TeacherRecorder(path, self.teacher, self.progress, *self._samples, **options)
         else:
-            recorder = Recorder(
-                path, self.fake_score, self.progress, until_fitted=until, scales_rate=scales, plugins=self.plugins
-            )
-        self.recorder = recorder
-        return recorder
+            self.recorder = Recorder(path, self.fake_score, self.progress, scales_rate=scales, **options)
+        return self.recorder
 
     def _backtrack(self, saved: Progress | None = None) -> None:
         """Start the scheduler, or let it resume: s_phi becomes s'_N, and the teacher moves to its position."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Set
 from contextlib import ExitStack
 from traceback import walk_stack
@@ -84,7 +83,7 @@ class OptimizerHooks:
         self.fake_score = UpdateCounter("fake_score", fake_score, session.after_fake_score_step, only=fakes)
         self._roles = self.fake_score, self.generator
         self._hidden: dict[Optimizer, Callable[[], None]] = {}  # gives hidden gradients back after one step
-        self._changed = defaultdict[Optimizer, ExitStack](ExitStack)  # restores settings after one step
+        self._changed: dict[Optimizer, ExitStack] = {}  # restores learning rates and settings after one step
         self._held: WeakSet[Optimizer] = WeakSet()  # which have been held still
         self._initializing: set[Optimizer] = set()  # whose present step only initialises their state
         self._running: set[Optimizer] = set()
@@ -165,6 +164,7 @@ class OptimizerHooks:
             return None
         self._initializing.discard(optimizer)
         self._running.add(optimizer)
+        changed = self._changed[optimizer] = ExitStack()
         self._session.before_step(optimizer)
         factor: float | None = 1.0
         rate: int | None = 1
@@ -177,8 +177,7 @@ class OptimizerHooks:
         if self.fake_score in roles:
             rate = self._session.learning_rate_factor()
         if rate not in (None, 1):
-            weights = self.fake_score.weights(optimizer)
-            self._changed[optimizer].callback(scale_learning_rates(optimizer, weights, rate))
+            changed.callback(scale_learning_rates(optimizer, self.fake_score.weights(optimizer), rate))
 
         def change_gradients() -> None:
             for role in roles:
@@ -187,7 +186,7 @@ class OptimizerHooks:
                 if held:
                     self._hidden[optimizer] = hide_gradients(role.weights(optimizer))
                     self._held.add(optimizer)
-                    self._changed[optimizer].callback(keep_settings(optimizer, role.weights(optimizer)))
+                    changed.callback(keep_settings(optimizer, role.weights(optimizer)))
                 elif role is self.generator and factor not in (None, 1.0):
                     scale_gradients(role.weights(optimizer), factor)
 

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,19 +122,18 @@ def check_memory(teacher: ScoreNetwork, fake_score: ScoreNetwork, student: Itera
     }
     local = [(role, name, local_tensor(tensor)) for role, tensors in roles.items() for name, tensor in tensors]
     spans = [(str(t.device), *memory_span(t), role, name, t) for role, name, t in local if t.numel()]
-    furthest: dict[str, tuple[Any, ...]] = {}  # of each role, the tensor that reaches furthest so far
-    for span in sorted(spans, key=lambda span: span[:2]):
-        device, start, end, role, name, tensor = span
-        for where, _, stop, other, known, held in furthest.values():
-            if (where, start < stop) == (device, True) and role != other and overlap(tensor, held):
+    spans.sort(key=lambda span: span[:2])
+    for index, (device, _, end, role, name, tensor) in enumerate(spans, start=1):
+        for where, start, _, other, another, held in islice(spans, index, None):
+            if where != device or start >= end:
+                break
+            if role != other and overlap(tensor, held):
                 raise RoleError(
-                    f"{other} and {role} that share weights: {known} and {name} are in the same memory",
+                    f"{role} and {other} that share weights: {name} and {another} are in the same memory",
                     expected="networks with memory of their own",
                     cure="copy them: copy.deepcopy, or load_state_dict without assign=True, before the optimizers are "
                     "built",
                 )
-        if role not in furthest or (device, end) > (furthest[role][0], furthest[role][2]):
-            furthest[role] = span
 
 
 def check_roles(
@@ -197,17 +196,14 @@ def check_roles(
 def same_weights(teacher: ScoreNetwork, fake_score: ScoreNetwork) -> bool:
     """Return whether all parameters are equal at the coarser of their precisions; each rank compares its shards."""
     originals = dict(teacher.named_tensors())
-    pairs = (
-        (local_tensor(tensor), local_tensor(originals[name]))
-        for name, tensor in fake_score.named_tensors()
-        if isinstance(tensor, nn.Parameter)  # a forward changes running statistics
-    )
-    return all(own.shape != other.shape or _equal(own, other.to(own.device)) for own, other in pairs)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    coarser = b.dtype if torch.promote_types(a.dtype, b.dtype) == a.dtype else a.dtype
-    return torch.equal(a.to(coarser), b.to(coarser))
+    for name, tensor in fake_score.named_tensors():
+        if not isinstance(tensor, nn.Parameter):  # a forward changes running statistics
+            continue
+        own, other = local_tensor(tensor), local_tensor(originals[name]).to(tensor.device)
+        coarser = other.dtype if torch.promote_types(own.dtype, other.dtype) == own.dtype else own.dtype
+        if own.shape == other.shape and not torch.equal(own.to(coarser), other.to(coarser)):
+            return False
+    return True
 
 
 def warn_of_other_rate(manifest: Manifest, fake_score: ScoreNetwork, optimizers: Sequence[Optimizer]) -> None:

@@ -32,22 +32,8 @@ logger = logging.getLogger(__name__)
 UNSEEN = 3
 # Updates of s_phi after a write in which its weights are compared.
 COMPARED = 3
-# Steps of a generator alone before a warning.
-ALONE = 100
 # Generator updates in which the teacher should have run.
 TEACHER_UPDATES = 3
-
-
-def warn_student_alone(steps: int) -> None:
-    """Warn once that the generator has taken many steps and the fake score none."""
-    if steps != ALONE:
-        return
-    logger.warning(
-        "%d generator steps and none of the fake score: the student trains alone, with the original teacher, and "
-        "recording begins with the fake score's first step. If the loop does train the fake score, pass the network "
-        "and the optimizer that it uses",
-        steps,
-    )
 
 
 class UnseenUpdates:
@@ -180,9 +166,7 @@ class WrittenWeights:
 
     def __init__(self, network: ScoreNetwork, optimizers: list[Optimizer]) -> None:
         self._network, self._optimizers = network, optimizers
-        self._sample: WeightSample | None = None
         self.left = self._undone = 0
-        self._earlier = self._written = self._last = torch.zeros(0)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -202,7 +186,7 @@ class WrittenWeights:
 
     def before_update(self) -> None:
         """Compare the weights before a step of s_phi's optimizers."""
-        if not self.left or self._sample is None:
+        if not self.left:
             return
         if not torch.equal(self._sample.weights(), self._last):
             logger.warning(
@@ -219,7 +203,7 @@ class WrittenWeights:
         Raises:
             StateError: If two steps in a row have left what was there before the write.
         """
-        if not self.left or self._sample is None:
+        if not self.left:
             return
         self.left -= 1
         self._last = now = self._sample.weights()
