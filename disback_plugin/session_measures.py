@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +111,7 @@ class Measures:
         if self._step is not None:
             self._step.observe(update)
         if self._evaluate is not None and not update:
-            self._run()
+            self._run(self._evaluate)
 
     def after_update(self) -> None:
         """Measure what is due after an update of the generator."""
@@ -120,7 +120,7 @@ class Measures:
         if step is not None:
             session.plugins.call("disback_log", values={"disback/effective_step": step}, step=update)
         if self._evaluate is not None and update % self._every == 0:
-            self._run()
+            self._run(self._evaluate)
 
     def read_monitor(self, scheduler: TrajectoryScheduler) -> None:
         """Read a window of s_phi's gradients that has ended: log the mean cosine, and warn once of each sign.
@@ -147,13 +147,13 @@ class Measures:
             scheduler.end_backtracking()
             self.monitor = None
 
-    def _run(self) -> None:
+    def _run(self, evaluate: Evaluate) -> None:
         """Call the user's function with the original teacher in place, and log what it returns."""
         session, update = self._session, self._session.progress.generator_updates
         original = nullcontext() if session.scheduler is None else session.scheduler.original_teacher()
         with torch.no_grad(), _random_states(session), original:
             try:
-                values = self._evaluate() if self._evaluate is not None else None
+                values = evaluate()
             except Exception as error:
                 if hasattr(error, "add_note"):  # from Python 3.11 on
                     error.add_note(f"raised by attach(evaluate=...) at generator update {update}")
@@ -176,15 +176,13 @@ def _random_states(session: Session) -> Iterator[None]:
     weights = [session.teacher.first_parameter(), session.fake_score.first_parameter()]
     weights += parameters(session.generator_optimizers)
     devices = {weight.device.index for weight in weights if weight.device.type == "cuda"}
-    numpy, before = sys.modules.get("numpy"), random.getstate()
-    of_numpy = None if numpy is None else numpy.random.get_state()
+    before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([*devices]):
             yield
     finally:
-        random.setstate(before)
-        if numpy is not None:
-            numpy.random.set_state(of_numpy)
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 # -- the effective step -----------------------------------------------------------------------------------------------

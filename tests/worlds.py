@@ -146,6 +146,14 @@ def everything(run):
     return run.checkpoint() | {"teacher": clone(dict(run.teacher.state_dict()))}
 
 
+def all_of(run, handle):
+    """Everything that an attached run is, as it could be compared."""
+    return everything(run) | {
+        "state": {k: v for k, v in handle.state_dict().items() if k != "path"},
+        "position": handle.position,
+    }
+
+
 def hooks(run):
     """How many hooks there are on its optimizers."""
     return [
