@@ -33,10 +33,6 @@ FEWEST_ITERATIONS = 10
 # iterations has the trainer's own rate (benchmarks/EVIDENCE.md).
 LEARNING_RATE_FACTOR = 2
 
-# This many steps in a row without an update are a broken loop, not a slow start: a GradScaler that starts at 2^16 skips
-# at most about 20.
-PATIENCE = 100
-
 
 def open_or_create(
     folder: str | os.PathLike[str],

@@ -7,27 +7,34 @@ trainer's own fake-score step is Algorithm 1, and it ends where Algorithm 2 star
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from tqdm import tqdm
 
 from disback_plugin import distributed
 from disback_plugin.errors import OptionError, TrainingError
-from disback_plugin.loop.lr_schedulers import restored
-from disback_plugin.loop.optimizers import after_updates
+from disback_plugin.loop.lr_schedulers import RestorableObjects
+from disback_plugin.loop.optimizers import groups_of, has_gradients, parameters, skipped_by_scaler
 from disback_plugin.loop.roles import check_memory, check_networks, networks_of
 from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.path.manifest import Recording
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import Progress
-from disback_plugin.recorder import PATIENCE, Recorder, open_or_create
+from disback_plugin.recorder import Recorder, open_or_create
 from disback_plugin.teacher_fit import Fit, Loss, Sample, private_random_stream
 from disback_plugin.weights.modules import copy_of_module
 from disback_plugin.weights.network import Network, ScoreNetwork
+
+# This many steps in a row without an update are a broken loop, not a slow start: a GradScaler that starts at 2^16 skips
+# at most about 20.
+PATIENCE = 100
 
 
 def record(
@@ -112,8 +119,7 @@ def record(
             recorder.start()
             if not opened.complete:
                 _begin_log(recorder, manager, log, asdict(plan))
-                with restored(tensor for _, tensor in network.named_tensors()):
-                    _fit(recorder, fake_step)
+                _fit(recorder, fake_step)
         return opened
     finished = DegradationPath.exists(path) and DegradationPath(path).complete
     # The copy is made before anything is written.
@@ -150,10 +156,38 @@ def _begin_log(
 def _fit(recorder: Recorder, step: Callable[[], object]) -> None:
     """Update the network until node N is saved, with a progress bar."""
     total, recorded = recorder.path.manifest.iterations, recorder.progress.recorded
-    with tqdm(desc="recording", total=total, initial=recorded, disable=None) as bar:
+    with _observed(recorder), tqdm(desc="recording", total=total, initial=recorded, disable=None) as bar:
         while not recorder.done:
             recorder.update(_one_update(recorder, step))
             bar.update()
+
+
+@contextmanager
+def _observed(recorder: Recorder) -> Iterator[None]:
+    """Observe the gradients of each update, whichever optimizer makes it, before its caller may clear them.
+
+    The learning-rate schedulers of these optimizers are restored at the end.
+    """
+    weights = [tensor for _, tensor in recorder.network.named_tensors()]
+    steppers: dict[Optimizer, RestorableObjects] = {}
+
+    def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if optimizer not in steppers and groups_of(optimizer, weights):
+            steppers[optimizer] = RestorableObjects("schedulers", [optimizer])
+            steppers[optimizer].capture(optimizer)
+
+    def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if optimizer in steppers and has_gradients(parameters([optimizer])) and not skipped_by_scaler(optimizer):
+            recorder.observe_gradients()
+
+    hooks = register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for objects in steppers.values():
+            objects.restore()
 
 
 def _one_update(recorder: Recorder, fake_step: Callable[[], object]) -> object:
@@ -162,15 +196,14 @@ def _one_update(recorder: Recorder, fake_step: Callable[[], object]) -> object:
     Raises:
         TrainingError: If the network is not updated.
     """
-    weights = [tensor for _, tensor in recorder.network.named_tensors()]
     # Of parameters only: a forward writes running statistics.
-    versions = [weight._version for weight in weights if isinstance(weight, nn.Parameter)]
-    with after_updates(weights, recorder.observe_gradients):  # fake_step may clear the gradients
-        for _ in range(PATIENCE + 1):
-            returned = fake_step()
-            # Only the version shows an update without a torch optimizer; only the hook shows one through `.data`.
-            if recorder.gradients_seen or versions != [w._version for w in weights if isinstance(w, nn.Parameter)]:
-                return returned
+    weights = [tensor for _, tensor in recorder.network.named_tensors() if isinstance(tensor, nn.Parameter)]
+    versions = [weight._version for weight in weights]
+    for _ in range(PATIENCE + 1):
+        returned = fake_step()
+        # Only the version shows an update without a torch optimizer; only the hook shows one through `.data`.
+        if recorder.gradients_seen or versions != [weight._version for weight in weights]:
+            return returned
     raise TrainingError(
         f"{PATIENCE + 1} calls of fake_step() in a row that did not write to the fake score",
         expected="one optimizer step of the fake score's parameters a call",

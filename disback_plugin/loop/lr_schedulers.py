@@ -9,18 +9,15 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 from weakref import ref
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from disback_plugin.errors import OptionError, StateError
-from disback_plugin.loop.optimizers import groups_of, innermost, set_in_group
+from disback_plugin.loop.optimizers import innermost, set_in_group
 
 logger = logging.getLogger(__name__)
 
@@ -209,38 +206,6 @@ class RestorableObjects:
     def _index_of(self, optimizer: object) -> int | None:
         inner = innermost(optimizer)
         return next((index for index, own in enumerate(self._optimizers) if inner is not None and own() is inner), None)
-
-
-@contextmanager
-def restored(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Restore, at the end, the learning-rate schedulers of every optimizer that steps one of these weights inside.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> sgd = torch.optim.SGD([weight], lr=1.0)
-        >>> warmup = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: min(1.0, (step + 1) / 4))
-        >>> with restored([weight]):
-        ...     sgd.step()
-        ...     warmup.step()
-        >>> warmup.get_last_lr(), sgd.param_groups[0]["lr"]
-        ([0.25], 0.25)
-    """
-    own = [*weights]
-    captured: dict[Optimizer, RestorableObjects] = {}
-
-    def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if optimizer not in captured and groups_of(optimizer, own):
-            captured[optimizer] = RestorableObjects("schedulers", [optimizer])
-            captured[optimizer].capture(optimizer)
-
-    hook = register_optimizer_step_pre_hook(before_step)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for objects in captured.values():
-            objects.restore()
 
 
 def _to_json(state: Any) -> str | None:

@@ -166,16 +166,12 @@ class OptimizerHooks:
         self._running.add(optimizer)
         changed = self._changed[optimizer] = ExitStack()
         self._session.before_step(optimizer)
-        factor: float | None = 1.0
-        rate: int | None = 1
-        if optimizer in self.generator.optimizers:
-            # Asked before an update may end here: these gradients were computed with the present teacher.
-            factor = self._session.gradient_factor()
+        # Asked before an update may end here: these gradients were computed with the present teacher.
+        factor = self._session.gradient_factor() if optimizer in self.generator.optimizers else 1.0
         roles = [role for role in self._roles if optimizer in role.optimizers]
         for role in roles:
             role.before_step(optimizer)
-        if self.fake_score in roles:
-            rate = self._session.learning_rate_factor()
+        rate = self._session.learning_rate_factor() if self.fake_score in roles else 1
         if rate not in (None, 1):
             changed.callback(scale_learning_rates(optimizer, self.fake_score.weights(optimizer), rate))
 

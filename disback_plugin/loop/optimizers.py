@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from traceback import walk_stack
 from types import FrameType
 from typing import Any
@@ -19,7 +18,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from disback_plugin.errors import RoleError
 from disback_plugin.weights.sharding import has_gradient
@@ -30,32 +28,6 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 # Optimizers of which a warning has said that their state cannot be restored.
 _NAMED: WeakSet[Optimizer] = WeakSet()
-
-
-@contextmanager
-def after_updates(weights: Iterable[Tensor], action: Callable[[], None]) -> Iterator[None]:
-    """Call `action` after each step of any optimizer that updated one of these weights, before gradients are cleared.
-
-    Example:
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> sgd = torch.optim.SGD([weight], lr=0.1)
-        >>> with after_updates([weight], lambda: print(weight.grad)):
-        ...     (3 * weight).backward()
-        ...     sgd.step()
-        ...     sgd.zero_grad()
-        tensor([3.])
-    """
-    own = [*weights]
-
-    def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if groups_of(optimizer, own) and has_gradients(parameters([optimizer])) and not skipped_by_scaler(optimizer):
-            action()
-
-    hook = register_optimizer_step_post_hook(after_step)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 # -- one step ---------------------------------------------------------------------------------------------------------
