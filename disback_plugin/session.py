@@ -144,7 +144,8 @@ class Session:
         if trains:
             self._written.before_update()
         if self.progress.phase is not Phase.RECORDING:
-            self.restorable.restore(optimizer)
+            if self.restorable.states:
+                self.restorable.restore(optimizer)
         elif self._student_alone and not trains:
             self.restorable.restore()
         else:

@@ -54,6 +54,9 @@ class RestorableObjects:
             `state_dict` and `load_state_dict`; or a sequence of these. An empty sequence stands for nothing.
         optimizers: The generator's and the fake score's. Objects without an optimizer are restored with the first.
 
+    Attributes:
+        states: What was captured and is not restored yet, by the objects' names.
+
     Raises:
         OptionError: If an element of `restore` is neither, or its state is not made of plain numbers.
 
@@ -77,7 +80,7 @@ class RestorableObjects:
         given = [*restore] if isinstance(restore, Sequence) and not isinstance(restore, str) else [restore]
         objects = [item for item in given if not (isinstance(item, str) and item == "schedulers")]
         self._searches, self._optimizers = len(objects) < len(given), [*map(ref, optimizers)]
-        self._states: dict[str, dict[str, Any]] = {}  # captured and not yet restored, by the objects' names
+        self.states: dict[str, dict[str, Any]] = {}
         self._captured: set[int] = set()  # indices of the optimizers whose states were captured
         self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
         wrong = [item for item in objects if all(item is not own for own in self._objects)]
@@ -90,12 +93,12 @@ class RestorableObjects:
 
     def to_text(self) -> str:
         """Return the captured states as JSON, by the objects' names; "" if there are none."""
-        return json.dumps(self._states) if self._states else ""
+        return json.dumps(self.states) if self.states else ""
 
     def load(self, text: str) -> None:
         """Take over the states that another process has captured."""
-        self._states = json.loads(text or "{}")
-        self._captured = {saved["owner"] for saved in self._states.values()}
+        self.states = json.loads(text or "{}")
+        self._captured = {saved["owner"] for saved in self.states.values()}
 
     def validate(self, text: str) -> None:
         """Raise StateError unless each object that a text restores exists here, once."""
@@ -124,10 +127,10 @@ class RestorableObjects:
                 logger.warning("%s is advanced by the recording and not restored: %s", name, reason)
             else:
                 captured[name] = {"owner": owner, "state": json.loads(state)}
-        self._states |= captured
+        self.states |= captured
         if captured or (self._searches and not found):
             settings = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
-            self._states[f"{SETTINGS} {owner}"] = {"owner": owner, "groups": json.loads(_to_json(settings) or "[]")}
+            self.states[f"{SETTINGS} {owner}"] = {"owner": owner, "groups": json.loads(_to_json(settings) or "[]")}
         if captured:
             logger.info("to be restored after the recording: %s", ", ".join(captured))
 
@@ -139,12 +142,12 @@ class RestorableObjects:
         """
         if optimizer is None:
             self._captured.clear()
-        owners = {saved["owner"]: self._optimizers[saved["owner"]]() for saved in self._states.values()}
-        due = [name for name, saved in self._states.items() if optimizer in (None, owners[saved["owner"]])]
+        owners = {saved["owner"]: self._optimizers[saved["owner"]]() for saved in self.states.values()}
+        due = [name for name, saved in self.states.items() if optimizer in (None, owners[saved["owner"]])]
         # A search of all objects is slow: where no scheduler was captured, it waits until a setting has changed.
         present = self._found() if any(not name.startswith(SETTINGS) for name in due) else None
         for name in sorted(due, key=lambda name: name.startswith(SETTINGS)):  # groups after the schedulers
-            saved = self._states.pop(name)
+            saved = self.states.pop(name)
             for stateful, _ in (present or {}).get(name, ()):
                 stateful.load_state_dict(_merged(stateful.state_dict(), saved["state"]))
             own, changed = owners[saved["owner"]], False
