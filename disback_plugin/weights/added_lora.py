@@ -157,20 +157,20 @@ class LoraLayer:
         return result
 
 
-def switched_off(adapter: ScoreNetwork) -> AddedLora:
+def switched_off(adapter: ScoreNetwork, device: torch.device | None = None) -> AddedLora:
     """Return the teacher that is the fake score's network with all adapters switched off.
 
     Args:
         adapter: The fake score, a LoRA adapter.
+        device: The device of the teacher's LoRA, until a layer runs on another; None for the adapter's.
     """
     layers, name = dict[str, LoraLayer](), str(adapter.lora_adapter)
     for prefix, root in adapter.modules().items():
         for at, layer in lora.adapter_layers(root, name, "fake score"):
             embeds = name in layer.lora_embedding_A
-            dtype = (layer.lora_embedding_A[name] if embeds else layer.lora_A[name].weight).dtype
-            bias = not embeds and layer.lora_B[name].bias is not None
-            host = torch.device("cpu")
-            layers[f"{prefix}{at}"] = LoraLayer(layer, layer.r[name], layer.scaling[name], dtype, host, bias=bias)
+            like = local_tensor(layer.lora_embedding_A[name] if embeds else layer.lora_A[name].weight)
+            bias, place = not embeds and layer.lora_B[name].bias is not None, device or like.device
+            layers[f"{prefix}{at}"] = LoraLayer(layer, layer.r[name], layer.scaling[name], like.dtype, place, bias=bias)
     return AddedLora(adapter, layers, [name for name, tensor in adapter.named_tensors() if "on base " in name])
 
 
@@ -187,7 +187,9 @@ def beside(teacher: ScoreNetwork) -> AddedLora:
             # Attention of torch.nn reads the weights of such a layer, and does not call it.
             read = type(module).__name__ == "NonDynamicallyQuantizableLinear"
             if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and getattr(module, "groups", 1) == 1 and not read:
-                layers[name] = LoraLayer(module, RANK, 1.0, torch.float32, local_tensor(module.weight).device)
+                layers[name] = LoraLayer(
+                    module, RANK, 1.0, torch.get_default_dtype(), local_tensor(module.weight).device
+                )
     if not layers:
         found = "a teacher of another architecture than the fake score, without linear or convolution layers"
         cure = "record with a copy of the teacher: disback.record(teacher, sample=..., loss=...)"

@@ -107,7 +107,7 @@ class MergedTeacher(ScoreNetwork):
 
     def __init__(self, teacher: ScoreNetwork, adapter: ScoreNetwork) -> None:
         vars(self).update(vars(teacher))
-        self._adapter, self._lora = adapter, switched_off(adapter)  # on the host, and never installed
+        self._adapter, self._lora = adapter, switched_off(adapter, torch.device("cpu"))  # no hooks are installed
         for name, layer in self._lora.layers.items():
             kinds = {
                 kind.__name__ for kind in type(layer.module).__mro__ if kind.__module__ == "peft.tuners.lora.layer"
