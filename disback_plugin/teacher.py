@@ -61,16 +61,14 @@ class TeacherWriter:
             # Of a sharded node each rank compares its own part with that of the node when the whole path was verified.
             parts = network.parts()
             self._expected = None if parts is None else self._path.part_checksums(parts)
-            self._warn_if_rounded_away(self._path)
-
-    def _warn_if_rounded_away(self, path: DegradationPath) -> None:
-        rounding = self.network.relative_rounding(path.source(len(path) - 1), path.nodes[-1].delta_norm)
-        if rounding > 0.5:
-            logger.warning(
-                "the teacher's dtype rounds node %d by %.1f times its distance to the node before: keep the teacher in "
-                "float32, or record with a larger learning rate or fewer nodes",
-                *(len(path) - 1, rounding),
-            )
+            last, distance = len(self._path) - 1, self._path.nodes[-1].delta_norm
+            rounding = network.relative_rounding(self._path.source(last), distance)
+            if rounding > 0.5:
+                logger.warning(
+                    "the teacher's dtype rounds node %d by %.1f times its distance to the node before: keep the "
+                    "teacher in float32, or record with a larger learning rate or fewer nodes",
+                    *(last, rounding),
+                )
 
     def move_to(self, position: float, *, updates: int | None = None) -> None:
         """Write the weights of a position: a node's own, or a mixture of its two neighbours.

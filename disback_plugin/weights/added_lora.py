@@ -124,10 +124,8 @@ class LoraLayer:
             self._down: Any = make(kind, base.in_channels, rank, *geometry, bias=False, padding_mode=base.padding_mode)
             self._up: Any = make(kind, rank, base.out_channels, 1, bias=bias)
         else:
-            names = ("num_embeddings", "embedding_dim") if self.embeds else ("in_features", "out_features")
-            inputs, outputs = (getattr(base if self.embeds else module, name) for name in names)
-            self._down = make(nn.Linear, inputs, rank, bias=False)
-            self._up = make(nn.Linear, rank, outputs, bias=bias)
+            self._down = make(nn.Linear, module.in_features, rank, bias=False)  # of embeddings peft has these names too
+            self._up = make(nn.Linear, rank, module.out_features, bias=bias)
 
     def matrices(self, name: str) -> Modules:
         """Return the modules of A and B under the names that peft has for those of a layer `name`."""

@@ -194,13 +194,10 @@ class WeightTable:
     def is_current(self) -> bool:
         """Let FSDP free what it has gathered and keeps; return whether the live tensors are those of the table."""
         self._reshard()
-        for slots, name, known in self.slots:
-            if slots.get(name) is not known:
-                return False
-        for weight, shape in zip(self.weights, self._shapes, strict=True):
-            if weight.tensor.dtype is not weight.meta.dtype or weight.tensor.shape != shape:
-                return False
-        return True
+        return all(slots.get(name) is known for slots, name, known in self.slots) and all(
+            weight.tensor.dtype is weight.meta.dtype and weight.tensor.shape == shape
+            for weight, shape in zip(self.weights, self._shapes, strict=True)
+        )
 
     def _reshard(self) -> None:
         """Let FSDP free what it has gathered for a forward: a root would go on with it after a write to its shards."""
@@ -209,18 +206,17 @@ class WeightTable:
 
     def _add(self, prefix: str, module: nn.Module, role: str, only: Collection[str] | None) -> None:
         """Add a module's own parameters and persistent buffers."""
-        kind = type(module)
-        if kind.get_extra_state is not nn.Module.get_extra_state:
-            found = f"extra state in {prefix or 'the root'} ({kind.__name__}) of the {role}"
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            found = f"extra state in {prefix or 'the root'} ({type(module).__name__}) of the {role}"
             cure = "use a network whose state_dict() holds nothing but tensors"
             raise RoleError(found, expected="weights that are tensors only", cure=cure)
-        slots: list[tuple[dict[str, Any], str]] = [(module._parameters, name) for name in module._parameters]
-        slots += [(module._buffers, name) for name in module._buffers if name not in module._non_persistent_buffers_set]
-        for holder, name in slots:
-            tensor = holder[name]
-            self.slots.append((holder, name, tensor))
-            if tensor is not None and (only is None or prefix + name in only):
-                self.weights.append(_validated(prefix + name, tensor, role))
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if holder is module._buffers and name in module._non_persistent_buffers_set:
+                    continue
+                self.slots.append((holder, name, tensor))
+                if tensor is not None and (only is None or prefix + name in only):
+                    self.weights.append(_validated(prefix + name, tensor, role))
 
 
 def is_fsdp2(module: nn.Module) -> bool:
