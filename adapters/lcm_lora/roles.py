@@ -98,9 +98,7 @@ class Options:
     resume: str | None = _option("folder of a checkpoint, or latest", None)
     sample_every: int = _option("generator updates between two grids of samples; 0 for none", 0)
     sample_count: int = _option("samples in a grid, of the first prompts", 4)
-    evaluate: str | None = _option(
-        "frechet:TIMM_MODEL, the distance from the teacher's samples; none unless given", None
-    )
+    evaluate: str | None = _option("frechet:TIMM_MODEL, a distance from the teacher's samples", None)
     evaluate_every: int = _option("generator updates between two evaluations", 1_000)
     evaluate_count: int = _option("the last prompts, held out of the training for --evaluate", 256)
     report_to: str | None = _option("a tracker of accelerate: tensorboard, wandb, ...", None)

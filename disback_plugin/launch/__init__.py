@@ -64,15 +64,18 @@ class Watch:
     saves: Sequence[str] = ()
     prepares: bool = False
 
-    def find_trainer(self, start: FrameType | None) -> object:
-        """Return the trainer that a caller of a frame holds.
+    def find_trainer(self, start: FrameType | None, roles: Mapping[str, str] | None = None) -> object:
+        """Return the trainer that a caller of a frame holds; without `frame`, a namespace of the roles.
 
         Args:
             start: Frame at which the search up the stack begins.
+            roles: Dotted variable by role, where the user names them, as `find_variables` takes them.
 
         Raises:
             RoleError: If there is no such caller or variable, or the trainer lacks an attribute.
         """
+        if not self.frame:
+            return SimpleNamespace(**find_variables(start, {name: name for name in self.needs} | {**(roles or {})}))
         variables = next((held for name, held in _callers(start) if name == self.frame), None)
         if variables is None:
             raise self.mismatch(f"no function {self.frame!r} among the callers of {self.call}")
@@ -84,18 +87,6 @@ class Watch:
             where = f"{self.take or 'the local variables'} of {self.frame}()"
             raise self.mismatch(f"no {', '.join(missing)} in {where}")
         return trainer
-
-    def find_roles(self, start: FrameType | None, variables: Mapping[str, str]) -> SimpleNamespace:
-        """Return the roles by name, each from the innermost caller of a frame that has the role's variable.
-
-        Args:
-            start: Frame at which the search up the stack begins.
-            variables: Dotted variable by role; several with commas between them make a tuple.
-
-        Raises:
-            RoleError: If no caller has one of the variables.
-        """
-        return SimpleNamespace(**find_variables(start, {name: name for name in self.needs} | {**variables}))
 
     def mismatch(self, found: str, *, fits: str = "") -> RoleError:
         """Return the error for a trainer of another version.

@@ -176,7 +176,7 @@ class ScriptRunner:
         watch = next(watch for watch in self._watches if watch.prepares or not watch.call)
         frame = inspect.currentframe()
         try:
-            watch.find_roles(frame, self._roles)
+            watch.find_trainer(frame, self._roles)
         except RoleError:
             return  # perhaps some are yet to be made; if not, the first optimizer step raises this error
         self._attach(watch, frame)
@@ -195,7 +195,7 @@ class ScriptRunner:
             below = f" below {frames}()" * bool(frames)
             raise first.mismatch(f"{step} any call of {calls}{below}{self._missing}", fits=fits)
         if not fits:
-            first.find_roles(frame, self._roles)  # raises, and names the role that is missing
+            first.find_trainer(frame, self._roles)  # raises, and names the role that is missing
         where = f"what {calls} returned" if calls else "a network that is trained"
         raise first.mismatch(f"{step} any forward of {where}, where all roles can be seen", fits=fits)
 
@@ -255,9 +255,9 @@ class ScriptRunner:
 
     def _find_roles(self, watch: Watch, frame: FrameType | None) -> Adapter:
         """Return the roles, from the adapter or as the user named them."""
-        trainer = watch.find_trainer(frame) if watch.frame else watch.find_roles(frame, self._roles)
+        trainer: Any = watch.find_trainer(frame, self._roles)
         if watch.prepares and self._forwards is not None:
-            trainer.prepared = self._forwards.prepared  # type: ignore[attr-defined]
+            trainer.prepared = self._forwards.prepared
         if not self._adapter:
             return Adapter(**vars(trainer))
         try:
