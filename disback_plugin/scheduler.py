@@ -18,8 +18,8 @@ from disback_plugin import distributed
 from disback_plugin.errors import PathError, StateError
 from disback_plugin.loop.roles import networks_of
 from disback_plugin.path.degradation_path import DegradationPath
+from disback_plugin.plugins.builtin import MaskedSamples
 from disback_plugin.plugins.manager import PluginManager
-from disback_plugin.plugins.nonfinite_counter import MaskedSamples
 from disback_plugin.progress import VERSION, Phase, Progress, upgrade_state, validate_state
 from disback_plugin.schedule_base import Plan, Schedule, Target, to_config, validate_config
 from disback_plugin.schedules import parse

@@ -3,11 +3,10 @@
 Imports no torch.
 """
 
+from disback_plugin.plugins.builtin import MaskedSamples, OriginalFeatures, Trackers
 from disback_plugin.plugins.hookspecs import Adapter, hookimpl
 from disback_plugin.plugins.manager import PluginManager, find_adapter
-from disback_plugin.plugins.nonfinite_counter import MaskedSamples
-from disback_plugin.plugins.run_log import RunLog, Trackers
-from disback_plugin.plugins.teacher_features import OriginalFeatures
+from disback_plugin.plugins.run_log import RunLog
 
 # fmt: off
 __all__ = [

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: its log, a file of JSON lines beside the path as "PATH.log.jsonl", and trackers.
+"""The log of a run: a file of JSON lines, beside the path as "PATH.log.jsonl".
 
     {"time": ..., "update": 0, "begin": "attach", "path": ..., "settings": {...}, "versions": {...}, ...}
     {"time": ..., "update": 0, "recording": 5, "agreement": 0.93}
@@ -14,13 +14,12 @@ update 50 (`log_reader`). A number that is not finite is null. Nothing here impo
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -39,8 +38,6 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".log.jsonl"
 # The run log's name as a plug-in: "no:run_log" blocks it.
 NAME = "run_log"
-# Trackers of accelerate with one step for all values, which ignore or reorder values of an earlier step.
-ORDERED = ("wandb", "comet_ml", "dvclive")
 # Keys that say which kind of line it is, and when it was written.
 RESERVED = frozenset(("time", "update", "recording", "begin", "resume", "recorded", "completed"))
 
@@ -161,65 +158,6 @@ class RunLog:
             except OSError as error:
                 self._broken = True
                 logger.warning("the run continues without its log: %s cannot be written (%s)", self.file, error)
-
-
-class Trackers:
-    """A plug-in that sends the numbers of a run to the trackers of an `accelerate.Accelerator`.
-
-    Args:
-        accelerator: An accelerator whose `init_trackers` was called.
-        step: A function that returns the step to log under; None: generator updates, or with a tracker that ignores
-            steps out of order, as Weights & Biases does, the last step of the loop's own reports, which are observed.
-            Generator updates are logged as "disback/generator_updates" too, and are the x axis there.
-
-    Raises:
-        OptionError: If the accelerator has no tracker.
-
-    Example:
-        >>> class Tracker:
-        ...     def log(self, values, step):
-        ...         print(step, values)
-        >>> class Accelerator:
-        ...     trackers = [Tracker()]
-        >>> Trackers(Accelerator()).disback_log({"disback/position": 2.0}, 40)
-        40 {'disback/position': 2.0, 'disback/generator_updates': 40}
-    """
-
-    def __init__(self, accelerator: Any, *, step: Callable[[], int] | None = None) -> None:
-        if not getattr(accelerator, "trackers", None):
-            raise OptionError(
-                f"a {type(accelerator).__name__} without trackers",
-                expected="accelerate's Accelerator(log_with=...)",
-                cure="call accelerator.init_trackers(name) before attach()",
-            )
-        self._step = step
-        self._logs = [(tracker.log, _last_step(tracker)) for tracker in accelerator.trackers]
-
-    @hookimpl
-    def disback_log(self, values: Mapping[str, float], step: int) -> None:
-        """Send the `values` at `step` generator updates to each tracker; called on the main process only."""
-        row = {**values, "disback/generator_updates": step}
-        for log, last_step in self._logs:
-            log(row, step=last_step(step) if self._step is None else self._step())
-
-
-def _last_step(tracker: Any) -> Callable[[int], int]:
-    """Return a function from generator updates to the step to log under; where it matters, observe the loop's own."""
-    if getattr(tracker, "name", "") not in ORDERED:
-        return lambda updates: updates
-    run: Any = getattr(tracker, "run", None)
-    log, seen = tracker.log, list[int]()
-    if hasattr(run, "define_metric"):
-        run.define_metric("disback/*", step_metric="disback/generator_updates")
-
-    @functools.wraps(log)
-    def observed(values: Any, step: int | None = None, **options: Any) -> Any:
-        if step is not None:
-            seen[:] = [step]
-        return log(values, step=step, **options)
-
-    tracker.log = observed
-    return lambda updates: max([*seen, getattr(run, "step", 0)]) or updates
 
 
 def valid_values(values: Mapping[str, Any]) -> dict[str, float | Path]:
