@@ -21,7 +21,7 @@ from disback_plugin.path.degradation_path import DegradationPath
 from disback_plugin.plugins.manager import PluginManager
 from disback_plugin.progress import Progress
 from disback_plugin.recorder import Recorder
-from disback_plugin.weights.added_lora import AddedLora
+from disback_plugin.weights.lora_teachers import AddedLora
 from disback_plugin.weights.network import ScoreNetwork
 
 Sample = Callable[[], Tensor]

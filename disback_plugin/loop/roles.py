@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -37,14 +38,42 @@ def networks_of(
     known = isinstance(teacher, ScoreNetwork) and (
         teacher.lora_adapter is not None or type(teacher) is not ScoreNetwork
     )
-    if not known and any(hasattr(each, "lora_A") for root in roots_of(fake_score) for each in root.modules()):
+    name = None if known else trained_adapter(fake_score, None if trained is None else set(map(id, trained)))
+    if name is not None:
         from disback_plugin.weights import lora_teachers
 
-        name = lora_teachers.trained_adapter(fake_score, None if trained is None else set(map(id, trained)))
-        if name is not None:
-            return lora_teachers.pair(teacher, fake_score, name, live=trained is not None)
+        return lora_teachers.pair(teacher, fake_score, name, live=trained is not None)
     target = ScoreNetwork.of(teacher, role="teacher")
     return target, ScoreNetwork.of(fake_score, role="fake score", like=target)
+
+
+def trained_adapter(network: Network, trained: set[int] | None) -> str | None:
+    """Return the name of the LoRA adapter of a fake score that is trained; None if there is none.
+
+    Args:
+        network: The fake score; a `ScoreNetwork` of an adapter is that adapter.
+        trained: The ids of the parameters that its optimizers step; None for those that require gradients.
+
+    Raises:
+        RoleError: If there are several.
+    """
+    if isinstance(network, ScoreNetwork) and network.lora_adapter is not None:
+        return network.lora_adapter
+    names = {
+        match[1]
+        for root in roots_of(network)
+        for name, parameter in root.named_parameters()
+        if (match := re.search(r"(?:^|\.)lora_(?:embedding_)?[AB]\.([^.]+)", name))
+        and parameter.requires_grad
+        and (trained is None or id(parameter) in trained)
+    }
+    if len(names) > 1:
+        raise RoleError(
+            f"a fake score with several trained LoRA adapters, {sorted(names)}",
+            expected="one",
+            cure="name it: fake_score=disback.ScoreNetwork(network, lora_adapter=NAME)",
+        )
+    return next(iter(names), None)
 
 
 def find_networks(
@@ -74,13 +103,13 @@ def find_networks(
             raise
         if not sampled:
             logger.warning("nodes are of the teacher alone, and the fake score is only warmed up: %s", error)
-    from disback_plugin.weights import added_lora
+    from disback_plugin.weights import lora_teachers
 
     whole, fake = ScoreNetwork.of(teacher, role="teacher"), ScoreNetwork.of(fake_score, role="fake score")
     if whole.lora_adapter is not None:
         return whole, fake, True
-    added_lora.check_not_compiled(teacher)
-    added = added_lora.beside(whole)
+    lora_teachers.check_not_compiled(teacher)
+    added = lora_teachers.beside(whole)
     # A finished path may hold whole nodes, of a copy of the teacher.
     is_whole = recorded is not None and recorded.teacher.fingerprint != added.fingerprint()
     return whole if is_whole else added, fake, True

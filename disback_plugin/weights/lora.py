@@ -17,14 +17,17 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.nn.utils import skip_init
 
 from disback_plugin.errors import RoleError
 from disback_plugin.weights.marks import weights_checksum
@@ -33,6 +36,7 @@ from disback_plugin.weights.sharding import Weight
 
 __all__ = ["add_teacher", "base_checksum", "use_adapter"]
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The matrices of an adapter. Whatever else a layer keeps of it, as DoRA's magnitudes, is refused.
 MATRICES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
@@ -219,6 +223,61 @@ def _set_activity(activity: list[tuple[Any, Any, bool]]) -> None:
     # The layers' own set_adapter changes what requires gradients, and takes thirty times as long.
     for layer, names, disabled in activity:
         vars(layer).update(_active_adapter=names, _disable_adapters=disabled)
+
+
+class LoraLayer:
+    """A LoRA on one layer.
+
+    Args:
+        module: The layer, perhaps peft's around another.
+        rank: r.
+        scale: s.
+        dtype: The dtype of A and B.
+        device: Their device, until the layer runs on another.
+        bias: Whether B has a bias.
+    """
+
+    def __init__(
+        self, module: Any, rank: int, scale: float, dtype: torch.dtype, device: torch.device, *, bias: bool = False
+    ) -> None:
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        make = partial(skip_init, device=device, dtype=dtype)  # draws no random numbers
+        self.module, self.scale, self.embeds = module, scale, isinstance(base, nn.Embedding)
+        kind = next((each for each in CONVOLUTIONS if isinstance(base, each)), None)
+        if kind is not None:
+            geometry = base.kernel_size, base.stride, base.padding, base.dilation
+            self._down: Any = make(kind, base.in_channels, rank, *geometry, bias=False, padding_mode=base.padding_mode)
+            self._up: Any = make(kind, rank, base.out_channels, 1, bias=bias)
+        else:
+            self._down = make(nn.Linear, module.in_features, rank, bias=False)  # of embeddings peft has these names too
+            self._up = make(nn.Linear, rank, module.out_features, bias=bias)
+
+    def matrices(self, name: str) -> Modules:
+        """Return the modules of A and B under the names that peft has for those of a layer `name`."""
+        infix = "embedding_" if self.embeds else ""
+        return [(f"{name}lora_{infix}A.", self._down), (f"{name}lora_{infix}B.", self._up)]
+
+    def changes(self, name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the names of the weights of a layer `name`, and two float64 matrices whose product is added to each."""
+        left, right = self._up.weight.detach().flatten(1), self._down.weight.detach().flatten(1)
+        if self.embeds or getattr(self.module, "fan_in_fan_out", False):
+            left, right = right.T, left.T
+        yield f"{name}weight", self.scale * left.double(), right.double()
+        if self._up.bias is not None:
+            bias = self._up.bias.detach().double().view(-1, 1)
+            yield f"{name}bias", self.scale * bias, torch.ones_like(bias[:1])
+
+    def add(self, switch: Mapping[str, bool], module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Return the layer's output with s B A x, in the output's dtype, if the switch is on: a forward hook."""
+        if not switch["active"] or not getattr(module, "disable_adapters", True):
+            return None
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        for matrix in (self._down, self._up):
+            if matrix.weight.device != x.device:  # the network has been moved
+                matrix.to(x.device)
+        below = embedding(x, self._down.weight.T) if self.embeds else self._down(x.to(self._down.weight.dtype))
+        result: Tensor = (output + self._up(below) * self.scale).to(output.dtype)
+        return result
 
 
 # -- which adapters can be a role --------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
-"""Whole teachers of a fake score that is a LoRA adapter on an equal base: `attach` finds the adapter by itself.
+"""Teachers whose nodes are LoRA adapters: `attach` finds the adapter of the fake score by itself.
 
-A move writes W + s B A into the teacher's own weights, of the base's W, the scale s and the node's A and B
-(`MergedTeacher`).
+* A whole teacher that equals the base of the fake score's adapter (`MergedTeacher`): a move writes W + s B A into its
+  own weights, of the base's W, the scale s and the node's A and B.
+* A network with a LoRA beside it (`AddedLora`): forward hooks add s B A x to the outputs of its layers. The network is
+  neither written nor changed: its weights, names, state dict and flags stay, and after `remove` no hook is left. While
+  the teacher is node 0, nothing is added. It is the fake score's network with its adapters switched off
+  (`switched_off`), where peft computes the base alone, as in `with model.disable_adapter():`; or a network of another
+  size than the fake score (`beside`), to which a recording fits the LoRA.
 
 A position between two nodes interpolates A and B, as `lora` says, so that a path means the same to every teacher.
 """
@@ -9,53 +14,28 @@ A position between two nodes interpolates A and B, as `lora` says, so that a pat
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from disback_plugin.errors import MismatchError, RoleError, StateError
 from disback_plugin.weights import lora
-from disback_plugin.weights.added_lora import check_not_compiled, switched_off
+from disback_plugin.weights.lora import CONVOLUTIONS, LoraLayer
 from disback_plugin.weights.marks import weights_checksum
-from disback_plugin.weights.modules import roots_of
-from disback_plugin.weights.network import ScoreNetwork
-from disback_plugin.weights.sharding import FullState, Weight, increment_versions, part_of
+from disback_plugin.weights.modules import WeightTable, is_compiled, named_modules, roots_of
+from disback_plugin.weights.network import Network, ScoreNetwork
+from disback_plugin.weights.sharding import FullState, Weight, increment_versions, local_tensor, part_of
 from disback_plugin.weights.tensors import Source, pieces
 
 # Layers whose adapter is W + s B A, or its transpose. FSDP2 makes subclasses; layers of quantised bases are others.
 KINDS = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d"}
-
-
-def trained_adapter(network: Any, trained: set[int] | None) -> str | None:
-    """Return the name of the LoRA adapter of a fake score that is trained; None if there is none.
-
-    Args:
-        network: The fake score; a `ScoreNetwork` of an adapter is that adapter.
-        trained: The ids of the parameters that its optimizers step; None for those that require gradients.
-
-    Raises:
-        RoleError: If there are several.
-    """
-    if isinstance(network, ScoreNetwork) and network.lora_adapter is not None:
-        return network.lora_adapter
-    names = {
-        match[1]
-        for root in roots_of(network)
-        for name, parameter in root.named_parameters()
-        if (match := re.search(r"(?:^|\.)lora_(?:embedding_)?[AB]\.([^.]+)", name))
-        and parameter.requires_grad
-        and (trained is None or id(parameter) in trained)
-    }
-    if len(names) > 1:
-        raise RoleError(
-            f"a fake score with several trained LoRA adapters, {sorted(names)}",
-            expected="one",
-            cure="name it: fake_score=disback.ScoreNetwork(network, lora_adapter=NAME)",
-        )
-    return next(iter(names), None)
+# Rank of the LoRA of a teacher of another size than the fake score; its scale is 1.
+RANK = 32
 
 
 def pair(teacher: Any, fake_score: Any, lora_adapter: str, *, live: bool) -> tuple[ScoreNetwork, ScoreNetwork]:
@@ -70,10 +50,9 @@ def pair(teacher: Any, fake_score: Any, lora_adapter: str, *, live: bool) -> tup
     Raises:
         RoleError: If both are one network and the caller installs no hooks, or the network is compiled.
     """
-    if isinstance(fake_score, ScoreNetwork):
-        adapter = ScoreNetwork.of(fake_score, role="fake score")
-    else:
-        adapter = ScoreNetwork(fake_score, lora_adapter=lora_adapter, role="fake score")
+    if not isinstance(fake_score, ScoreNetwork):
+        fake_score = ScoreNetwork(fake_score, lora_adapter=lora_adapter, role="fake score")
+    adapter = ScoreNetwork.of(fake_score, role="fake score")
     if adapter.lora_adapter is None:
         adapter.select_adapter(lora_adapter)
     if set(map(id, roots_of(teacher))) == set(map(id, roots_of(fake_score))):
@@ -87,6 +66,128 @@ def pair(teacher: Any, fake_score: Any, lora_adapter: str, *, live: bool) -> tup
     # The base may have further modules, as a discriminator's head, which training changes.
     adapter.select_adapter(lora_adapter, {name for name, _ in whole.named_tensors()})
     return MergedTeacher(whole, adapter), adapter
+
+
+def check_not_compiled(network: Network) -> None:
+    """Raise RoleError if a network is compiled: its graph would not see the hooks.
+
+    Args:
+        network: The network, as it was passed.
+    """
+    parts = network.modules() if isinstance(network, ScoreNetwork) else network
+    if any(map(is_compiled, parts.values() if isinstance(parts, Mapping) else [parts])):
+        raise RoleError(
+            "a compiled teacher to whose layers a LoRA is added",
+            expected="a teacher whose forwards call hooks",
+            cure="compile it after attach(), or not at all",
+        )
+
+
+class AddedLora(ScoreNetwork):
+    """The LoRA beside a network, as the teacher's weights.
+
+    Args:
+        network: The network, of which nothing is written.
+        layers: The LoRA on each layer, by the layer's name with a dot.
+        identity: Names that identify the network, for a path.
+    """
+
+    def __init__(self, network: ScoreNetwork, layers: Mapping[str, LoraLayer], identity: list[str]) -> None:
+        vars(self).update(vars(network))
+        self.role, self.lora_adapter, self.layers = "teacher", "teacher", layers
+        self._matrices = list(chain.from_iterable(layer.matrices(name) for name, layer in layers.items()))
+        select = lambda modules: self._matrices  # noqa: E731
+        self._enumerate = partial(WeightTable, {"": nn.Module()}, [], select=select, names=identity)
+        self._table = self._enumerate(self.role)
+        self._set_trainable(False)
+        self._switch, self._hooks = {"active": False}, list[Any]()  # shared by the copies that ScoreNetwork.of makes
+        self.load_state_dict(lora.neutral_state(self._weights()))
+        self._node_0 = self.checksum()
+
+    def write(self, source: Source, *, keep_finer: bool = False) -> str:
+        """Write a source into the LoRA, in place; from then on it is added, unless it is node 0's."""
+        found = super().write(source, keep_finer=keep_finer)
+        self._switch["active"] = found != self._node_0
+        return found
+
+    def first_parameter(self) -> Tensor:
+        """Return the network's own first parameter: two handles must not add to one network."""
+        parameters = (parameter for root in self._roots.values() for parameter in root.parameters())
+        return next(parameters, super().first_parameter())
+
+    def install(self) -> None:
+        """Install the hooks."""
+        for layer in self.layers.values():
+            hook = partial(layer.add, self._switch)
+            self._hooks.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @contextmanager
+    def training(self) -> Iterator[Any]:
+        """Yield the network as it was passed; inside, its LoRA is trainable and added.
+
+        Outside, nothing is added until a `write`.
+        """
+        modes = [(module, module.training) for root in self._roots.values() for module in root.modules()]
+        self._switch["active"] = True
+        self._set_trainable(True)
+        try:
+            for module, _ in modes:
+                module.training = False  # its running statistics stay
+            yield self.running
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            self._set_trainable(False)
+            self._switch["active"] = False
+
+    def _set_trainable(self, value: bool) -> None:
+        for _, module in self._matrices:
+            module.requires_grad_(value).zero_grad()
+
+
+def switched_off(adapter: ScoreNetwork, device: torch.device | None = None) -> AddedLora:
+    """Return the teacher that is the fake score's network with all adapters switched off.
+
+    Args:
+        adapter: The fake score, a LoRA adapter.
+        device: The device of the teacher's LoRA, until a layer runs on another; None for the adapter's.
+    """
+    layers, name = dict[str, LoraLayer](), str(adapter.lora_adapter)
+    for prefix, root in adapter.modules().items():
+        for at, layer in lora.adapter_layers(root, name, "fake score"):
+            embeds = name in layer.lora_embedding_A
+            like = local_tensor(layer.lora_embedding_A[name] if embeds else layer.lora_A[name].weight)
+            bias, place = not embeds and layer.lora_B[name].bias is not None, device or like.device
+            layers[f"{prefix}{at}"] = LoraLayer(layer, layer.r[name], layer.scaling[name], like.dtype, place, bias=bias)
+    return AddedLora(adapter, layers, [name for name, tensor in adapter.named_tensors() if "on base " in name])
+
+
+def beside(teacher: ScoreNetwork) -> AddedLora:
+    """Return a whole teacher as one whose nodes are adapters on all its linear and ungrouped convolution layers.
+
+    Args:
+        teacher: The teacher.
+    """
+    layers, identity = dict[str, LoraLayer](), []
+    for prefix, root in teacher.modules().items():
+        identity.append(f"{prefix}on base {lora.base_checksum(root)}")
+        for name, module in named_modules(root, prefix):
+            # Attention of torch.nn reads the weights of such a layer, and does not call it.
+            read = type(module).__name__ == "NonDynamicallyQuantizableLinear"
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and getattr(module, "groups", 1) == 1 and not read:
+                layers[name] = LoraLayer(
+                    module, RANK, 1.0, torch.get_default_dtype(), local_tensor(module.weight).device
+                )
+    if not layers:
+        found = "a teacher of another architecture than the fake score, without linear or convolution layers"
+        cure = "record with a copy of the teacher: disback.record(teacher, sample=..., loss=...)"
+        raise RoleError(found, expected="layers that a LoRA can be added to", cure=cure)
+    return AddedLora(teacher, layers, identity)
 
 
 class MergedTeacher(ScoreNetwork):
