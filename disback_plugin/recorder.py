@@ -257,7 +257,7 @@ class Recorder:
         if iteration == 1 and known.fitted is None and self.learning_rate_factor != known.learning_rate_factor:
             self.path.update_manifest(learning_rate_factor=self.learning_rate_factor)
         self._decide(iteration)
-        due = self.path.manifest.due(iteration)
+        due = iteration == self.path.manifest.due_iteration(len(self.path))
         if due:
             self._save_node(iteration)
         self.progress.recorded = iteration  # only now: a node that could not be written is due again

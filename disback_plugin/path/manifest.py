@@ -191,17 +191,13 @@ class Manifest:
         """N, the index of the last node."""
         return -(-self.iterations // self.recording.every)
 
-    def due(self, iteration: int) -> bool:
-        """Return whether a node is saved after this iteration.
+    def due_iteration(self, index: int) -> int:
+        """Return the iteration after which node `index` in [1, N] is saved.
 
         Example:
-            >>> Manifest(Teacher("", ""), Recording(25, 10), ended=12).due(12)
-            True
+            >>> Manifest(Teacher("", ""), Recording(25, 10), ended=12).due_iteration(2)
+            12
         """
-        return iteration == self.iterations or (iteration < self.iterations and iteration % self.recording.every == 0)
-
-    def due_iteration(self, index: int) -> int:
-        """Return the iteration after which node `index` in [1, N] is saved."""
         return min(index * self.recording.every, self.iterations)
 
     @property
