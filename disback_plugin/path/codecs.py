@@ -56,7 +56,8 @@ def encode_int8(value: Tensor, previous: Tensor) -> dict[str, Tensor]:
     """Return the difference of two tensors as integers and the scale of each block.
 
     Args:
-        value: Weights of the node, flat, on the CPU, shape (n,); finite, of at most 32 bits.
+        value: Weights of the node, flat, on the CPU, shape (n,); floating, of at most 32 bits. Where a
+            difference is not finite, the decoded tensor is not finite either.
         previous: Weights of the node before as they are decoded, of the same dtype, shape (n,).
 
     Returns:
@@ -96,18 +97,6 @@ def decode_int8(q: Tensor, scale: Tensor, previous: Tensor, start: int, out: Ten
         torch.addcmul(before[whole:], steps[whole:], factor[-1], out=total[whole:])
     if total is not out:
         out.copy_(total)
-
-
-def fits_int8(value: Tensor, previous: Tensor) -> bool:
-    """Return whether `encode_int8` can hold a tensor: a float of at most 32 bits at a finite difference.
-
-    Example:
-        >>> fits_int8(torch.ones(2), torch.zeros(2)), fits_int8(torch.ones(2).long(), torch.zeros(2).long())
-        (True, False)
-    """
-    if not value.is_floating_point() or value.element_size() > 4:
-        return False
-    return all((value[a:b].float() - previous[a:b].float()).abs().amax().isfinite() for a, b in pieces(len(value)))
 
 
 def equal_bits(value: Tensor, previous: Tensor) -> bool:

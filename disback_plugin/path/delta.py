@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from disback_plugin.errors import TrainingError
-from disback_plugin.path.codecs import Delta, Entry, decode_int8, encode_int8, equal_bits, fits_int8
+from disback_plugin.path.codecs import Delta, Entry, decode_int8, encode_int8, equal_bits
 from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Checksum, TensorMeta, host_tensor, pieces
 
@@ -78,13 +78,13 @@ def _encode_tensor(
     """Return how a flat tensor is stored: its code, its parts, the decoded tensor, and the squared error of that."""
     if codec == "int8" and equal_bits(value, before):
         return "same", {}, value, 0.0
-    if codec == "int8" and not whole and fits_int8(value, before):
+    if codec == "int8" and not whole and value.is_floating_point() and value.element_size() <= 4:
         made = encode_int8(value, before)
         decoded = host_tensor(len(value), value.dtype)
         for start, stop in pieces(len(value)):
             decode_int8(made["q"], made["scale"], before[start:stop], start, decoded[start:stop])
         error = _squared_distance(value, decoded)
-        if math.isfinite(error):
+        if math.isfinite(error):  # else a difference is not, or the tensor's dtype cannot hold what was decoded
             return "int8", {f"|{part}": tensor for part, tensor in made.items()}, decoded, error
     return "plain", {}, value, 0.0
 

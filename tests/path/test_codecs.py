@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disback_plugin.path.codecs import BLOCK, LEVELS, decode_int8, encode_int8, equal_bits, fits_int8
+from disback_plugin.path.codecs import BLOCK, LEVELS, decode_int8, encode_int8, equal_bits
 from disback_plugin.weights.tensors import PIECE, pieces
 
 LENGTHS = st.sampled_from([0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3])
@@ -87,22 +86,6 @@ def test_half_precision_is_decoded_in_float32_and_cast_once():
 def test_int8_takes_a_quarter_of_float32():
     value, previous = pair(1 << 16, torch.float32, 0)
     assert 4 * len(value) / sum(part.nbytes for part in encode(value, previous).values()) >= 3.9
-
-
-@pytest.mark.parametrize(
-    ("value", "previous", "fits"),
-    [
-        (torch.zeros(3), -torch.zeros(3), True),
-        (torch.ones(3), torch.zeros(3), True),
-        (torch.ones(3).long(), torch.zeros(3).long(), False),
-        (torch.ones(3).double(), torch.zeros(3).double(), False),
-        (torch.ones(3).to(torch.complex64), torch.zeros(3).to(torch.complex64), False),
-        (torch.tensor([float("-inf"), 1.0]), torch.tensor([float("-inf"), 2.0]), False),
-        (torch.tensor([True]), torch.tensor([False]), False),
-    ],
-)
-def test_int8_holds_finite_floats_of_at_most_32_bits(value, previous, fits):
-    assert fits_int8(value, previous) == fits
 
 
 def test_equality_is_that_of_bits():

@@ -200,11 +200,13 @@ def test_exact_stores_the_whole_state_dict_and_nothing_else():
 def test_int8_stores_whole_what_it_cannot_hold_and_what_it_is_told_to():
     teacher = {
         "w": torch.zeros(300), "buffer": torch.zeros(3), "count": torch.tensor(0), "wide": torch.zeros(2).double(),
-        "mask": torch.tensor([0.0, -torch.inf]), "still": torch.ones(3),
+        "mask": torch.tensor([0.0, -torch.inf]), "still": torch.ones(3), "bool": torch.tensor([False]),
+        "far": torch.full((2,), -3e38),
     }  # fmt: skip
     state = {name: tensor + 1 for name, tensor in teacher.items()} | {"still": torch.ones(3)}
+    state |= {"bool": torch.tensor([True]), "far": torch.full((2,), 3e38)}
     delta = encode("int8", state, NodeSource(teacher), exactly={"buffer", "still"})[0]
-    whole = {"buffer", "count", "wide", "mask"}
+    whole = {"buffer", "count", "wide", "mask", "bool", "far"}
     assert {name: entry.code for name, entry in delta.entries.items()} == {
         "w": "int8", "still": "same", **dict.fromkeys(whole, "plain"),
     }  # fmt: skip
