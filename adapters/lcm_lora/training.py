@@ -26,7 +26,7 @@ from disback_adapters.lcm_lora.pipelines import Denoiser, load
 from disback_adapters.lcm_lora.roles import LOSSES, SUMMED, Options, assign_roles, noised
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam
 from torchvision.utils import make_grid, save_image
 
@@ -71,10 +71,10 @@ class Trainer:
         if self.prompts < 1:
             found = f"--evaluate_count {held_out} of {self.embeddings.count} prompts"
             raise OptionError(found, expected="prompts to train on, too", cure="add prompts, or lower --evaluate_count")
-        self.weights, self.fake_score_weights = self.student.trainable(), self.fake_score.trainable()
+        self.weights = self.student.trainable()
         self.optimizer, self.fake_score_optimizer = self.accelerator.prepare(
             Adam(self.weights, lr=options.learning_rate),
-            Adam(self.fake_score_weights, lr=options.fake_score_learning_rate),
+            Adam(self.fake_score.trainable(), lr=options.fake_score_learning_rate),
         )
         self.accelerator.register_for_checkpointing(self.student.weights, self.fake_score.weights)
         self.ema = EMAModel(self.weights, decay=options.ema_decay) if options.ema_decay else None
@@ -132,7 +132,7 @@ class Trainer:
         with self.accelerator.autocast():
             output = self.fake_score(x_t, t, conditions)
         loss = kernels.denoising(output, x, eps, prediction=self.teacher.prediction, **at_t)
-        self._step(loss, self.fake_score, self.fake_score_optimizer, self.fake_score_weights)
+        self._step(loss, self.fake_score, self.fake_score_optimizer)
         return loss.detach()
 
     def update_generator(self) -> Tensor:
@@ -147,7 +147,7 @@ class Trainer:
             real, guidance = self.run_teacher(x_t, t, conditions)
         loss = getattr(kernels, name)(x, real, fake, guidance=guidance, **options)
         clip = CLIP * (x[0].numel() if name in SUMMED else 1)
-        self._step(loss, self.student, self.optimizer, self.weights, clip)
+        self._step(loss, self.student, self.optimizer, clip)
         return loss.detach()
 
     def run_teacher(self, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, float | None]:
@@ -159,9 +159,8 @@ class Trainer:
         both = {name: torch.cat([null[name].to(own).expand_as(own), own]) for name, own in conditions.items()}
         return self.teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both), guidance
 
-    def _step(
-        self, loss: Tensor, role: Denoiser, optimizer: Any, weights: list[nn.Parameter], clip: float = CLIP
-    ) -> None:
+    def _step(self, loss: Tensor, role: Denoiser, optimizer: Any, clip: float = CLIP) -> None:
+        weights = optimizer.param_groups[0]["params"]
         optimizer.zero_grad()
         with role.activated():  # gradient checkpointing runs the forward again
             self.accelerator.backward(loss)

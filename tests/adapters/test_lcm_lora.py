@@ -198,7 +198,8 @@ def test_the_teachers_own_samples_are_those_of_its_pipeline(teachers, tmp_path, 
 
 def test_in_bfloat16_the_frozen_weights_are_and_the_trained_are_not(teachers, tmp_path):
     trainer = train(options(teachers["sd15"], tmp_path, mixed_precision="bf16", steps=1))
-    optimized = {id(weight) for weight in (*trainer.weights, *trainer.fake_score_weights)}
+    optimizers = (trainer.optimizer, trainer.fake_score_optimizer)
+    optimized = {id(weight) for optimizer in optimizers for weight in optimizer.param_groups[0]["params"]}
     named = trainer.pipeline.unet.named_parameters()
     kinds = {(id(p) in optimized, p.dtype) for n, p in named if ".teacher." not in n}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
