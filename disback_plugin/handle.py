@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from disback_plugin import distributed
-from disback_plugin._text_table import aligned
 from disback_plugin.convergence import DivergenceMonitor, FitDetector
 from disback_plugin.errors import StateError
 from disback_plugin.loop.optimizer_hooks import IN_USE
@@ -52,8 +51,9 @@ class Handle:
         """Return a handle of each loop that is attached in this process, as where the result of `attach` was not kept.
 
         Example:
-            >>> for handle in Handle.attached():
-            ...     handle.detach()
+            >>> def detach_all() -> None:
+            ...     for handle in Handle.attached():
+            ...         handle.detach()
         """
         return [cls(session) for session in dict.fromkeys(IN_USE.values())]
 
@@ -191,6 +191,8 @@ class Handle:
 
 def describe(session: Session) -> str:
     """Return where a session stands, its networks, and the events of its run, for people."""
+    from disback_plugin._text_table import aligned  # attaching does without
+
     progress, schedule, stages = session.progress, session.schedule, []
     manifest = None if session.path is None else session.path.manifest
     if session.scheduler is not None:

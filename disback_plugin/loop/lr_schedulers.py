@@ -184,27 +184,27 @@ class RestorableObjects:
     def _schedulers(self) -> list[LRScheduler]:
         """Return the schedulers of the optimizers; of a scheduler that drives others, only itself."""
         given = {id(inner) for item in self._objects for inner in (item, getattr(item, "scheduler", None))}
-        schedulers = self._search(given)
-        alive = [own for each in self._optimizers if (own := each()) is not None]
-        patched = [hasattr(own.step, "_wrapped_by_lr_sched") for own in alive]
-        if gc.get_freeze_count() and sum(patched) > len({id(each.optimizer) for each in schedulers}):
+
+        def search() -> list[LRScheduler]:
+            return [
+                item
+                for item in gc.get_objects()  # an optimizer does not know its schedulers
+                if issubclass(type(item), LRScheduler)  # isinstance would also accept a proxy
+                and id(item) not in given
+                and self._index_of(getattr(item, "optimizer", None)) is not None
+            ]
+
+        schedulers = search()
+        patched = [each for each in self._optimizers if hasattr(getattr(each(), "step", None), "_wrapped_by_lr_sched")]
+        if gc.get_freeze_count() and len(patched) > len({id(each.optimizer) for each in schedulers}):
             gc.unfreeze()  # the search does not see frozen objects
             gc.collect()  # what dies later, while it is frozen again, stays for ever
             try:
-                schedulers = self._search(given)
+                schedulers = search()
             finally:
                 gc.freeze()
         driven = {id(inner) for item in schedulers for inner in getattr(item, "_schedulers", ())}
         return [item for item in schedulers if id(item) not in driven]
-
-    def _search(self, given: set[int]) -> list[LRScheduler]:
-        return [
-            item
-            for item in gc.get_objects()  # an optimizer does not know its schedulers
-            if issubclass(type(item), LRScheduler)  # isinstance would also accept a proxy
-            and id(item) not in given
-            and self._index_of(getattr(item, "optimizer", None)) is not None
-        ]
 
     def _index_of(self, optimizer: object) -> int | None:
         inner = innermost(optimizer)
