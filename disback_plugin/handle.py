@@ -202,7 +202,7 @@ def describe(session: Session) -> str:
     nodes = "no path" if session.path is None else f"N = {session.path.manifest.last_node}, {session.path.folder}"
     rows, phase = timeline(progress, stages, manifest), progress.phase.value
     if session.detached:
-        rows, phase = [("", *row[1:]) for row in rows], "detached"
+        rows, phase = [("", *row[1:]) for row in rows], f"{phase}, detached"
     return (
         f"<disback {phase}: position {session.position:g} ({nodes}), {schedule!r}, "
         f"{progress.generator_updates} generator updates, {progress.fake_score_updates} fake-score updates>\n"

@@ -96,7 +96,7 @@ def test_a_detached_handle_says_so_and_shows_no_present_event(tmp_path, steps, s
         run.steps(steps)
         assert lines(handle)[0].startswith(f"<disback {handle.phase}: ")
         assert "->" in repr(handle)
-    assert lines(handle)[0].startswith("<disback detached: position 0 (")
+    assert lines(handle)[0].startswith(f"<disback {handle.phase}, detached: position 0 (")
     assert lines(handle)[-1 if steps > 6 else 4].startswith(shown)
     assert "->" not in repr(handle)
 
