@@ -292,9 +292,7 @@ class Recorder:
         distributed.agree({"path": self.path.identity, "recording_iteration": iteration})
         training = None if self._training is None else self._training() | {"fit": self.fit.to_tensor()}
         before = time.perf_counter()
-        self.path.append(
-            self.network.full_state(), iteration=iteration, exactly=self.network.buffer_names(), training=training
-        )
+        self.path.append(self.network.full_state(), iteration=iteration, training=training)
         self._seconds.append(time.perf_counter() - before)
         logger.info("recorded node %d at iteration %d", len(self.path) - 1, iteration)
 

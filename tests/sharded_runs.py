@@ -47,6 +47,11 @@ def moved(state, seed):
     return made
 
 
+def as_parameters(state):
+    """The state with parameters for all tensors but buffers, which are stored whole."""
+    return {n: t if "running" in n or "num" in n else nn.Parameter(t, requires_grad=False) for n, t in state.items()}
+
+
 def write_path(folder, codec):
     """Record three nodes of the network without any process group; the path is node by node the same everywhere."""
     state = clone(ScoreNetwork(net()).state_dict())
@@ -54,7 +59,7 @@ def write_path(folder, codec):
     path = DegradationPath.create(folder, state, Recording(3, 1, codec))
     for iteration in (1, 2, 3):
         state = moved(state, iteration)
-        path.append(state, iteration=iteration, exactly={n for n in state if "running" in n or "num" in n})
+        path.append(as_parameters(state), iteration=iteration)
     path.finish()
     return path
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -215,19 +215,14 @@ class DegradationPath(
         self._update(write, state)
 
     def append(
-        self,
-        state: Mapping[str, Tensor],
-        *,
-        iteration: int,
-        exactly: Collection[str] = (),
-        training: Mapping[str, Tensor] | None = None,
+        self, state: Mapping[str, Tensor], *, iteration: int, training: Mapping[str, Tensor] | None = None
     ) -> None:
         """Add the next node.
 
         Args:
-            state: All weights of s'_i, under canonical names. All ranks must call, if there are several.
+            state: All weights of s'_i, under canonical names. Where some are parameters, the others, as running
+                statistics, are stored whole. All ranks must call, if there are several.
             iteration: Updates of s' before this node, more than before the last one.
-            exactly: Names of tensors that are stored whole, whatever the codec: those of buffers.
             training: What a recording needs to go on from here bit for bit (`training_state` returns it), kept until
                 the next node or the end.
 
@@ -245,7 +240,7 @@ class DegradationPath(
             )
 
         def write() -> dict[str, Any]:
-            delta, measured = encode(known.recording.codec, whole, self._node(index - 1), exactly=exactly)
+            delta, measured = encode(known.recording.codec, whole, self._node(index - 1))
             file = self.folder / files.node_file(index)
             listed = files.write_tensors(file, delta.parts, metadata=delta.metadata())
             if training is not None:

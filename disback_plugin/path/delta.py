@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,21 +20,16 @@ from disback_plugin.weights.sharding import FullState
 from disback_plugin.weights.tensors import Checksum, TensorMeta, host_tensor, pieces
 
 
-def encode(
-    codec: str,
-    state: Mapping[str, Tensor],
-    previous: NodeSource,
-    *,
-    exactly: Collection[str] = (),
-) -> tuple[Delta, dict[str, Any]]:
+def encode(codec: str, state: Mapping[str, Tensor], previous: NodeSource) -> tuple[Delta, dict[str, Any]]:
     """Encode a network's weights as the node after `previous`, one tensor at a time.
+
+    Under "int8" too some tensors are stored whole: buffers, as running statistics, whose signs matter; those that
+    overlap others in memory; and those that would not be finite once decoded.
 
     Args:
         codec: "int8" or "exact".
         state: All weights of s'_i, under canonical names.
         previous: Node i - 1.
-        exactly: Names of tensors that are stored whole under "int8" too: running statistics, whose signs matter. So are
-            tensors that overlap others in memory, and those that would not be finite once decoded.
 
     Returns:
         The content of the node's file, and what the manifest says of it: codec, delta_norm, checksum, recorded and
@@ -51,7 +46,7 @@ def encode(
     for name in state.own():
         value, before = state.flat(name), previous.flat(name)
         moved += _squared_distance(value, before)
-        whole = name in exactly or name in overlapping
+        whole = name in state.buffers or name in overlapping
         code, made, decoded, error = _encode_tensor(codec, value, before.to(value.dtype), whole)
         lost += error
         entries[name] = Entry(code, TensorMeta(value.dtype, state.layout[name].shape))

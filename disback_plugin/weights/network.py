@@ -200,10 +200,6 @@ class ScoreNetwork:
         slots = slots or [slot for slot in self._table.slots if isinstance(slot[2], Tensor)]
         return slots[:: -(-len(slots) // count)] if slots else []
 
-    def buffer_names(self) -> set[str]:
-        """Return the canonical names of the persistent buffers: running statistics, filters, counters."""
-        return {weight.name for weight in self._weights() if not weight.is_parameter}
-
     @property
     def sharded(self) -> bool:
         """Whether the network is distributed over ranks, or managed by FSDP1, so that no rank can run a copy of it."""

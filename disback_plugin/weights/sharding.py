@@ -258,7 +258,7 @@ class FullState(Mapping[str, Tensor]):
         layout: Dtype and shape of each tensor.
         aliases: {name: first name} of tensors that are tied to another.
         sharded: Whether some tensors are distributed over ranks.
-        buffers: Names of the tensors that are no parameters, where some are.
+        buffers: Names of the tensors that are no parameters, where some are: running statistics, filters, counters.
 
     Example:
         >>> w = torch.zeros(2)

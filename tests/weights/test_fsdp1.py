@@ -102,7 +102,7 @@ def recorded(form, folder):
     path = DegradationPath.create(folder, role.full_state(), Recording(3, 1, "int8"))
     for iteration in (1, 2, 3):
         role.load_state_dict(state)
-        path.append(role.full_state(), iteration=iteration, exactly=role.buffer_names())
+        path.append(role.full_state(), iteration=iteration)
         state = moved(state, iteration)
     path.finish()
 

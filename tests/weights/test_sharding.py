@@ -169,7 +169,7 @@ def recorded(form, folder, codec):
     path = DegradationPath.create(folder, role.full_state(), Recording(3, 1, codec))
     for iteration in (1, 2, 3):
         role.load_state_dict(state)
-        path.append(role.full_state(), iteration=iteration, exactly=role.buffer_names())
+        path.append(role.full_state(), iteration=iteration)
         state = moved(state, iteration)
     path.finish()
     return len(path)
