@@ -59,12 +59,11 @@ class Nursery:
 def returned(results):
     """Return what the ranks returned; fail with the trace of the first that raised."""
     for result in results:
-        failed = isinstance(result, dict) and "error" in result
-        if failed and "'Stream' object has no attribute 'record_event'" in result["error"]:
+        if "'Stream' object has no attribute 'record_event'" in json.dumps(result):
             import pytest  # not where the ranks are forked
 
             pytest.skip("fully_shard runs on a CPU from torch 2.7 on")
-        assert not failed, result.get("trace", result)
+        assert not (isinstance(result, dict) and "error" in result), result.get("trace", result)
     return results
 
 

@@ -325,8 +325,11 @@ class DegradationPath(
                 files.copy(self.folder / entry.file, save_directory / entry.file)
         self.manifest.write(save_directory)
 
-    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
-        """Return the model card: teacher, nodes, codec and errors, and how to use the path."""
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """Return the model card: teacher, nodes, codec and errors, and how to use the path.
+
+        `args` and `kwargs` are what the hub's mixin passes to a card's template; this template needs none of it.
+        """
         return super().generate_model_card(manifest=self.manifest, version=FORMAT)
 
 
