@@ -29,7 +29,6 @@ from disback_plugin.schedules import Schedule, parse
 from disback_plugin.session import Session
 from disback_plugin.weights.network import Network
 from disback_plugin.weights.sharding import FullState
-from disback_plugin.weights.tensors import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +256,7 @@ def _open(session: Session, folder: Path, plan: Recording, *, resumes: bool) -> 
     student = None
     if not resumes:
         weights = enumerate(parameters(session.generator_optimizers))
-        state = FullState({str(index): weight for index, weight in weights})
-        student = distributed.on_main_process(lambda: fingerprint(state), state)
+        student = FullState({str(index): weight for index, weight in weights}).fingerprint()
     validate = session.schedule.validate
     path = open_or_create(folder, session.teacher, plan, generator=student, validate=validate, resumes=resumes)
     if not resumes:
