@@ -6,7 +6,7 @@ Every k-th element of the weights or gradients is enough to compare them with th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class WeightSample:
 
     def weights(self) -> Tensor:
         """Return the sampled weights, shape (elements,), float32 on the first weight's device."""
-        return self._draw(lambda weight: weight)
+        return self._draw([weight for weight, _, _ in self.parts])
 
     def gradients(self, idle: Set[int]) -> tuple[Tensor, Tensor | None]:
         """Return the sampled gradients, and which of them are of weights that took part.
@@ -65,16 +65,13 @@ class WeightSample:
             The sample, in which a missing or sparse gradient is zero; and a sample of ones and zeros, 1 where there is
             a gradient, or None if that is everywhere.
         """
-
-        def gradient(weight: Tensor) -> Tensor | None:
-            found = None if id(weight) in idle else weight.grad
-            return found if found is not None and found.layout is torch.strided else None
-
-        sample = self._draw(gradient)
-        if all(gradient(weight) is not None for weight, _, _ in self.parts):
+        held = [None if id(weight) in idle else weight.grad for weight, _, _ in self.parts]
+        gradients = [None if grad is None or grad.layout is not torch.strided else grad for grad in held]
+        sample, counts = self._draw(gradients), [count for _, _, count in self.parts]
+        if all(grad is not None for grad in gradients):
             return sample, None
-        taking_part = [sample.new_full((n,), float(gradient(weight) is not None)) for weight, _, n in self.parts]
-        return sample, torch.cat(taking_part) if taking_part else None
+        pairs = zip(gradients, counts, strict=True)
+        return sample, torch.cat([sample.new_full((count,), float(grad is not None)) for grad, count in pairs])
 
     @classmethod
     def of(cls, network: ScoreNetwork) -> WeightSample:
@@ -82,14 +79,11 @@ class WeightSample:
         return cls(tensor for _, tensor in network.named_tensors() if isinstance(tensor, nn.Parameter))
 
     @torch.no_grad()
-    def _draw(self, values_of: Callable[[Tensor], Tensor | None]) -> Tensor:
-        drawn = []
-        for weight, first, count in self.parts:
-            values = values_of(weight)
-            if values is None:
-                drawn.append(torch.zeros(count, device=weight.device))
-            else:
-                drawn.append(_flat(values)[first :: self._stride].float())
+    def _draw(self, values: Sequence[Tensor | None]) -> Tensor:
+        drawn = [
+            torch.zeros(count, device=weight.device) if value is None else _flat(value)[first :: self._stride].float()
+            for value, (weight, first, count) in zip(values, self.parts, strict=True)
+        ]
         return torch.cat([part.to(drawn[0].device) for part in drawn]) if drawn else torch.zeros(0)
 
 
