@@ -194,8 +194,8 @@ class MergedTeacher(ScoreNetwork):
     """A whole teacher whose nodes are LoRA adapters of another network on an equal base, which no optimizer steps.
 
     The base is the memory from which node 0 is restored, so it has to stay as it is; the teacher's other weights, and
-    its buffers, are never written. Where FSDP cuts the two networks at other places, as FSDP1 does, each rank keeps the
-    base's values of its part of the teacher on the host.
+    its buffers, are never written. A node's A and B are read into memory of the host. Where FSDP cuts the two networks
+    at other places, as FSDP1 does, each rank keeps the base's values of its part of the teacher there, too.
 
     Args:
         teacher: The teacher.
@@ -231,6 +231,7 @@ class MergedTeacher(ScoreNetwork):
                 found = f"{weight.name} of the teacher, cut along dimension {part.dim}"
                 cure = "shard it along dimension 0 (fully_shard), or not at all"
                 raise RoleError(found, expected="a teacher cut along dimension 0", cure=cure)
+        self._targets = {weight.name for weight, *_ in self._changes()}
         self._base = self._base_checksum()
 
     # -- what a path sees: the adapter ---------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ class MergedTeacher(ScoreNetwork):
             for local, base, delta in self._merged():
                 local.copy_(base if delta is None else base.double() + delta)
                 unchanged = unchanged and delta is None
-        increment_versions([weight for weight, *_ in self._changes()])
+        increment_versions(weight for weight in self._weights() if weight.name in self._targets)
         if unchanged and self._base_checksum() != self._base:
             what = f"the base of LoRA adapter {self._adapter.lora_adapter!r} that somebody has written since attach()"
             cure = "freeze the base and do not merge adapters into it; reload the teacher, and start in another folder"
@@ -335,7 +336,7 @@ class MergedTeacher(ScoreNetwork):
     def _base_checksum(self) -> str:
         """Return the checksum of what this rank holds of the base's weights under the adapter."""
         base = self._base_weights()
-        return weights_checksum([base[weight.name] for weight, *_ in self._changes()], alone=True)
+        return weights_checksum([base[name] for name in self._targets], alone=True)
 
 
 _COPY = (
