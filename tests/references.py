@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from disback_plugin.noise import add_noise
 from disback_plugin.prediction import Prediction, convert
 
+LOSSES = ["diff_instruct", "vsd", "dmd", "sid", "denoising"]
 # The generator losses that read the noise: their normaliser compares the teacher with the target.
 READ_EPS = ("dmd", "sid")
 
@@ -80,3 +81,17 @@ def frames(draw):
 
 def relative_error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def value_and_gradients(loss, name, kind, batch, shape=(3, 8, 8), dtype=torch.float32, seed=0, **options):
+    """Value and gradients of one call."""
+    stream = torch.Generator().manual_seed(seed)
+    x, real, fake, eps = (torch.randn(batch, *shape, generator=stream).to(dtype).requires_grad_() for _ in range(4))
+    sigma = torch.rand(batch, 1, 1, 1, generator=stream) * 0.8 + 0.1
+    options |= {"alpha": (1 - sigma**2).sqrt(), "sigma": sigma, "prediction": kind}
+    if name == "denoising":
+        value = loss(real, x, eps.detach(), **options)
+    else:
+        value = loss(x, real, fake, **noise_of(name, eps.detach()), **options)
+    value.backward()
+    return [value.detach(), *(t.grad for t in (x, real, fake) if t.grad is not None)]

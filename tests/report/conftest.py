@@ -1,0 +1,14 @@
+"""Two logs that have everything that a log can have."""
+
+from __future__ import annotations
+
+import pytest
+from logs import a_log
+
+from disback_plugin.plugins.log_reader import read
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return [read(a_log(folder, name, scale)) for name, scale in (("a <baseline>", 1.0), ("disback", 0.5))]
