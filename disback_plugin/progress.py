@@ -108,7 +108,11 @@ def upgrade_state(state: object) -> dict[str, Any]:
         raise StateError(f"a state of version {version}", expected=f"at most {VERSION}", cure="upgrade disback-plugin")
     if version != 1:
         return dict(state)
-    return {RENAMED.get(str(key), str(key)): value for key, value in state.items()} | {"version": VERSION}
+    present = {RENAMED.get(str(key), str(key)): value for key, value in state.items()} | {"version": VERSION}
+    if "started" in present:  # a scheduler's own state
+        phase = Phase.BACKTRACKING if present["started"] else Phase.RECORDING
+        return Progress().to_state() | {"phase": phase.value} | present
+    return present
 
 
 def validate_form(state: object) -> dict[str, Any]:

@@ -250,9 +250,6 @@ class TrajectoryScheduler:
 
         Raises StateError, and changes nothing, if keys are missing, or the state is of another path or schedule.
         """
-        if "started" in state:  # version 1
-            phase = Phase.BACKTRACKING if state["started"] else Phase.RECORDING
-            state = self.progress.to_state() | {"phase": phase.value} | dict(state)
         state = upgrade_state(state)
         validate_state(state, like=self.state_dict(), fixed=("path", "nodes"))
         validate_config(self.schedule, state["schedule"])
