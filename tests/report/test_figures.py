@@ -30,9 +30,9 @@ def test_the_panels_hold_what_the_history_holds(two):
         assert agreement.marks[i] == 8
 
 
-def test_each_curve_has_one_figure_and_one_table_with_the_numbers_of_the_log(two):
+def test_each_curve_has_one_figure_and_one_table_with_the_numbers_of_the_log(two, page_of_two):
     drawn = [panel for panel in panels(two) if panel.has_course]
-    figures = Page(page(two)).figures
+    figures = Page(page_of_two).figures
     assert [figure["svg"] for figure in figures] == [1] * len(drawn)
     titles = {figure["title"] for figure in figures}
     wanted = {
@@ -125,9 +125,9 @@ def test_a_figure_takes_its_colours_from_the_page(two):
         assert {f"var(--run-{run})" for run in panel.curves} <= set(re.findall(r"var\(--run-\d\)", text))
 
 
-def test_a_single_value_is_a_line_of_the_table_and_no_figure(two, tmp_path):
-    assert "masked samples" not in {figure["title"] for figure in Page(page(two)).figures}
-    assert re.search(r"masked samples</th><td>.*3.*</td><td>.*3.*</td>", page(two))
+def test_a_single_value_is_a_line_of_the_table_and_no_figure(page_of_two, tmp_path):
+    assert "masked samples" not in {figure["title"] for figure in Page(page_of_two).figures}
+    assert re.search(r"masked samples</th><td>.*3.*</td><td>.*3.*</td>", page_of_two)
     log = RunLog(tmp_path / "x.log.jsonl")
     log.begin("attach")
     node = {"index": 1, "iteration": 10, "bytes": 700, "delta_norm": 0.25, "weight_error": 0.004}

@@ -23,8 +23,8 @@ from disback_plugin.report.figures import compare, panels
 from disback_plugin.schedules import GradientRamp
 
 
-def test_the_page_is_well_formed_and_asks_nothing_of_a_network(two):
-    text = page(two)
+def test_the_page_is_well_formed_and_asks_nothing_of_a_network(page_of_two):
+    text = page_of_two
     parsed = Page(text)
     assert all(address.startswith(("data:", "#")) for address in parsed.addresses), parsed.addresses
     assert "://" not in text
@@ -38,14 +38,14 @@ def test_the_page_is_well_formed_and_asks_nothing_of_a_network(two):
     assert text.count("data:image/png;base64,") == 2
 
 
-def test_the_command_writes_a_page_of_a_folder_and_says_so_in_json(two, tmp_path, capsys):
+def test_the_command_writes_a_page_of_a_folder_and_says_so_in_json(two, page_of_two, tmp_path, capsys):
     folder, out = two[0].file.parent, tmp_path / "new" / "report.html"
     assert cli.main(["report", str(folder), "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["out"] == str(out)
     assert [run["run"] for run in told["runs"]] == ["a <baseline>", "disback"]
     assert told["comparison"] == compare(two)
-    assert out.read_text() == page(two)
+    assert out.read_text() == page_of_two
     assert cli.main(["report", str(two[1].file), "--out", str(out)]) == 0
     assert "1 run," in capsys.readouterr().out
 
@@ -69,12 +69,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [360, 1440])
-def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, width):
+def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(two, page_of_two, width):
     with tempfile.TemporaryDirectory() as folder:
         file, probe = Path(folder) / "report.html", "<script>document.title = innerWidth + ' ' + document."
         probe += "documentElement.scrollWidth + ' ' + document.querySelectorAll('.card svg').length</script></body>"
         frame = f"<iframe id='f' width='{width}' height='900' srcdoc='{{}}'></iframe>"
-        text = page(two).replace("</body>", probe)
+        text = page_of_two.replace("</body>", probe)
         escaped = text.replace("&", "&amp;").replace("'", "&#39;")
         script = "<script>onload = () => { document.body.dataset.seen = f.contentDocument.title }</script>"
         file.write_text(f"<!doctype html><body>{frame.format(escaped)}{script}</body>")
