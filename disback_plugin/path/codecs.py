@@ -228,15 +228,15 @@ class Delta:
             content = json.loads(metadata)
             entries = {str(name): Entry.from_json(value) for name, value in content["entries"].items()}
             aliases = {str(alias): str(name) for alias, name in content["aliases"].items()}
-            fits = all(name in entries for name in aliases.values()) and not aliases.keys() & entries.keys()
+            delta = cls(entries, aliases, parts)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise unreadable(f"{source} whose layout cannot be read ({error})") from error
         wanted = {part: meta for name, entry in entries.items() for part, meta in entry.stored(name).items()}
         found = {name: TensorMeta(part.dtype, part.shape) for name, part in parts.items()}
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        if odd or not fits:
+        odd = sorted({name for name, _ in wanted.items() ^ found.items()} | (aliases.keys() & entries.keys()))
+        if odd:
             raise damaged(f"parts {odd[:3]} that do not fit the layout in {source}", "a node")
-        return cls(entries, aliases, parts)
+        return delta
 
 
 def scratch(name: str, elements: int, dtype: torch.dtype) -> Tensor:
