@@ -9,7 +9,7 @@ and 5.0 to 5.3; a busy machine costs most there) and its EDM form in bfloat16 (2
 float32 (1.8 of 2).
 
 On a CPU a latent is limited by the kernel (a mebibyte from the third-level cache), by `backward()` and by Inductor's
-wrapper.
+wrapper. Dynamo, whose search for the compiled form takes as long as the kernel, runs once for each kind of inputs.
 
 Memory beyond the inputs, at its peak, in predictions of float32: fused 1, the gradient (SiD 3 to 4), plain 3, DMD2 15.
 """
@@ -145,8 +145,8 @@ def bench_kernels_and_peak_memory(benchmark, pair, dtype):
     for name, (count, peak) in found.items():
         benchmark.extra_info[name] = {"kernels": count, "peak": round(peak, 2)}
         print(f"{pair:9} {dtype}: {name:9} {count:3} kernels, {peak:5.2f} predictions")
-    # One of ours, two for the mean over the batch, `backward()`'s own 1.0, and for SiD the casts of gradients.
-    assert found["fused"][0] <= (7 if pair == "SiD" else 4)
+    # One of ours, `backward()`'s own 1.0, and for SiD the casts of gradients to the outputs' dtype.
+    assert found["fused"][0] <= (5 if pair == "SiD" else 2)
     assert found["fused"][1] <= (4.51 if pair == "SiD" else 1.01)
     assert found["fused"][1] <= min(found["plain"][1], found[pair][1])
 

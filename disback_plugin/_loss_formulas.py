@@ -37,6 +37,8 @@ def run_plain(formula: Formula, *inputs: object) -> tuple[Tensor, ...]:
 RUNNER: ContextVar[Callable[..., tuple[Tensor, ...]]] = ContextVar("RUNNER", default=run_plain)
 # A function that receives, for each loss, which samples were finite: a boolean tensor of shape (B,).
 FINITE_LISTENER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("FINITE_LISTENER", default=None)
+# The longest sum that inductor keeps in registers on a CPU.
+REGISTER_SUM = 4096
 
 
 # -- formulas --------------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ def difference(
     loss = _sum(g * _float(x))
     finite = loss.isfinite()
     by_x = _replace_nonfinite(g, finite, mask) / len(x)
-    return by_x, _replace_nonfinite(loss, finite, mask).flatten(), finite.flatten()
+    return by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
 
 
 def dmd(
@@ -82,7 +84,7 @@ def dmd(
         g = _replace_nonfinite(scale * d, finite, mask)
         loss = 0.5 * _mean(_times(share, g.square()))
         by_x = _times(share, g / r.numel())
-    return by_x, _replace_nonfinite(loss, finite, mask).flatten(), finite.flatten()
+    return by_x, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
 
 
 def sid(
@@ -114,14 +116,14 @@ def sid(
     if target_depends_on_x:
         gradients.append(-q * (target[2] if len(target) == 4 else 1.0) * d)
     gradients = [_replace_nonfinite(gradient, finite, mask) for gradient in gradients]
-    return *gradients, _replace_nonfinite(loss, finite, mask).flatten(), finite.flatten()
+    return *gradients, _flat(_replace_nonfinite(loss, finite, mask)), _flat(finite)
 
 
 def denoising(output: Tensor, weight: Number, *target: Tensor) -> tuple[Tensor, ...]:
     """The gradient by the output o is 2 w (o - t) / (B n), the loss of a sample is mean(w (o - t)^2)."""
     error = _float(output) - _combined(target)
     by_output = 2 * weight * error / output.numel()
-    loss = _mean(weight * error.square()).flatten()
+    loss = _flat(_mean(weight * error.square()))
     return by_output, loss, loss.isfinite()
 
 
@@ -155,11 +157,30 @@ def _float(tensor: Tensor) -> Tensor:
 
 def _sum(tensor: Tensor) -> Tensor:
     """Sum over the elements of each sample, shape (B, 1, ...)."""
-    return tensor.sum(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    if not _in_stages(tensor):
+        return tensor.sum(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+    total, axis = tensor, tensor.ndim
+    while axis > 1:
+        last, axis = axis, axis - 1
+        while axis > 1 and prod(tensor.shape[axis - 1 : last]) <= REGISTER_SUM:
+            axis -= 1
+        total = total.sum(dim=tuple(range(axis, last)), keepdim=True)
+    return total
 
 
 def _mean(tensor: Tensor) -> Tensor:
+    if _in_stages(tensor):
+        return _sum(tensor) / prod(tensor.shape[1:])
     return tensor.mean(dim=tuple(range(1, tensor.ndim)), keepdim=True)
+
+
+def _in_stages(tensor: Tensor) -> bool:
+    # On a CPU inductor writes partial results of longer sums to memory, at a third of the speed.
+    return tensor.is_cpu and torch.compiler.is_compiling()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(len(tensor))
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------------
@@ -194,10 +215,10 @@ def outputs(x: Tensor, real: Tensor, fake: Tensor, guidance: Number | None, **ot
     """Return r, u, s and f as the formulas take them; all but `real` under guidance must have the shape of x."""
     if guidance is None:
         validate_shapes(x=x, real=real, fake=fake, **others)
-        return real.detach(), None, 1.0, fake.detach()
-    unconditional, conditional = _halves(real.detach(), x)
+        return detached(real), None, 1.0, detached(fake)
+    unconditional, conditional = _halves(detached(real), x)
     validate_shapes(x=x, fake=fake, **others)
-    return conditional, unconditional, constant_or_tensor(guidance, x), fake.detach()
+    return conditional, unconditional, constant_or_tensor(guidance, x), detached(fake)
 
 
 def guided(output: Tensor, x: Tensor, guidance: Number | None) -> Tensor:
@@ -221,10 +242,10 @@ def _halves(output: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 def target_parts(prediction: Prediction, x: Tensor, eps: Tensor, alpha: Number, sigma: Number) -> tuple[Tensor, ...]:
     """Return the target t as the formulas take it: (t,), or (x, eps, a, b) with t = a x + b eps."""
     if prediction == Prediction.X0:
-        return (x.detach(),)
+        return (detached(x),)
     if prediction == Prediction.EPS:
-        return (eps.detach(),)
-    return x.detach(), eps.detach(), *mixture(prediction, *factors(x, alpha, sigma))
+        return (detached(eps),)
+    return detached(x), detached(eps), *mixture(prediction, *factors(x, alpha, sigma))
 
 
 def is_mask(nonfinite: str) -> bool:
@@ -263,6 +284,11 @@ def share_of_mean(mask: Tensor, like: Tensor) -> Tensor:
     return share / share.mean().clamp(min=1 / max(mask.numel(), 1))
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
@@ -282,10 +308,11 @@ def evaluate(
     listener = FINITE_LISTENER.get() if counted else None
     if listener is not None:
         listener(finite)
-    loss = loss.mean() if len(loss) else loss.sum()
+    if loss.ndim:  # a compiled form returns the mean itself
+        loss = loss.mean() if len(loss) else loss.sum()
     sources = sources[: len(gradients)]
     by_source = [g if g.shape == x.shape else g.view(x.shape) for g, x in zip(gradients, sources, strict=True)]
-    result: Tensor = _WithGradients.apply(loss, tuple([g.detach() for g in by_source]), *sources)
+    result: Tensor = _WithGradients.apply(loss, tuple([detached(g) for g in by_source]), *sources)
     return result
 
 

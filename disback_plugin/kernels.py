@@ -31,7 +31,7 @@ __all__ = ["denoising", "diff_instruct", "dmd", "fuse", "sid", "vsd"]
 P = ParamSpec("P")
 R = TypeVar("R")
 Mode = Literal["auto"] | bool
-Kind: TypeAlias = tuple[torch.device, torch.Size, tuple[bool, ...], tuple[Hashable, ...]]
+Kind: TypeAlias = tuple[torch.device, torch.Size, bool, tuple[Hashable, ...], tuple[Hashable, ...]]
 
 # Elements of a sample up to which one block a sample is right: a latent of 4 x 128 x 128.
 ONE_BLOCK = 1 << 16
@@ -107,24 +107,49 @@ def _compile(formula: Formula, kind: Kind, inputs: tuple[Any, ...]) -> Formula:
     """Compile a formula for one kind of inputs, which may differ in the batch size alone."""
     # Dynamo gives up on a code object after eight graphs, so each kind has its own. It remembers by the name of the
     # code what varied, and would turn a constant that differs between two kinds into an input of the second.
+    device, sample, fully_compared = kind[:3]
     name = f"{formula.__name__}_{hashlib.sha256(repr(kind).encode()).hexdigest()[:8]}"
-    twin = FunctionType(formula.__code__.replace(co_name=name), formula.__globals__)
-    device, sample = kind[:2]
+    whole = _with_mean_loss(formula) if device.type == "cpu" else formula
+    twin = FunctionType(whole.__code__.replace(co_name=name), whole.__globals__, closure=whole.__closure__)
+    example = [_with_dynamic_batch(entry, len(inputs[0])) for entry in inputs]
     one_block = device.type == "cuda" and sample.numel() <= ONE_BLOCK
-    compiled: Formula = torch.compile(twin, fullgraph=True, options={"split_reductions": not one_block})
-    compiled(*(_with_dynamic_batch(entry, len(inputs[0])) for entry in inputs))
+    options: dict[str, Any] = {"split_reductions": False} if one_block else {}
+    if fully_compared and hasattr(torch.compiler, "skip_all_guards_unsafe"):  # this torch has guard filters
+        options["guard_filter_fn"] = _keep_guards_on_the_batch
+    compiled: Formula = torch.compile(twin, fullgraph=True, options=options)
+    compiled(*example)
     return compiled
+
+
+def _keep_guards_on_the_batch(guards: Any) -> list[bool]:
+    """Skip the guards on what `_kind` has compared already: on a CPU they take as long as the kernel of a latent."""
+    return [guard.guard_type in ("SHAPE_ENV", "DUPLICATE_INPUT") for guard in guards]
+
+
+def _with_mean_loss(formula: Formula) -> Formula:
+    """Return the formula with the mean of the losses inside the kernel; on a GPU the mean would be a second kernel."""
+
+    def averaged(*inputs: Any) -> tuple[Tensor, ...]:
+        *gradients, values, finite = formula(*inputs)
+        # A sum in float32 would add a condition on the batch size.
+        return *gradients, values.mean(dtype=torch.float64).to(values.dtype), finite
+
+    return averaged
 
 
 def _kind(inputs: tuple[Any, ...]) -> Kind | None:
     """Return the kind of some inputs; None if they must not be compiled.
 
-    A kind is what a graph depends on but for the batch size: the device, the shape of a sample, the modes of autograd,
-    the constants, and of each tensor the dtype, device, sizes, strides and whether its first axis is the batch.
+    A kind is all that a graph depends on but for the batch size: the device, the shape of a sample, whether dynamo's
+    guards would find nothing else, the settings of the process, the constants, and of each tensor the dtype, device,
+    sizes, strides and whether its first axis is the batch.
     """
     first: Tensor = inputs[0]
     shape, device = first.shape, first.device
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device.type)
+    process = (*modes, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    # A stride may equal the batch size and be taken for it, and on a GPU a guard decides on 32-bit indices.
+    fully_compared = device.type == "cpu"
     kinds: list[Hashable] = []
     for e in inputs:
         if not isinstance(e, Tensor):
@@ -132,9 +157,12 @@ def _kind(inputs: tuple[Any, ...]) -> Kind | None:
         # A learned factor needs a graph through the formula; a lazily negated tensor or a subclass hides its values.
         elif e.requires_grad or e.is_neg() or type(e) not in (Tensor, torch.nn.Parameter):
             return None
+        elif e.shape == shape and e.device == device and e.is_contiguous():
+            kinds.append(e.dtype)  # nearly all inputs are of this kind
         else:
             kinds.append((e.dtype, e.device, e.ndim, e.shape[1:], e.stride(), e.shape[:1] == shape[:1]))
-    return device, shape[1:], modes, tuple(kinds)
+            fully_compared = fully_compared and e.is_cpu and e.is_contiguous()
+    return device, shape[1:], fully_compared, process, tuple(kinds)
 
 
 def _with_dynamic_batch(entry: Any, batch: int) -> Any:

@@ -272,8 +272,7 @@ def sid(
     formulas.validate_factors(x, fake_guidance=fake_guidance)
     real, fake = formulas.guided(real, x, guidance), formulas.guided(fake, x, fake_guidance)
     r, _, _, f = formulas.outputs(x, real, fake, None, eps=eps)
-    alpha_t, sigma_t = factors(x, alpha, sigma)
-    c = ratio(prediction, Prediction.X0, alpha=alpha_t, sigma=sigma_t)
+    c = ratio(prediction, Prediction.X0, **dict(zip(("alpha", "sigma"), factors(x, alpha, sigma), strict=True)))
     c, within = (c, None) if formulas.is_one_a_sample(c, x) else (1.0, c)
     c, w = formulas.one_a_sample(c, x), formulas.one_a_sample(weight, x)
     a, mask = formulas.constant_or_tensor(alpha_sid, x), formulas.is_mask(nonfinite)
@@ -284,7 +283,7 @@ def sid(
 
 def _difference(x: Tensor, k: Number, nonfinite: str, skipped: Tensor | None, *outputs: Any) -> Tensor:
     k, mask = formulas.constant_or_tensor(k, x), formulas.is_mask(nonfinite)
-    return formulas.evaluate(formulas.difference, (x,), *outputs, x.detach(), k, mask, skipped=skipped)
+    return formulas.evaluate(formulas.difference, (x,), *outputs, formulas.detached(x), k, mask, skipped=skipped)
 
 
 def denoising(
@@ -323,7 +322,7 @@ def denoising(
     """
     formulas.validate_shapes(output=output, x_0=x_0, eps=eps)
     formulas.validate_factors(x_0, alpha=alpha, sigma=sigma, weight=weight)
-    o, w = output.detach(), formulas.constant_or_tensor(weight, output)
+    o, w = formulas.detached(output), formulas.constant_or_tensor(weight, output)
     target = formulas.target_parts(prediction, x_0, eps, alpha, sigma)
     return formulas.evaluate(formulas.denoising, (output,), o, w, *target, counted=False)
 

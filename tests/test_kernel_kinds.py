@@ -29,6 +29,19 @@ def test_one_graph_serves_batches_of_2_to_64_and_every_node(name):
     assert graphs() == before + 1
 
 
+@pytest.mark.parametrize("guards_are_filtered", [True, False])
+def test_without_the_filter_of_guards_the_result_is_the_same(guards_are_filtered, monkeypatch):
+    monkeypatch.setattr(kernels, "_COMPILED", {})
+    if not guards_are_filtered:
+        monkeypatch.delattr(torch.compiler, "skip_all_guards_unsafe", raising=False)  # as in torch 2.6
+    for batch in (2, 5):
+        fused, plain = (
+            value_and_gradients(loss, "dmd", Prediction.EPS, batch)
+            for loss in (kernels.fuse(losses.dmd, compile=True), losses.dmd)
+        )
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_a_teacher_written_in_place_between_two_calls_is_seen_and_compiles_nothing_anew():
     teacher, x = torch.nn.Conv2d(2, 2, 1), torch.randn(4, 2, 6, 6)
     fused, options = kernels.fuse(losses.dmd, compile=True), {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.X0}
@@ -69,7 +82,7 @@ def changed(x, real, fake, eps, options):
     yield "a parameter", (torch.nn.Parameter(x), torch.nn.Parameter(real), fake, eps), options
 
 
-def test_the_fused_form_of_other_inputs_is_never_taken():
+def test_skipping_guards_never_gives_the_result_of_other_inputs():
     stream = torch.Generator().manual_seed(0)
     given = [torch.randn(BATCH, generator=stream) for _ in range(4)]
     options = {"alpha": 0.6, "sigma": 0.8, "prediction": Prediction.V}
