@@ -136,5 +136,7 @@ if __name__ == "__main__":
 
     disback_plugin.attach  # noqa: B018
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # ranks share this memory, and attach does not search it for learning-rate schedulers
     for line in sys.stdin:
         print(json.dumps(_play(json.loads(line))), flush=True)  # noqa: T201
