@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from dataclasses import replace
 from statistics import median
 
@@ -165,3 +166,10 @@ def test_a_folder_in_the_way_is_exit_code_1_and_left_alone(short, tmp_path, caps
     assert cli.main(["demo", "--out", str(tmp_path), "--seeds", "1"]) == 1
     assert "notes.txt" in capsys.readouterr().err
     assert (tmp_path / "path" / "notes.txt").read_text() == "mine"
+
+
+def test_without_matplotlib_the_error_comes_before_the_training(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main(["demo", "--seeds", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "no matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
