@@ -296,7 +296,9 @@ def installed() -> list[Plugin]:
         try:
             if f"{PROJECT}." not in (distribution.read_text("entry_points.txt") or ""):
                 continue
-            name, version = distribution.metadata["Name"] or name, distribution.metadata["Version"] or version
+            # A later Python raises KeyError for what is missing.
+            facts = {key: distribution.metadata[key] for key in ("Name", "Version") if key in distribution.metadata}
+            name, version = facts.get("Name", name), facts.get("Version", version)
             points = [point for point in distribution.entry_points if point.group in (ADAPTERS, HOOKS)]
             plugins = [Plugin(point.name, name, version, point.group, point.value) for point in points]
         except Exception as error:  # one unreadable distribution must not hide the plug-ins of the others
