@@ -185,18 +185,10 @@ def attach(
     distributed.agree({"path": str(folder), "resumes": resumes, **settings})
     if distributed.is_main_process():
         session.log = session.plugins.add_run_log(log, folder)
-    handle = Handle(session)
     try:
         if plan is not None and folder is not None:
             session.path = _open(session, folder, plan, resumes=resumes)
-        if state is None:
-            session.begin()
-        else:
-            handle.load_state_dict(state)
-        _log_begin(session, settings, resumes=resumes)
-        if session.scheduler is not None:
-            logger.info("%r", session)
-        session.install()
+        return _begin(session, state, settings)
     except BaseException:
         if session.hooks.installed:
             session.detach(failed=True)
@@ -205,21 +197,29 @@ def attach(
         if session.path is not None:
             session.path.lock.release()
         raise
-    return handle
 
 
-def _log_begin(session: Session, settings: dict[str, Any], *, resumes: bool) -> None:
-    """Write the line of the log with which a process begins."""
+def _begin(session: Session, state: Mapping[str, Any] | None, settings: dict[str, Any]) -> Handle:
+    """Start, or continue from a state; write the line of the log with which a process begins, and install the hooks."""
+    handle = Handle(session)
+    if state is None:
+        session.begin()
+    else:
+        handle.load_state_dict(state)
     if session.log is not None:
         session.log.begin(
             "attach",
             update=session.progress.generator_updates,
             recording=session.recorded,
-            resumed=resumes or bool(session.recorded),
+            resumed=state is not None or bool(session.recorded),
             **({} if session.path is None else session.path.log_fields()),
             settings=settings,
             roles=describe_roles(*session.roles),
         )
+    if session.scheduler is not None:
+        logger.info("%r", session)
+    session.install()
+    return handle
 
 
 def _find_roles(trainer: object, adapter: str | None, given: dict[str, Any], plugins: PluginManager) -> Adapter:
