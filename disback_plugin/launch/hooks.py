@@ -76,19 +76,24 @@ class _Finder(MetaPathFinder):
 
     def __init__(self, names: Collection[str], callback: Callable[[ModuleType], object]) -> None:
         self._names, self._callback = names, callback
+        self._searching: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in self._names:
+        if name not in self._names or name in self._searching:  # a later finder may search from the first one again
             return None
         later = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in later)), None)
+        self._searching.add(name)
+        try:
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in later)), None)
+        finally:
+            self._searching.discard(name)
         if spec is not None and spec.loader is not None and not isinstance(spec.loader, type):  # a class: of built-ins
             loader, load = spec.loader, spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                del loader.exec_module  # from now on it is as if the loader alone had been used
+                vars(loader).pop("exec_module", None)  # from now on it is as if the loader alone had been used
                 load(module)
                 self._callback(module)
 
