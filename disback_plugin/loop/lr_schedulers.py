@@ -82,6 +82,7 @@ class RestorableObjects:
         self._searches, self._optimizers = len(objects) < len(given), [*map(ref, optimizers)]
         self.states: dict[str, dict[str, Any]] = {}
         self._captured: set[int] = set()  # indices of the optimizers whose states were captured
+        self._listed: Found | None = None  # what one search has found, until every optimizer's states are captured
         self._objects = [item for item in objects if isinstance(item, Stateful) and _to_json(item.state_dict())]
         wrong = [item for item in objects if all(item is not own for own in self._objects)]
         if wrong:
@@ -117,8 +118,12 @@ class RestorableObjects:
         if owner is None or owner in self._captured:
             return
         self._captured.add(owner)
-        # Objects without an optimizer belong to the first.
-        found = {name: own for name, own in self._found().items() if (own[0][1] or 0) == owner}
+        found = self._owned(owner)
+        if not found and hasattr(optimizer.step, "_wrapped_by_lr_sched"):  # a scheduler was built since the search
+            self._listed = None
+            found = self._owned(owner)
+        if len(self._captured) == len(self._optimizers):
+            self._listed = None
         captured = {}
         for name, own in found.items():
             state = _to_json(own[0][0].state_dict())
@@ -142,6 +147,7 @@ class RestorableObjects:
         """
         if optimizer is None:
             self._captured.clear()
+            self._listed = None
         owners = {saved["owner"]: self._optimizers[saved["owner"]]() for saved in self.states.values()}
         due = [name for name, saved in self.states.items() if optimizer in (None, owners[saved["owner"]])]
         # A search of all objects is slow: where no scheduler was captured, it waits until a setting has changed.
@@ -165,6 +171,12 @@ class RestorableObjects:
                     'object counts, pass restore=("schedulers", that object)',
                     type(own).__name__,
                 )
+
+    def _owned(self, owner: int) -> Found:
+        """Return the objects of one optimizer by name; those without one belong to the first."""
+        if self._listed is None:
+            self._listed = self._found()
+        return {name: own for name, own in self._listed.items() if (own[0][1] or 0) == owner}
 
     def _found(self) -> Found:
         """Return all objects by name, each with the index of its optimizer, if it has one.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Set
 from contextlib import ExitStack
 from traceback import walk_stack
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -87,6 +87,7 @@ class OptimizerHooks:
         self._held: WeakSet[Optimizer] = WeakSet()  # which have been held still
         self._initializing: set[Optimizer] = set()  # whose present step only initialises their state
         self._running: set[Optimizer] = set()
+        self._known: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # number of groups that were looked at
         self._hooks: dict[Optimizer | None, list[RemovableHandle]] = {}
         claims: list[tuple[str, Any]] = [("generator_optimizer", each) for each in generator]
         claims += [("fake_score_optimizer", each) for each in fake_score]
@@ -136,9 +137,11 @@ class OptimizerHooks:
 
     def _before_any_step(self, optimizer: Optimizer, args: Args, kwargs: Kwargs) -> None:
         """Hook an optimizer that is new and steps weights of a role; it replaces those whose weights it steps, too."""
+        groups = len(optimizer.param_groups)
         # An optimizer inside another one that is stepping now is the other one's own business.
-        if optimizer in self._hooks or (self._running and _is_nested()):
+        if optimizer in self._hooks or self._known.get(optimizer) == groups or (self._running and _is_nested()):
             return
+        self._known[optimizer] = groups
         roles = [role for role in self._roles if role.steps(optimizer)]
         if not roles:
             return
@@ -153,6 +156,7 @@ class OptimizerHooks:
             for old in role.replace(optimizer):
                 for hook in self._hooks.pop(old, ()):
                     hook.remove()
+                self._known.pop(old, None)
         logger.info("a new %s steps weights that DisBack knows: it is followed from here on", kind)
         self._hook(optimizer)
 
