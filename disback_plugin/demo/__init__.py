@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import disback_plugin as disback
-from disback_plugin.demo.figures import GRID, Frame, draw, new_figure
+from disback_plugin.demo.figures import GRID, Frame, draw
 from disback_plugin.demo.trainer import Regime, Streams, Trainer, generate, regime_of
 from disback_plugin.demo.worlds import DATA, distance_to, load_teacher
 from disback_plugin.metrics import mismatch_degree
 from disback_plugin.plugins.run_log import SUFFIX
 from disback_plugin.prediction import Prediction
-from disback_plugin.report.figures import crossing
+from disback_plugin.report.figures import crossing, load_matplotlib
 from disback_plugin.schedules import GradientRamp, Schedule, WarmStart, parse
 
 BASELINE = "Diff-Instruct"
@@ -235,7 +235,7 @@ def demo(*, seeds: int, world: str, student: str, schedule: str | None, out: Pat
         PathError: If `out` holds something else at `path/`.
     """
     began = time.perf_counter()
-    new_figure()  # without matplotlib the error comes before the training
+    load_matplotlib()  # if it is missing, the error comes before the training
     schedule = schedule or inspect.signature(disback.attach).parameters["schedule"].default
     parsed, regime = parse(schedule), regime_of(world, student)
     out.mkdir(parents=True, exist_ok=True)

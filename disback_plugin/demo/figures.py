@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disback_plugin.errors import OptionError
+from disback_plugin.report.figures import load_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def draw(study: Study, runs: dict[str, Run]) -> None:
 
 def _convergence(study: Study, runs: dict[str, Run]) -> Figure:
     """Draw distances and mismatch degrees over rounds: the median, and a band from the best to the worst seed."""
-    figure = new_figure(11, 4)
+    figure = _figure(11, 4)
     left, right = figure.subplots(1, 2)
     for i, (name, run) in enumerate(runs.items()):
         for axes, curve in ((left, run.distance), (right, run.mismatch)):
@@ -60,7 +60,7 @@ def _convergence(study: Study, runs: dict[str, Run]) -> Figure:
 def _samples(study: Study, names: Sequence[str]) -> Figure:
     """Draw samples of two runs, side by side with the data, after some rounds."""
     rounds = sorted(study.frames[names[0]])
-    figure = new_figure(2.2 * (len(rounds) + 1), 2.4 * len(names) + 0.4)
+    figure = _figure(2.2 * (len(rounds) + 1), 2.4 * len(names) + 0.4)
     figure.suptitle("Samples of the generator" + " (blue) over the data (red)" * (study.regime.size == 2))
     rows = figure.subplots(len(names), len(rounds) + 1, sharex=True, sharey=True)
     for name, row in zip(names, rows, strict=True):
@@ -76,7 +76,7 @@ def _directions(study: Study, name: str) -> Figure:
     frames = sorted(study.frames[name].items())
     panels = {"the teacher's s_theta": (study.data[:0], study.directions(study.teacher))}
     panels |= {f"s_phi after round {done}, {name}": frame for done, frame in (*frames[1:3], frames[-1])}
-    figure = new_figure(3.6 * len(panels), 4.2)
+    figure = _figure(3.6 * len(panels), 4.2)
     figure.suptitle("Gradient directions: s_theta points to the data (red), s_phi to the generator's samples (blue)")
     for axes, (title, (samples, arrows)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         _show(axes, samples, study.data[: 0 if len(samples) else None], title)
@@ -98,15 +98,6 @@ def _show(axes: Axes, samples: Tensor, data: Tensor, title: str) -> None:
     axes.set_title(title, fontsize=10)
 
 
-def new_figure(width: float = 1.0, height: float = 1.0) -> Figure:
-    """Return an empty figure, in inches.
-
-    Raises:
-        OptionError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        cure = "pip install 'disback-plugin[demo]'"
-        raise OptionError("no matplotlib", expected="the package that draws", cure=cure) from error
-    return Figure(figsize=(width, height), layout="constrained")
+def _figure(width: float, height: float) -> Figure:
+    figure: Figure = load_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+    return figure

@@ -221,6 +221,20 @@ STYLE: dict[Any, Any] = {
 } | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
 
 
+def load_matplotlib() -> Any:
+    """Return the module matplotlib, with `matplotlib.figure`.
+
+    Raises:
+        OptionError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        cure = "pip install 'disback-plugin[plots]'"
+        raise OptionError("no matplotlib", expected="the package that draws", cure=cure) from error
+    return matplotlib
+
+
 def svg(panel: Panel, key: str) -> str:
     """Return a panel as SVG: text and axes in `currentColor`, run i in the CSS variable `--run-i`.
 
@@ -236,16 +250,9 @@ def svg(panel: Panel, key: str) -> str:
         >>> "currentColor" in drawn, "var(--run-0)" in drawn, drawn.count("<svg")
         (True, True, 1)
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise OptionError(
-            "no matplotlib", expected="the package that draws", cure="pip install 'disback-plugin[plots]'"
-        ) from error
-    file = io.StringIO()
+    matplotlib, file = load_matplotlib(), io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": key}):
-        figure = Figure(figsize=(3.9, 2.6), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(3.9, 2.6), layout="constrained")
         _draw(figure.subplots(), panel)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue().replace(INK, "currentColor")
