@@ -127,6 +127,11 @@ def clone(tree):
     return tree
 
 
+def weights_of(network):
+    """Return copies of a network's weights and buffers."""
+    return clone(dict(network.state_dict()))
+
+
 def difference(a, b):
     """Names at which two nested states differ in a single bit, dtype or shape; empty if they are the same."""
     if isinstance(a, torch.Tensor):

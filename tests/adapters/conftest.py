@@ -1,13 +1,16 @@
-"""Teachers of tiny pipelines and a finished run on one; the stand-in of FastGen."""
+"""Teachers of tiny pipelines and a finished run on one; the stand-ins of trainers with callbacks."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
 import tiny_pipelines
 from accelerate.state import AcceleratorState
 from scripts import TRAINERS
+
+CALLBACKS = {"fastgen": "fastgen.callbacks.callback", "fastvideo": "fastvideo.train.callbacks.callback"}
 
 
 @pytest.fixture(scope="session")
@@ -34,15 +37,25 @@ def fresh():
 
 
 @pytest.fixture
-def fastgen(monkeypatch):
-    """The stand-in, under the names that FastGen's own modules have."""
-    monkeypatch.syspath_prepend(str(TRAINERS))
-    import fastgen as module
+def stand_in(monkeypatch):
+    """Return a function that imports a stand-in, with its callbacks under the name that the trainer's own have."""
+    imported = ["networks"]
 
-    monkeypatch.setitem(sys.modules, "fastgen.callbacks.callback", module.callbacks)
-    yield module
-    for name in ("fastgen", "networks"):
+    def stand_in(name):
+        monkeypatch.syspath_prepend(str(TRAINERS))
+        module = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, CALLBACKS[name], module.callbacks)
+        imported.append(name)
+        return module
+
+    yield stand_in
+    for name in imported:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def fastgen(stand_in):
+    return stand_in("fastgen")
 
 
 @pytest.fixture

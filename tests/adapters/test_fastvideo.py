@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 from worlds import clone, difference
@@ -13,20 +11,12 @@ import disback_plugin as disback
 from disback_plugin.errors import RoleError
 from disback_plugin.testing import check_adapter
 
-TRAINERS = Path(__file__).parents[1] / "trainers"
 OPTIONS = {"record": 4, "every": 2, "schedule": "ramp:4"}
 
 
 @pytest.fixture
-def fastvideo(monkeypatch):
-    """The stand-in, under the names that FastVideo's own modules have."""
-    monkeypatch.syspath_prepend(str(TRAINERS))
-    import fastvideo as module
-
-    monkeypatch.setitem(sys.modules, "fastvideo.train.callbacks.callback", module.callbacks)
-    yield module
-    for name in ("fastvideo", "networks"):
-        sys.modules.pop(name, None)
+def fastvideo(stand_in):
+    return stand_in("fastvideo")
 
 
 def everything(method):

@@ -10,7 +10,7 @@ import torch._dynamo.utils
 from torch import nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import Run, clone, difference
+from worlds import Run, difference, weights_of
 
 import disback_plugin as disback
 import disback_plugin.convergence
@@ -18,20 +18,6 @@ import disback_plugin.recorder
 import disback_plugin.session_measures
 from disback_plugin.errors import DisbackError, RoleError, StateError, TrainingError
 from disback_plugin.plugins import OriginalFeatures
-
-
-def weights_of(net):
-    return clone(dict(net.state_dict()))
-
-
-@pytest.fixture
-def recorded(tmp_path):
-    """A finished path of two nodes, and the run that recorded it, detached."""
-    run = Run()
-    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule="fixed:2"):
-        run.steps(3)
-    return tmp_path
-
 
 # -- optimizers that nobody steps -------------------------------------------------------------------------------------
 

@@ -5,23 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from worlds import Run, clone
+from worlds import Run, weights_of
 
 import disback_plugin as disback
 from disback_plugin.errors import StateError
-
-
-def weights_of(net):
-    return clone(dict(net.state_dict()))
-
-
-@pytest.fixture
-def recorded(tmp_path):
-    """A finished path of two nodes, and the run that recorded it, detached."""
-    run = Run()
-    with disback.attach(**run.roles(), path=tmp_path, record=2, every=1, schedule="fixed:2"):
-        run.steps(3)
-    return tmp_path
 
 
 class Masters(torch.optim.Optimizer):
